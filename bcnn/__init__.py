@@ -1,0 +1,5 @@
+"""Fine-grained image recognition with bilinear CNNs."""
+
+from bcnn.weights import load_model
+
+__all__ = ["load_model"]

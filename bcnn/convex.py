@@ -1,0 +1,131 @@
+"""Stage `last` solved to its optimum: multinomial logistic regression in the span of the rows.
+
+With the features frozen, mean cross-entropy + λ/2·‖W‖² is convex in the classifier W, and by the
+representer theorem its solution is a combination of the training rows X: W = αᵀX. With K = XXᵀ = LLᵀ
+(Cholesky) and θ = Lᵀα the logits of the training rows are Lθ and ‖W‖² = ‖θ‖², so all that is left of
+the 131,328 columns is L (rows × rows), and L-BFGS on θ takes the same steps as on W itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from rich.progress import track
+from torch import Tensor
+
+from bcnn.descriptors import DescriptorData
+from bcnn.model import BCNN
+from bcnn.module import BCNNModule
+from bcnn.store import VIEWS
+
+# rows × rows in float64, twice, is 2.3 GB at this many: 6,000 images in two views
+MAX_ROWS = 12_000
+
+BLOCK = 1024  # rows in memory at a time
+JITTER = 1e-6  # on a diagonal of ones; keeps the Cholesky factor of repeated rows real
+
+
+class ConvexModule(BCNNModule):
+    """A `BCNNModule` of stage "last" whose epoch k holds the optimum for the k-th λ.
+
+    Training reads both views of every training image from the store, not the trainer's batches (give
+    the trainer `limit_train_batches=1`); validation, test and checkpoints are `BCNNModule`'s.
+
+    Args:
+        model: the network.
+        data: where the rows come from.
+        l2: the λ, from strong to weak: each solution starts the next.
+        tolerance: largest entry of the gradient at which a solution counts as converged.
+    """
+
+    def __init__(
+        self, model: BCNN, data: DescriptorData, l2: Sequence[float], tolerance: float = 1e-7
+    ) -> None:
+        super().__init__(model, "last")
+        self.automatic_optimization = False
+        self.data = data
+        self.l2 = list(l2)
+        self.tolerance = tolerance
+
+    def setup(self, stage: str) -> None:
+        """Compute the Gram matrix of the training rows and its Cholesky factor."""
+        if stage != "fit":
+            return
+        device = self.trainer.strategy.root_device
+        samples = self.data.images.train
+        self.rows = [first + view for view in range(VIEWS) for first in self.data.rows(samples)]
+        labels = [label for _, label in samples] * VIEWS
+        self.targets = torch.tensor(labels, device=device)
+        gram = gram_matrix(self.data, self.rows, device).double()
+        gram.diagonal().add_(JITTER)
+        self.factor = torch.linalg.cholesky(gram)
+        # Plain tensors, not parameters: they are no part of the model or its checkpoints.
+        classes = len(self.model.classes)
+        self.theta = gram.new_zeros(len(labels), classes).requires_grad_()
+        self.bias = gram.new_zeros(classes).requires_grad_()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(
+            [self.theta, self.bias],
+            max_iter=2000,
+            history_size=30,
+            tolerance_grad=self.tolerance,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        l2 = self.l2[self.current_epoch]
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+
+        def objective() -> tuple[Tensor, Tensor]:
+            logits = self.factor @ self.theta + self.bias
+            return F.cross_entropy(logits, self.targets), logits
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = objective()[0] + l2 / 2 * self.theta.square().sum()
+            self.manual_backward(value)
+            return value
+
+        optimizer.step(closure)
+        closure()  # for the gradient at the solution
+        gradients = [p.grad for p in (self.theta, self.bias) if p.grad is not None]
+        gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        with torch.no_grad():
+            loss, logits = objective()
+            self._write_classifier()
+        top1 = (logits.argmax(1) == self.targets).float().mean()
+        values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss, "train_top1": top1}
+        self.log_dict({key: torch.as_tensor(value).float() for key, value in values.items()})
+        self.print(f"λ = {l2:g}: cross-entropy {loss:.4f}, gradient norm {gradient_norm:.1e}")
+
+    def _write_classifier(self) -> None:
+        """W = αᵀX, a block of rows at a time."""
+        alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
+        weight = torch.zeros_like(self.model.classifier.weight)
+        for start in range(0, len(self.rows), BLOCK):
+            block = self.data.read(self.rows[start : start + BLOCK]).to(weight.device)
+            weight.addmm_(alpha[start : start + BLOCK].mT, block)
+        self.model.classifier.weight.copy_(weight)
+        self.model.classifier.bias.copy_(self.bias)
+
+
+def gram_matrix(data: DescriptorData, rows: Sequence[int], device: torch.device) -> Tensor:
+    """Inner products of the store's rows with each other: (len(rows), len(rows)), in float32.
+
+    Two blocks of rows are in memory at a time, so only the result grows with their number.
+    """
+    gram = torch.empty(len(rows), len(rows), device=device)
+    starts = range(0, len(rows), BLOCK)
+    for i in track(starts, "Gram matrix", transient=True):
+        left = data.read(rows[i : i + BLOCK]).to(device)
+        for j in range(0, i + 1, BLOCK):
+            right = left if i == j else data.read(rows[j : j + BLOCK]).to(device)
+            product = left @ right.mT
+            gram[i : i + BLOCK, j : j + BLOCK] = product
+            gram[j : j + BLOCK, i : i + BLOCK] = product.mT
+    return gram

@@ -1,0 +1,1 @@
+"""Image sets: folders of photographs, and the embedded procedural butterflies."""

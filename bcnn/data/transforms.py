@@ -1,0 +1,48 @@
+"""From a file to the uint8 tensor that the model takes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+from bcnn.errors import UserError
+from bcnn.model import Resize
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Any image that Pillow opens, upright, as RGB in 0..255; transparency shows white.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bit a pixel; convert() would clip it to 255
+                grey = np.asarray(image).clip(0, 65535) // 256
+                image = Image.fromarray(grey.astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
+
+
+def training_transform(size: int, resize: Resize) -> v2.Compose:
+    """Resize, random crop and horizontal flip: PIL image → uint8 tensor (3, size, size)."""
+    return v2.Compose(
+        [v2.ToImage(), _resize(size, resize), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
+    )
+
+
+def evaluation_transform(size: int, resize: Resize) -> v2.Compose:
+    """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
+    return v2.Compose([v2.ToImage(), _resize(size, resize), v2.CenterCrop(size)])
+
+
+def _resize(size: int, resize: Resize) -> torch.nn.Module:
+    """Short side to `size`, keeping the aspect ratio, or both sides ("squash")."""
+    return v2.Resize([size, size] if resize == "squash" else [size], antialias=True)

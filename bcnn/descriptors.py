@@ -1,0 +1,190 @@
+"""Stage `last` without the features: descriptors computed once, then read from the store."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning as L
+import torch
+from filelock import Timeout
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bcnn.data.folder import ImageFolderData
+from bcnn.model import BCNN
+from bcnn.pooling import packed_size
+from bcnn.store import CHUNK, SCALE, VIEWS, DescriptorStore
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class DescriptorData(L.LightningDataModule):
+    """The image set of another data module, as descriptors from the store.
+
+    Every image has two rows, of its evaluation crop and of that crop's mirror image. Training draws
+    one of the two at random, validation and test read the first.
+
+    Args:
+        images: set up already; its splits, labels and batch size are used.
+        model: whose frozen features compute the descriptors.
+        precision: Lightning's name of the precision that the features run in.
+        dtype: of the rows on disk.
+    """
+
+    def __init__(
+        self, images: ImageFolderData, model: BCNN, precision: str, dtype: str = "float16"
+    ) -> None:
+        super().__init__()
+        self.images = images
+        self.model = model
+        self.precision = precision
+        splits = (*images.train, *images.val, *images.test)
+        self.paths = sorted(path for path, _ in splits)
+        self._position = {path: i for i, path in enumerate(self.paths)}
+        self._ready = False
+        identity = {
+            "features": _hash_features(model),
+            "images": _hash_files(self.paths),
+            "size": images.size,
+            "resize": images.resize,
+            "views": "evaluation crop, mirror image",
+            "precision": precision,
+        }
+        self.store = DescriptorStore(
+            identity,
+            len(self.paths),
+            packed_size(model.features[-2].out_channels),
+            dtype,
+            about=f"{images.root.resolve()} at {images.size} px ({images.resize}), {precision}",
+        )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Verify the store and compute what is missing, shared among the ranks of the trainer."""
+        if self._ready:
+            return
+        assert self.trainer is not None
+        strategy = self.trainer.strategy
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        with _announced(self.store) if rank == 0 else nullcontext():
+            missing, damaged = self.store.open() if rank == 0 else ([], 0)
+            missing = strategy.broadcast(missing)
+            if damaged:
+                rank_zero_info(f"store {self.store.key}: {damaged} damaged chunks, computed again")
+            if missing:
+                self._build(missing[rank::ranks], strategy.root_device, show=rank == 0)
+                strategy.barrier()
+            if ranks > 1:
+                self.store.open()
+                strategy.barrier()
+        self._ready = True
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.images.train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.images.val, shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.images.test, shuffle=False)
+
+    def rows(self, samples: Sequence[tuple[str, int]]) -> list[int]:
+        """Where the store has these images' descriptors (their mirror images' come next)."""
+        return [self._position[path] * VIEWS for path, _ in samples]
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Descriptors (len(rows), 131328) in float32."""
+        return torch.from_numpy(self.store.read(rows)).float() / SCALE
+
+    def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
+        return DataLoader(
+            _Rows(self, samples, mirror=shuffle),
+            batch_size=self.images.batch_size,
+            shuffle=shuffle,
+            collate_fn=lambda batch: batch,  # already one, from __getitems__
+        )
+
+    def _build(self, chunks: list[int], device: torch.device, show: bool) -> None:
+        positions = [i for chunk in chunks for i in self.store.chunk_images(chunk)]
+        samples = [(self.paths[i], i) for i in positions]
+        # Chunks are whole but for the very last one, so a batch of CHUNK images is one chunk.
+        loader = self.images.evaluation_dataloader(samples, batch_size=CHUNK)
+        model = self.model.to(device).eval()
+        dtype = AUTOCAST.get(self.precision)
+        progress = Progress(
+            TextColumn("descriptors"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.1f} images/s"),
+            TimeRemainingColumn(),
+            disable=not show,
+        )
+        with progress, torch.no_grad():
+            task = progress.add_task("", total=len(samples), rate=0.0)
+            for chunk, (images, _) in zip(chunks, loader, strict=True):
+                images = images.to(device)
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    views = [model.descriptor(images), model.descriptor(images.flip(-1))]
+                rows = torch.stack(views, dim=1).flatten(0, 1)
+                self.store.write(chunk, rows.cpu().numpy())
+                done = progress.tasks[task]
+                progress.advance(task, len(images))
+                progress.update(task, rate=done.completed / max(done.elapsed or 0, 1e-9))
+
+
+class _Rows(Dataset[tuple[Tensor, Tensor]]):
+    """A split of the store, read a batch at a time."""
+
+    def __init__(self, data: DescriptorData, samples: Sequence[tuple[str, int]], mirror: bool) -> None:
+        self.data = data
+        self.first = torch.tensor(data.rows(samples))
+        self.labels = torch.tensor([label for _, label in samples])
+        self.mirror = mirror
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = self.first[indices]
+        if self.mirror:
+            rows = rows + torch.randint(VIEWS, rows.shape)
+        return self.data.read(rows.tolist()), self.labels[indices]
+
+
+class _announced:
+    """A store's lock, saying so where another run has it."""
+
+    def __init__(self, store: DescriptorStore) -> None:
+        self.lock = store.lock()
+
+    def __enter__(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            rank_zero_info("another run is building the same store: waiting for it")
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def _hash_features(model: BCNN) -> str:
+    digest = hashlib.sha256()
+    for tensor in (*model.features.state_dict().values(), model.mean, model.std):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_files(paths: Sequence[str]) -> str:
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda path: hashlib.sha256(Path(path).read_bytes()).digest(), paths)
+        return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,0 +1,90 @@
+"""The network: VGG-16 features, bilinear pooling, one linear classifier."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from bcnn.pooling import bilinear_descriptor, packed_size
+
+Resize = Literal["keep", "squash"]
+
+CHANNELS = 512  # of relu5_3
+MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
+
+
+class BCNN(nn.Module):
+    """Symmetric bilinear CNN on VGG-16 up to relu5_3, without pool5 (Lin et al., ICCV 2015).
+
+    The model takes images as they come from a decoder and normalises them itself, with the mean and
+    standard deviation that its weights were trained with, so the two cannot be mispaired.
+
+    Args:
+        classes: names, in the order of the logits.
+        size: side in pixels of the square crops it is trained and tested on.
+        resize: how an image gets to that size: its short side ("keep") or both ("squash").
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classes: Sequence[str], size: int = 448, resize: Resize = "keep") -> None:
+        super().__init__()
+        self.classes = list(classes)
+        self.size = size
+        self.resize = resize
+        self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
+        self.classifier = nn.Linear(packed_size(CHANNELS), len(self.classes))
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        # The classifier's problem is convex: zero is as good a start as any, and the same for all.
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the per-channel mean and standard deviation of images in 0..1."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+
+    def descriptor(self, images: Tensor) -> Tensor:
+        """Packed bilinear descriptors.
+
+        Args:
+            images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
+
+        Returns:
+            (batch, 131328), rows of unit length, in float32 at least.
+
+        Raises:
+            ValueError: images of another shape, or under 32 px.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIZE:
+            raise ValueError(
+                f"expected images of shape (batch, 3, height, width) with sides of at least "
+                f"{MIN_SIZE} px, got {tuple(images.shape)}"
+            )
+        x = images.to(self.mean.dtype)
+        if not images.is_floating_point():
+            x = x / 255
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return bilinear_descriptor(self.features(x))
+
+    def logits(self, descriptors: Tensor) -> Tensor:
+        """Classify descriptors: (batch, 131328) → (batch, classes), in float32 at least.
+
+        Descriptors have 131,328 small entries; summing them in half precision would cost accuracy
+        and saves nothing beside the convolutions.
+        """
+        with torch.autocast(descriptors.device.type, enabled=False):
+            return self.classifier(descriptors.to(self.classifier.weight.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images as for `descriptor` → logits (batch, classes)."""
+        return self.logits(self.descriptor(images))

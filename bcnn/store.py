@@ -1,0 +1,191 @@
+"""Descriptors on disk: `python -m bcnn.store` lists the stores, and removes those named.
+
+A store is a folder of chunks, each the rows of `CHUNK` images. A chunk is written under another name
+and then renamed to one that holds its checksum, so a chunk that was cut short, altered or lost is
+seen when the store is opened: whatever does not verify is missing, and only that is computed again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from bcnn.errors import UserError
+
+CHUNK = 16  # images
+VIEWS = 2  # the evaluation crop and its mirror image
+
+# Entries of a unit row of 131,328 average 0.003, where float16 is coarse or even subnormal; a power
+# of two brings them to about 1, with no rounding of its own.
+SCALE = 256.0
+
+
+def stores_dir() -> Path:
+    """Where the stores are: $BCNN_STORES, or ~/.cache/bcnn/stores."""
+    return Path(os.environ.get("BCNN_STORES", "~/.cache/bcnn/stores")).expanduser()
+
+
+class DescriptorStore:
+    """Rows of one image list: row 2·i is image i's descriptor, row 2·i + 1 its mirror image's.
+
+    Args:
+        identity: what determines the rows; any change of it leads to another store.
+        images: number of images.
+        width: entries a row.
+        dtype: of the entries on disk.
+        about: what `python -m bcnn.store` says it belongs to; not part of the identity.
+    """
+
+    def __init__(
+        self,
+        identity: dict[str, Any],
+        images: int,
+        width: int,
+        dtype: str = "float16",
+        about: str = "",
+    ) -> None:
+        identity = {**identity, "images": images, "width": width, "dtype": dtype}
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = stores_dir() / self.key
+        self.images = images
+        self.width = width
+        self.dtype = np.dtype(dtype)
+        self.about = about
+        self._chunks: dict[int, Path] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows on disk, complete."""
+        return self.images * VIEWS * self.width * self.dtype.itemsize
+
+    @property
+    def chunk_count(self) -> int:
+        return -(-self.images // CHUNK)
+
+    def lock(self) -> FileLock:
+        """Held while the store is verified and built, so that two runs do not both build it."""
+        stores_dir().mkdir(parents=True, exist_ok=True)
+        return FileLock(stores_dir() / f"{self.key}.lock")
+
+    def open(self) -> tuple[list[int], int]:
+        """Verify every chunk.
+
+        Returns:
+            The chunks still to be computed, and how many of them were there but damaged (these
+            are removed).
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = {"about": self.about, "images": self.images, "chunks": self.chunk_count}
+        _write(self.folder / "store.json", json.dumps(about, indent=1).encode())
+        for leftover in self.folder.glob("*.tmp"):  # of a run that was killed
+            leftover.unlink()
+        found = sorted(self.folder.glob("*.rows"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets go of the interpreter's lock
+            intact = list(pool.map(_verifies, found))
+        self._chunks = {}
+        for path, good in zip(found, intact, strict=True):
+            if good:
+                self._chunks[int(path.name.split("-")[0])] = path
+            else:
+                path.unlink()
+        missing = [c for c in range(self.chunk_count) if c not in self._chunks]
+        return missing, intact.count(False)
+
+    def chunk_images(self, chunk: int) -> range:
+        """Positions of the images whose rows the chunk holds."""
+        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.images))
+
+    def write(self, chunk: int, rows: np.ndarray) -> None:
+        """Keep the rows of `chunk_images(chunk)`: (images · 2, width), unscaled.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        content = (rows * SCALE).astype(self.dtype).tobytes()
+        path = self.folder / f"{chunk:06d}-{zlib.crc32(content):08x}.rows"
+        try:
+            _write(path, content)
+        except OSError as error:
+            raise UserError(
+                f"cannot write descriptors to {self.folder} ({error.strerror}): free "
+                f"{self.nbytes / 1e9:.1f} GB there and run again (what is complete is kept), set "
+                "BCNN_STORES to a folder on another disk, or train with stage.store=off"
+            ) from error
+        self._chunks[chunk] = path
+
+    def read(self, rows: Sequence[int]) -> np.ndarray:
+        """Rows by index, in the order asked for: (len(rows), width), in the dtype on disk, scaled.
+
+        Read with ordinary file reads, not a memory map: mapped pages would count as this process's
+        memory until somebody else needs it.
+        """
+        out = np.empty((len(rows), self.width), self.dtype)
+        for position, row in enumerate(rows):
+            chunk, offset = divmod(row, CHUNK * VIEWS)
+            with self._chunks[chunk].open("rb", buffering=0) as file:
+                file.seek(offset * out[0].nbytes)
+                if file.readinto(out[position].data) != out[0].nbytes:
+                    raise UserError(f"{file.name} was cut short while in use: run again")
+        return out
+
+
+def _verifies(path: Path) -> bool:
+    return path.stem.split("-")[-1] == f"{zlib.crc32(path.read_bytes()):08x}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of the file or none of it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stores() -> Iterator[tuple[Path, str]]:
+    for file in sorted(stores_dir().glob("*/store.json")):
+        folder = file.parent
+        entry = json.loads(file.read_text())
+        chunks = list(folder.glob("*.rows"))
+        size = sum(chunk.stat().st_size for chunk in chunks) / 1e6
+        share = f"{len(chunks) / entry['chunks']:.0%} built"
+        yield folder, f"{folder.name}  {size:9.1f} MB  {share:>10}  {entry['about']}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List the stores, or remove those whose keys are given."""
+    parser = argparse.ArgumentParser(prog="python -m bcnn.store", description=main.__doc__)
+    parser.add_argument("--remove", nargs="+", metavar="KEY", default=[], help="'all' for all")
+    options = parser.parse_args(arguments)
+    stores = {folder.name: (folder, line) for folder, line in _stores()}
+    unknown = set(options.remove) - set(stores) - {"all"}
+    if unknown:
+        print(f"error: no such store: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 1
+    for key in stores if "all" in options.remove else options.remove:
+        with FileLock(stores_dir() / f"{key}.lock"):
+            shutil.rmtree(stores[key][0])
+        print(f"removed {stores[key][1]}")
+    if not options.remove:
+        print(f"{len(stores)} stores in {stores_dir()}")
+        for _, line in stores.values():
+            print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

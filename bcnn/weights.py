@@ -1,0 +1,202 @@
+"""Every file of weights, in and out: nothing else in the project opens one.
+
+Files are read without running code from them (`torch.load(weights_only=True)`, safetensors).
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torchvision.models import VGG16_Weights
+
+from bcnn.errors import UserError
+from bcnn.model import BCNN, CHANNELS
+from bcnn.pooling import pack, unpack
+
+TORCHVISION = {
+    "imagenet": VGG16_Weights.IMAGENET1K_V1,
+    "imagenet_features": VGG16_Weights.IMAGENET1K_FEATURES,
+}
+
+
+def initialise_features(model: BCNN, weights: str, normalization: str | None = None) -> None:
+    """Fill the features of a new model and set the normalisation that belongs to them.
+
+    Args:
+        model: changed in place.
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "imagenet_features" (its
+            IMAGENET1K_FEATURES), "random" (keeps the He initialisation), or a file.
+        normalization: "imagenet" or "imagenet_features", for a file that does not say.
+
+    Raises:
+        UserError: no such file or download, a file of another network, an unknown normalisation.
+    """
+    if weights == "random":
+        _normalize_like(model, "imagenet")
+        return
+    if weights in TORCHVISION:
+        tensors, metadata = _download(weights), {"weights": TORCHVISION[weights].name}
+    else:
+        tensors, metadata = _read(Path(weights))
+    _load_features(model, tensors, weights)
+    _set_normalization(model, tensors, metadata, normalization, weights)
+
+
+def load_model(
+    path: str | Path, classes: list[str] | None = None, normalization: str | None = None
+) -> BCNN:
+    """The model in a checkpoint of this project's, or in a `.pth` / `.safetensors` state dict.
+
+    State dicts may use this project's names or the source's (`classifiers.0.weight` of shape
+    (classes, 262144), packed here without changing a logit).
+
+    Args:
+        path: the file.
+        classes: names for the classes of a file that holds none (default: "0", "1", …).
+        normalization: as for `initialise_features`; files with the source's names mean "imagenet".
+
+    Raises:
+        UserError: the file is missing, unreadable, or does not hold a bilinear CNN.
+    """
+    tensors, metadata = _read(Path(path))
+    if "classifiers.0.weight" in tensors:  # the source's, which starts from torchvision's V1
+        tensors = _from_source(tensors, path)
+        metadata = {"weights": VGG16_Weights.IMAGENET1K_V1.name, **metadata}
+    weight, bias = tensors.get("classifier.weight"), tensors.get("classifier.bias")
+    size = CHANNELS * (CHANNELS + 1) // 2
+    if weight is None or bias is None or weight.shape != (len(bias), size):
+        found = "no classifier" if weight is None else f"one of shape {tuple(weight.shape)}"
+        raise UserError(
+            f"{path} holds no bilinear CNN: expected a classifier of shape (classes, {size}), "
+            f"found {found}; features alone go to model.weights={path}"
+        )
+    names = metadata.get("classes") or classes or [str(k) for k in range(len(bias))]
+    if len(names) != len(bias):
+        raise UserError(
+            f"{path} was trained on {len(bias)} classes, the images have {len(names)}: "
+            "train stage=last on these images first"
+        )
+    model = BCNN(names, metadata.get("size", 448), metadata.get("resize", "keep"))
+    _load_features(model, tensors, path)
+    _set_normalization(model, tensors, metadata, normalization, path)
+    with torch.no_grad():
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(bias)
+    return model
+
+
+def source_state_dict(model: BCNN) -> dict[str, Tensor]:
+    """The model under the source's key names, its classifier in the 262,144-wide layout."""
+    state = {f"features.{key}": value for key, value in model.features.state_dict().items()}
+    state["classifiers.0.weight"] = unpack(model.classifier.weight.detach()).flatten(1)
+    state["classifiers.0.bias"] = model.classifier.bias.detach()
+    return state
+
+
+def _from_source(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    weight = tensors.pop("classifiers.0.weight")
+    if weight.ndim != 2 or weight.shape[1] != CHANNELS**2:
+        raise UserError(
+            f"{path}: classifiers.0.weight has shape {tuple(weight.shape)}, expected "
+            f"(classes, {CHANNELS**2}): it was trained with another pooling"
+        )
+    tensors["classifier.weight"] = pack(weight.float().view(-1, CHANNELS, CHANNELS))
+    tensors["classifier.bias"] = tensors.pop("classifiers.0.bias")
+    return tensors
+
+
+def _load_features(model: BCNN, tensors: dict[str, Tensor], source: str | Path) -> None:
+    prefix = "features."
+    wanted = {
+        key: tensors[prefix + key] for key in model.features.state_dict() if prefix + key in tensors
+    }
+    try:
+        model.features.load_state_dict(wanted)
+    except RuntimeError as error:
+        raise UserError(
+            f"{source} does not hold the features of VGG-16 (features.0.weight … features.28.bias)"
+        ) from error
+
+
+def _set_normalization(
+    model: BCNN,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    normalization: str | None,
+    source: str | Path,
+) -> None:
+    """Find the normalisation in the file (mean and std, or the name of torchvision's weights)."""
+    if "mean" in tensors and "std" in tensors:
+        model.mean.copy_(tensors["mean"])
+        model.std.copy_(tensors["std"])
+        return
+    said = " ".join(str(value) for value in metadata.values())
+    named = [
+        key
+        for key, enum in TORCHVISION.items()
+        if enum.name in said or _file_name(enum) == Path(source).name
+    ]
+    choice = normalization or (named[0] if named else None)
+    if choice not in TORCHVISION:
+        raise UserError(
+            f"{source} does not say how its images were normalised: add "
+            "model.normalization=imagenet (mean 0.485…, std 0.229…) or "
+            "model.normalization=imagenet_features (mean 0.482…, std 1/255)"
+        )
+    _normalize_like(model, choice)
+
+
+def _normalize_like(model: BCNN, name: str) -> None:
+    preset = TORCHVISION[name].transforms()
+    model.set_normalization(preset.mean, preset.std)
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    """torchvision's file, kept in torch.hub's folder; its hash is checked."""
+    enum = TORCHVISION[name]
+    file = Path(torch.hub.get_dir(), "checkpoints", _file_name(enum))
+    try:
+        return dict(enum.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"cannot get the weights '{name}' ({error}): fetch {enum.url} by hand and put it at "
+            f"{file}, or train with model.weights=random"
+        ) from error
+
+
+def _file_name(enum: VGG16_Weights) -> str:
+    return Path(urlparse(enum.url).path).name
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and what the file says of itself, from .ckpt, .pth, .pt or .safetensors."""
+    if not path.is_file():
+        raise UserError(f"no such file of weights: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise UserError(
+            f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
+        ) from error
+    if isinstance(content, dict) and "state_dict" in content:
+        tensors = {key.removeprefix("model."): v for key, v in content["state_dict"].items()}
+        return tensors, dict(content.get("hyper_parameters", {}))
+    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+        raise UserError(f"{path} is not a state dict: expected tensors by name")
+    return dict(content), {}
