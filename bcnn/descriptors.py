@@ -1,15 +1,14 @@
 """Stage `last` without the features: descriptors computed once, then read from the store."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lightning as L
 import torch
 from filelock import Timeout
-from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -75,11 +74,11 @@ class DescriptorData(L.LightningDataModule):
         assert self.trainer is not None
         strategy = self.trainer.strategy
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        with _announced(self.store) if rank == 0 else nullcontext():
+        with self._lock() if rank == 0 else nullcontext():
             missing, damaged = self.store.open() if rank == 0 else ([], 0)
             missing = strategy.broadcast(missing)
             if damaged:
-                rank_zero_info(f"store {self.store.key}: {damaged} damaged chunks, computed again")
+                self.trainer.print(f"{damaged} damaged chunks in the store: computing them again")
             if missing:
                 self._build(missing[rank::ranks], strategy.root_device, show=rank == 0)
                 strategy.barrier()
@@ -112,6 +111,20 @@ class DescriptorData(L.LightningDataModule):
             shuffle=shuffle,
             collate_fn=lambda batch: batch,  # already one, from __getitems__
         )
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """The store's lock; says so where another run has it."""
+        lock = self.store.lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("another run is building the same descriptors: waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _build(self, chunks: list[int], device: torch.device, show: bool) -> None:
         positions = [i for chunk in chunks for i in self.store.chunk_images(chunk)]
@@ -158,23 +171,6 @@ class _Rows(Dataset[tuple[Tensor, Tensor]]):
         if self.mirror:
             rows = rows + torch.randint(VIEWS, rows.shape)
         return self.data.read(rows.tolist()), self.labels[indices]
-
-
-class _announced:
-    """A store's lock, saying so where another run has it."""
-
-    def __init__(self, store: DescriptorStore) -> None:
-        self.lock = store.lock()
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            rank_zero_info("another run is building the same store: waiting for it")
-            self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
 
 def _hash_features(model: BCNN) -> str:

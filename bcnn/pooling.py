@@ -81,5 +81,5 @@ def _upper_triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices of the upper triangle, and the scale of each entry: 1 on the diagonal, √2 off it."""
     channels = matrix.shape[-1]
     row, column = torch.triu_indices(channels, channels, device=matrix.device)
-    scale = torch.where(row == column, 1.0, math.sqrt(2.0)).to(matrix.dtype)
+    scale = matrix.new_full(row.shape, math.sqrt(2)).masked_fill_(row == column, 1)
     return row * channels + column, scale

@@ -31,5 +31,6 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
         axes.set(xlabel="epoch", title={"loss": "cross-entropy", "top1": "top-1"}[metric])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(picture, dpi=120)

@@ -141,7 +141,7 @@ def run_stage(
     checkpoint = Path(best.best_model_path)
     model.load_state_dict(load_model(checkpoint).state_dict())
     metrics = validate()
-    if start and origin and metrics["val_score"] < start["val_score"]:
+    if start and origin and not metrics["val_score"] >= start["val_score"]:  # also where it is nan
         say(
             f"no epoch of this stage was better than its start (validation top-1 "
             f"{start['val_top1']:.1%}): keeping {origin}; try a lower stage.optimizer.lr"

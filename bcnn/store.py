@@ -54,8 +54,8 @@ class DescriptorStore:
         dtype: str = "float16",
         about: str = "",
     ) -> None:
-        identity = {**identity, "images": images, "width": width, "dtype": dtype}
-        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        whole = {"rows": identity, "images": images, "width": width, "dtype": dtype}
+        self.key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = stores_dir() / self.key
         self.images = images
         self.width = width

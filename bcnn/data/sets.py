@@ -1,5 +1,7 @@
 """Image sets by name."""
 
+from filelock import FileLock
+
 from bcnn.data import butterflies
 from bcnn.data.folder import ImageFolderData
 
@@ -8,4 +10,6 @@ class Butterflies(ImageFolderData):
     """The embedded set: drawn into `root` on first use, then loaded like any other folder."""
 
     def prepare_data(self) -> None:
-        butterflies.write(self.root)
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root.with_name(f".{self.root.name}.lock")):  # runs that start together
+            butterflies.write(self.root)

@@ -1,0 +1,93 @@
+"""Toy image folders, and the two ways to run the program: as a command, and in this process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a folder of descriptor stores to itself."""
+    folder = tmp_path_factory.mktemp("stores")
+    monkeypatch.setenv("BCNN_STORES", str(folder))
+    return folder
+
+
+def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (48, 40)) -> None:
+    """`count` noisy images of each colour under `folder/<colour>/`."""
+    for label, (name, colour) in enumerate(COLOURS.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            noise = np.random.default_rng([seed, label, index]).normal(0, 40, (*size[::-1], 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An image folder of three easy classes: 6 training and 2 test images each."""
+    write_images(tmp_path / "images" / "train", 6, seed=0)
+    write_images(tmp_path / "images" / "test", 2, seed=1)
+    return tmp_path / "images"
+
+
+def toy(images: Path, *overrides: str) -> list[str]:
+    """Overrides for runs of seconds: 32 px, random weights, float32 on the CPU."""
+    return [
+        "data=folder",
+        f"data.root={images}",
+        "data.size=32",
+        "data.num_workers=0",
+        "data.val_fraction=0.34",
+        "model.weights=random",
+        "trainer=cpu",
+        "trainer.precision=32-true",
+        *overrides,
+    ]
+
+
+def configure(*overrides: str) -> DictConfig:
+    """The configuration that `python train.py *overrides` would run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Run:
+    """Run `python *arguments` in an empty folder, as a user would; no GPU, no account, no colours."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "WANDB_MODE": "offline", "COLUMNS": "200", **environment}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture
+def train(python: Run) -> Run:
+    """Run `python train.py *overrides`."""
+
+    def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return python(str(ROOT / "train.py"), *overrides, **environment)
+
+    return run

@@ -1,0 +1,108 @@
+"""The commands as a user types them, each a process of its own, at toy size."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+from conftest import ROOT, Run, toy
+
+FINETUNE = ["stage.finetune.epochs=1", "stage.finetune.batch_size=6"]
+
+
+def next_command(printed: str) -> list[str]:
+    line = next(line for line in printed.splitlines() if line.startswith("next: "))
+    return shlex.split(line.removeprefix("next: "))
+
+
+def test_last_then_the_command_that_it_prints(train: Run, images: Path, tmp_path: Path) -> None:
+    last = train(*toy(images, "stage=last"))
+    assert last.returncode == 0, last.stderr
+    assert re.search(r"test: top-1 \d+\.\d%, top-5 \d+\.\d%", last.stdout)
+    checkpoint = re.search(r"best checkpoint: (.+)", last.stdout)
+    assert checkpoint and Path(checkpoint[1]).is_file()
+    python, script, *overrides = next_command(last.stdout)
+    assert (python, script) == ("python", "train.py")
+    assert overrides[:2] == ["stage=finetune", f"ckpt={checkpoint[1]}"]
+    finetune = train(*overrides, "stage.epochs=1")
+    assert finetune.returncode == 0, finetune.stderr
+    assert "finetune" in finetune.stdout
+    assert "Traceback" not in last.stderr + finetune.stderr
+
+
+def test_sweep_over_rates_shares_the_store(
+    train: Run, images: Path, tmp_path: Path, stores: Path
+) -> None:
+    sweep = train("-m", *toy(images, "stage=last", "stage.optimizer.lr=0.1,1,10"))
+    assert sweep.returncode == 0, sweep.stderr
+    assert sweep.stdout.count("solver: sgd, since stage.optimizer.lr=") == 3
+    assert len(list(stores.glob("*/store.json"))) == 1
+    checkpoints = set(re.findall(r"best checkpoint: (.+)", sweep.stdout))
+    assert len(checkpoints) == 3 and all(Path(path).is_file() for path in checkpoints)
+
+
+def test_source_experiment(train: Run, images: Path) -> None:
+    options = [*FINETUNE, "stage.last.epochs=1", "experiment=source"]
+    run = train(*toy(images, *options))
+    assert run.returncode == 0, run.stderr
+
+
+def test_wandb_offline_and_tensorboard_need_no_account(
+    train: Run, images: Path, tmp_path: Path
+) -> None:
+    for logger in ("wandb", "tensorboard"):
+        run = train(*toy(images, *FINETUNE, f"logger={logger}", f"output={tmp_path / logger}"))
+        assert run.returncode == 0, run.stderr
+        for stage in ("last", "finetune"):
+            with (tmp_path / logger / stage / "metrics.csv").open() as file:
+                assert any(row["val_top1"] for row in csv.DictReader(file))
+    assert len(list((tmp_path / "wandb").glob("*/wandb/offline-run-*"))) == 2
+    assert all(
+        list((tmp_path / "tensorboard" / s).glob("tensorboard/events.*")) for s in ("last", "finetune")
+    )
+
+
+def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, stores: Path) -> None:
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *FINETUNE]
+    run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("best checkpoint") == 1
+    chunks = [path.name.split("-")[0] for path in stores.glob("*/*.rows")]
+    assert sorted(chunks) == ["000000", "000001"]
+
+
+def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
+    for overrides in (
+        ["data=folder", "data.root=nowhere"],
+        ["stage=finetune", "data=folder", "data.root=nowhere"],
+        ["stage=lst"],
+        ["stage.last.optimiser.lr=1"],
+    ):
+        run = train(*overrides)
+        assert run.returncode == 1
+        assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_a_broken_image_is_named_from_a_loading_process(train: Run, images: Path) -> None:
+    (images / "train" / "red" / "0.png").write_text("not a photograph")
+    run = train(*toy(images, "stage=last", "data.num_workers=2"))
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("error: cannot read the image")
+    assert "Traceback" not in run.stderr
+
+
+def test_convex_refuses_options_of_sgd(train: Run, images: Path) -> None:
+    run = train(*toy(images, "stage=last", "stage.solver=convex", "stage.epochs=3"))
+    assert run.returncode == 1 and "stage.epochs=3 has no effect" in run.stderr
+
+
+def test_help_is_fast_and_names_the_groups(train: Run) -> None:
+    run = train("--help")
+    assert run.returncode == 0
+    assert "stage: both" in run.stdout.replace("source, ", "") or "stage" in run.stdout
+
+
+def test_stores_are_listed_by_command(python: Run, stores: Path) -> None:
+    listing = python("-m", "bcnn.store", PYTHONPATH=str(ROOT))
+    assert listing.returncode == 0 and str(stores) in listing.stdout

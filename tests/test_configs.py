@@ -1,0 +1,60 @@
+"""Every configuration composes, and what it describes can be made."""
+
+import pytest
+from conftest import ROOT, configure
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+GROUPS = {
+    group.name: sorted(file.stem for file in group.glob("*.yaml"))
+    for group in (ROOT / "conf").iterdir()
+    if group.is_dir()
+}
+CHOICES = [f"{group}={choice}" for group, choices in GROUPS.items() for choice in choices]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_composes_without_a_missing_value(choice: str) -> None:
+    overrides = [choice, "output=here", *(["data.root=images"] if choice == "data=folder" else [])]
+    cfg = configure(*overrides)
+    OmegaConf.resolve(cfg)
+    assert not OmegaConf.missing_keys(cfg)
+
+
+@pytest.mark.parametrize("data", GROUPS["data"])
+def test_data_instantiates(data: str) -> None:
+    cfg = configure(f"data={data}", "data.root=images", "data.val_fraction=0.25")
+    assert instantiate(cfg.data).val_fraction == 0.25
+
+
+@pytest.mark.parametrize("stage", [s for s in GROUPS["stage"] if s.endswith(("last", "finetune"))])
+def test_optimizer_and_schedule_instantiate(stage: str) -> None:
+    import torch
+
+    cfg = configure(f"stage={stage}").stage
+    optimizer = instantiate(cfg.optimizer)([torch.zeros(2, requires_grad=True)])
+    assert optimizer.defaults["lr"] == cfg.optimizer.lr
+    if cfg.scheduler is not None:
+        assert instantiate(cfg.scheduler)(optimizer, total_steps=10).get_last_lr()
+
+
+@pytest.mark.parametrize("trainer", [t for t in GROUPS["trainer"] if t not in ("gpu", "ddp")])
+def test_trainer_instantiates(trainer: str) -> None:
+    cfg = configure(f"trainer={trainer}").trainer
+    assert instantiate(cfg, precision="32-true", logger=False).max_epochs is None
+
+
+def test_the_source_recipe_is_the_source_s() -> None:
+    stage = configure("experiment=source").stage
+    for name, rate in (("last", 1.0), ("finetune", 0.01)):
+        optimizer = stage[name].optimizer
+        assert optimizer._target_ == "torch.optim.SGD"
+        assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (rate, 0.9, 1e-5)
+        assert stage[name].scheduler is None
+    assert stage.last.solver == "sgd"
+
+
+def test_butterflies_come_with_random_weights_and_folders_with_imagenet() -> None:
+    assert configure().model.weights == "random"
+    assert configure("data=folder", "data.root=x").model.weights == "imagenet"
+    assert configure("model.weights=imagenet_features").model.weights == "imagenet_features"

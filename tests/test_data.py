@@ -1,0 +1,136 @@
+"""Image folders: decoding, transforms, splits, and the mistakes people make."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+from bcnn.data.folder import ImageFolderData, stratified_split
+from bcnn.data.transforms import evaluation_transform, load_image, training_transform
+from bcnn.errors import UserError
+
+
+def set_up(root: Path, **options: object) -> ImageFolderData:
+    data = ImageFolderData(root, size=32, num_workers=0, **options)  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_every_colour_mode_becomes_rgb_of_the_same_brightness(tmp_path: Path, mode: str) -> None:
+    grey = Image.new("L", (8, 6), 255 if mode == "1" else 128)
+    if mode == "I;16":
+        image = Image.fromarray(np.full((6, 8), 128 * 257, np.uint16))
+    elif mode == "P":
+        image = grey.convert("RGB").quantize(4)
+    elif mode in ("RGBA", "CMYK", "RGB"):
+        image = grey.convert("RGB").convert(mode)
+    else:
+        image = grey.convert(mode)
+    path = tmp_path / ("image.tiff" if mode in ("CMYK", "F") else "image.png")
+    image.save(path)
+    loaded = load_image(path)
+    assert (loaded.mode, loaded.size) == ("RGB", (8, 6))
+    expected = 255 if mode == "1" else 128
+    assert abs(np.asarray(loaded).astype(int) - expected).max() <= 2
+
+
+def test_transparent_pixels_show_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(load_image(tmp_path / "clear.png")).min() == 255
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (20, 10))
+    image.paste((255, 255, 255), (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # hold the camera's right side down: rotate clockwise to see it upright
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = load_image(tmp_path / "turned.jpg")
+    assert upright.size == (10, 20)
+    assert np.asarray(upright)[:8].mean() > 240 and np.asarray(upright)[12:].mean() < 15
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not a photograph")
+    with pytest.raises(UserError, match=r"text\.jpg"):
+        load_image(tmp_path / "text.jpg")
+
+
+def test_keep_crops_the_centre_and_squash_keeps_everything() -> None:
+    stripes = Image.new("RGB", (96, 32), (0, 0, 0))
+    stripes.paste((255, 255, 255), (32, 0, 64, 32))
+    kept = evaluation_transform(32, "keep")(stripes)
+    squashed = evaluation_transform(32, "squash")(stripes)
+    assert kept.shape == squashed.shape == (3, 32, 32) and kept.dtype == torch.uint8
+    assert kept.float().mean() == 255
+    assert 70 < squashed.float().mean() < 100
+
+
+def test_training_crops_and_flips_at_random() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1))).convert("RGB")
+    transform = training_transform(32, "keep")
+    torch.manual_seed(0)
+    crops = [transform(ramp)[0, 0] for _ in range(20)]
+    assert len({int(crop.min()) for crop in crops}) > 5
+    assert {bool(crop[0] < crop[-1]) for crop in crops} == {True, False}
+
+
+def test_split_is_stratified_seeded_and_disjoint() -> None:
+    samples = [(f"{label}/{i}", label) for label in range(3) for i in range((20, 10, 2)[label])]
+    kept, drawn = stratified_split(samples, 0.2, seed=0)
+    assert [sum(y == label for _, y in drawn) for label in range(3)] == [4, 2, 1]
+    assert sorted(kept + drawn) == sorted(samples)
+    assert stratified_split(samples, 0.2, seed=0) == (kept, drawn)
+    assert stratified_split(samples, 0.2, seed=1) != (kept, drawn)
+
+
+def test_folders_become_splits(images: Path) -> None:
+    data = set_up(images, val_fraction=0.34)
+    assert data.classes == ["blue", "green", "red"]
+    assert [len(split) for split in (data.train, data.val, data.test)] == [12, 6, 6]
+    everything = set_up(images, val_fraction=0)
+    assert [len(split) for split in (everything.train, everything.val)] == [18, 0]
+    write_images(images / "val", 1, seed=3)
+    own = set_up(images, val_fraction=0.34)
+    assert [len(split) for split in (own.train, own.val)] == [18, 3]
+
+
+def test_labels_of_test_are_those_of_training(images: Path) -> None:
+    for name in ("blue", "green"):
+        for path in (images / "test" / name).iterdir():
+            path.unlink()
+        (images / "test" / name).rmdir()
+    assert {label for _, label in set_up(images).test} == {2}
+
+
+def test_hidden_files_are_no_images(images: Path) -> None:
+    (images / "train" / "red" / "._0.png").write_bytes(b"resource fork")
+    (images / "train" / "red" / "notes.txt").write_text("sunny")
+    assert len(set_up(images, val_fraction=0).train) == 18
+
+
+def test_mistakes_are_told_by_name(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        set_up(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="train/<class>"):
+        set_up(images / "train")
+    (images / "test" / "violet").mkdir()
+    with pytest.raises(UserError, match="violet"):
+        set_up(images)
+    write_images(images / "test" / "violet", 0)
+    Image.new("RGB", (8, 8)).save(images / "test" / "violet" / "0.png")
+    for name in ("blue", "green", "red"):
+        (images / "test" / "violet" / name).rmdir()
+    with pytest.raises(UserError, match="train lacks: violet"):
+        set_up(images)
+
+
+def test_one_class_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train" / "only").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "only" / "0.png")
+    with pytest.raises(UserError, match="one class only"):
+        set_up(tmp_path)

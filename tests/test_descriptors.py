@@ -1,0 +1,182 @@
+"""Stage `last` from the store is stage `last` through the frozen network."""
+
+import multiprocessing
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from torch.utils.data import DataLoader
+
+from bcnn.data.folder import ImageFolderData
+from bcnn.descriptors import DescriptorData
+from bcnn.model import BCNN
+from bcnn.module import BCNNModule
+from bcnn.store import VIEWS
+
+
+def folder_data(root: Path, **options: object) -> ImageFolderData:
+    defaults: dict[str, object] = {"size": 32, "num_workers": 0, "val_fraction": 0.34}
+    data = ImageFolderData(root, **{**defaults, **options})  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+def network(seed: int = 0) -> BCNN:
+    torch.manual_seed(seed)
+    return BCNN(["blue", "green", "red"], size=32)
+
+
+def quiet_trainer(**options: object) -> L.Trainer:
+    defaults: dict[str, object] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def build(data: DescriptorData) -> DescriptorData:
+    data.trainer = quiet_trainer()
+    data.setup()
+    return data
+
+
+def forward_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the images that pass the features."""
+    counts: list[int] = []
+    original = BCNN.descriptor
+
+    def counted(self: BCNN, images: torch.Tensor) -> torch.Tensor:
+        counts.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(BCNN, "descriptor", counted)
+    return counts
+
+
+def test_rows_are_the_descriptors_of_the_crop_and_its_mirror_image(images: Path) -> None:
+    folder, model = folder_data(images), network()
+    data = build(DescriptorData(folder, model, "32-true"))
+    for split in (folder.train, folder.val, folder.test):
+        batch, _ = next(iter(folder.evaluation_dataloader(split)))
+        with torch.no_grad():
+            views = model.descriptor(batch), model.descriptor(batch.flip(-1))
+        first = data.rows(split)
+        for view, expected in enumerate(views):
+            found = data.read([row + view for row in first])
+            torch.testing.assert_close(found, expected, rtol=2**-11, atol=1e-9)
+
+
+def test_images_pass_the_features_once_and_never_again(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = forward_images(monkeypatch)
+    build(DescriptorData(folder_data(images), network(), "32-true"))
+    assert sum(counts) == 24 * VIEWS
+    again = build(DescriptorData(folder_data(images, val_fraction=0.1), network(), "32-true"))
+    for loader in (again.train_dataloader(), again.val_dataloader(), again.test_dataloader()):
+        list(loader)
+    assert sum(counts) == 24 * VIEWS
+
+
+@pytest.mark.parametrize("change", ["features", "image", "size", "resize", "precision", "mean"])
+def test_whatever_determines_the_rows_makes_another_store(images: Path, change: str) -> None:
+    before = DescriptorData(folder_data(images), network(), "32-true").store.key
+    model, options, precision = network(), {}, "32-true"
+    if change == "features":
+        model = network(seed=1)
+    elif change == "image":
+        write_images(images / "train", 1, seed=9)
+    elif change == "mean":
+        model.set_normalization([0.1, 0, 0], [1, 1, 1])
+    elif change == "precision":
+        precision = "bf16-mixed"
+    else:
+        options = {"size": 40} if change == "size" else {"resize": "squash"}
+    assert DescriptorData(folder_data(images, **options), model, precision).store.key != before
+
+
+def test_the_head_and_the_split_do_not(images: Path) -> None:
+    before = DescriptorData(folder_data(images), network(), "32-true").store.key
+    model = network()
+    torch.nn.init.normal_(model.classifier.weight)
+    folder = folder_data(images, val_fraction=0.2, batch_size=3)
+    assert DescriptorData(folder, model, "32-true").store.key == before
+
+
+def train_head(model: BCNN, batches: DataLoader) -> torch.Tensor:
+    module = BCNNModule(model, "last", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
+    quiet_trainer(max_epochs=6).fit(module, batches)
+    return model.classifier.weight.detach()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-4), ("float16", 2e-3)])
+def test_same_views_in_the_same_order_give_the_same_classifier(
+    images: Path, dtype: str, bound: float
+) -> None:
+    folder = folder_data(images, batch_size=5)
+    data = build(DescriptorData(folder, network(), "32-true", dtype))
+    # the validation loader: in order, without the draw between the two views
+    from_store = train_head(network(), data._loader(folder.train, shuffle=False))
+    through_network = train_head(network(), folder.evaluation_dataloader(folder.train))
+    error = (from_store - through_network).norm() / through_network.norm()
+    assert through_network.norm() > 1 and error < bound
+
+
+def test_training_draws_both_views_and_validation_only_the_first(images: Path) -> None:
+    folder = folder_data(images)
+    data = build(DescriptorData(folder, network(), "32-true"))
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(8):
+        rows, _ = next(iter(data.train_dataloader()))
+        seen |= {row.numpy().tobytes() for row in rows}
+    assert len(seen) == len(folder.train) * VIEWS
+    rows, labels = next(iter(data.val_dataloader()))
+    torch.testing.assert_close(rows, data.read(data.rows(folder.val)), rtol=0, atol=0)
+    assert labels.tolist() == [label for _, label in folder.val]
+
+
+def test_damage_is_said_and_computed_again(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = build(DescriptorData(folder_data(images), network(), "32-true"))
+    intact = data.store.read(range(48))
+    chunk = sorted(data.store.folder.glob("*.rows"))[1]
+    chunk.write_bytes(chunk.read_bytes()[:-2])
+    counts = forward_images(monkeypatch)
+    again = build(DescriptorData(folder_data(images), network(), "32-true"))
+    assert "1 damaged" in capsys.readouterr().out
+    assert sum(counts) == 8 * VIEWS  # the second chunk: 24 images less a chunk of 16
+    np.testing.assert_array_equal(again.store.read(range(48)), intact)
+
+
+def _build_in_process(root: Path, queue: multiprocessing.Queue) -> None:
+    counts: list[int] = []
+    original = BCNN.descriptor
+
+    def counted(self: BCNN, images: torch.Tensor) -> torch.Tensor:
+        counts.append(len(images))
+        return original(self, images)
+
+    BCNN.descriptor = counted  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    build(DescriptorData(folder_data(root), network(), "32-true"))
+    queue.put(sum(counts))
+
+
+def test_of_two_runs_at_once_one_builds_and_the_other_uses_it(images: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    runs = [context.Process(target=_build_in_process, args=(images, queue)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert sorted(queue.get(timeout=1) for _ in runs) == [0, 24 * VIEWS]

@@ -1,0 +1,77 @@
+"""What the stage flag freezes and opens."""
+
+import copy
+
+import pytest
+import torch
+from test_descriptors import network, quiet_trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from bcnn.module import BCNNModule, warmup_cosine
+
+
+def batches() -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(8) % 3), batch_size=4)
+
+
+def sgd(lr: float) -> object:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-5)
+
+
+def test_last_leaves_the_features_bit_for_bit_and_without_gradients() -> None:
+    model = network()
+    before = copy.deepcopy(model.features.state_dict())
+    head = model.classifier.weight.clone()
+    quiet_trainer(max_epochs=2).fit(BCNNModule(model, "last", sgd(1.0)), batches())
+    assert all(torch.equal(before[k], v) for k, v in model.features.state_dict().items())
+    assert all(p.grad is None for p in model.features.parameters())
+    assert not torch.equal(model.classifier.weight, head)
+
+
+def test_last_keeps_no_graph_through_the_features() -> None:
+    module = BCNNModule(network(), "last", sgd(1.0))
+    saved: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    images, labels = next(iter(batches()))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = torch.nn.functional.cross_entropy(module(images), labels)
+    assert loss.requires_grad
+    assert all(len(shape) <= 2 for shape in saved)  # no feature map among them
+    assert all(p.requires_grad is False for p in module.model.features.parameters())
+
+
+def test_finetune_trains_every_layer() -> None:
+    model = network()
+    torch.nn.init.normal_(model.classifier.weight)
+    before = copy.deepcopy(model.state_dict())
+    quiet_trainer(max_epochs=1).fit(BCNNModule(model, "finetune", sgd(1e-4)), batches())
+    frozen = [k for k, v in model.state_dict().items() if torch.equal(before[k], v)]
+    assert frozen == ["mean", "std"]
+
+
+def test_checkpoints_describe_themselves() -> None:
+    module = BCNNModule(network(), "last")
+    expected = {"classes": ["blue", "green", "red"], "size": 32, "resize": "keep", "stage": "last"}
+    assert dict(module.hparams) == expected
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_schedule_warms_up_and_ends_near_zero(warmup: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = warmup_cosine(optimizer, total_steps=40, warmup=warmup)
+    rates = []
+    for _ in range(40):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    peak = round(40 * warmup)
+    assert max(rates) == rates[peak] == pytest.approx(2.0)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.02

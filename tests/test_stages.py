@@ -1,0 +1,147 @@
+"""Both stages from a configuration, in this process, at toy size."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import configure, toy, write_images
+from torch import Tensor
+
+from bcnn.errors import UserError
+from bcnn.stages import run
+from bcnn.weights import load_model, source_state_dict
+
+SHORT = ["stage.finetune.epochs=1", "stage.finetune.batch_size=6"]
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def metrics(text: str, stage: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(stage)]
+
+
+def test_both_stages_train_test_and_hand_over(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = run(configure(*toy(images, *SHORT, f"output={tmp_path / 'out'}")))
+    assert figure >= 0.8  # three flat colours are easy
+    printed = capsys.readouterr().out
+    assert len(metrics(printed, "last ")) == len(metrics(printed, "finetune ")) == 2
+    for stage in ("last", "finetune"):
+        model = load_model(tmp_path / "out" / stage / "best.ckpt")
+        assert (model.classes, model.size) == (["blue", "green", "red"], 32)
+        assert (tmp_path / "out" / stage / "curves.png").stat().st_size > 5_000
+        assert (tmp_path / "out" / stage / "metrics.csv").is_file()
+    assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
+
+
+def test_first_validation_of_finetune_is_the_last_of_last_exactly_in_float32(
+    images: Path, tmp_path: Path
+) -> None:
+    def value(stage: str, row: int, key: str) -> str:
+        lines = (tmp_path / stage / "metrics.csv").read_text().splitlines()
+        rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+        return [entry[key] for entry in rows if entry.get(key)][row]
+
+    last = ["stage=last", "stage.store=off", "stage.epochs=1", f"output={tmp_path}"]
+    run(configure(*toy(images, *last)))
+    finetune = ["stage=finetune", "stage.epochs=1", f"output={tmp_path}"]
+    run(configure(*toy(images, *finetune, f"ckpt={tmp_path}/last/best.ckpt", "stage.batch_size=64")))
+    for key in ("val_loss", "val_top1"):
+        assert value("finetune", 0, key) == value("last", -1, key)
+
+
+def test_finetune_after_last_alone_is_the_second_half_of_both(images: Path, tmp_path: Path) -> None:
+    run(configure(*toy(images, *SHORT, f"output={tmp_path / 'both'}")))
+    start = tmp_path / "both" / "last" / "best.ckpt"
+    options = ["stage=finetune", "stage.epochs=1", "stage.batch_size=6", f"ckpt={start}"]
+    run(configure(*toy(images, *options, f"output={tmp_path / 'alone'}")))
+    both = weights(tmp_path / "both" / "finetune" / "best.ckpt")
+    alone = weights(tmp_path / "alone" / "finetune" / "best.ckpt")
+    assert all(torch.equal(both[key], alone[key]) for key in both)
+
+
+@pytest.mark.parametrize("options", [[], ["stage.last.solver=sgd", "stage.last.store=off"]])
+def test_the_same_run_twice_gives_the_same_bits(
+    images: Path, tmp_path: Path, options: list[str]
+) -> None:
+    runs = []
+    for name in ("one", "two"):
+        short = [*SHORT, "stage.last.epochs=2", "data.num_workers=2", *options]
+        run(configure(*toy(images, *short, f"output={tmp_path / name}")))
+        runs.append(weights(tmp_path / name / "finetune" / "best.ckpt"))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_sgd_from_the_store_learns_what_the_convex_solver_learns(images: Path, tmp_path: Path) -> None:
+    for solver in ("sgd", "convex"):
+        options = ["stage=last", f"stage.solver={solver}", f"output={tmp_path / solver}"]
+        assert run(configure(*toy(images, *options))) >= 0.8
+
+
+def test_without_validation_the_last_epoch_is_kept(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["stage=last", "data.val_fraction=0", f"output={tmp_path}"]
+    assert math.isnan(run(configure(*toy(images, *options))))
+    assert (tmp_path / "last" / "last.ckpt").is_file()
+    assert "test: top-1" in capsys.readouterr().out
+
+
+def test_without_a_test_folder_validation_alone_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images" / "train", 6)
+    options = ["stage=last", f"output={tmp_path}"]
+    run(configure(*toy(tmp_path / "images", *options)))
+    printed = capsys.readouterr().out
+    assert "no test/ folder" in printed and "validation: top-1" in printed
+    assert "test: top-1" not in printed
+
+
+def test_finetune_from_the_source_state_dict(images: Path, tmp_path: Path) -> None:
+    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
+    trained = load_model(tmp_path / "last" / "best.ckpt")
+    torch.save(source_state_dict(trained), tmp_path / "bcnn_lastlayer.pth")
+    options = ["stage=finetune", "stage.epochs=1", f"ckpt={tmp_path / 'bcnn_lastlayer.pth'}"]
+    assert run(configure(*toy(images, *options, f"output={tmp_path}"))) >= 0.8
+
+
+def test_a_finetune_that_only_harms_keeps_its_start(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
+    start = tmp_path / "last" / "best.ckpt"
+    options = ["stage=finetune", "stage.epochs=1", f"ckpt={start}", "stage.optimizer.lr=100"]
+    run(configure(*toy(images, *options, f"output={tmp_path}")))
+    printed = capsys.readouterr().out
+    assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["stage=finetune"], "stage=both"),
+        (["stage=last", "ckpt=some.ckpt"], "ckpt is for stage=finetune"),
+        (["stage=finetune", "ckpt=missing.ckpt"], "missing.ckpt"),
+        (["stage=last", "model.weights=missing.pth"], "missing.pth"),
+        (["stage=last", "stage.solver=convex", "stage.store=off"], "stage.store=off"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    images: Path, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run(configure(*toy(images, *options, f"output={tmp_path}")))
+
+
+def test_checkpoint_of_other_classes_is_refused(images: Path, tmp_path: Path) -> None:
+    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
+    options = ["stage=finetune", f"ckpt={tmp_path / 'last' / 'best.ckpt'}"]
+    for split in ("train", "test"):
+        (images / split / "red").rename(images / split / "rose")
+    with pytest.raises(UserError, match="other classes"):
+        run(configure(*toy(images, *options)))

@@ -1,0 +1,175 @@
+"""Files of weights, in and out."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import VGG16_Weights
+
+from bcnn.errors import UserError
+from bcnn.model import BCNN
+from bcnn.weights import TORCHVISION, initialise_features, load_model, source_state_dict
+
+
+@pytest.fixture(scope="module")
+def model() -> BCNN:
+    torch.manual_seed(0)
+    model = BCNN(["x", "y"], size=64, resize="squash")
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+    model.set_normalization(preset.mean, preset.std)
+    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.classifier.bias)
+    return model
+
+
+def same(a: BCNN, b: BCNN) -> bool:
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    return torch.allclose(a(images), b(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bcnn_alllayer.pth", "model.safetensors"])
+def test_the_source_state_dict_comes_back_as_the_same_network(
+    model: BCNN, tmp_path: Path, name: str
+) -> None:
+    state = {key: value.contiguous() for key, value in source_state_dict(model).items()}
+    assert state["classifiers.0.weight"].shape == (2, 512**2)
+    (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
+    loaded = load_model(tmp_path / name)
+    assert same(loaded, model)
+    assert loaded.classes == ["0", "1"]
+    assert load_model(tmp_path / name, classes=["x", "y"]).classes == ["x", "y"]
+
+
+def test_a_full_width_classifier_that_is_not_symmetric_keeps_its_logits(
+    model: BCNN, tmp_path: Path
+) -> None:
+    state = source_state_dict(model)
+    matrix = torch.randn(2, 512, 512)
+    state["classifiers.0.weight"] = matrix.flatten(1)
+    torch.save(state, tmp_path / "bcnn_lastlayer.pth")
+    loaded = load_model(tmp_path / "bcnn_lastlayer.pth")
+    symmetric = source_state_dict(loaded)["classifiers.0.weight"].view(2, 512, 512)
+    torch.testing.assert_close(symmetric, (matrix + matrix.mT) / 2)
+
+
+def test_own_state_dict_keeps_its_normalisation(model: BCNN, tmp_path: Path) -> None:
+    other = BCNN(["x", "y"])
+    other.load_state_dict(model.state_dict())
+    other.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    torch.save(other.state_dict(), tmp_path / "own.pth")
+    torch.testing.assert_close(load_model(tmp_path / "own.pth").mean, other.mean)
+
+
+def features_of(model: BCNN) -> dict[str, torch.Tensor]:
+    return {f"features.{k}": v.contiguous().clone() for k, v in model.features.state_dict().items()}
+
+
+def test_normalisation_comes_with_the_weights(model: BCNN, tmp_path: Path) -> None:
+    path = tmp_path / "features.safetensors"
+    save_file(features_of(model), path, metadata={"convention": "as IMAGENET1K_FEATURES"})
+    named = BCNN(["x", "y"])
+    initialise_features(named, str(path))
+    torch.testing.assert_close(named.std, torch.full((3, 1, 1), 1 / 255))
+    torch.testing.assert_close(named.features[0].weight, model.features[0].weight)
+    save_file(features_of(model), path)
+    with pytest.raises(UserError, match=r"model\.normalization"):
+        initialise_features(BCNN(["x", "y"]), str(path))
+    initialise_features(named, str(path), normalization="imagenet")
+    torch.testing.assert_close(named.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+
+
+def test_torchvision_file_under_its_own_name_is_known(model: BCNN, tmp_path: Path) -> None:
+    path = tmp_path / "vgg16-397923af.pth"
+    # torchvision's is in the format from before zip files
+    torch.save(features_of(model), path, _use_new_zipfile_serialization=False)
+    loaded = BCNN(["x", "y"])
+    initialise_features(loaded, str(path))
+    torch.testing.assert_close(loaded.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> Path:
+    """Point torchvision's enum at `url`, and torch.hub's folder at an empty one."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(TORCHVISION["imagenet"].value, "url", url)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_download_is_checked_and_kept(
+    model: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(features_of(model), tmp_path / "plain.pth")
+    digest = hashlib.sha256((tmp_path / "plain.pth").read_bytes()).hexdigest()[:8]
+    served = (tmp_path / "plain.pth").rename(tmp_path / f"vgg16-{digest}.pth")
+    kept = serve(monkeypatch, tmp_path, served.as_uri())
+    loaded = BCNN(["x", "y"])
+    initialise_features(loaded, "imagenet")
+    torch.testing.assert_close(loaded.features[28].weight, model.features[28].weight)
+    served.unlink()
+    initialise_features(BCNN(["x", "y"]), "imagenet")  # from the copy that was kept
+    assert [file.name for file in kept.iterdir()] == [served.name]
+
+
+def test_a_download_that_fails_its_hash_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = tmp_path / "vgg16-00000000.pth"
+    served.write_bytes(b"half a file")
+    kept = serve(monkeypatch, tmp_path, served.as_uri())
+    with pytest.raises(UserError, match="put it at") as refusal:
+        initialise_features(BCNN(["x", "y"]), "imagenet")
+    assert str(kept / served.name) in str(refusal.value)
+    assert list(kept.iterdir()) == []
+
+
+def test_without_internet_the_file_and_its_place_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = (tmp_path / "offline" / "vgg16-397923af.pth").as_uri()
+    kept = serve(monkeypatch, tmp_path, missing)
+    with pytest.raises(UserError) as refusal:
+        initialise_features(BCNN(["x", "y"]), "imagenet")
+    assert missing in str(refusal.value) and str(kept / "vgg16-397923af.pth") in str(refusal.value)
+
+
+class Exploit:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": Exploit(tmp_path / "owned")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth"):
+        load_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.ckpt", "cut.safetensors"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x02 damaged")
+    with pytest.raises(UserError, match=name):
+        load_model(tmp_path / name)
+
+
+def test_files_of_other_networks_are_refused(model: BCNN, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_model(tmp_path / "missing.pth")
+    torch.save(features_of(model), tmp_path / "features.pth")
+    with pytest.raises(UserError, match="no classifier"):
+        load_model(tmp_path / "features.pth")
+    state = source_state_dict(model)
+    state["classifiers.0.weight"] = torch.zeros(2, 4096)
+    torch.save(state, tmp_path / "pooling.pth")
+    with pytest.raises(UserError, match="another pooling"):
+        load_model(tmp_path / "pooling.pth")
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match="VGG-16"):
+        initialise_features(BCNN(["x", "y"]), str(tmp_path / "small.pth"))
+    torch.save(source_state_dict(model), tmp_path / "two.pth")
+    with pytest.raises(UserError, match="2 classes, the images have 3"):
+        load_model(tmp_path / "two.pth", classes=["a", "b", "c"])
