@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from bcnn.data.folder import ImageFolderData
 from bcnn.model import BCNN
 from bcnn.pooling import packed_size
+from bcnn.precision import AUTOCAST
 from bcnn.store import CHUNK, SCALE, VIEWS, DescriptorStore
-
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class DescriptorData(L.LightningDataModule):

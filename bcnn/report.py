@@ -3,10 +3,7 @@
 import csv
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
-
-matplotlib.use("agg")
 
 
 def plot_curves(metrics_csv: Path, picture: Path) -> None:

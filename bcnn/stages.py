@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -23,6 +22,7 @@ from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
 from bcnn.model import BCNN
 from bcnn.module import BCNNModule
+from bcnn.precision import fastest_precision
 from bcnn.report import plot_curves
 from bcnn.store import VIEWS, stores_dir
 from bcnn.weights import initialise_features, load_model
@@ -94,7 +94,9 @@ def run_stage(
     """
     say(f"\nstage {stage.name}")
     folder = Path(cfg.output) / stage.name
-    precision = _precision(cfg.trainer)
+    precision = str(cfg.trainer.precision)
+    if precision == "auto":
+        precision = fastest_precision(cfg.trainer.accelerator)
     module, data, limits = _plan(stage, images, model, precision)
     convex = isinstance(module, ConvexModule)
     validates = len(images.val) > 0
@@ -231,17 +233,6 @@ def _build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
         )
     model.size, model.resize = images.size, images.resize
     return model
-
-
-def _precision(trainer: DictConfig) -> str:
-    """Lightning's name for the precision; "auto" is the fastest that the device is built for."""
-    if trainer.precision != "auto":
-        return str(trainer.precision)
-    if trainer.accelerator != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16-mixed" if native else "16-mixed"
-    on_cpu = trainer.accelerator == "cpu" or not torch.backends.mps.is_available()
-    return "bf16-mixed" if on_cpu and torch.cpu._is_amx_tile_supported() else "32-true"
 
 
 def _summarise(results: list[Result], images: ImageFolderData) -> None:

@@ -1,0 +1,19 @@
+"""Lightning's names for mixed precision, and which of them a device is built for."""
+
+import torch
+
+# what autocast computes convolutions in; other precisions need no autocast
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def fastest_precision(accelerator: str = "auto") -> str:
+    """bf16-mixed where the device computes in bfloat16, 16-mixed on older GPUs, else 32-true.
+
+    Args:
+        accelerator: Lightning's name: "auto", "gpu", "cuda", "cpu", …
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if native else "16-mixed"
+    on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
+    return "bf16-mixed" if on_cpu and torch.cpu._is_amx_tile_supported() else "32-true"

@@ -1,0 +1,36 @@
+"""The benchmark runs and compares like with like, at toy size."""
+
+import pytest
+import torch
+from conftest import ROOT, Run
+
+from bcnn.benchmark import SourceNet
+from bcnn.model import BCNN
+from bcnn.weights import source_state_dict
+
+
+def test_the_source_s_network_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    model = BCNN(["a", "b"]).double()
+    torch.nn.init.normal_(model.classifier.weight)
+    source = SourceNet(2).double()
+    source.load_state_dict(source_state_dict(model))
+    images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
+    torch.testing.assert_close(source(images), model(images), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stage", ["last", "finetune", "convex"])
+def test_each_part_prints_its_table(python: Run, images: object, stage: str) -> None:
+    options = ["size=32", "batch=2", "images=4", "classes=3", "epochs=2", "rows=[40]"]
+    run = python(
+        "-m", "bcnn.benchmark", f"stage={stage}", f"root={images}", *options, PYTHONPATH=str(ROOT)
+    )
+    assert run.returncode == 0, run.stderr
+    expected = {"last": "descriptor store", "finetune": "TFLOP/s", "convex": "rows"}
+    assert expected[stage] in run.stdout
+    assert "GB" in run.stdout
+
+
+def test_unknown_options_are_one_sentence(python: Run) -> None:
+    run = python("-m", "bcnn.benchmark", "sise=32", PYTHONPATH=str(ROOT))
+    assert run.returncode == 1 and "sise" in run.stderr and "Traceback" not in run.stderr

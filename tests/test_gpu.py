@@ -1,0 +1,59 @@
+"""Both stages on a GPU: `make test-gpu`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import configure, toy
+from torch import Tensor
+
+from bcnn.stages import run
+from bcnn.weights import load_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def logits(path: Path, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return load_model(path)(images)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("solver", ["convex", "sgd"])
+def test_both_stages_train_and_agree_with_float32(
+    images: Path, tmp_path: Path, precision: str, solver: str
+) -> None:
+    short = [
+        f"stage.last.solver={solver}",
+        "stage.last.epochs=5",
+        "stage.finetune.epochs=1",
+        "stage.finetune.batch_size=6",
+        "trainer=gpu",
+    ]
+    finals = {}
+    for name in ("32-true", precision):
+        overrides = [*short, f"trainer.precision={name}", f"output={tmp_path / name}"]
+        assert run(configure(*toy(images, *overrides))) >= 0.8
+        finals[name] = tmp_path / name
+    start = load_model(finals["32-true"] / "last" / "best.ckpt").features.state_dict()
+    mixed = load_model(finals[precision] / "last" / "best.ckpt").features.state_dict()
+    assert all(torch.equal(start[key], mixed[key]) for key in start)  # frozen, in both
+    batch = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    exact = logits(finals["32-true"] / "last" / "best.ckpt", batch)
+    close = logits(finals[precision] / "last" / "best.ckpt", batch)
+    assert torch.isfinite(close).all()
+    torch.testing.assert_close(close.softmax(1), exact.softmax(1), rtol=0, atol=0.1)
+
+
+def test_autocast_on_the_gpu_keeps_the_head_in_float32(tmp_path: Path) -> None:
+    from bcnn.model import BCNN
+
+    model = BCNN(["a", "b"]).cuda()
+    images = torch.rand(2, 3, 64, 64, device="cuda")
+    with torch.autocast("cuda", torch.float16), torch.no_grad():
+        descriptor = model.descriptor(images)
+        assert descriptor.dtype == model.logits(descriptor).dtype == torch.float32
+    torch.testing.assert_close(descriptor.norm(dim=1), torch.ones(2, device="cuda"))

@@ -1,0 +1,21 @@
+"""Every notebook runs from its first cell to its last."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
+    client.execute()
+    text = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("top-1" in str(output.get("text", "")) for output in text)
+    pictures = [output for output in text if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
