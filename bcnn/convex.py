@@ -4,9 +4,12 @@ With the features frozen, mean cross-entropy + λ/2·‖W‖² is convex in the 
 representer theorem its solution is a combination of the training rows X: W = αᵀX. With K = XXᵀ = LLᵀ
 (Cholesky) and θ = Lᵀα the logits of the training rows are Lθ and ‖W‖² = ‖θ‖², so all that is left of
 the 131,328 columns is L (rows × rows), and L-BFGS on θ takes the same steps as on W itself.
+
+The rows' mean is taken off them first, which the bias makes up for: descriptors are much alike, and
+what they share would drown the differences in rounding and make the problem badly conditioned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from bcnn.store import VIEWS
 MAX_ROWS = 12_000
 
 BLOCK = 1024  # rows in memory at a time
-JITTER = 1e-6  # on a diagonal of ones; keeps the Cholesky factor of repeated rows real
+JITTER = 1e-6  # relative, on the diagonal: repeated rows have a Cholesky factor too
 
 
 class ConvexModule(BCNNModule):
@@ -58,8 +61,10 @@ class ConvexModule(BCNNModule):
         self.rows = [first + view for view in range(VIEWS) for first in self.data.rows(samples)]
         labels = [label for _, label in samples] * VIEWS
         self.targets = torch.tensor(labels, device=device)
-        gram = gram_matrix(self.data, self.rows, device).double()
-        gram.diagonal().add_(JITTER)
+        sums = [block.sum(dim=0) for block in self._blocks(device)]
+        self.mean = torch.stack(sums).sum(dim=0) / len(self.rows)
+        gram = gram_matrix(self.data, self.rows, self.mean).double()
+        gram.diagonal().add_(JITTER * gram.diagonal().mean() + 1e-12)
         self.factor = torch.linalg.cholesky(gram)
         # Plain tensors, not parameters: they are no part of the model or its checkpoints.
         classes = len(self.model.classes)
@@ -107,24 +112,30 @@ class ConvexModule(BCNNModule):
         """W = αᵀX, a block of rows at a time."""
         alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
         weight = torch.zeros_like(self.model.classifier.weight)
-        for start in range(0, len(self.rows), BLOCK):
-            block = self.data.read(self.rows[start : start + BLOCK]).to(weight.device)
-            weight.addmm_(alpha[start : start + BLOCK].mT, block)
+        for part, block in zip(alpha.split(BLOCK), self._blocks(weight.device), strict=True):
+            weight.addmm_(part.mT, block - self.mean)
         self.model.classifier.weight.copy_(weight)
-        self.model.classifier.bias.copy_(self.bias)
+        self.model.classifier.bias.copy_(self.bias - weight @ self.mean)
+
+    def _blocks(self, device: torch.device) -> Iterator[Tensor]:
+        for start in range(0, len(self.rows), BLOCK):
+            yield self.data.read(self.rows[start : start + BLOCK]).to(device)
 
 
-def gram_matrix(data: DescriptorData, rows: Sequence[int], device: torch.device) -> Tensor:
-    """Inner products of the store's rows with each other: (len(rows), len(rows)), in float32.
+def gram_matrix(data: DescriptorData, rows: Sequence[int], mean: Tensor) -> Tensor:
+    """Inner products of the store's rows less `mean`: (len(rows), len(rows)), in float32.
 
     Two blocks of rows are in memory at a time, so only the result grows with their number.
     """
-    gram = torch.empty(len(rows), len(rows), device=device)
-    starts = range(0, len(rows), BLOCK)
-    for i in track(starts, "Gram matrix", transient=True):
-        left = data.read(rows[i : i + BLOCK]).to(device)
+
+    def block(start: int) -> Tensor:
+        return data.read(rows[start : start + BLOCK]).to(mean.device) - mean
+
+    gram = mean.new_empty(len(rows), len(rows))
+    for i in track(range(0, len(rows), BLOCK), "Gram matrix", transient=True):
+        left = block(i)
         for j in range(0, i + 1, BLOCK):
-            right = left if i == j else data.read(rows[j : j + BLOCK]).to(device)
+            right = left if i == j else block(j)
             product = left @ right.mT
             gram[i : i + BLOCK, j : j + BLOCK] = product
             gram[j : j + BLOCK, i : i + BLOCK] = product.mT
