@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from bcnn.descriptors import DescriptorData
+from bcnn.errors import UserError
 from bcnn.model import BCNN
 from bcnn.module import BCNNModule
 from bcnn.store import VIEWS
@@ -26,8 +27,7 @@ from bcnn.store import VIEWS
 # rows × rows in float64, twice, is 2.3 GB at this many: 6,000 images in two views
 MAX_ROWS = 12_000
 
-BLOCK = 1024  # rows in memory at a time
-JITTER = 1e-6  # relative, on the diagonal: repeated rows have a Cholesky factor too
+BLOCK = 512  # rows in memory at a time: 0.27 GB in float32
 
 
 class ConvexModule(BCNNModule):
@@ -64,8 +64,7 @@ class ConvexModule(BCNNModule):
         sums = [block.sum(dim=0) for block in self._blocks(device)]
         self.mean = torch.stack(sums).sum(dim=0) / len(self.rows)
         gram = gram_matrix(self.data, self.rows, self.mean).double()
-        gram.diagonal().add_(JITTER * gram.diagonal().mean() + 1e-12)
-        self.factor = torch.linalg.cholesky(gram)
+        self.factor = cholesky(gram)
         # Plain tensors, not parameters: they are no part of the model or its checkpoints.
         classes = len(self.model.classes)
         self.theta = gram.new_zeros(len(labels), classes).requires_grad_()
@@ -105,7 +104,8 @@ class ConvexModule(BCNNModule):
             self._write_classifier()
         top1 = (logits.argmax(1) == self.targets).float().mean()
         values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss, "train_top1": top1}
-        self.log_dict({key: torch.as_tensor(value).float() for key, value in values.items()})
+        logged = {key: torch.as_tensor(value).float() for key, value in values.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True)
         self.print(f"λ = {l2:g}: cross-entropy {loss:.4f}, gradient norm {gradient_norm:.1e}")
 
     def _write_classifier(self) -> None:
@@ -113,13 +113,28 @@ class ConvexModule(BCNNModule):
         alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
         weight = torch.zeros_like(self.model.classifier.weight)
         for part, block in zip(alpha.split(BLOCK), self._blocks(weight.device), strict=True):
-            weight.addmm_(part.mT, block - self.mean)
+            weight.addmm_(part.mT, block.sub_(self.mean))
         self.model.classifier.weight.copy_(weight)
         self.model.classifier.bias.copy_(self.bias - weight @ self.mean)
 
     def _blocks(self, device: torch.device) -> Iterator[Tensor]:
         for start in range(0, len(self.rows), BLOCK):
             yield self.data.read(self.rows[start : start + BLOCK]).to(device)
+
+
+def cholesky(gram: Tensor) -> Tensor:
+    """Lower factor of a positive semi-definite matrix (n, n) in float64.
+
+    Rows that repeat, and float32's rounding of the products, leave eigenvalues about or under zero;
+    as little as lifts them above it is added to the diagonal, from a millionth of its mean.
+    """
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for share in (1e-6, 1e-5, 1e-4, 1e-3):
+        lift = share * gram.diagonal().mean() + 1e-12
+        factor, failed = torch.linalg.cholesky_ex(gram + lift * identity)
+        if not failed:
+            return factor
+    raise UserError("the descriptors hold values that are not finite: is the weights' file damaged?")
 
 
 def gram_matrix(data: DescriptorData, rows: Sequence[int], mean: Tensor) -> Tensor:
@@ -129,7 +144,7 @@ def gram_matrix(data: DescriptorData, rows: Sequence[int], mean: Tensor) -> Tens
     """
 
     def block(start: int) -> Tensor:
-        return data.read(rows[start : start + BLOCK]).to(mean.device) - mean
+        return data.read(rows[start : start + BLOCK]).to(mean.device).sub_(mean)
 
     gram = mean.new_empty(len(rows), len(rows))
     for i in track(range(0, len(rows), BLOCK), "Gram matrix", transient=True):

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from test_descriptors import build, folder_data, network, quiet_trainer
 
 from bcnn import convex
-from bcnn.convex import ConvexModule, gram_matrix
+from bcnn.convex import ConvexModule, cholesky, gram_matrix
 from bcnn.descriptors import DescriptorData
 from bcnn.store import VIEWS
 
@@ -45,6 +45,14 @@ def test_gram_matrix_in_blocks(images: Path, monkeypatch: pytest.MonkeyPatch) ->
     gram = gram_matrix(data, indices, mean.float())
     centred = rows - mean
     torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-8)
+
+
+def test_factor_of_a_matrix_that_rounding_left_indefinite() -> None:
+    rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))  # rank 8 of 60
+    gram = (rows @ rows.mT).double()
+    assert torch.linalg.eigvalsh(gram).min() < 0
+    factor = cholesky(gram)
+    assert (factor @ factor.mT - gram).norm() / gram.norm() < 1e-5
 
 
 def test_repeated_images_are_no_obstacle(images: Path) -> None:
