@@ -73,10 +73,10 @@ class ConvexModule(BCNNModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(
             [self.theta, self.bias],
-            max_iter=2000,
+            max_iter=1000,
             history_size=30,
             tolerance_grad=self.tolerance,
-            tolerance_change=0,
+            tolerance_change=1e-12,
             line_search_fn="strong_wolfe",
         )
 
@@ -95,6 +95,7 @@ class ConvexModule(BCNNModule):
             self.manual_backward(value)
             return value
 
+        optimizer.state.clear()  # the curvature seen on the last λ's problem misleads on this one
         optimizer.step(closure)
         closure()  # for the gradient at the solution
         gradients = [p.grad for p in (self.theta, self.bias) if p.grad is not None]

@@ -94,13 +94,13 @@ def test_solution_is_that_of_many_small_steps(images: Path) -> None:
 
 def test_the_path_reports_each_optimum(images: Path) -> None:
     data, _, _ = problem(images)
-    module = ConvexModule(data.model, data, [1e-2, 1e-3, 1e-4])
+    module = ConvexModule(data.model, data, [1e-2, 1e-4, 1e-6])
     seen: list[dict[str, float]] = []
     module.on_train_epoch_end = lambda: seen.append(  # type: ignore[method-assign]
         {key: value.item() for key, value in module.trainer.callback_metrics.items()}
     )
     quiet_trainer(max_epochs=3, limit_train_batches=1).fit(module, datamodule=data)
-    assert [entry["l2"] for entry in seen] == pytest.approx([1e-2, 1e-3, 1e-4])
+    assert [entry["l2"] for entry in seen] == pytest.approx([1e-2, 1e-4, 1e-6])
     losses = [entry["train_loss"] for entry in seen]
-    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 5 * losses[1] > 25 * losses[2]
     assert all(entry["gradient_norm"] < 1e-5 for entry in seen)
