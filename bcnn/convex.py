@@ -5,8 +5,9 @@ representer theorem its solution is a combination of the training rows X: W = α
 (Cholesky) and θ = Lᵀα the logits of the training rows are Lθ and ‖W‖² = ‖θ‖², so all that is left of
 the 131,328 columns is L (rows × rows), and L-BFGS on θ takes the same steps as on W itself.
 
-The rows' mean is taken off them first, which the bias makes up for: descriptors are much alike, and
-what they share would drown the differences in rounding and make the problem badly conditioned.
+The rows' mean is taken off them first (`Centering`), the bias being free to make up for it:
+descriptors are much alike, and what they share would drown the differences in rounding and make the
+problem badly conditioned.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,8 +63,9 @@ class ConvexModule(BCNNModule):
         labels = [label for _, label in samples] * VIEWS
         self.targets = torch.tensor(labels, device=device)
         sums = [block.sum(dim=0) for block in self._blocks(device)]
-        self.mean = torch.stack(sums).sum(dim=0) / len(self.rows)
-        gram = gram_matrix(self.data, self.rows, self.mean).double()
+        mean = torch.stack(sums).sum(dim=0) / len(self.rows)
+        self.model.to(device).center_on(mean)
+        gram = gram_matrix(self.data, self.rows, mean).double()
         self.factor = cholesky(gram)
         # Plain tensors, not parameters: they are no part of the model or its checkpoints.
         classes = len(self.model.classes)
@@ -114,9 +116,9 @@ class ConvexModule(BCNNModule):
         alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
         weight = torch.zeros_like(self.model.classifier.weight)
         for part, block in zip(alpha.split(BLOCK), self._blocks(weight.device), strict=True):
-            weight.addmm_(part.mT, block.sub_(self.mean))
+            weight.addmm_(part.mT, block.sub_(self.model.centering.mean))
         self.model.classifier.weight.copy_(weight)
-        self.model.classifier.bias.copy_(self.bias - weight @ self.mean)
+        self.model.classifier.bias.copy_(self.bias)
 
     def _blocks(self, device: torch.device) -> Iterator[Tensor]:
         for start in range(0, len(self.rows), BLOCK):

@@ -15,6 +15,35 @@ CHANNELS = 512  # of relu5_3
 MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
 
 
+class Centering(nn.Module):
+    """Takes the mean over the images off their descriptors.
+
+    Descriptors of different images are much alike. A step that moves all of them together is told to
+    the classifier, whose weights are large, as one and the same change of every image's logits, and
+    the loss explodes. With their mean gone it is told nothing: see docs/finetune.md.
+
+    In training with a `momentum` the mean is the batch's, and `mean` follows it; else it is `mean`, a
+    constant that could as well be part of the classifier's bias.
+
+    Source: "mean-only batch normalization", Salimans & Kingma, "Weight Normalization", NIPS 2016, §3.
+    """
+
+    mean: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.0) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, width) → (batch, width)."""
+        if not (self.training and self.momentum):
+            return x - self.mean
+        mean = x.mean(dim=0)
+        self.mean.lerp_(mean.detach(), self.momentum)
+        return x - mean
+
+
 class BCNN(nn.Module):
     """Symmetric bilinear CNN on VGG-16 up to relu5_3, without pool5 (Lin et al., ICCV 2015).
 
@@ -36,6 +65,7 @@ class BCNN(nn.Module):
         self.size = size
         self.resize = resize
         self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
+        self.centering = Centering(packed_size(CHANNELS))
         self.classifier = nn.Linear(packed_size(CHANNELS), len(self.classes))
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
@@ -83,7 +113,13 @@ class BCNN(nn.Module):
         and saves nothing beside the convolutions.
         """
         with torch.autocast(descriptors.device.type, enabled=False):
-            return self.classifier(descriptors.to(self.classifier.weight.dtype))
+            return self.classifier(self.centering(descriptors.to(self.classifier.weight.dtype)))
+
+    @torch.no_grad()
+    def center_on(self, mean: Tensor) -> None:
+        """Take `mean` (131328,) off the descriptors and make up for it in the bias: same logits."""
+        self.classifier.bias.add_(self.classifier.weight @ (mean - self.centering.mean))
+        self.centering.mean.copy_(mean)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images as for `descriptor` → logits (batch, classes)."""

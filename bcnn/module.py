@@ -27,6 +27,8 @@ class BCNNModule(L.LightningModule):
         optimizer: parameters → optimizer; None for a module that is only validated or tested.
         scheduler: (optimizer, total_steps=…) → schedule, stepped after every optimizer step; None
             keeps the rate constant.
+        centering: momentum of the descriptors' running mean in stage "finetune" (see `Centering`);
+            0 leaves the mean as it is.
 
     Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
     (batch, 131328) that skip the features.
@@ -38,6 +40,7 @@ class BCNNModule(L.LightningModule):
         stage: Stage,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
+        centering: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -45,6 +48,7 @@ class BCNNModule(L.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         model.features.requires_grad_(stage == "finetune")
+        model.centering.momentum = centering
         # Written into every checkpoint, so that nothing else is needed to use one.
         self.save_hyperparameters(
             {
@@ -71,6 +75,8 @@ class BCNNModule(L.LightningModule):
             return self.model.logits(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "finetune"):
             descriptors = self.model.descriptor(inputs)
+        if self.training and self.model.centering.momentum and not self.model.centering.mean.any():
+            self.model.center_on(descriptors.detach().mean(dim=0))  # a head that knew no centering
         return self.model.logits(descriptors)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:

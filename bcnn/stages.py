@@ -27,7 +27,9 @@ from bcnn.report import plot_curves
 from bcnn.store import VIEWS, stores_dir
 from bcnn.weights import initialise_features, load_model
 
-SGD_OPTION = re.compile(r"\W*stage\.(last\.)?(epochs|batch_size|accumulate|optimizer|scheduler)\b")
+SGD_OPTION = re.compile(
+    r"\W*stage\.(last\.)?(epochs|batch_size|accumulate|gradient_clip|optimizer|scheduler)\b"
+)
 
 say = rank_zero_only(print)
 
@@ -56,6 +58,11 @@ def run(cfg: DictConfig) -> float:
         raise UserError(
             "stage=finetune starts from what stage=last saved: add ckpt=PATH, or train both stages "
             "with stage=both"
+        )
+    if stages[-1].centering and stages[-1].batch_size < 4:
+        raise UserError(
+            f"batch_size={stages[-1].batch_size} is too small to take its mean off: use 4 or more (for "
+            "larger steps in little memory, with accumulate), or finetune with centering=0"
         )
     if stages[0].name == "last" and cfg.ckpt is not None:
         raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
@@ -126,6 +133,7 @@ def run_stage(
         callbacks=[best, LearningRateMonitor("step"), RichProgressBar()],
         logger=loggers,
         accumulate_grad_batches=stage.accumulate,
+        gradient_clip_val=stage.gradient_clip,
         **{"precision": precision, **limits, **settings},
     )
 
@@ -166,7 +174,13 @@ def _plan(
     stage: DictConfig, images: ImageFolderData, model: BCNN, precision: str
 ) -> tuple[BCNNModule, L.LightningDataModule, dict[str, Any]]:
     """What to fit, on what, and the trainer's limits that go with it."""
-    by_steps = BCNNModule(model, stage.name, instantiate(stage.optimizer), instantiate(stage.scheduler))
+    by_steps = BCNNModule(
+        model,
+        stage.name,
+        instantiate(stage.optimizer),
+        instantiate(stage.scheduler),
+        centering=stage.centering,
+    )
     limits: dict[str, Any] = {"max_epochs": stage.epochs}
     if stage.name == "finetune":
         return by_steps, images, limits

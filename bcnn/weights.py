@@ -84,6 +84,7 @@ def load_model(
     model = BCNN(names, metadata.get("size", 448), metadata.get("resize", "keep"))
     _load_features(model, tensors, path)
     _set_normalization(model, tensors, metadata, normalization, path)
+    model.centering.mean.copy_(tensors.get("centering.mean", torch.zeros(size)))
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(bias)
@@ -93,8 +94,9 @@ def load_model(
 def source_state_dict(model: BCNN) -> dict[str, Tensor]:
     """The model under the source's key names, its classifier in the 262,144-wide layout."""
     state = {f"features.{key}": value for key, value in model.features.state_dict().items()}
-    state["classifiers.0.weight"] = unpack(model.classifier.weight.detach()).flatten(1)
-    state["classifiers.0.bias"] = model.classifier.bias.detach()
+    weight, bias = model.classifier.weight.detach(), model.classifier.bias.detach()
+    state["classifiers.0.weight"] = unpack(weight).flatten(1)
+    state["classifiers.0.bias"] = bias - weight @ model.centering.mean
     return state
 
 

@@ -66,8 +66,9 @@ def test_repeated_images_are_no_obstacle(images: Path) -> None:
 
 def test_solution_is_that_of_scikit_learn(images: Path) -> None:
     data, rows, labels = problem(images)
-    head = solve(data, [1e-2, L2]).model.classifier
-    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    model = solve(data, [1e-2, L2]).model
+    weight = model.classifier.weight.detach().double()
+    bias = model.classifier.bias.detach().double() - weight @ model.centering.mean.double()
     reference = LogisticRegression(C=1 / (L2 * len(rows)), tol=1e-10, max_iter=10_000)
     reference.fit(rows.numpy(), labels.numpy())
     expected = objective(

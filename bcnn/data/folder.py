@@ -131,6 +131,7 @@ class ImageFolderData(L.LightningDataModule):
             ImageList(samples, transform),
             batch_size=batch_size,
             shuffle=shuffle,
+            drop_last=shuffle and len(samples) > batch_size,  # a rest of one image has no mean
             num_workers=self.num_workers,
             persistent_workers=shuffle and self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
