@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
     """Loss and top-1 of training and validation over the epochs, as a PNG.
 
+    Epoch 0 is what a finetune starts from, validated before its first step.
+
     Args:
         metrics_csv: as Lightning's CSVLogger writes it.
         picture: the file to write.
@@ -19,9 +21,9 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "top1"), strict=True):
         for split, colour in (("train", "tab:blue"), ("val", "tab:orange")):
             points = [
-                (int(row["epoch"]) + 1, float(row[f"{split}_{metric}"]))
+                (int(row["epoch"]) + 1 if row["epoch"] else 0, float(row[f"{split}_{metric}"]))
                 for row in rows
-                if row.get(f"{split}_{metric}") and row.get("epoch")
+                if row.get(f"{split}_{metric}")
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, label=split)
