@@ -157,7 +157,8 @@ def run_stage(
             f"{start['val_top1']:.1%}): keeping {origin}; try a lower stage.optimizer.lr"
         )
         checkpoint, metrics = origin, start
-        model.load_state_dict(load_model(origin, images.classes).state_dict())
+        start_model = load_model(origin, images.classes, cfg.model.normalization)
+        model.load_state_dict(start_model.state_dict())
     if images.test:
         metrics |= evaluator.test(module, datamodule=data, verbose=False)[0]
     for logger in loggers:
