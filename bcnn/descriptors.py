@@ -130,7 +130,7 @@ class DescriptorData(L.LightningDataModule):
         samples = [(self.paths[i], i) for i in positions]
         # Chunks are whole but for the very last one, so a batch of CHUNK images is one chunk.
         loader = self.images.evaluation_dataloader(samples, batch_size=CHUNK)
-        model = self.model.to(device).eval()
+        model = self.model.to(device)
         dtype = AUTOCAST.get(self.precision)
         progress = Progress(
             TextColumn("descriptors"),

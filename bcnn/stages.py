@@ -147,6 +147,7 @@ def run_stage(
         start = validate()
         for logger in loggers:
             logger.log_metrics(start, step=0)
+    module.train()  # Lightning keeps the mode that it finds
     trainer.fit(module, datamodule=data)
     checkpoint = Path(best.best_model_path)
     model.load_state_dict(load_model(checkpoint).state_dict())
