@@ -1,15 +1,13 @@
 """The network: VGG-16 features, bilinear pooling, one linear classifier."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from bcnn.data.transforms import Resize
 from bcnn.pooling import bilinear_descriptor, packed_size
-
-Resize = Literal["keep", "squash"]
 
 CHANNELS = 512  # of relu5_3
 MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from bcnn.data.transforms import evaluation_transform, load_image, training_transform
+from bcnn.data.transforms import Resize, evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
-from bcnn.model import Resize
 
 
 class ImageList(Dataset[tuple[Tensor, int]]):

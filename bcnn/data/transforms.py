@@ -1,6 +1,7 @@
 """From a file to the uint8 tensor that the model takes."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from bcnn.errors import UserError
-from bcnn.model import Resize
+
+Resize = Literal["keep", "squash"]
 
 
 def load_image(path: str | Path) -> Image.Image:
