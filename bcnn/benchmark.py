@@ -164,17 +164,19 @@ def descriptor_store(options: Options) -> dict[str, float]:
 
 
 def project_step(options: Options) -> dict[str, float]:
-    """This project's finetune step: same batch and size, the fastest precision of the device."""
+    """This project's finetune step, in the fastest precision of the device."""
     device = options.torch_device
     model = BCNN([str(k) for k in range(options.classes)], options.size).to(device)
+    module = BCNNModule(model, "finetune", centering=0.1).train()
     dtype = AUTOCAST.get(fastest_precision(device.type))
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5, fused=True)
+    sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 
     def step(images: Tensor, labels: Tensor) -> None:
         sgd.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(module(images), labels)
         loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         sgd.step()
 
     seconds = _seconds_an_image(step, options)

@@ -101,7 +101,7 @@ class DescriptorData(L.LightningDataModule):
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Descriptors (len(rows), 131328) in float32."""
-        return torch.from_numpy(self.store.read(rows)).float() / SCALE
+        return torch.from_numpy(self.store.read(rows)).float().div_(SCALE)
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
         return DataLoader(

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from bcnn.data.transforms import Resize
+from bcnn.data.transforms import MIN_SIZE, Resize
 from bcnn.pooling import bilinear_descriptor, packed_size
 
 CHANNELS = 512  # of relu5_3
-MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
 
 
 class Centering(nn.Module):

@@ -31,6 +31,8 @@ SGD_OPTION = re.compile(
     r"\W*stage\.(last\.)?(epochs|batch_size|accumulate|gradient_clip|optimizer|scheduler)\b"
 )
 
+CHOICES = {"store": ("auto", "on", "off"), "solver": ("auto", "convex", "sgd")}
+
 say = rank_zero_only(print)
 
 
@@ -54,6 +56,10 @@ def run(cfg: DictConfig) -> float:
         UserError: a mistake in the configuration, the images or the weights.
     """
     stages = [cfg.stage.last, cfg.stage.finetune] if cfg.stage.name == "both" else [cfg.stage]
+    for stage in stages:
+        for option, choices in CHOICES.items():
+            if stage.get(option, "auto") not in choices:
+                raise UserError(f"stage.{option}={stage[option]}: choose from {', '.join(choices)}")
     if stages[0].name == "finetune" and cfg.ckpt is None:
         raise UserError(
             "stage=finetune starts from what stage=last saved: add ckpt=PATH, or train both stages "

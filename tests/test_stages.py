@@ -129,6 +129,12 @@ def test_a_finetune_that_only_harms_keeps_its_start(
         (["stage=finetune", "ckpt=missing.ckpt"], "missing.ckpt"),
         (["stage=last", "model.weights=missing.pth"], "missing.pth"),
         (["stage=last", "stage.solver=convex", "stage.store=off"], "stage.store=off"),
+        (["stage=last", "stage.solver=newton"], "auto, convex, sgd"),
+        (["stage=last", "stage.store=yes"], "auto, on, off"),
+        (["data.size=16"], "32 px at least"),
+        (["data.resize=stretch"], "keep, squash"),
+        (["data.val_fraction=1"], "data.val_fraction=1"),
+        (["stage.finetune.batch_size=2"], "use 4 or more"),
     ],
 )
 def test_mistakes_are_one_sentence(

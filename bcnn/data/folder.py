@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import lightning as L
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from bcnn.data.transforms import Resize, evaluation_transform, load_image, training_transform
+from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
 
 
@@ -54,8 +55,8 @@ class ImageFolderData(L.LightningDataModule):
         seed: of the validation share.
 
     Raises:
-        UserError: from `setup`: a folder or its images are missing, there is one class only, or
-            `val/` or `test/` hold classes that `train/` lacks.
+        UserError: from `setup`: an argument is out of range, a folder or its images are missing,
+            there is one class only, or `val/` or `test/` hold classes that `train/` lacks.
     """
 
     def __init__(
@@ -84,6 +85,12 @@ class ImageFolderData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.classes:
             return
+        if self.size < MIN_SIZE:
+            raise UserError(f"data.size={self.size} is too small: {MIN_SIZE} px at least")
+        if self.resize not in get_args(Resize):
+            raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"data.val_fraction={self.val_fraction}: a share from 0 to under 1")
         if not self.root.is_dir():
             raise UserError(f"no such folder: {self.root} (data.root)")
         if not (self.root / "train").is_dir():

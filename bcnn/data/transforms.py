@@ -12,6 +12,8 @@ from bcnn.errors import UserError
 
 Resize = Literal["keep", "squash"]
 
+MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
+
 
 def load_image(path: str | Path) -> Image.Image:
     """Any image that Pillow opens, upright, as RGB in 0..255; transparency shows white.
