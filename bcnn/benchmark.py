@@ -2,7 +2,7 @@
 
 python -m bcnn.benchmark [OPTION=VALUE ...]
 
-  stage=last       the source's loop, a cache of relu5_3 maps, and the descriptor store
+  stage=last       the source's loop, a cache of relu5_3 maps, and this project's descriptor store
   stage=finetune   a training step of the source's network, and of this project's
   stage=convex     the convex solver at growing numbers of rows (two an image)
 
@@ -231,17 +231,16 @@ def _last(options: Options) -> Table:
     source = _measure(source_loop, options)
     images, epochs = ours["images"], options.epochs
     table = Table(title=_title(options))
-    columns = ("once", "an epoch", f"{epochs} epochs", "faster", "an image", "memory", "top-1")
-    for heading in ("stage last", *columns):
-        table.add_column(heading, justify="left" if heading == "stage last" else "right", no_wrap=True)
+    for heading in ("stage last", "once", "an epoch", "in all", "faster", "an image", "memory"):
+        table.add_column(heading, justify="left" if heading == "stage last" else "right")
     total = {
         name: (row.get("once", 0) + epochs * row["epoch"]) * images
         for name, row in (("source", source), ("cache", cache), ("ours", ours))
     }
     for label, name, row in (
-        ("source's loop *", "source", source),
-        ("relu5_3 cache *", "cache", cache),
-        ("descriptor store", "ours", ours),
+        ("source *", "source", source),
+        ("cache *", "cache", cache),
+        ("store", "ours", ours),
     ):
         table.add_row(
             label,
@@ -251,12 +250,13 @@ def _last(options: Options) -> Table:
             f"{total['source'] / total[name]:.1f} ×",
             f"{row['bytes'] / 1e3:.0f} kB" if "bytes" in row else "",
             f"{row['peak'] / 1e9:.2f} GB",
-            f"{row['top1']:.1%}" if "top1" in row else "",
         )
     table.caption = (
-        f"{images:.0f} images an epoch; an image: bytes read of it in one view; "
+        f"{epochs} epochs of {images:.0f} images; an image: bytes read of it in one view; "
         f"*: timed over {options.images} images and multiplied out"
     )
+    if "top1" in ours:
+        table.caption += f"; test top-1 of the store's {ours['top1']:.1%}"
     return table
 
 

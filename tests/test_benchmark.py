@@ -26,7 +26,7 @@ def test_each_part_prints_its_table(python: Run, images: object, stage: str) -> 
         "-m", "bcnn.benchmark", f"stage={stage}", f"root={images}", *options, PYTHONPATH=str(ROOT)
     )
     assert run.returncode == 0, run.stderr
-    expected = {"last": "descriptor store", "finetune": "TFLOP/s", "convex": "rows"}
+    expected = {"last": "store", "finetune": "TFLOP/s", "convex": "rows"}
     assert expected[stage] in run.stdout
     assert "GB" in run.stdout
 
