@@ -16,4 +16,5 @@ def fastest_precision(accelerator: str = "auto") -> str:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if native else "16-mixed"
     on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
-    return "bf16-mixed" if on_cpu and torch.cpu._is_amx_tile_supported() else "32-true"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if on_cpu and native else "32-true"
