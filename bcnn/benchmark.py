@@ -34,8 +34,6 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -50,6 +48,7 @@ from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
 from bcnn.model import BCNN, CHANNELS
 from bcnn.module import BCNNModule
+from bcnn.options import command
 from bcnn.pooling import packed_size
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.store import SCALE, VIEWS, DescriptorStore, stores_dir
@@ -208,20 +207,12 @@ def convex_solver(options: Options) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start}
 
 
-def main() -> int:
+def main(options: Options) -> int:
     """Measure, and print a table."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    try:
-        options: Any = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli())
-        )
-        table = {"last": _last, "finetune": _finetune, "convex": _convex}[options.stage](options)
-    except (OmegaConfBaseException, KeyError, UserError) as error:
-        print(f"error: {error}; see python -m bcnn.benchmark --help", file=sys.stderr)
-        return 1
-    Console().print(table)
+    stages = {"last": _last, "finetune": _finetune, "convex": _convex}
+    if options.stage not in stages:
+        raise UserError(f"stage={options.stage}: choose from {', '.join(stages)}")
+    Console().print(stages[options.stage](options))
     return 0
 
 
@@ -367,4 +358,4 @@ def _trainer(options: Options, **limits: Any) -> L.Trainer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(Options, main, str(__doc__)))

@@ -1,11 +1,10 @@
-"""Descriptors on disk: `python -m bcnn.store` lists the stores, and removes those named.
+"""Descriptors on disk, and the command that lists and removes them.
 
 A store is a folder of chunks, each the rows of `CHUNK` images. A chunk is written under another name
 and then renamed to one that holds its checksum, so a chunk that was cut short, altered or lost is
 seen when the store is opened: whatever does not verify is missing, and only that is computed again.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ import numpy as np
 from filelock import FileLock
 
 from bcnn.errors import UserError
+from bcnn.options import command
+
+USAGE = """
+python -m bcnn.store                    lists the descriptor stores: key, size, what they belong to
+python -m bcnn.store remove=KEY[,KEY]   removes these; remove=all: every one
+
+They are in $BCNN_STORES, or in ~/.cache/bcnn/stores.
+"""
 
 CHUNK = 16  # images
 VIEWS = 2  # the evaluation crop and its mirror image
@@ -166,26 +174,31 @@ def _stores() -> Iterator[tuple[Path, str]]:
         yield folder, f"{folder.name}  {size:9.1f} MB  {share:>10}  {entry['about']}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass
+class Options:
+    """See the usage."""
+
+    remove: str = ""
+
+
+def main(options: Options) -> int:
     """List the stores, or remove those whose keys are given."""
-    parser = argparse.ArgumentParser(prog="python -m bcnn.store", description=main.__doc__)
-    parser.add_argument("--remove", nargs="+", metavar="KEY", default=[], help="'all' for all")
-    options = parser.parse_args(arguments)
     stores = {folder.name: (folder, line) for folder, line in _stores()}
-    unknown = set(options.remove) - set(stores) - {"all"}
-    if unknown:
-        print(f"error: no such store: {', '.join(sorted(unknown))}", file=sys.stderr)
-        return 1
-    for key in stores if "all" in options.remove else options.remove:
-        with FileLock(stores_dir() / f"{key}.lock"):
-            shutil.rmtree(stores[key][0])
-        print(f"removed {stores[key][1]}")
     if not options.remove:
         print(f"{len(stores)} stores in {stores_dir()}")
         for _, line in stores.values():
             print(line)
+        return 0
+    keys = list(stores) if options.remove == "all" else options.remove.split(",")
+    unknown = sorted(set(keys) - set(stores))
+    if unknown:
+        raise UserError(f"no such store: {', '.join(unknown)}; python -m bcnn.store lists them")
+    for key in keys:
+        with FileLock(stores_dir() / f"{key}.lock"):
+            shutil.rmtree(stores[key][0])
+        print(f"removed {stores[key][1]}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(Options, main, USAGE))

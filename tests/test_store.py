@@ -9,7 +9,8 @@ import pytest
 
 from bcnn import store as store_module
 from bcnn.errors import UserError
-from bcnn.store import CHUNK, SCALE, VIEWS, DescriptorStore, main
+from bcnn.options import command
+from bcnn.store import CHUNK, SCALE, USAGE, VIEWS, DescriptorStore, Options, main
 
 WIDTH = 8
 
@@ -117,17 +118,21 @@ def test_chunks_hold_whole_images_and_the_last_one_the_rest() -> None:
     assert [len(store.chunk_images(c)) for c in range(store.chunk_count)] == [CHUNK, CHUNK, 3]
 
 
+def stores_command(*words: str) -> int:
+    return command(Options, main, USAGE, words)
+
+
 def test_listing_and_removing(capsys: pytest.CaptureFixture[str], stores: Path) -> None:
     done, partial = make(size=1), make(size=2)
     for store, chunks in ((done, [0, 1, 2]), (partial, [0])):
         store.open()
         fill(store, chunks)
-    assert main([]) == 0
+    assert stores_command() == 0
     listing = capsys.readouterr().out
     assert f"2 stores in {stores}" in listing
     assert f"{done.key}" in listing and "100% built" in listing and "33% built" in listing
     assert "some photographs" in listing
-    assert main(["--remove", "nonsense"]) == 1
+    assert stores_command("remove=nonsense") == 1
     assert done.folder.exists()
-    assert main(["--remove", done.key]) == 0
+    assert stores_command(f"remove={done.key}") == 0
     assert not done.folder.exists() and partial.folder.exists()
