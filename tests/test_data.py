@@ -8,7 +8,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from bcnn.data.folder import ImageFolderData, stratified_split
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.splits import stratified_split
 from bcnn.data.transforms import evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
 

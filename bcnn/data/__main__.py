@@ -89,7 +89,7 @@ def _counts(layout: Layout, drawn: Layout, reasons: Mapping[str, str]) -> Table:
     if reasons:
         lost = Counter(label for path, label in layout.samples if path in reasons)
         columns["broken"] = [lost[label] for label in range(len(layout.classes))]
-    table.add_column("class", footer=f"{len(layout.classes)} classes")
+    table.add_column("class", footer=f"classes: {len(layout.classes)}")
     for name, counts in columns.items():
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
     for label, name in enumerate(layout.classes):

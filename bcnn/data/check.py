@@ -159,7 +159,7 @@ def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         if os.path.getsize(path) == 0:
             return "an empty file"
-        if path.lower().endswith(HEIC) and ".heic" not in Image.registered_extensions():
+        if path.lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
             return "HEIC needs a plug-in: pip install pillow-heif"
         return "not an image, or damaged at its beginning"
     if isinstance(error, OSError) and error.strerror:
