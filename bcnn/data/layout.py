@@ -183,17 +183,19 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
         raise UserError(f"no such list: {file} (data.list)") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list {file} ({error}): save it as UTF-8 text") from error
-    lines = text.splitlines()
+    lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
-    mark = next(
-        (mark for mark in "\t,;" if len(next(csv.reader([first], delimiter=mark), [])) > 1), " "
-    )
+    mark = next((mark for mark in "\t,;" if len(_cells(first, mark)) > 1), " ")
     reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
     rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     rows = [(number, cells) for number, cells in rows if any(cells)]
     if not rows:
         raise UserError(f"the list {file} is empty: expected lines of path,label or path,label,split")
     return rows
+
+
+def _cells(line: str, mark: str) -> list[str]:
+    return next(csv.reader([line], delimiter=mark), [])
 
 
 def _name(text: str) -> str:
