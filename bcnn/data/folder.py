@@ -1,5 +1,6 @@
 """Image folders as a LightningDataModule."""
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torchvision.datasets import ImageFolder
 
 from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
+
+Samples = list[tuple[str, int]]  # (path, label) pairs
 
 
 class ImageList(Dataset[tuple[Tensor, int]]):
@@ -47,12 +50,14 @@ class ImageFolderData(L.LightningDataModule):
     Args:
         root: the folder.
         size: side of the square crops in pixels.
-        resize: short side to `size` ("keep") or both sides ("squash").
+        resize: the short side ("keep") or both sides ("squash"), to `size / crop_pct` pixels.
+        crop_pct: share of the resized side that a crop takes, as in timm.
+        classes: names of classes to leave the others out, or how many to draw by `seed`; None: all.
         val_fraction: share of the training images, drawn by `seed` within each class, to validate
             on where there is no `val/`. 0 trains on everything.
         batch_size: images a step and device.
         num_workers: processes that decode images; None: one a core, 8 at most.
-        seed: of the validation share.
+        seed: of the validation share, and of the classes where their number is given.
 
     Raises:
         UserError: from `setup`: an argument is out of range, a folder or its images are missing,
@@ -64,6 +69,8 @@ class ImageFolderData(L.LightningDataModule):
         root: str | Path,
         size: int = 448,
         resize: Resize = "keep",
+        crop_pct: float = 1.0,
+        classes: Sequence[str] | int | None = None,
         val_fraction: float = 0.1,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -73,14 +80,16 @@ class ImageFolderData(L.LightningDataModule):
         self.root = Path(root)
         self.size = size
         self.resize = resize
+        self.crop_pct = crop_pct
+        self.subset = classes
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.seed = seed
         self.classes: list[str] = []
-        self.train: list[tuple[str, int]] = []
-        self.val: list[tuple[str, int]] = []
-        self.test: list[tuple[str, int]] = []
+        self.train: Samples = []
+        self.val: Samples = []
+        self.test: Samples = []
 
     def setup(self, stage: str | None = None) -> None:
         if self.classes:
@@ -89,28 +98,42 @@ class ImageFolderData(L.LightningDataModule):
             raise UserError(f"data.size={self.size} is too small: {MIN_SIZE} px at least")
         if self.resize not in get_args(Resize):
             raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"data.crop_pct={self.crop_pct}: a share from over 0 to 1")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"data.val_fraction={self.val_fraction}: a share from 0 to under 1")
+        classes, *splits = self._samples()
+        if self.subset is not None:
+            kept = choose_classes(classes, self.subset, self.seed)
+            labels = {classes.index(name): label for label, name in enumerate(kept)}
+            splits = [[(path, labels[k]) for path, k in split if k in labels] for split in splits]
+            classes = kept
+        self.train, self.val, self.test = splits
+        if not self.val and self.val_fraction > 0:
+            self.train, self.val = stratified_split(self.train, self.val_fraction, self.seed)
+        self.classes = classes
+
+    def _samples(self) -> tuple[list[str], Samples, Samples, Samples]:
+        """The names of all classes, and the images to train on, to validate on and to test on.
+
+        Without images to validate on, `setup` takes `val_fraction` of those to train on.
+        """
         if not self.root.is_dir():
             raise UserError(f"no such folder: {self.root} (data.root)")
         if not (self.root / "train").is_dir():
             raise UserError(
                 f"{self.root} has no folder train/: expected {self.root}/train/<class>/<images>"
             )
-        classes, self.train = self._scan("train")
+        classes, train = self._scan("train")
         if len(classes) < 2:
             raise UserError(
                 f"{self.root}/train holds one class only ({classes[0]}): "
                 "a classifier needs at least two"
             )
-        self.val = self._scan_known("val", classes)
-        self.test = self._scan_known("test", classes)
-        if not self.val and self.val_fraction > 0:
-            self.train, self.val = stratified_split(self.train, self.val_fraction, self.seed)
-        self.classes = classes
+        return classes, train, self._scan_known("val", classes), self._scan_known("test", classes)
 
     def train_dataloader(self) -> DataLoader:
-        transform = training_transform(self.size, self.resize)
+        transform = training_transform(self.size, self.resize, self.crop_pct)
         return self._loader(self.train, transform, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -123,7 +146,7 @@ class ImageFolderData(L.LightningDataModule):
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
-        transform = evaluation_transform(self.size, self.resize)
+        transform = evaluation_transform(self.size, self.resize, self.crop_pct)
         return self._loader(samples, transform, batch_size or self.batch_size, shuffle=False)
 
     def _loader(
@@ -143,14 +166,14 @@ class ImageFolderData(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _scan(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
+    def _scan(self, split: str) -> tuple[list[str], Samples]:
         try:
             found = ImageFolder(self.root / split, is_valid_file=_is_image)
         except FileNotFoundError as error:  # no class folders, or classes without images
             raise UserError(f"no images in {self.root / split}: {error}") from error
         return found.classes, found.samples
 
-    def _scan_known(self, split: str, classes: list[str]) -> list[tuple[str, int]]:
+    def _scan_known(self, split: str, classes: list[str]) -> Samples:
         """The images of `val` or `test`, labelled as in training; none where there is no folder."""
         if not (self.root / split).is_dir():
             return []
@@ -166,7 +189,7 @@ class ImageFolderData(L.LightningDataModule):
 
 def stratified_split(
     samples: Sequence[tuple[str, int]], fraction: float, seed: int
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+) -> tuple[Samples, Samples]:
     """Draw `fraction` of each class, at least one image of it and never its last, into the second.
 
     Returns:
@@ -182,6 +205,27 @@ def stratified_split(
         drawn.update(members[order[:count]].tolist())
     kept = [sample for i, sample in enumerate(samples) if i not in drawn]
     return kept, [samples[i] for i in sorted(drawn)]
+
+
+def choose_classes(classes: Sequence[str], chosen: Sequence[str] | int, seed: int) -> list[str]:
+    """The `chosen` ones of `classes`, or that many drawn by `seed`, in the order of `classes`.
+
+    Raises:
+        UserError: fewer than two, or some that are not in `classes`.
+    """
+    if isinstance(chosen, int):
+        order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+        names = {classes[i] for i in order[: max(0, chosen)].tolist()}
+        count = chosen
+    else:
+        names = {str(name) for name in chosen}
+        count = len(names)
+    for name in sorted(names - set(classes)):
+        near = difflib.get_close_matches(name, classes) or classes[:3]
+        raise UserError(f"data.classes: there is no class {name}; there are {', '.join(near)}, …")
+    if not 2 <= count <= len(classes):
+        raise UserError(f"data.classes: choose from 2 to {len(classes)} classes, not {count}")
+    return [name for name in classes if name in names]
 
 
 def _is_image(path: str) -> bool:
