@@ -105,10 +105,12 @@ class DescriptorData(L.LightningDataModule):
         return torch.from_numpy(self.store.read(rows)).float().div_(SCALE)
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
+        sampler = self.images.train_sampler() if shuffle else None
         return DataLoader(
             _Rows(self, samples, mirror=shuffle),
             batch_size=self.images.batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and sampler is None,
+            sampler=sampler,
             collate_fn=lambda batch: batch,  # already one, from __getitems__
         )
 

@@ -8,7 +8,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from bcnn.data.folder import ImageFolderData, stratified_split
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.splits import stratified_split
 from bcnn.data.transforms import evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
 
@@ -111,29 +112,6 @@ def test_hidden_files_are_no_images(images: Path) -> None:
     (images / "train" / "red" / "._0.png").write_bytes(b"resource fork")
     (images / "train" / "red" / "notes.txt").write_text("sunny")
     assert len(set_up(images, val_fraction=0).train) == 18
-
-
-def test_mistakes_are_told_by_name(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        set_up(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="train/<class>"):
-        set_up(images / "train")
-    (images / "test" / "violet").mkdir()
-    with pytest.raises(UserError, match="violet"):
-        set_up(images)
-    write_images(images / "test" / "violet", 0)
-    Image.new("RGB", (8, 8)).save(images / "test" / "violet" / "0.png")
-    for name in ("blue", "green", "red"):
-        (images / "test" / "violet" / name).rmdir()
-    with pytest.raises(UserError, match="train lacks: violet"):
-        set_up(images)
-
-
-def test_one_class_only_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train" / "only").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "only" / "0.png")
-    with pytest.raises(UserError, match="one class only"):
-        set_up(tmp_path)
 
 
 def test_crop_pct_resizes_to_more_than_the_crop_shows(images: Path) -> None:

@@ -11,10 +11,9 @@ from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet, Stanfo
 
 from bcnn.data import butterflies
 from bcnn.data.download import Published, fetch, published, unpack
-from bcnn.data.folder import ImageFolderData, Samples
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.layout import Layout, Samples
 from bcnn.errors import UserError
-
-Splits = tuple[list[str], Samples, Samples, Samples]  # classes, and what to train, validate, test on
 
 
 class Butterflies(ImageFolderData):
@@ -82,30 +81,26 @@ class PublicSet(ImageFolderData):
                 unpack(home / file.name, Path(scratch) / file.into)
             (Path(scratch) / self.folder).rename(home / self.folder)  # only a whole set has the name
 
-    def _samples(self) -> Splits:
+    def _layout(self) -> Layout:
         place = self._home() / self.folder
         absent = [part for part in self.parts if not (place / part).exists()]
         if absent:
-            raise UserError(
-                f"{place} lacks {', '.join(absent)}: add it, or remove the folder to remake it"
-            )
+            raise UserError(f"{place} lacks {', '.join(absent)}: add them, or remove it to remake it")
         try:
-            classes, *splits = self._official(place)
+            layout = self._official(place)
         except (RuntimeError, ValueError, LookupError) as error:
             raise UserError(f"{place} is damaged ({error}): remove it to remake it") from error
-        paths = [path for split in splits for path, _ in split]
-        absent = [path for path in paths if not Path(path).is_file()]
-        if absent or [len(split) for split in splits] != list(self.counts):
+        absent = [path for path in layout.paths if not Path(path).is_file()]
+        if absent or [len(samples) for samples in layout.splits.values()] != list(self.counts):
             example = f", for example {absent[0]}" if absent else ""
             raise UserError(
-                f"{place} has {len(paths) - len(absent)} of the set's {sum(self.counts)} images"
+                f"{place} has {len(layout.paths) - len(absent)} of the set's {sum(self.counts)} images"
                 f"{example}: remove it to remake it"
             )
-        train, val, test = splits
-        return classes, train, val, test
+        return layout
 
     @abstractmethod
-    def _official(self, place: Path) -> Splits:
+    def _official(self, place: Path) -> Layout:
         """What the set's own files in `place` say."""
 
 
@@ -120,7 +115,7 @@ class CUB200(PublicSet):
     )
     counts = (5994, 0, 5794)
 
-    def _official(self, place: Path) -> Splits:
+    def _official(self, place: Path) -> Layout:
         """The lists are lines of an image's or a class's id and what they say of it."""
         paths, labels, training, names = (_table(place / part) for part in self.parts[:4])
         used = sorted(set(labels.values()), key=int)  # NABirds also names groups of classes
@@ -128,7 +123,7 @@ class CUB200(PublicSet):
         splits: dict[str, Samples] = {"1": [], "0": []}
         for image, path in paths.items():
             splits[training[image]].append((str(place / "images" / path), label[labels[image]]))
-        return [names[key] for key in used], splits["1"], [], splits["0"]
+        return Layout([names[key] for key in used], train=splits["1"], test=splits["0"])
 
 
 class NABirds(CUB200):
@@ -151,9 +146,9 @@ class Aircraft(PublicSet):
     )
     counts = (6667, 0, 3333)
 
-    def _official(self, place: Path) -> Splits:
+    def _official(self, place: Path) -> Layout:
         train, test = (FGVCAircraft(place.parent, s, loader=str) for s in ("trainval", "test"))
-        return train.classes, _listed(train), [], _listed(test)
+        return Layout(train.classes, _listed(train), test=_listed(test))
 
 
 class Cars(PublicSet):
@@ -173,9 +168,9 @@ class Cars(PublicSet):
     counts = (8144, 0, 8041)
     by_hand = "the Cars left Stanford's site (github.com/pytorch/vision/issues/7545 tells of copies)"
 
-    def _official(self, place: Path) -> Splits:
+    def _official(self, place: Path) -> Layout:
         train, test = (StanfordCars(place.parent, s, loader=str) for s in ("train", "test"))
-        return train.classes, _listed(train), [], _listed(test)
+        return Layout(train.classes, _listed(train), test=_listed(test))
 
 
 class Flowers(PublicSet):
@@ -194,10 +189,10 @@ class Flowers(PublicSet):
     )
     counts = (1020, 1020, 6149)
 
-    def _official(self, place: Path) -> Splits:
-        splits = [Flowers102(place.parent, s, loader=str) for s in ("train", "val", "test")]
+    def _official(self, place: Path) -> Layout:
+        splits = (Flowers102(place.parent, s, loader=str) for s in ("train", "val", "test"))
         train, val, test = (_listed(split) for split in splits)
-        return list(Flowers102.classes), train, val, test
+        return Layout(list(Flowers102.classes), train, val, test)
 
 
 class Pets(PublicSet):
@@ -215,11 +210,11 @@ class Pets(PublicSet):
     )
     counts = (3680, 0, 3669)
 
-    def _official(self, place: Path) -> Splits:
+    def _official(self, place: Path) -> Layout:
         pets = [OxfordIIITPet(place.parent, split) for split in ("trainval", "test")]
         # It takes no loader: what it keeps is the only way to the paths.
         train, test = ([(str(p), k) for p, k in zip(s._images, s._labels, strict=True)] for s in pets)
-        return pets[0].classes, train, [], test
+        return Layout(pets[0].classes, train, test=test)
 
 
 class Dogs(PublicSet):
@@ -237,7 +232,7 @@ class Dogs(PublicSet):
     )
     counts = (12000, 0, 8580)
 
-    def _official(self, place: Path) -> Splits:
+    def _official(self, place: Path) -> Layout:
         from scipy.io import loadmat  # here as in torchvision: other sets need not wait for it
 
         names: dict[int, str] = {}
@@ -248,7 +243,8 @@ class Dogs(PublicSet):
             files = [str(file) for file in lists["file_list"]]  # n02085620-Chihuahua/…jpg
             names |= {k: Path(file).parent.name for file, k in zip(files, labels, strict=True)}
             splits.append([(str(place / "Images" / f), k) for f, k in zip(files, labels, strict=True)])
-        return [names[label] for label in range(len(names))], splits[0], [], splits[1]
+        classes = [names[label] for label in range(len(names))]
+        return Layout(classes, train=splits[0], test=splits[1])
 
 
 def _table(path: Path) -> dict[str, str]:
