@@ -55,6 +55,7 @@ class DescriptorData(L.LightningDataModule):
             "images": _hash_files(self.paths),
             "size": images.size,
             "resize": images.resize,
+            "crop_pct": images.crop_pct,
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }

@@ -112,3 +112,40 @@ def test_hidden_files_are_no_images(images: Path) -> None:
     (images / "train" / "red" / "._0.png").write_bytes(b"resource fork")
     (images / "train" / "red" / "notes.txt").write_text("sunny")
     assert len(set_up(images, val_fraction=0).train) == 18
+
+
+def test_crop_pct_resizes_to_more_than_the_crop_shows(images: Path) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
+    inner = evaluation_transform(32, "squash", 0.5)(ramp)
+    assert torch.equal(inner, torch.from_numpy(np.asarray(ramp)[16:48, 16:48].copy()).permute(2, 0, 1))
+    crops = {training_transform(32, "squash", 0.5)(ramp)[0].min().item() for _ in range(20)}
+    assert len(crops) > 5  # a squashed image without a margin has one crop only
+    data = set_up(images, crop_pct=0.5)
+    assert next(iter(data.evaluation_dataloader(data.test)))[0].shape == (6, 3, 32, 32)
+    for crop_pct in (0, 1.5):
+        with pytest.raises(UserError, match="crop_pct"):
+            set_up(images, crop_pct=crop_pct)
+
+
+def test_chosen_classes_keep_their_images_and_splits(images: Path) -> None:
+    everything = set_up(images, val_fraction=0)
+    data = set_up(images, val_fraction=0, classes=["red", "blue"])
+    assert data.classes == ["blue", "red"]
+    for before, after in ((everything.train, data.train), (everything.test, data.test)):
+        named = [(path, everything.classes[label]) for path, label in before]
+        kept = [(path, name) for path, name in named if name != "green"]
+        assert [(path, data.classes[label]) for path, label in after] == kept
+    assert len(set_up(images, val_fraction=0.34, classes=["red", "blue"]).val) == 4
+
+
+def test_a_number_of_classes_is_drawn_by_seed(images: Path) -> None:
+    drawn = [set_up(images, classes=2, seed=seed).classes for seed in range(12)]
+    assert drawn == [set_up(images, classes=2, seed=seed).classes for seed in range(12)]
+    assert {tuple(names) for names in drawn} == {("blue", "green"), ("blue", "red"), ("green", "red")}
+    assert set_up(images, classes=3).classes == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("classes", [1, 4, -1, ["red"], ["red", "rde"], ["red", "red"]])
+def test_classes_that_cannot_be_had_are_told(images: Path, classes: object) -> None:
+    with pytest.raises(UserError, match="there are red" if classes == ["red", "rde"] else "2 to 3"):
+        set_up(images, classes=classes)

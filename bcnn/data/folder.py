@@ -17,6 +17,7 @@ from bcnn.data.check import broken, check, write_broken
 from bcnn.data.layout import Layout, Samples, listed, mistakes, read_folder, read_list
 from bcnn.data.review import duplicates, imbalance
 from bcnn.data.splits import draw_splits, refuse_fractions, too_few
+from bcnn.data.subset import choose_classes
 from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
 
@@ -59,7 +60,9 @@ class ImageFolderData(L.LightningDataModule):
         root: `root/{train,val,test}/<class>/*`, val and test being optional, or `root/<class>/*`.
         list: instead of `root`, a CSV or text file of `path,label[,split]`.
         size: side of the square crops in pixels.
-        resize: short side to `size` ("keep") or both sides ("squash").
+        resize: the short side ("keep") or both sides ("squash"), to `size / crop_pct` pixels.
+        crop_pct: share of the resized side that a crop takes, as in timm.
+        classes: names of classes to leave the others out, or how many to draw by `seed`; None: all.
         val_fraction: share of each class, drawn by `seed`, to validate on where no image is in val.
             0 trains on everything.
         test_fraction: the same for test; None: 0.2 where nothing says which images are in which
@@ -68,7 +71,7 @@ class ImageFolderData(L.LightningDataModule):
         sampler: "balanced" draws every class equally often in training; None: every image once.
         batch_size: images a step and device.
         num_workers: processes that decode images; None: one a core, 8 at most.
-        seed: of the shares that are drawn.
+        seed: of the shares, and of the classes, that are drawn.
 
     Raises:
         UserError: from `setup`: an argument is out of range, a folder or its images are missing or
@@ -86,6 +89,8 @@ class ImageFolderData(L.LightningDataModule):
         root: str | Path | None = None,
         size: int = 448,
         resize: Resize = "keep",
+        crop_pct: float = 1.0,
+        classes: Sequence[str] | int | None = None,
         val_fraction: float = 0.1,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -101,6 +106,8 @@ class ImageFolderData(L.LightningDataModule):
         self.places = [place for place in (root, list) if place is not None]
         self.size = size
         self.resize = resize
+        self.crop_pct = crop_pct
+        self.subset = classes
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.broken = broken
@@ -116,6 +123,8 @@ class ImageFolderData(L.LightningDataModule):
         self._refuse_options()
         layout = self._layout()
         _refuse(mistakes(layout, self.root))
+        if self.subset is not None:
+            layout = choose_classes(layout, self.subset, self.seed)
         findings = check(self.root, layout.paths)
         layout = self._without_broken(layout, broken(findings))
         _refuse(mistakes(layout, self.root))
@@ -137,6 +146,8 @@ class ImageFolderData(L.LightningDataModule):
             raise UserError(f"data.size={self.size} is too small: {MIN_SIZE} px at least")
         if self.resize not in get_args(Resize):
             raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"data.crop_pct={self.crop_pct}: a share from over 0 to 1")
         if self.broken not in get_args(Broken):
             raise UserError(f"data.broken={self.broken}: choose from {', '.join(get_args(Broken))}")
         if self.sampler not in (None, *get_args(Sampling)):
@@ -173,7 +184,7 @@ class ImageFolderData(L.LightningDataModule):
         return WeightedRandomSampler(weights.tolist(), len(self.train))
 
     def train_dataloader(self) -> DataLoader:
-        transform = training_transform(self.size, self.resize)
+        transform = training_transform(self.size, self.resize, self.crop_pct)
         return self._loader(self.train, transform, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -186,7 +197,7 @@ class ImageFolderData(L.LightningDataModule):
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
-        transform = evaluation_transform(self.size, self.resize)
+        transform = evaluation_transform(self.size, self.resize, self.crop_pct)
         return self._loader(samples, transform, batch_size or self.batch_size, shuffle=False)
 
     def _loader(
