@@ -14,6 +14,7 @@ from PIL import Image, features
 from bcnn.data.check import broken, cache_file, check, inspect, write_broken
 from bcnn.data.formats import is_image
 from bcnn.data.transforms import load_image
+from bcnn.errors import UserError
 
 LEFT, RIGHT = (200, 40, 60), (30, 90, 180)
 
@@ -239,3 +240,12 @@ def test_a_damaged_memory_is_checked_anew(tmp_path: Path) -> None:
     for content in ("", "[1]", '{"a": 1}', '{"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'):
         cache_file(tmp_path, ".json").write_text(content)
         assert check(tmp_path, [str(path)]) == first
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        check(tmp_path, [])

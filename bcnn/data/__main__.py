@@ -20,6 +20,8 @@ from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.errors import UserError
 from bcnn.options import command
 
+MOST_BROKEN = 20  # lines about broken files; the file that lists them has all
+
 USAGE = """
 python -m bcnn.data PATH [OPTION=VALUE ...]
 
@@ -73,7 +75,7 @@ def main(options: Options) -> int:
     if reasons:
         file = write_broken(source, reasons)
         errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
-        for path, reason in reasons.items():
+        for path, reason in list(reasons.items())[:MOST_BROKEN]:
             console.print(f"broken: {path}: {reason}", markup=False)
     for warning in duplicates(drawn, findings) + imbalance(drawn):
         console.print(f"warning: {warning}", markup=False)

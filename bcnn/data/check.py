@@ -3,12 +3,14 @@
 A file is checked again only when its size or its time of change is another, or when it was broken.
 """
 
+import errno
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -103,9 +105,11 @@ def cache_file(source: Path, suffix: str) -> Path:
     folder = cache / "bcnn" / "checks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
-            f"cannot make {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
+            f"cannot write to {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
         ) from error
     absolute = os.path.abspath(source)
     key = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
@@ -151,8 +155,9 @@ def _save(memory: Path, known: dict[str, tuple[State, Finding]]) -> None:
         if not finding.error
     }
     temporary = memory.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries))
-    temporary.replace(memory)
+    with suppress(OSError):  # without room for it, the next run checks again
+        temporary.write_text(json.dumps(entries))
+        temporary.replace(memory)
 
 
 def _reason(path: str, error: Exception) -> str:
