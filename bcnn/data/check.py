@@ -49,19 +49,19 @@ def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
     memory = cache_file(source, ".json")
     with FileLock(memory.with_suffix(".lock")):  # runs that start together check once
         known = _load(memory)
+        places = {path: os.path.abspath(path) for path in paths}
         states = {path: _state(path) for path in paths}
         found = {
-            path: finding
-            for path in paths
-            for state, finding in [known.get(os.path.abspath(path), (None, Finding()))]
-            if state == states[path]
+            path: known[place][1]
+            for path, place in places.items()
+            if place in known and known[place][0] == states[path]
         }
-        todo = [path for path in states if path not in found]
+        todo = [path for path in places if path not in found]
         if todo:
             try:
                 _inspect_all(todo, found)
             finally:  # an interrupted check goes on from where it was
-                new = {os.path.abspath(path): (states[path], f) for path, f in found.items()}
+                new = {places[path]: (states[path], finding) for path, finding in found.items()}
                 _save(memory, known | new)
     return found
 
