@@ -77,7 +77,6 @@ def inspect(path: str) -> Finding:
             kind, (width, height) = str(image.format), image.size
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             ImageOps.exif_transpose(image, in_place=True)
-            image.load()
             digest = hashlib.blake2b(repr((image.mode, image.size)).encode(), digest_size=16)
             digest.update(bytes(image.getpalette("RGB") or []))
             digest.update(image.tobytes())
