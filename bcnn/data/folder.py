@@ -22,20 +22,25 @@ class ImageList(Dataset[tuple[Tensor, int]]):
     Args:
         samples: (path, label) pairs.
         transform: PIL image → uint8 tensor (3, height, width).
+        side: the short side that `transform` resizes to: see `load_image`.
     """
 
     def __init__(
-        self, samples: Sequence[tuple[str, int]], transform: Callable[[Image.Image], Tensor]
+        self,
+        samples: Sequence[tuple[str, int]],
+        transform: Callable[[Image.Image], Tensor],
+        side: int | None = None,
     ) -> None:
         self.samples = samples
         self.transform = transform
+        self.side = side
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(load_image(path)).as_subclass(Tensor), label
+        return self.transform(load_image(path, self.side)).as_subclass(Tensor), label
 
 
 class ImageFolderData(L.LightningDataModule):
@@ -134,12 +139,12 @@ class ImageFolderData(L.LightningDataModule):
         shuffle: bool,
     ) -> DataLoader:
         return DataLoader(
-            ImageList(samples, transform),
+            ImageList(samples, transform, self.size),
             batch_size=batch_size,
             shuffle=shuffle,
             drop_last=shuffle and len(samples) > batch_size,  # a rest of one image has no mean
             num_workers=self.num_workers,
-            persistent_workers=shuffle and self.num_workers > 0,
+            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
