@@ -20,6 +20,8 @@ from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.errors import UserError
 from bcnn.options import command
 
+MOST_BROKEN = 20  # lines about broken files; the file that lists them has all
+
 USAGE = """
 python -m bcnn.data PATH [OPTION=VALUE ...]
 
@@ -73,7 +75,7 @@ def main(options: Options) -> int:
     if reasons:
         file = write_broken(source, reasons)
         errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
-        for path, reason in reasons.items():
+        for path, reason in list(reasons.items())[:MOST_BROKEN]:
             console.print(f"broken: {path}: {reason}", markup=False)
     for warning in duplicates(drawn, findings) + imbalance(drawn):
         console.print(f"warning: {warning}", markup=False)
@@ -89,7 +91,7 @@ def _counts(layout: Layout, drawn: Layout, reasons: Mapping[str, str]) -> Table:
     if reasons:
         lost = Counter(label for path, label in layout.samples if path in reasons)
         columns["broken"] = [lost[label] for label in range(len(layout.classes))]
-    table.add_column("class", footer=f"{len(layout.classes)} classes")
+    table.add_column("class", footer=f"classes: {len(layout.classes)}")
     for name, counts in columns.items():
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
     for label, name in enumerate(layout.classes):

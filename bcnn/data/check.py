@@ -3,12 +3,14 @@
 A file is checked again only when its size or its time of change is another, or when it was broken.
 """
 
+import errno
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -47,19 +49,19 @@ def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
     memory = cache_file(source, ".json")
     with FileLock(memory.with_suffix(".lock")):  # runs that start together check once
         known = _load(memory)
+        places = {path: os.path.abspath(path) for path in paths}
         states = {path: _state(path) for path in paths}
         found = {
-            path: finding
-            for path in paths
-            for state, finding in [known.get(os.path.abspath(path), (None, Finding()))]
-            if state == states[path]
+            path: known[place][1]
+            for path, place in places.items()
+            if place in known and known[place][0] == states[path]
         }
-        todo = [path for path in states if path not in found]
+        todo = [path for path in places if path not in found]
         if todo:
             try:
                 _inspect_all(todo, found)
             finally:  # an interrupted check goes on from where it was
-                new = {os.path.abspath(path): (states[path], f) for path, f in found.items()}
+                new = {places[path]: (states[path], finding) for path, finding in found.items()}
                 _save(memory, known | new)
     return found
 
@@ -103,9 +105,11 @@ def cache_file(source: Path, suffix: str) -> Path:
     folder = cache / "bcnn" / "checks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
-            f"cannot make {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
+            f"cannot write to {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
         ) from error
     absolute = os.path.abspath(source)
     key = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
@@ -151,15 +155,16 @@ def _save(memory: Path, known: dict[str, tuple[State, Finding]]) -> None:
         if not finding.error
     }
     temporary = memory.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries))
-    temporary.replace(memory)
+    with suppress(OSError):  # without room for it, the next run checks again
+        temporary.write_text(json.dumps(entries))
+        temporary.replace(memory)
 
 
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         if os.path.getsize(path) == 0:
             return "an empty file"
-        if path.lower().endswith(HEIC) and ".heic" not in Image.registered_extensions():
+        if path.lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
             return "HEIC needs a plug-in: pip install pillow-heif"
         return "not an image, or damaged at its beginning"
     if isinstance(error, OSError) and error.strerror:

@@ -103,6 +103,7 @@ class ImageFolderData(L.LightningDataModule):
         super().__init__()
         self.list = None if list is None else Path(list)
         self.root = Path(root or list or "")  # what messages call the set
+        self.places = [place for place in (root, list) if place is not None]
         self.size = size
         self.resize = resize
         self.crop_pct = crop_pct
@@ -139,7 +140,7 @@ class ImageFolderData(L.LightningDataModule):
         return read_list(self.list) if self.list else read_folder(self.root)
 
     def _refuse_options(self) -> None:
-        if (self.list is None) == (self.root == Path()):
+        if len(self.places) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
         if self.size < MIN_SIZE:
             raise UserError(f"data.size={self.size} is too small: {MIN_SIZE} px at least")

@@ -100,8 +100,8 @@ def read_folder(root: Path) -> Layout:
 def read_list(file: Path) -> Layout:
     """Lines of `path,label[,split]`, with or without a line that names the columns.
 
-    The columns are apart by tabs, commas, semicolons or blanks, whichever comes first in this order
-    in the first line. Paths are absolute, or relative to the list's folder.
+    The columns are apart by tabs, commas, semicolons or blanks: by the first of these that divides the
+    first line. Paths are absolute, or relative to the list's folder.
 
     Raises:
         UserError: the list or an image of it cannot be found, or a line is not understood.
@@ -183,15 +183,19 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
         raise UserError(f"no such list: {file} (data.list)") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list {file} ({error}): save it as UTF-8 text") from error
-    lines = text.splitlines()
+    lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
-    delimiter = next((mark for mark in "\t,;" if mark in first), " ")
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    mark = next((mark for mark in "\t,;" if len(_cells(first, mark)) > 1), " ")
+    reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
     rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     rows = [(number, cells) for number, cells in rows if any(cells)]
     if not rows:
         raise UserError(f"the list {file} is empty: expected lines of path,label or path,label,split")
     return rows
+
+
+def _cells(line: str, mark: str) -> list[str]:
+    return next(csv.reader([line], delimiter=mark), [])
 
 
 def _name(text: str) -> str:

@@ -25,11 +25,13 @@ def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
 
 def imbalance(layout: Layout) -> list[str]:
     """Says so where the largest class has over `IMBALANCE` times the images of the smallest."""
-    counts = {name: n for name, n in zip(layout.classes, layout.counts("train"), strict=True) if n}
-    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-    if counts[most] <= IMBALANCE * counts[least]:
+    counts = sorted(
+        (n, name) for n, name in zip(layout.counts("train"), layout.classes, strict=True) if n
+    )
+    if not counts or counts[-1][0] <= IMBALANCE * counts[0][0]:
         return []
+    (few, rare), (many, common) = counts[0], counts[-1]
     return [
-        f"{counts[most]} training images of {most} and {counts[least]} of {least}, "
-        f"{counts[most] / counts[least]:.0f} to 1: data.sampler=balanced draws each equally often"
+        f"{many} training images of {common} and {few} of {rare}, {many / few:.0f} to 1: "
+        "data.sampler=balanced draws every class equally often"
     ]

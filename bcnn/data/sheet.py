@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from matplotlib import font_manager
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from bcnn.data.layout import Samples
@@ -12,6 +12,8 @@ THUMB = 96  # px, side of an image's place
 CAPTION = 20  # px, height of the line above a class's images
 COLUMNS = 16  # images side by side
 MOST_CLASSES = 1600
+
+_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
@@ -31,7 +33,7 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
     width, height = each * THUMB, CAPTION + THUMB
     sheet = Image.new("RGB", (across * width, -(-len(shown) // across) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
+    font = ImageFont.truetype(_FONT, 12)
     for index, (name, paths) in enumerate(zip(shown, members, strict=False)):
         left, top = index % across * width, index // across * height
         draw.text((left + 2, top + 3), _fitted(f"{name} ({len(paths)})", font, width), "black", font)
