@@ -193,6 +193,13 @@ class ImageFolderData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(self.test)
 
+    def sample_dataloader(self, images: int = 256) -> DataLoader:
+        """Centre crops of at most this many training images, drawn by `seed` within each class."""
+        sample = self.train
+        if len(sample) > images:
+            _, sample = stratified_split(sample, images / len(sample), self.seed)
+        return self.evaluation_dataloader(sample)
+
     def evaluation_dataloader(
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
