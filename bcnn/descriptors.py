@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import MARGIN
 from bcnn.model import BCNN
 from bcnn.pooling import packed_size
 from bcnn.precision import AUTOCAST
@@ -55,6 +56,8 @@ class DescriptorData(L.LightningDataModule):
             "images": _hash_files(self.paths),
             "size": images.size,
             "resize": images.resize,
+            "crop_pct": images.crop_pct,
+            "decoding": f"JPEGs reduced to no less than {MARGIN} times the side",
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }
@@ -104,10 +107,12 @@ class DescriptorData(L.LightningDataModule):
         return torch.from_numpy(self.store.read(rows)).float().div_(SCALE)
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
+        sampler = self.images.train_sampler() if shuffle else None
         return DataLoader(
             _Rows(self, samples, mirror=shuffle),
             batch_size=self.images.batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and sampler is None,
+            sampler=sampler,
             collate_fn=lambda batch: batch,  # already one, from __getitems__
         )
 
