@@ -449,7 +449,7 @@ def test_a_set_with_missing_parts_is_not_trained_on(publish: Publish, tmp_path: 
     with pytest.raises(UserError, match=r"has 17 of the set's 18 images, for example .*jpg"):
         data("cub200", tmp_path).setup()
     (place / "train_test_split.txt").write_text("1 1\n")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="not as published"):
         data("cub200", tmp_path).setup()
     (place / "train_test_split.txt").unlink()
     with pytest.raises(UserError, match="lacks train_test_split"):

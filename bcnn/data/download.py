@@ -33,7 +33,7 @@ class Published:
 
 def published(md5: dict[str, str], site: str = "", into: str = "") -> tuple[Published, ...]:
     """Files by their names and checksums, all of one address."""
-    return tuple(Published(name, sum_, site and site + name, into) for name, sum_ in md5.items())
+    return tuple(Published(name, md5[name], site and site + name, into) for name in md5)
 
 
 def fetch(file: Published, folder: Path) -> None:

@@ -15,6 +15,8 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import Layout, Samples
 from bcnn.errors import UserError
 
+ANEW = "move the folder away to have it made anew"
+
 
 class Butterflies(ImageFolderData):
     """The embedded set: drawn into `root` on first use, then loaded like any other folder."""
@@ -72,7 +74,7 @@ class PublicSet(ImageFolderData):
         if absent:
             raise UserError(
                 f"{self.by_hand}: put {', '.join(absent)} into {home}, "
-                f"or what they hold ({', '.join(self.parts)}) into {home / self.folder}"
+                f"or unpacked ({', '.join(self.parts)}) into {home / self.folder}"
             )
         for file in self.files:
             fetch(file, home)
@@ -85,17 +87,17 @@ class PublicSet(ImageFolderData):
         place = self._home() / self.folder
         absent = [part for part in self.parts if not (place / part).exists()]
         if absent:
-            raise UserError(f"{place} lacks {', '.join(absent)}: add them, or remove it to remake it")
+            raise UserError(f"{place} lacks {', '.join(absent)}: add them, or {ANEW}")
         try:
             layout = self._official(place)
-        except (RuntimeError, ValueError, LookupError) as error:
-            raise UserError(f"{place} is damaged ({error}): remove it to remake it") from error
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            raise UserError(f"{place} is not as published ({error}): {ANEW}") from error
         absent = [path for path in layout.paths if not Path(path).is_file()]
         if absent or [len(samples) for samples in layout.splits.values()] != list(self.counts):
             example = f", for example {absent[0]}" if absent else ""
             raise UserError(
                 f"{place} has {len(layout.paths) - len(absent)} of the set's {sum(self.counts)} images"
-                f"{example}: remove it to remake it"
+                f"{example}: {ANEW}"
             )
         return layout
 
@@ -132,7 +134,7 @@ class NABirds(CUB200):
     folder = "nabirds"
     files = published({"nabirds.tar.gz": "df21a9e4db349a14e2b08adfd45873bd"})
     counts = (23929, 0, 24633)
-    by_hand = "NABirds is for those who agree to the Cornell Lab's terms (https://dl.allaboutbirds.org/nabirds)"
+    by_hand = "the Cornell Lab gives NABirds to who agrees to its terms (dl.allaboutbirds.org/nabirds)"
 
 
 class Aircraft(PublicSet):
@@ -166,7 +168,7 @@ class Cars(PublicSet):
         into="stanford_cars",
     )
     counts = (8144, 0, 8041)
-    by_hand = "the Cars left Stanford's site (github.com/pytorch/vision/issues/7545 tells of copies)"
+    by_hand = "Stanford's site has the Cars no more (github.com/pytorch/vision/issues/7545 has copies)"
 
     def _official(self, place: Path) -> Layout:
         train, test = (StanfordCars(place.parent, s, loader=str) for s in ("train", "test"))

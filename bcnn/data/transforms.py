@@ -14,16 +14,29 @@ Resize = Literal["keep", "squash"]
 
 MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
 
+# A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if this many times the side needed is left.
+# At 1 a trained model changes its mind about some photographs, at 2 about none (python -m
+# bcnn.benchmark stage=data ckpt=…).
+MARGIN = 2
 
-def load_image(path: str | Path) -> Image.Image:
+
+def load_image(path: str | Path, side: int | None = None) -> Image.Image:
     """Any image that Pillow opens, upright, as RGB in 0..255; transparency shows white.
+
+    Args:
+        path: of the file.
+        side: the short side in pixels that the image is going to be resized to. A JPEG of several
+            times that is then decoded at a fraction of its size. None: whole.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            if side is not None:
+                file.draft(None, (MARGIN * side, MARGIN * side))
+            image: Image.Image = file
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bit a pixel; convert() would clip it to 255
                 grey = np.asarray(image).clip(0, 65535) // 256
                 image = Image.fromarray(grey.astype(np.uint8))
@@ -37,14 +50,19 @@ def load_image(path: str | Path) -> Image.Image:
 
 def training_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
     """Resize, random crop and horizontal flip: PIL image → uint8 tensor (3, size, size)."""
-    resized = _resize(round(size / crop_pct), resize)
+    resized = _resize(resized_side(size, crop_pct), resize)
     return v2.Compose([v2.ToImage(), resized, v2.RandomCrop(size), v2.RandomHorizontalFlip()])
 
 
 def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
     """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
-    resized = _resize(round(size / crop_pct), resize)
+    resized = _resize(resized_side(size, crop_pct), resize)
     return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(size)])
+
+
+def resized_side(size: int, crop_pct: float = 1.0) -> int:
+    """The short side in pixels that crops of `size` are cut from."""
+    return round(size / crop_pct)
 
 
 def _resize(side: int, resize: Resize) -> torch.nn.Module:
