@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from bcnn.data.check import broken, check, write_broken
 from bcnn.data.layout import Layout, Samples, listed, mistakes, read_folder, read_list
 from bcnn.data.review import duplicates, imbalance
-from bcnn.data.splits import draw_splits, refuse_fractions, too_few
+from bcnn.data.splits import draw_splits, refuse_fractions, stratified_split, too_few
 from bcnn.data.subset import choose_classes
 from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
