@@ -16,10 +16,11 @@ from pathlib import Path
 
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 
 from bcnn.data.formats import HEIC
+from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 
 State = tuple[int, int]  # size in bytes and time of change in ns: tell a file from its later versions
@@ -67,7 +68,7 @@ def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
 
 
 def inspect(path: str) -> Finding:
-    """Decode an image to its last byte.
+    """Decode an image as training does, to its last byte.
 
     JPEGs are decoded at an eighth of their size: all of the file is read and every coefficient
     decoded, so that every truncation shows, but most of the arithmetic is left out.
@@ -75,14 +76,12 @@ def inspect(path: str) -> Finding:
     try:
         with Image.open(path) as image:
             kind, (width, height) = str(image.format), image.size
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            ImageOps.exif_transpose(image, in_place=True)
-            digest = hashlib.blake2b(repr((image.mode, image.size)).encode(), digest_size=16)
-            digest.update(bytes(image.getpalette("RGB") or []))
-            digest.update(image.tobytes())
-            return Finding(kind, width, height, digest.hexdigest())
+        pixels = load_image(path, side=1)
+        digest = hashlib.blake2b(repr(pixels.size).encode(), digest_size=16)
+        digest.update(pixels.tobytes())
+        return Finding(kind, width, height, digest.hexdigest())
     except Exception as error:  # decoders raise whatever the bytes lead them into
-        return Finding(error=_reason(path, error))
+        return Finding(error=_reason(path, error.__cause__ or error))
 
 
 def broken(findings: dict[str, Finding]) -> dict[str, str]:
@@ -159,7 +158,7 @@ def _save(memory: Path, known: dict[str, tuple[State, Finding]]) -> None:
         temporary.replace(memory)
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(path: str, error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         if os.path.getsize(path) == 0:
             return "an empty file"

@@ -38,7 +38,7 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
         left, top = index % across * width, index // across * height
         draw.text((left + 2, top + 3), _fitted(f"{name} ({len(paths)})", font, width), "black", font)
         for place, path in enumerate(_spread(paths, each)):
-            thumb = ImageOps.contain(load_image(path), (THUMB - 2, THUMB - 2))
+            thumb = ImageOps.contain(load_image(path, THUMB), (THUMB - 2, THUMB - 2))
             sheet.paste(thumb, (left + place * THUMB, top + CAPTION))
     picture.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(picture)
