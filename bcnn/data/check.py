@@ -93,7 +93,7 @@ def write_broken(source: Path, reasons: dict[str, str]) -> Path:
     """Write a line `path<TAB>reason` for each broken image; returns the file."""
     file = cache_file(source, "-broken.txt")
     with file.open("w", encoding="utf-8", errors="surrogateescape") as out:
-        out.writelines(f"{path}\t{reason}\n" for path, reason in reasons.items())
+        out.writelines(f"{os.path.abspath(path)}\t{reason}\n" for path, reason in reasons.items())
     return file
 
 

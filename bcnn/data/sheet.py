@@ -36,7 +36,8 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
     font = ImageFont.truetype(_FONT, 12)
     for index, (name, paths) in enumerate(zip(shown, members, strict=False)):
         left, top = index % across * width, index // across * height
-        draw.text((left + 2, top + 3), _fitted(f"{name} ({len(paths)})", font, width), "black", font)
+        caption = _caption(name, f" ({len(paths)})", font, width - 6)
+        draw.text((left + 2, top + 3), caption, "black", font)
         for place, path in enumerate(_spread(paths, each)):
             thumb = ImageOps.contain(load_image(path, THUMB), (THUMB - 2, THUMB - 2))
             sheet.paste(thumb, (left + place * THUMB, top + CAPTION))
@@ -49,10 +50,10 @@ def _spread(paths: list[str], count: int) -> list[str]:
     return paths if len(paths) <= count else [paths[i * len(paths) // count] for i in range(count)]
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, cut where it would run into the next class's."""
-    if font.getlength(text) <= width - 6:
-        return text
-    while text and font.getlength(text + "…") > width - 6:
-        text = text[:-1]
-    return text + "…"
+def _caption(name: str, count: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Both, the name cut where it would run into the next class's."""
+    if font.getlength(name + count) <= width:
+        return name + count
+    while name and font.getlength(f"{name}…{count}") > width:
+        name = name[:-1]
+    return f"{name}…{count}"
