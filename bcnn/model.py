@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.vgg import cfgs, make_layers
@@ -25,7 +26,7 @@ LAYERS = {
 
 
 class Centering(nn.Module):
-    """Takes the mean over the images off their descriptors.
+    """The mean over the images that is taken off their descriptors.
 
     Descriptors of different images are much alike. A step that moves all of them together is told to
     the classifier, whose weights are large, as one and the same change of every image's logits, and
@@ -45,8 +46,8 @@ class Centering(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, width) → (batch, width)."""
-        return x - (x.mean(dim=0) if self.training and self.batch_mean else self.mean)
+        """Descriptors (batch, width) → their mean (width,)."""
+        return x.mean(dim=0) if self.training and self.batch_mean else self.mean
 
 
 class BCNN(nn.Module):
@@ -138,8 +139,11 @@ class BCNN(nn.Module):
         Descriptors have 131,328 small entries; summing them in half precision would cost accuracy
         and saves nothing beside the convolutions.
         """
+        weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(descriptors.device.type, enabled=False):
-            return self.classifier(self.centering(descriptors.to(self.classifier.weight.dtype)))
+            x = descriptors.to(weight.dtype)
+            # W·(x - mean) + b, without a copy of the rows.
+            return F.linear(x, weight, bias - weight @ self.centering(x))
 
     @torch.no_grad()
     def center_on(self, mean: Tensor) -> None:
