@@ -57,6 +57,7 @@ class DescriptorData(L.LightningDataModule):
             "images": _hash_files(self.paths),
             "size": images.size,
             "resize": images.resize,
+            "crop_pct": images.crop_pct,
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }
@@ -116,10 +117,12 @@ class DescriptorData(L.LightningDataModule):
         return self._batch[: len(rows)].copy_(rows).div_(SCALE), labels
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
+        sampler = self.images.train_sampler() if shuffle else None
         return DataLoader(
             _Rows(self, samples, mirror=shuffle),
             batch_size=self.images.batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and sampler is None,
+            sampler=sampler,
             collate_fn=lambda batch: batch,  # already one, from __getitems__
         )
 

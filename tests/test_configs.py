@@ -62,3 +62,16 @@ def test_butterflies_come_with_random_weights_and_folders_with_imagenet() -> Non
     assert configure().model.weights == "random"
     assert configure("data=folder", "data.root=x").model.weights == "imagenet"
     assert configure("model.weights=imagenet_features").model.weights == "imagenet_features"
+
+
+@pytest.mark.parametrize(
+    ("name", "resize", "side"),
+    [("cub200", "keep", 448), ("aircraft", "squash", 512), ("cars", "squash", 448)],
+)
+def test_protocol_of_the_papers(name: str, resize: str, side: int) -> None:
+    cfg = configure(f"experiment={name}")
+    assert cfg.data == configure(f"data={name}").data
+    assert (cfg.data.size, cfg.data.resize) == (448, resize)
+    assert cfg.data.size / cfg.data.crop_pct == side
+    assert (cfg.stage.name, cfg.model.weights) == ("both", "imagenet")
+    assert type(instantiate(cfg.data)).__name__.lower() == name
