@@ -60,16 +60,24 @@ class BCNN(nn.Module):
         classes: names, in the order of the logits.
         size: side in pixels of the square crops it is trained and tested on.
         resize: how an image gets to that size: its short side ("keep") or both ("squash").
+        crop_pct: share of the resized side that the crop takes.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classes: Sequence[str], size: int = 448, resize: Resize = "keep") -> None:
+    def __init__(
+        self,
+        classes: Sequence[str],
+        size: int = 448,
+        resize: Resize = "keep",
+        crop_pct: float = 1.0,
+    ) -> None:
         super().__init__()
         self.classes = list(classes)
         self.size = size
         self.resize = resize
+        self.crop_pct = crop_pct
         self.checkpointing = False  # of activations: see `feature_maps`
         self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
         self.centering = Centering(packed_size(CHANNELS))

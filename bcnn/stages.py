@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ri
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from torch import nn
 
 from bcnn.convex import MAX_ROWS, ConvexModule
 from bcnn.data.folder import ImageFolderData
@@ -192,7 +193,7 @@ def _plan(
     stage: DictConfig, images: ImageFolderData, model: BCNN, precision: str
 ) -> tuple[BCNNModule, L.LightningDataModule, dict[str, Any]]:
     """What to fit, on what, and the trainer's limits that go with it."""
-    loss = instantiate(stage.loss)
+    loss = _loss(stage, images, balanced=stage.class_weights)
     steps = {
         "optimizer": instantiate(stage.optimizer),
         "scheduler": instantiate(stage.scheduler),
@@ -215,7 +216,15 @@ def _plan(
         return by_steps, data, limits
     # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
     limits = {"max_epochs": len(stage.l2), "limit_train_batches": 1, "precision": "32-true"}
+    # The solver takes every row once: to draw classes equally often is to weigh them equally.
+    loss = _loss(stage, images, balanced=stage.class_weights or images.sampler == "balanced")
     return ConvexModule(model, data, stage.l2, loss), data, limits
+
+
+def _loss(stage: DictConfig, images: ImageFolderData, balanced: bool) -> nn.Module:
+    """The stage's loss, in which every class weighs the same if `balanced`."""
+    loss: nn.Module = instantiate(stage.loss)(weight=images.class_weights() if balanced else None)
+    return loss
 
 
 def _fits(store: str, data: DescriptorData) -> bool:
@@ -251,7 +260,7 @@ def _solves(solver: str, images: ImageFolderData) -> bool:
 
 def _build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
     if cfg.ckpt is None:
-        model = BCNN(images.classes, images.size, images.resize)
+        model = BCNN(images.classes, images.size, images.resize, images.crop_pct)
         initialise_features(model, cfg.model.weights, cfg.model.normalization)
         return model
     model = load_model(cfg.ckpt, images.classes, cfg.model.normalization)
@@ -260,12 +269,12 @@ def _build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
             f"{cfg.ckpt} was trained on other classes ({', '.join(model.classes[:3])}, …) than "
             f"{images.root} holds ({', '.join(images.classes[:3])}, …): train stage=last on them first"
         )
-    if (model.size, model.resize) != (images.size, images.resize):
-        say(
-            f"{cfg.ckpt} was trained at {model.size} px ({model.resize}); "
-            f"going on at {images.size} px ({images.resize})"
-        )
-    model.size, model.resize = images.size, images.resize
+    before, now = (
+        f"{that.size} px ({that.resize}, crop_pct {that.crop_pct:g})" for that in (model, images)
+    )
+    if before != now:
+        say(f"{cfg.ckpt} was trained at {before}; going on at {now}")
+    model.size, model.resize, model.crop_pct = images.size, images.resize, images.crop_pct
     return model
 
 

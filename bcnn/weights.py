@@ -81,7 +81,12 @@ def load_model(
             f"{path} was trained on {len(bias)} classes, the images have {len(names)}: "
             "train stage=last on these images first"
         )
-    model = BCNN(names, metadata.get("size", 448), metadata.get("resize", "keep"))
+    model = BCNN(
+        names,
+        metadata.get("size", 448),
+        metadata.get("resize", "keep"),
+        metadata.get("crop_pct", 1.0),
+    )
     _load_features(model, tensors, path)
     _set_normalization(model, tensors, metadata, normalization, path)
     model.centering.mean.copy_(tensors.get("centering.mean", torch.zeros(size)))
