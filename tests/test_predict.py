@@ -1,4 +1,4 @@
-"""`python -m bcnn.predict`: what photographs it finds, the rows it writes, and how it tells mistakes."""
+"""`python -m bcnn.predict`: which photographs it finds, the rows it writes, how it tells mistakes."""
 
 import csv
 import io
