@@ -54,6 +54,8 @@ def load_model(
 ) -> BCNN:
     """The model in a checkpoint of this project's, or in a `.pth` / `.safetensors` state dict.
 
+    It is ready for use (`model.predict(images)`): on the CPU, in evaluation mode.
+
     State dicts may use this project's names or the source's (`classifiers.0.weight` of shape
     (classes, 262144), packed here without changing a logit).
 
@@ -90,7 +92,7 @@ def load_model(
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(bias)
-    return model
+    return model.eval()
 
 
 def save_model(model: BCNN, path: str | Path) -> None:

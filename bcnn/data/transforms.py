@@ -16,23 +16,28 @@ MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Any image that Pillow opens, upright, as RGB in 0..255; transparency shows white.
+    """Any image that Pillow opens, as `upright_rgb`.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bit a pixel; convert() would clip it to 255
-                grey = np.asarray(image).clip(0, 65535) // 256
-                image = Image.fromarray(grey.astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return upright_rgb(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says, as RGB in 0..255; transparency shows white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bit a pixel; convert() would clip it to 255
+        grey = np.asarray(image).clip(0, 65535) // 256
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def training_transform(size: int, resize: Resize) -> v2.Compose:
