@@ -1,7 +1,4 @@
-"""What wandb is told beyond the curves: the configuration, the confusion matrix, hard photographs.
-
-Works offline too; other loggers are left alone.
-"""
+"""What loggers are told beyond the curves: the configuration; and wandb, what became of the images."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,20 +20,18 @@ COLUMNS = ["photograph", "class", "predicted", "confidence", "of_class", "path"]
 def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: DictConfig) -> None:
     """What `train.py` composed, with only this stage's part as `stage`."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    for logger in _wandb(loggers):
+    for logger in loggers:
         logger.log_hyperparams({**values, "stage": OmegaConf.to_container(stage, resolve=True)})
 
 
 @rank_zero_only
 def log_predictions(loggers: Iterable[Logger], predictions: Predictions) -> None:
-    """The confusion matrix, and a table of the photographs whose true class got least probability."""
-    for logger in _wandb(loggers):
+    """To wandb: the confusion matrix, and the photographs whose true class got least probability."""
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
         logger.log_metrics({"confusion": _confusion(predictions)})
         logger.log_table("predictions", columns=COLUMNS, data=_hardest(predictions))
-
-
-def _wandb(loggers: Iterable[Logger]) -> list[WandbLogger]:
-    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
 
 
 def _confusion(predictions: Predictions) -> Any:

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
 from bcnn import tracking
@@ -112,8 +113,14 @@ def test_the_checkpoint_on_request(logger: WandbLogger, tmp_path: Path, staged: 
     assert content in [path.read_bytes() for path in staged.rglob("*") if path.is_file()]
 
 
-def test_other_loggers_are_left_alone(predictions: Predictions, tmp_path: Path) -> None:
+def test_other_loggers_are_told_the_configuration_alone(
+    predictions: Predictions, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path / "csv", name="", version="")
     cfg = configure(*toy(tmp_path, f"output={tmp_path}"))
-    log_configuration([CSVLogger(tmp_path / "csv")], cfg, cfg.stage.last)
-    log_predictions([CSVLogger(tmp_path / "csv")], predictions)
-    assert not list((tmp_path / "csv").rglob("*.*"))
+    log_configuration([logger], cfg, cfg.stage.finetune)
+    log_predictions([logger], predictions)
+    logger.save()
+    kept = OmegaConf.load(tmp_path / "csv" / "hparams.yaml")
+    assert (kept.stage.name, kept.data.root) == ("finetune", str(tmp_path))
+    assert [path.name for path in (tmp_path / "csv").iterdir()] == ["hparams.yaml"]
