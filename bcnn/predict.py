@@ -110,8 +110,8 @@ class _Photographs(Dataset[tuple[str, str, Tensor | None]]):
         path = self.paths[index]
         try:
             return path, "", self.transform(load_image(path)).as_subclass(Tensor)
-        except UserError as error:
-            return path, str(error), None
+        except Exception as error:  # whatever a decoder raises, the other photographs go on
+            return path, str(error) or repr(error), None
 
 
 def _collate(

@@ -29,8 +29,7 @@ Writer = Callable[[Prediction], object]
 
 def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
     """A line a class. Widths are known before the first row, so that rows can come one by one."""
-    first = min(max(map(len, paths)), 60)
-    second = max(map(len, classes))
+    first, second = max(map(len, paths)), max(map(len, classes))
     print(f"{'photograph':{first}}  {'class':{second}}  probability", file=out)
 
     def write(prediction: Prediction) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COLOURS, ROOT, Run, write_images
+from PIL import Image
 from torch import nn
 
 from bcnn import load_model
@@ -104,6 +105,19 @@ def test_a_broken_image_has_a_row_and_does_not_stop_the_others(
     assert [bool(row["error"]) for row in rows] == [not row["class_1"] for row in rows]
     assert predict(ckpt, "photos") == 1
     assert "photos/green/0.png  error: cannot read the image" in capsys.readouterr().out
+
+
+def test_whatever_a_decoder_raises_is_told_in_its_row(
+    ckpt: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str) -> Image.Image:
+        if path == "b":
+            raise MemoryError
+        return Image.new("RGB", (32, 32))
+
+    monkeypatch.setattr("bcnn.predict.load_image", load)
+    rows = predict_paths(load_model(ckpt), ["a", "b", "c"], workers=0)
+    assert [row.error for row in rows] == ["", "MemoryError()", ""]
 
 
 def test_a_file_missing_from_a_list_is_one_broken_image(

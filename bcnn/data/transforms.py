@@ -24,7 +24,13 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return upright_rgb(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        RuntimeError,  # of the AVIF decoder
+        Image.DecompressionBombError,
+    ) as error:
         raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
 
 
