@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_near_sighted
 from torch import Tensor, nn
 
 from bcnn.evidence import evidence, feature_maps, shares
@@ -84,9 +85,7 @@ def marked(label: int, generator: torch.Generator) -> tuple[Tensor, tuple[int, i
 def test_the_mark_that_decides_between_two_classes_is_found() -> None:
     torch.manual_seed(0)
     model = BCNN(["red", "blue"], size=64)
-    for layer in model.features:
-        if isinstance(layer, nn.Conv2d):  # the middle of each kernel alone: a location sees its 16 px
-            layer.weight.data.mul_(F.pad(torch.full((1, 1, 1, 1), 3.0), (1, 1, 1, 1)))
+    make_near_sighted(model)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(48) % 2
     images, cells = zip(*(marked(int(label), generator) for label in labels), strict=True)

@@ -58,6 +58,18 @@ def evaluation_transform(size: int, resize: Resize) -> v2.Compose:
     return v2.Compose([v2.ToImage(), _resize(size, resize), v2.CenterCrop(size)])
 
 
+def evaluation_crop(width: int, height: int, resize: Resize) -> tuple[float, float, float, float]:
+    """Where `evaluation_transform` looks on an image: left, top, right, bottom in its pixels.
+
+    The transform rounds to pixels of the resized image; this does not.
+    """
+    if resize == "squash":
+        return 0, 0, width, height
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def _resize(size: int, resize: Resize) -> torch.nn.Module:
     """Short side to `size`, keeping the aspect ratio, or both sides ("squash")."""
     return v2.Resize([size, size] if resize == "squash" else [size], antialias=True)
