@@ -84,7 +84,7 @@ def write_report(
         configuration=configuration,
         versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
     )
-    page.write_text(html, encoding="utf-8")
+    page.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def confusion_order(predictions: Predictions) -> list[int]:
