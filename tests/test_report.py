@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_confused_classes_stand_together(classes: int, group: int) -> None:
     made, groups = grouped(classes, group)
     order = confusion_order(made)
     assert sorted(order) == list(range(classes))
-    changes = sum(groups[a] != groups[b] for a, b in zip(order, order[1:], strict=False))
+    changes = sum(groups[a] != groups[b] for a, b in pairwise(order))
     assert changes == len(set(groups)) - 1
 
 
