@@ -170,8 +170,9 @@ def _matrix(predictions: Predictions) -> dict[str, object]:
                 "column": column,
                 "count": int(confusion[row, column]),
                 "opacity": round(0.2 + 0.8 * (int(confusion[row, column]) / images[row]) ** 0.5, 2),
-                "says": f"{names[row]} called {names[column]}: "
-                f"{confusion[row, column]} of {images[row]}",
+                "says": names[row]
+                + ("" if row == column else f" called {names[column]}")
+                + f": {confusion[row, column]} of {images[row]}",
             }
             for row, column in confusion.nonzero().tolist()
         ],
