@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, Run
 
-from bcnn.benchmark import SourceNet
+from bcnn.benchmark.source import SourceNet
 from bcnn.model import BCNN
 from bcnn.weights import source_state_dict
 

@@ -145,7 +145,7 @@ class ImageFolderData(L.LightningDataModule):
 
     def _scan(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
         try:
-            found = ImageFolder(self.root / split, is_valid_file=_is_image)
+            found = ImageFolder(self.root / split, is_valid_file=is_image)
         except FileNotFoundError as error:  # no class folders, or classes without images
             raise UserError(f"no images in {self.root / split}: {error}") from error
         return found.classes, found.samples
@@ -184,6 +184,7 @@ def stratified_split(
     return kept, [samples[i] for i in sorted(drawn)]
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str | Path) -> bool:
+    """Whether a file's name is that of an image that Pillow opens, and not hidden."""
     hidden = Path(path).name.startswith(".")
     return not hidden and Path(path).suffix.lower() in Image.registered_extensions()

@@ -1,0 +1,48 @@
+"""Which photographs the paths on a command line mean."""
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bcnn.data.folder import is_image
+from bcnn.errors import UserError
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Photographs, in the order of `paths`, and by name within each.
+
+    Args:
+        paths: files, taken whatever their names; folders, searched to the bottom; patterns
+            (`*.jpg`, `**/*.png`); "-": standard input, a file a line, which need not exist.
+
+    Raises:
+        UserError: a path stands for no image.
+    """
+    if not paths:
+        raise UserError("which photographs? name files, folders or patterns: see --help")
+    found: list[str] = []
+    for path in paths:
+        matches = [path] if os.path.isfile(path) else _listed() if path == "-" else _matching(path)
+        if not matches:
+            raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
+        found += matches
+    return found
+
+
+def _listed() -> list[str]:
+    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+
+
+def _matching(pattern: str) -> list[str]:
+    """Images that a folder holds, or that a pattern matches (in the folders that it matches, too)."""
+    matches = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern, recursive=True))
+    files = (_below(match) if os.path.isdir(match) else [match] for match in matches)
+    return list(dict.fromkeys(path for part in files for path in part if is_image(path)))
+
+
+def _below(folder: str) -> Iterable[str]:
+    for parent, folders, files in os.walk(folder, followlinks=True):  # as in training
+        folders.sort()
+        yield from (str(Path(parent, name)) for name in sorted(files))
