@@ -1,19 +1,4 @@
-"""How good a trained model is on labelled images: figures with 95 % intervals, and a report.
-
-python -m bcnn.evaluate ckpt=FILE data=FOLDER [OPTION=VALUE ...]
-
-  ckpt=FILE        a checkpoint of this project's, or a .pth / .safetensors state dict
-  data=FOLDER      an image folder as for training; its classes are matched by name
-  split=test       test | val | train
-  output=FOLDER    default: a new folder under outputs/; written there:
-                     report.html       the whole, as one page that opens from disk
-                     figures.json      the figures and their intervals
-                     classes.csv       precision and recall of every class
-                     predictions.csv   a row an image; predictions.npz has every probability
-
-Top-1, top-5, precision and recall have Wilson intervals; macro top-1, calibration error and negative
-log-likelihood have 1.96 bootstrap standard errors to each side (1,000 draws within each class).
-"""
+"""How good a trained model is on labelled images: figures with 95 % intervals, and a report."""
 
 import sys
 from collections.abc import Sequence
@@ -39,13 +24,31 @@ from bcnn.report.page import write_report
 from bcnn.report.predictions import Predictions
 from bcnn.weights import load_model
 
-SPLITS = ("test", "val", "train")
+USAGE = """
+How good a trained model is on labelled images: figures with 95 % intervals, and a report.
+
+python -m bcnn.evaluate ckpt=FILE data=FOLDER [OPTION=VALUE ...]
+
+  ckpt=FILE        a checkpoint of this project's, or a .pth / .safetensors state dict
+  data=FOLDER      an image folder as for training; its classes are matched by name
+  split=test       test | val | train | all
+  output=FOLDER    default: a new folder under outputs/; written there:
+                     report.html       the whole, as one page that opens from disk
+                     figures.json      the figures and their intervals
+                     classes.csv       precision and recall of every class
+                     predictions.csv   a row an image; predictions.npz has every probability
+
+Top-1, top-5, precision and recall have Wilson intervals; macro top-1, calibration error and negative
+log-likelihood have 1.96 bootstrap standard errors to each side (1,000 draws within each class).
+"""
+
+SPLITS = ("test", "val", "train", "all")
 STAGES = ("last", "finetune")
 
 
 @dataclass
 class Options:
-    """See the module's docstring."""
+    """See the usage."""
 
     ckpt: str = REQUIRED
     data: str = REQUIRED
@@ -78,7 +81,7 @@ def predict_split(
             logits = model.logits(inputs) if inputs.ndim == 2 else model(inputs)
         return logits.float().softmax(dim=1).cpu()
 
-    batches = track(loader, "predicting", transient=True)
+    batches = track(loader, "predicting", console=Console(stderr=True), transient=True)
     parts = [probabilities(inputs.to(device)) for inputs, _ in batches]
     paths, labels = zip(*samples, strict=True)
     return Predictions(model.classes, list(paths), torch.tensor(labels), torch.cat(parts))
@@ -167,7 +170,9 @@ def _open(options: Options) -> tuple[ImageFolderData, list[tuple[str, int]], BCN
             "remove their folders, or name them as in training"
         )
     label = [model.classes.index(name) for name in data.classes]
-    samples = [(path, label[index]) for path, index in getattr(data, options.split)]
+    splits = {"test": data.test, "val": data.val, "train": data.train}
+    splits["all"] = [*data.train, *data.val, *data.test]
+    samples = [(path, label[index]) for path, index in splits[options.split]]
     if not samples:
         raise UserError(f"{options.data} has no images for split={options.split}: choose another split")
     return data, samples, model
@@ -192,4 +197,4 @@ def _weakest_table(predictions: Predictions, count: int = 5) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(command(Options, main, str(__doc__)))
+    sys.exit(command(Options, main, USAGE))

@@ -21,7 +21,7 @@ def write_figures(folder: Path, predictions: Predictions) -> None:
 
 
 def _write_classes(path: Path, predictions: Predictions) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         ends = [f"{name}{end}" for name in ("recall", "precision") for end in ("", "_low", "_high")]
         writer.writerow(["class", "images", "predicted", *ends])
@@ -32,7 +32,7 @@ def _write_classes(path: Path, predictions: Predictions) -> None:
 
 
 def _write_images(path: Path, predictions: Predictions) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "predicted", "confidence", "of_class", "correct"])
         names = predictions.classes

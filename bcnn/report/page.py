@@ -84,7 +84,7 @@ def write_report(
         configuration=configuration,
         versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
     )
-    page.write_text(html, encoding="utf-8")
+    page.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def confusion_order(predictions: Predictions) -> list[int]:
@@ -170,8 +170,9 @@ def _matrix(predictions: Predictions) -> dict[str, object]:
                 "column": column,
                 "count": int(confusion[row, column]),
                 "opacity": round(0.2 + 0.8 * (int(confusion[row, column]) / images[row]) ** 0.5, 2),
-                "says": f"{names[row]} called {names[column]}: "
-                f"{confusion[row, column]} of {images[row]}",
+                "says": names[row]
+                + ("" if row == column else f" called {names[column]}")
+                + f": {confusion[row, column]} of {images[row]}",
             }
             for row, column in confusion.nonzero().tolist()
         ],
