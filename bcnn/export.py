@@ -9,7 +9,8 @@ python -m bcnn.export ckpt=FILE [OPTION=VALUE ...] [PATH ...]
                   safetensors  the model, its classes and preprocessing: for bcnn.load_model
   output=FILE     default: beside the checkpoint, under its name
   softmax=false   true: probabilities in place of logits (onnx, pt2)
-  PATH ...        photographs to compare both on: files, folders, globs; none: random images
+  PATH ...        photographs to compare both on: files, folders, patterns, - for a list on standard
+                  input; none: random images
 
 ONNX and pt2 take uint8 RGB images (batch, 3, size, size) and normalise them inside. Class names and
 preprocessing are in the metadata of all but pth, under classes, size, resize and preprocessing.
@@ -19,6 +20,7 @@ import importlib
 import json
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,18 +28,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from bcnn.data.transforms import evaluation_transform, load_image
+from bcnn.data.paths import find_images
+from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.model import BCNN
 from bcnn.options import REQUIRED, command
 from bcnn.weights import describe, load_model, save_model
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
-TOLERANCE = 1e-3  # of the largest output; another order of float32 sums makes 1e-5
+TOLERANCE = 1e-3  # of the largest output; another order of float32 sums makes about 1e-5
 
 Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
 
@@ -54,23 +58,32 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Write the file, open it again, and compare the two."""
+    """Write the file, open it again, and compare the two: only a file that agrees gets its name."""
     if options.format not in FORMATS:
         raise UserError(f"format={options.format}: choose from {', '.join(FORMATS)}")
     write, read = FORMATS[options.format]
     path = _output(options)
-    model = load_model(options.ckpt).eval()
-    with warnings.catch_warnings(action="ignore"):  # the exporters', about their own insides
-        write(model, path, options.softmax)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
-    difference, largest = compare(
-        _network(model, options.softmax), read(path), _images(model, options.paths)
-    )
-    what = f"{len(options.paths)} photographs" if options.paths else "random images"
+    photographs = find_images(options.paths) if options.paths else []
+    model = load_model(options.ckpt)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        written = Path(scratch) / path.name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters', about their own insides
+            write(model, written, options.softmax)
+        network = _network(model, options.softmax)
+        difference, largest = compare(network, read(written), _images(model, photographs))
+        if not difference <= TOLERANCE * largest:
+            raise UserError(
+                f"{path} would not compute what {options.ckpt} does (they differ by {difference:.1e}, "
+                f"outputs are up to {largest:.3g}): not kept"
+            )
+        for file in Path(scratch).iterdir():  # ONNX above 2 GB is more than one
+            file.rename(path.parent / file.name)
+    what = f"{len(photographs)} photographs" if photographs else "random images"
     outputs = "probabilities" if options.softmax else "logits"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
     print(f"largest difference to PyTorch on {what}: {difference:.1e} ({outputs} up to {largest:.3g})")
-    if not difference <= TOLERANCE * largest:
-        raise UserError(f"{path} does not compute what {options.ckpt} does: do not use it")
     return 0
 
 
@@ -141,7 +154,7 @@ def write_weights(model: BCNN, path: Path, softmax: bool) -> None:
 
 def read_weights(path: Path) -> Network:
     """The model that `load_model` makes of a state dict."""
-    return load_model(path).eval()
+    return load_model(path)
 
 
 FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Network]]] = {
@@ -159,7 +172,6 @@ def _output(options: Options) -> Path:
         raise UserError(f"output={path}: with format={options.format} its name has to end in {suffix}")
     if path.exists():
         raise UserError(f"{path} exists: remove it, or name another file with output=…")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -178,8 +190,8 @@ def _images(model: BCNN, paths: Sequence[str]) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         shape = (3, 3, model.size, model.size)
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    transform = evaluation_transform(model.size, model.resize)
-    for path in track(paths, "comparing", transient=True, disable=not paths):
+    transform = model.transforms()
+    for path in track(paths, "comparing", console=Console(stderr=True), disable=not paths):
         yield transform(load_image(path))[None].as_subclass(Tensor)
 
 

@@ -71,8 +71,9 @@ def evidence_figure(
         figure.colorbar(scalar, ax=panel, label="logits a place", shrink=0.9, format="%+.2g")
     for panel in axes:
         left, top, right, bottom = crop
-        outline = Rectangle((left, top), right - left, bottom - top, fill=False, lw=1.5, clip_on=False)
-        outline.set_edgecolor("black")
-        panel.add_patch(outline)
+        for colour, thickness in (("black", 2.5), ("white", 1.0)):  # seen on dark and on light
+            outline = Rectangle((left, top), right - left, bottom - top, fill=False, clip_on=False)
+            outline.set(edgecolor=colour, linewidth=thickness)
+            panel.add_patch(outline)
         panel.set_axis_off()
     return figure
