@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
+from bcnn.explain import explain
 from bcnn.model import BCNN
 from bcnn.options import REQUIRED, command
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.report.files import write_figures
+from bcnn.report.heatmap import overlay
 from bcnn.report.metrics import NAMES, headline, per_class
-from bcnn.report.page import write_report
+from bcnn.report.page import MISTAKES, THUMBNAIL, Evidence, write_report
 from bcnn.report.predictions import Predictions
 from bcnn.weights import load_model
 
@@ -87,8 +90,34 @@ def predict_split(
     return Predictions(model.classes, list(paths), torch.tensor(labels), torch.cat(parts))
 
 
+def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Evidence]:
+    """What spoke for the wrong class, and for the right one, in the mistakes that the report shows.
+
+    Both pictures of an image have one scale of colours.
+
+    Args:
+        model: whose predictions these are, in evaluation mode, on any device.
+    """
+    pictures: dict[int, Evidence] = {}
+    mistakes = predictions.confident_mistakes(MISTAKES)
+    for index in track(mistakes, "explaining", console=Console(stderr=True), transient=True):
+        photograph = load_image(predictions.paths[index])
+        called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
+        found = explain(model, photograph, called, against=truth)
+        maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]
+        limit = max(float(abs(shares).max()) for shares in maps) or 1.0
+        small = photograph.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        scale = small.width / photograph.width
+        left, top, right, bottom = (edge * scale for edge in found.box)
+        wrong, right_one = (overlay(small, (left, top, right, bottom), m, limit) for m in maps)
+        pictures[index] = (wrong, right_one)
+    return pictures
+
+
 def write_results(
     folder: Path,
+    model: BCNN,
     predictions: Predictions,
     title: str,
     stages: Sequence[tuple[str, Path]],
@@ -98,6 +127,7 @@ def write_results(
 
     Args:
         folder: made where there is none.
+        model: whose predictions these are; its mistakes are explained.
         predictions: as `predict_split` returns them.
         title: of the report.
         stages: as for `write_report`.
@@ -109,7 +139,8 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     write_figures(folder, predictions)
     report = folder / "report.html"
-    write_report(report, predictions, title, stages, configuration=configuration)
+    evidence = evidence_pictures(model, predictions)
+    write_report(report, predictions, title, stages, evidence, configuration)
     return report
 
 
@@ -142,7 +173,7 @@ def main(options: Options) -> int:
     }
     configuration = "\n".join(f"{name}: {value}" for name, value in settings.items())
     stages = logged_stages(Path(options.ckpt))
-    report = write_results(folder, predictions, title, stages, configuration)
+    report = write_results(folder, model, predictions, title, stages, configuration)
     print(f"figures and predictions: {folder}\nreport: {report}")
     return 0
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.evaluate import USAGE, Options, logged_stages, main, predict_split
+from bcnn.evaluate import USAGE, Options, evidence_pictures, logged_stages, main, predict_split
 from bcnn.model import BCNN
 from bcnn.options import command
+from bcnn.report.heatmap import Box
+from bcnn.report.page import MISTAKES, THUMBNAIL
 from bcnn.weights import source_state_dict
 
 CPU = torch.device("cpu")
@@ -84,8 +87,9 @@ def test_files_agree_with_each_other_and_with_the_model(
 
 
 def test_the_source_pth_says_the_same(
-    checkpoint: Path, model: BCNN, images: Path, tmp_path: Path
+    checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("bcnn.evaluate.evidence_pictures", lambda *_: {})  # slow at 448 px
     order = [1, 2, 0]  # it names no classes: they are the folder's, in their order
     model.classifier.weight.data = model.classifier.weight.data[order]
     model.classifier.bias.data = model.classifier.bias.data[order]
@@ -115,6 +119,30 @@ def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> 
     by_descriptors = predict_split(model, data.test, descriptors, CPU, "32-true")
     torch.testing.assert_close(by_images.probabilities, by_descriptors.probabilities)
     assert by_images.paths == [path for path, _ in data.test]
+
+
+def test_evidence_of_mistakes_is_the_logits_of_both_classes(
+    model: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bcnn.explain.fastest_precision", lambda _: "32-true")
+    drawn: list[float] = []
+
+    def note(picture: Image.Image, box: Box, shares: np.ndarray, limit: float) -> Image.Image:
+        assert max(picture.size) <= THUMBNAIL and abs(shares).max() <= limit
+        drawn.append(float(shares.sum()))
+        return picture
+
+    monkeypatch.setattr("bcnn.evaluate.overlay", note)
+    data = ImageFolderData(images, size=32, num_workers=0)
+    data.setup()
+    predictions = predict_split(model, data.test, data.test_dataloader(), CPU, "32-true")
+    mistakes = predictions.confident_mistakes(MISTAKES)
+    assert mistakes and list(evidence_pictures(model, predictions)) == mistakes
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch, _ in data.test_dataloader()])
+    called, truth = predictions.predicted[mistakes], predictions.labels[mistakes]
+    expected = torch.stack([logits[mistakes, called], logits[mistakes, truth]], dim=1)
+    assert drawn == pytest.approx(expected.flatten().tolist(), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 15), ("val", 3), ("all", 24)])

@@ -74,6 +74,7 @@ def write_report(
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
         cards=_cards(headline(predictions)),
+        stages=stages,
         curves=[Markup(curves_svg(stages, metric)) for metric in TITLES] if stages else [],
         matrix=_matrix(predictions),
         pairs=_pairs(predictions),

@@ -79,7 +79,7 @@ def curves_svg(stages: Sequence[tuple[str, Path]], metric: str) -> str:
             axes.text(middle, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color=SOFT)
         axes.grid(axis="y", lw=0.6)
         if metric == "top1":
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         return _svg(figure)
 
 
