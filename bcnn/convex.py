@@ -10,7 +10,7 @@ descriptors are much alike, and what they share would drown the differences in r
 problem badly conditioned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,13 +41,19 @@ class ConvexModule(BCNNModule):
         model: the network.
         data: where the rows come from.
         l2: the λ, from strong to weak: each solution starts the next.
+        loss: (logits, labels) → loss, convex in the logits.
         tolerance: largest entry of the gradient at which a solution counts as converged.
     """
 
     def __init__(
-        self, model: BCNN, data: DescriptorData, l2: Sequence[float], tolerance: float = 1e-7
+        self,
+        model: BCNN,
+        data: DescriptorData,
+        l2: Sequence[float],
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        tolerance: float = 1e-7,
     ) -> None:
-        super().__init__(model, "last")
+        super().__init__(model, "last", loss=loss)
         self.automatic_optimization = False
         self.data = data
         self.l2 = list(l2)
@@ -89,7 +95,7 @@ class ConvexModule(BCNNModule):
 
         def objective() -> tuple[Tensor, Tensor]:
             logits = self.factor @ self.theta + self.bias
-            return F.cross_entropy(logits, self.targets), logits
+            return self.loss(logits, self.targets), logits
 
         def closure() -> Tensor:
             optimizer.zero_grad()

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
@@ -14,36 +16,43 @@ from bcnn.pooling import bilinear_descriptor, packed_size
 
 CHANNELS = 512  # of relu5_3
 
+# Where the convolutions are in `BCNN.features`, by their names in the VGG paper.
+# fmt: off
+LAYERS = {
+    "conv1_1": 0, "conv1_2": 2,
+    "conv2_1": 5, "conv2_2": 7,
+    "conv3_1": 10, "conv3_2": 12, "conv3_3": 14,
+    "conv4_1": 17, "conv4_2": 19, "conv4_3": 21,
+    "conv5_1": 24, "conv5_2": 26, "conv5_3": 28,
+}
+# fmt: on
+
 Photograph = str | Path | Image.Image
 
 
 class Centering(nn.Module):
-    """Takes the mean over the images off their descriptors.
+    """The mean over the images that is taken off their descriptors.
 
     Descriptors of different images are much alike. A step that moves all of them together is told to
     the classifier, whose weights are large, as one and the same change of every image's logits, and
     the loss explodes. With their mean gone it is told nothing: see docs/finetune.md.
 
-    In training with a `momentum` the mean is the batch's, and `mean` follows it; else it is `mean`, a
-    constant that could as well be part of the classifier's bias.
+    In training with `batch_mean` it is the mean of the batch; else it is `mean`, a constant that could
+    as well be part of the classifier's bias.
 
     Source: "mean-only batch normalization", Salimans & Kingma, "Weight Normalization", NIPS 2016, §3.
     """
 
     mean: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.0) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.batch_mean = False
         self.register_buffer("mean", torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, width) → (batch, width)."""
-        if not (self.training and self.momentum):
-            return x - self.mean
-        mean = x.mean(dim=0)
-        self.mean.lerp_(mean.detach(), self.momentum)
-        return x - mean
+        """Descriptors (batch, width) → their mean (width,)."""
+        return x.mean(dim=0) if self.training and self.batch_mean else self.mean
 
 
 class BCNN(nn.Module):
@@ -66,6 +75,7 @@ class BCNN(nn.Module):
         self.classes = list(classes)
         self.size = size
         self.resize = resize
+        self.checkpointing = False  # of activations: see `feature_maps`
         self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
         self.centering = Centering(packed_size(CHANNELS))
         self.classifier = nn.Linear(packed_size(CHANNELS), len(self.classes))
@@ -84,6 +94,26 @@ class BCNN(nn.Module):
         """Set the per-channel mean and standard deviation of images in 0..1."""
         self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
         self.std.copy_(torch.tensor(std).view(3, 1, 1))
+
+    def open_from(self, name: str | None) -> None:
+        """Train the layers of the features from `name` (one of `LAYERS`) up, or all of them (None)."""
+        first = LAYERS[name] if name else 0
+        for index, layer in enumerate(self.features):
+            layer.requires_grad_(index >= first)
+
+    def feature_maps(self, images: Tensor) -> Tensor:
+        """Normalised images (batch, 3, height, width) → relu5_3 (batch, 512, height/16, width/16).
+
+        With `checkpointing`, the activations of the first two blocks, which are most of them, are
+        computed again in the backward pass instead of being kept (Chen et al., "Training Deep Nets
+        with Sublinear Memory Cost", 2016).
+        """
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.features(images)
+        conv2, conv3 = LAYERS["conv2_1"], LAYERS["conv3_1"]
+        x = checkpoint(self.features[:conv2], images, use_reentrant=False)
+        x = checkpoint(self.features[conv2:conv3], x, use_reentrant=False)
+        return self.features[conv3:](x)
 
     def descriptor(self, images: Tensor) -> Tensor:
         """Packed bilinear descriptors.
@@ -106,7 +136,7 @@ class BCNN(nn.Module):
         if not images.is_floating_point():
             x = x / 255
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return bilinear_descriptor(self.features(x))
+        return bilinear_descriptor(self.feature_maps(x))
 
     def logits(self, descriptors: Tensor) -> Tensor:
         """Classify descriptors: (batch, 131328) → (batch, classes), in float32 at least.
@@ -114,8 +144,11 @@ class BCNN(nn.Module):
         Descriptors have 131,328 small entries; summing them in half precision would cost accuracy
         and saves nothing beside the convolutions.
         """
+        weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(descriptors.device.type, enabled=False):
-            return self.classifier(self.centering(descriptors.to(self.classifier.weight.dtype)))
+            x = descriptors.to(weight.dtype)
+            # W·(x - mean) + b, without a copy of the rows.
+            return F.linear(x, weight, bias - weight @ self.centering(x))
 
     @torch.no_grad()
     def center_on(self, mean: Tensor) -> None:

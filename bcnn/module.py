@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -24,11 +24,17 @@ class BCNNModule(L.LightningModule):
     Args:
         model: the network.
         stage: "last" trains the classifier over frozen features, "finetune" trains every layer.
-        optimizer: parameters → optimizer; None for a module that is only validated or tested.
-        scheduler: (optimizer, total_steps=…) → schedule, stepped after every optimizer step; None
-            keeps the rate constant.
-        centering: momentum of the descriptors' running mean in stage "finetune" (see `Centering`);
-            0 leaves the mean as it is.
+        optimizer: parameter groups "features" and "classifier" → optimizer; None for a module that
+            is only validated or tested.
+        scheduler: (optimizer, total_steps=…) → schedule, stepped after every optimizer step, or a
+            `ReduceLROnPlateau`, stepped after every epoch; None keeps the rate constant.
+        loss: (logits, labels) → loss in training; validation and test report plain cross-entropy.
+        centering: in training, take the batch's mean off the descriptors (see `Centering`).
+        polyak: c of the stochastic Polyak step size: a step is at most loss / (c·‖gradient‖²) long, in
+            units of the gradient; None sets no limit. With momentum m, c = 0.5 / (1 - m) is the
+            paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
+            Polyak Step-size for SGD", AISTATS 2021, §3).
+        open_from: the first layer that "finetune" trains (see `BCNN.open_from`).
 
     Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
     (batch, 131328) that skip the features.
@@ -40,15 +46,24 @@ class BCNNModule(L.LightningModule):
         stage: Stage,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
-        centering: float = 0.0,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        centering: bool = False,
+        polyak: float | None = None,
+        open_from: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
         self.optimizer = optimizer
         self.scheduler = scheduler
-        model.features.requires_grad_(stage == "finetune")
-        model.centering.momentum = centering
+        self.loss = loss
+        if stage == "finetune":
+            model.open_from(open_from)
+        else:
+            model.features.requires_grad_(False)
+        model.centering.batch_mean = centering
+        self.polyak = polyak
+        self._losses: list[Tensor] = []  # of the batches since the last step
         # Written into every checkpoint, so that nothing else is needed to use one.
         self.save_hyperparameters(
             {
@@ -75,14 +90,38 @@ class BCNNModule(L.LightningModule):
             return self.model.logits(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "finetune"):
             descriptors = self.model.descriptor(inputs)
-        if self.training and self.model.centering.momentum and not self.model.centering.mean.any():
-            self.model.center_on(descriptors.detach().mean(dim=0))  # a head that knew no centering
         return self.model.logits(descriptors)
 
+    def on_train_start(self) -> None:
+        if self.model.centering.batch_mean:
+            self.model.center_on(self._mean_descriptor())
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        loss, _ = self._log_step("train", self.train_metrics, batch)
-        self.log("loss", loss, prog_bar=True, logger=False)
-        return loss
+        cross_entropy, logits = self._log_step("train", self.train_metrics, batch)
+        self.log("loss", cross_entropy, prog_bar=True, logger=False)
+        self._losses.append(cross_entropy.detach())
+        return self.loss(logits, batch[1])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        if self.polyak is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+            # The schedule's factor is on the rate already: the limit is that of the rate at its start.
+            longest = loss / (self.polyak * optimizer.defaults["lr"] * norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, longest, norm)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_validation_epoch_start(self) -> None:
+        if self.model.centering.batch_mean and self.trainer.state.fn == "fit":
+            self.model.centering.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         loss, logits = self._log_step("val", self.val_metrics, batch)
@@ -100,7 +139,24 @@ class BCNNModule(L.LightningModule):
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = self.scheduler(optimizer, total_steps=steps)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return [optimizer], [{"scheduler": scheduler, "monitor": "val_loss"}]
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @torch.no_grad()
+    def _mean_descriptor(self) -> Tensor:
+        """Mean descriptor (131328,) of a sample of the training images under the weights of now.
+
+        A running mean would lag behind the weights, whose every step moves it: Wu & Johnson,
+        "Rethinking 'Batch' in BatchNorm", 2021, §3 ("precise BN").
+        """
+        total = torch.zeros_like(self.model.centering.mean)
+        count = 0
+        for images, _ in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
+            with self.trainer.precision_plugin.forward_context():
+                total += self.model.descriptor(images.to(self.device)).sum(dim=0)
+            count += len(images)
+        return self.trainer.strategy.reduce(total / count, reduce_op="mean")
 
     def _log_step(
         self, split: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor]
@@ -128,3 +184,8 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -
         return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total_steps - ramp)))
 
     return LambdaLR(optimizer, factor)
+
+
+def reduce_on_plateau(optimizer: Optimizer, total_steps: int, **options: Any) -> ReduceLROnPlateau:
+    """torch's `ReduceLROnPlateau`, which has no use for the number of steps."""
+    return ReduceLROnPlateau(optimizer, **options)

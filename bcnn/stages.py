@@ -20,7 +20,8 @@ from bcnn.convex import MAX_ROWS, ConvexModule
 from bcnn.data.folder import ImageFolderData
 from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
-from bcnn.model import BCNN
+from bcnn.guard import CollapseGuard
+from bcnn.model import BCNN, LAYERS
 from bcnn.module import BCNNModule
 from bcnn.precision import fastest_precision
 from bcnn.report import plot_curves
@@ -28,7 +29,7 @@ from bcnn.store import VIEWS, stores_dir
 from bcnn.weights import initialise_features, load_model
 
 SGD_OPTION = re.compile(
-    r"\W*stage\.(last\.)?(epochs|batch_size|accumulate|gradient_clip|optimizer|scheduler)\b"
+    r"\W*(schedule@)?stage\.(last\.)?(epochs|batch_size|accumulate|optimizer|scheduler)\b"
 )
 
 CHOICES = {"store": ("auto", "on", "off"), "solver": ("auto", "convex", "sgd")}
@@ -38,11 +39,12 @@ say = rank_zero_only(print)
 
 @dataclass
 class Result:
-    """What a stage ended with: the file of its best weights, and their figures."""
+    """What a stage ended with: the file of its best weights, their figures, and what went wrong."""
 
     stage: str
     checkpoint: Path
     metrics: dict[str, float]
+    failure: str = ""
 
 
 def run(cfg: DictConfig) -> float:
@@ -53,7 +55,8 @@ def run(cfg: DictConfig) -> float:
         validation images).
 
     Raises:
-        UserError: a mistake in the configuration, the images or the weights.
+        UserError: a mistake in the configuration, the images or the weights; or, after all is saved
+            and said, a finetune that ended worse than it started.
     """
     stages = [cfg.stage.last, cfg.stage.finetune] if cfg.stage.name == "both" else [cfg.stage]
     for stage in stages:
@@ -65,10 +68,14 @@ def run(cfg: DictConfig) -> float:
             "stage=finetune starts from what stage=last saved: add ckpt=PATH, or train both stages "
             "with stage=both"
         )
-    if stages[-1].centering and stages[-1].batch_size < 4:
+    if stages[-1].get("centering") and stages[-1].batch_size < 4:
         raise UserError(
             f"batch_size={stages[-1].batch_size} is too small to take its mean off: use 4 or more (for "
-            "larger steps in little memory, with accumulate), or finetune with centering=0"
+            "larger steps in little memory, with accumulate), or finetune with centering=false"
+        )
+    if stages[-1].name == "finetune" and stages[-1].open_from not in (None, *LAYERS):
+        raise UserError(
+            f"open_from={stages[-1].open_from}: choose a layer from {', '.join(LAYERS)}, or null"
         )
     if stages[0].name == "last" and cfg.ckpt is not None:
         raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
@@ -90,6 +97,8 @@ def run(cfg: DictConfig) -> float:
         results.append(run_stage(cfg, stage, images, model, checkpoint))
         checkpoint = results[-1].checkpoint
     _summarise(results, images)
+    if results[-1].failure:
+        raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
 
 
@@ -134,35 +143,36 @@ def run_stage(
         enable_checkpointing=False,
         **settings,
     )
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=[best, LearningRateMonitor("step"), RichProgressBar()],
-        logger=loggers,
-        accumulate_grad_batches=stage.accumulate,
-        gradient_clip_val=stage.gradient_clip,
-        **{"precision": precision, **limits, **settings},
-    )
 
     def validate() -> dict[str, float]:
         if not validates:
             return {}
         return dict(evaluator.validate(module, datamodule=data, verbose=False)[0])
 
-    start: dict[str, float] = {}
-    if stage.name == "finetune":
-        start = validate()
-        for logger in loggers:
-            logger.log_metrics(start, step=0)
+    start = validate() if stage.name == "finetune" else {}
+    for logger in loggers:
+        logger.log_metrics(start, step=0)
+    rate = f"stage.{stage.name}." if cfg.stage.name == "both" else "stage."
+    advice = f"try {rate}optimizer.lr={stage.optimizer.lr / 10:g}"
+    guard = CollapseGuard(len(images.classes), start.get("val_top1"), advice)
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[best, guard, LearningRateMonitor("step"), RichProgressBar()],
+        logger=loggers,
+        **{"precision": precision, **limits, **settings},
+    )
     module.train()  # Lightning keeps the mode that it finds
     trainer.fit(module, datamodule=data)
-    checkpoint = Path(best.best_model_path)
+    checkpoint, failure = Path(best.best_model_path), ""
     model.load_state_dict(load_model(checkpoint).state_dict())
     metrics = validate()
     if start and origin and not metrics["val_score"] >= start["val_score"]:  # also where it is nan
-        say(
-            f"no epoch of this stage was better than its start (validation top-1 "
-            f"{start['val_top1']:.1%}): keeping {origin}; try a lower stage.optimizer.lr"
-        )
+        if not metrics["val_top1"] >= start["val_top1"]:
+            failure = (
+                f"stage {stage.name} ended worse than it started (validation top-1 at best "
+                f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {advice}"
+            )
+        say(f"no epoch of this stage was better than its start: keeping {origin}")
         checkpoint, metrics = origin, start
         start_model = load_model(origin, images.classes, cfg.model.normalization)
         model.load_state_dict(start_model.state_dict())
@@ -175,23 +185,25 @@ def run_stage(
             logger.experiment.finish()  # the next stage is a run of its own
     if trainer.is_global_zero:
         plot_curves(folder / "metrics.csv", folder / "curves.png")
-    return Result(stage.name, checkpoint, metrics)
+    return Result(stage.name, checkpoint, metrics, failure)
 
 
 def _plan(
     stage: DictConfig, images: ImageFolderData, model: BCNN, precision: str
 ) -> tuple[BCNNModule, L.LightningDataModule, dict[str, Any]]:
     """What to fit, on what, and the trainer's limits that go with it."""
-    by_steps = BCNNModule(
-        model,
-        stage.name,
-        instantiate(stage.optimizer),
-        instantiate(stage.scheduler),
-        centering=stage.centering,
-    )
-    limits: dict[str, Any] = {"max_epochs": stage.epochs}
+    loss = instantiate(stage.loss)
+    steps = {
+        "optimizer": instantiate(stage.optimizer),
+        "scheduler": instantiate(stage.scheduler),
+        "loss": loss,
+    }
+    limits: dict[str, Any] = {"max_epochs": stage.epochs, "accumulate_grad_batches": stage.accumulate}
     if stage.name == "finetune":
-        return by_steps, images, limits
+        model.checkpointing = stage.checkpointing
+        tuning = {key: stage[key] for key in ("centering", "polyak", "open_from")}
+        return BCNNModule(model, "finetune", **steps, **tuning), images, limits
+    by_steps = BCNNModule(model, "last", **steps)
     if stage.store == "off":
         if stage.solver == "convex":
             raise UserError("stage.solver=convex needs the store: leave out stage.store=off")
@@ -203,7 +215,7 @@ def _plan(
         return by_steps, data, limits
     # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
     limits = {"max_epochs": len(stage.l2), "limit_train_batches": 1, "precision": "32-true"}
-    return ConvexModule(model, data, stage.l2), data, limits
+    return ConvexModule(model, data, stage.l2, loss), data, limits
 
 
 def _fits(store: str, data: DescriptorData) -> bool:

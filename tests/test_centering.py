@@ -1,10 +1,14 @@
 """Centred descriptors: the same function, and no answer to what moves all images together."""
 
-import torch
-import torch.nn.functional as F
+from pathlib import Path
 
+import torch
+from conftest import configure, toy
+
+from bcnn.data.folder import ImageFolderData
 from bcnn.model import BCNN, Centering
 from bcnn.module import BCNNModule
+from bcnn.stages import run
 from bcnn.weights import load_model, source_state_dict
 
 
@@ -23,34 +27,33 @@ def test_another_centre_leaves_every_logit() -> None:
 
 
 def test_in_training_a_shift_of_the_whole_batch_changes_nothing() -> None:
-    centering = Centering(6, momentum=0.1).train()
+    centering = Centering(6).train()
+    centering.batch_mean = True
     rows = torch.rand(8, 6, dtype=torch.float64, requires_grad=True)
-    centering.double()
-    torch.testing.assert_close(centering(rows + 100), centering(rows))
-    centering(rows).square().sum().backward()
+    torch.testing.assert_close(rows + 100 - centering(rows + 100), rows - centering(rows))
+    (rows - centering(rows)).square().sum().backward()
     assert rows.grad is not None
     torch.testing.assert_close(rows.grad.sum(0), torch.zeros(6, dtype=torch.float64))
 
 
-def test_the_running_mean_follows_the_batches_and_is_what_evaluation_uses() -> None:
-    centering = Centering(3, momentum=0.1).train()
-    rows = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    for _ in range(100):
-        centering(rows)
-    torch.testing.assert_close(centering.mean, torch.full((3,), 2.0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(centering.eval()(rows[:1]), rows[:1] - centering.mean)
+def test_evaluation_takes_the_same_mean_off_every_row() -> None:
+    centering = Centering(3).eval()
+    centering.batch_mean = True
+    centering.mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(centering(torch.rand(2, 3)), torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_finetune_centres_a_head_that_knew_no_centring_without_changing_it(tmp_path: object) -> None:
-    network = model()
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+def test_the_centre_of_a_finetuned_checkpoint_is_that_of_its_own_weights(
+    images: Path, tmp_path: Path
+) -> None:
+    epochs = ["stage.finetune.epochs=2", "stage.finetune.batch_size=6"]
+    run(configure(*toy(images, *epochs, f"output={tmp_path}")))
+    network = load_model(tmp_path / "finetune" / "best.ckpt").eval()
+    data = ImageFolderData(images, size=32, num_workers=0, val_fraction=0.34)
+    data.setup()
     with torch.no_grad():
-        before = network.eval()(images)
-    module = BCNNModule(network, "finetune", centering=0.1).train()
-    loss = F.cross_entropy(module(images), torch.tensor([0, 1, 2, 0]))
-    assert loss.isfinite() and network.centering.mean.any()
-    with torch.no_grad():
-        torch.testing.assert_close(network.eval()(images), before, rtol=1e-4, atol=1e-4)
+        rows = [network.descriptor(batch) for batch, _ in data.evaluation_dataloader(data.train)]
+    torch.testing.assert_close(network.centering.mean, torch.cat(rows).mean(0), rtol=1e-3, atol=1e-6)
 
 
 def test_stage_last_leaves_the_centre() -> None:

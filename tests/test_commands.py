@@ -84,12 +84,14 @@ def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
-def test_a_broken_image_is_named_from_a_loading_process(train: Run, images: Path) -> None:
+def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
     (images / "train" / "red" / "0.png").write_text("not a photograph")
-    run = train(*toy(images, "stage=last", "data.num_workers=2"))
+    (images / "test" / "blue" / "1.png").write_bytes(b"")
+    run = train(*toy(images, "stage=last"))
     assert run.returncode == 1
-    assert run.stderr.strip().splitlines()[-1].startswith("error: cannot read the image")
+    assert run.stderr.strip().splitlines()[-1].startswith("error: 2 of 24 images cannot be decoded")
     assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("outputs/**/*.ckpt"))
 
 
 def test_convex_refuses_options_of_sgd(train: Run, images: Path) -> None:

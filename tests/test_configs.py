@@ -10,7 +10,10 @@ GROUPS = {
     for group in (ROOT / "conf").iterdir()
     if group.is_dir()
 }
-CHOICES = [f"{group}={choice}" for group, choices in GROUPS.items() for choice in choices]
+PLACES = {"schedule": "schedule@stage.finetune.scheduler"}  # groups that are composed elsewhere
+CHOICES = [
+    f"{PLACES.get(group, group)}={choice}" for group, choices in GROUPS.items() for choice in choices
+]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -27,11 +30,12 @@ def test_data_instantiates(data: str) -> None:
     assert instantiate(cfg.data).val_fraction == 0.25
 
 
+@pytest.mark.parametrize("schedule", GROUPS["schedule"])
 @pytest.mark.parametrize("stage", [s for s in GROUPS["stage"] if s.endswith(("last", "finetune"))])
-def test_optimizer_and_schedule_instantiate(stage: str) -> None:
+def test_optimizer_and_schedule_instantiate(stage: str, schedule: str) -> None:
     import torch
 
-    cfg = configure(f"stage={stage}").stage
+    cfg = configure(f"stage={stage}", f"schedule@stage.scheduler={schedule}").stage
     optimizer = instantiate(cfg.optimizer)([torch.zeros(2, requires_grad=True)])
     assert optimizer.defaults["lr"] == cfg.optimizer.lr
     if cfg.scheduler is not None:
@@ -58,3 +62,16 @@ def test_butterflies_come_with_random_weights_and_folders_with_imagenet() -> Non
     assert configure().model.weights == "random"
     assert configure("data=folder", "data.root=x").model.weights == "imagenet"
     assert configure("model.weights=imagenet_features").model.weights == "imagenet_features"
+
+
+@pytest.mark.parametrize(
+    ("name", "resize", "side"),
+    [("cub200", "keep", 448), ("aircraft", "squash", 512), ("cars", "squash", 448)],
+)
+def test_protocol_of_the_papers(name: str, resize: str, side: int) -> None:
+    cfg = configure(f"experiment={name}")
+    assert cfg.data == configure(f"data={name}").data
+    assert (cfg.data.size, cfg.data.resize) == (448, resize)
+    assert cfg.data.size / cfg.data.crop_pct == side
+    assert (cfg.stage.name, cfg.model.weights) == ("both", "imagenet")
+    assert type(instantiate(cfg.data)).__name__.lower() == name

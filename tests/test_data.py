@@ -8,7 +8,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from bcnn.data.folder import ImageFolderData, stratified_split
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.splits import stratified_split
 from bcnn.data.transforms import evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
 
@@ -113,24 +114,38 @@ def test_hidden_files_are_no_images(images: Path) -> None:
     assert len(set_up(images, val_fraction=0).train) == 18
 
 
-def test_mistakes_are_told_by_name(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        set_up(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="train/<class>"):
-        set_up(images / "train")
-    (images / "test" / "violet").mkdir()
-    with pytest.raises(UserError, match="violet"):
-        set_up(images)
-    write_images(images / "test" / "violet", 0)
-    Image.new("RGB", (8, 8)).save(images / "test" / "violet" / "0.png")
-    for name in ("blue", "green", "red"):
-        (images / "test" / "violet" / name).rmdir()
-    with pytest.raises(UserError, match="train lacks: violet"):
-        set_up(images)
+def test_crop_pct_resizes_to_more_than_the_crop_shows(images: Path) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
+    inner = evaluation_transform(32, "squash", 0.5)(ramp)
+    assert torch.equal(inner, torch.from_numpy(np.asarray(ramp)[16:48, 16:48].copy()).permute(2, 0, 1))
+    crops = {training_transform(32, "squash", 0.5)(ramp)[0].min().item() for _ in range(20)}
+    assert len(crops) > 5  # a squashed image without a margin has one crop only
+    data = set_up(images, crop_pct=0.5)
+    assert next(iter(data.evaluation_dataloader(data.test)))[0].shape == (6, 3, 32, 32)
+    for crop_pct in (0, 1.5):
+        with pytest.raises(UserError, match="crop_pct"):
+            set_up(images, crop_pct=crop_pct)
 
 
-def test_one_class_only_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train" / "only").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "only" / "0.png")
-    with pytest.raises(UserError, match="one class only"):
-        set_up(tmp_path)
+def test_chosen_classes_keep_their_images_and_splits(images: Path) -> None:
+    everything = set_up(images, val_fraction=0)
+    data = set_up(images, val_fraction=0, classes=["red", "blue"])
+    assert data.classes == ["blue", "red"]
+    for before, after in ((everything.train, data.train), (everything.test, data.test)):
+        named = [(path, everything.classes[label]) for path, label in before]
+        kept = [(path, name) for path, name in named if name != "green"]
+        assert [(path, data.classes[label]) for path, label in after] == kept
+    assert len(set_up(images, val_fraction=0.34, classes=["red", "blue"]).val) == 4
+
+
+def test_a_number_of_classes_is_drawn_by_seed(images: Path) -> None:
+    drawn = [set_up(images, classes=2, seed=seed).classes for seed in range(12)]
+    assert drawn == [set_up(images, classes=2, seed=seed).classes for seed in range(12)]
+    assert {tuple(names) for names in drawn} == {("blue", "green"), ("blue", "red"), ("green", "red")}
+    assert set_up(images, classes=3).classes == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("classes", [1, 4, -1, ["red"], ["red", "rde"], ["red", "red"]])
+def test_classes_that_cannot_be_had_are_told(images: Path, classes: object) -> None:
+    with pytest.raises(UserError, match="there are red" if classes == ["red", "rde"] else "2 to 3"):
+        set_up(images, classes=classes)

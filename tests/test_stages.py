@@ -110,15 +110,42 @@ def test_finetune_from_the_source_state_dict(images: Path, tmp_path: Path) -> No
     assert run(configure(*toy(images, *options, f"output={tmp_path}"))) >= 0.8
 
 
-def test_a_finetune_that_only_harms_keeps_its_start(
+def finetune_of(images: Path, tmp_path: Path, *options: str) -> list[str]:
+    """The configuration of a finetune by the source's optimizer, from a new stage `last`."""
+    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
+    start = f"ckpt={tmp_path / 'last' / 'best.ckpt'}"
+    short = ["stage.epochs=2", "stage.batch_size=6", f"output={tmp_path}"]
+    return toy(images, "stage=source_finetune", start, *short, *options)
+
+
+def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
-    start = tmp_path / "last" / "best.ckpt"
-    options = ["stage=finetune", "stage.epochs=1", f"ckpt={start}", "stage.optimizer.lr=100"]
-    run(configure(*toy(images, *options, f"output={tmp_path}")))
+    options = finetune_of(images, tmp_path, "stage.optimizer.lr=3")
+    with pytest.raises(UserError, match=r"ended worse than it started .* try stage.optimizer.lr=0.3"):
+        run(configure(*options))
     printed = capsys.readouterr().out
+    start = tmp_path / "last" / "best.ckpt"
+    assert "epoch 1: " in printed and "try stage.optimizer.lr=0.3" in printed
     assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
+
+
+def test_a_loss_that_is_no_number_ends_training(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = finetune_of(images, tmp_path, "stage.optimizer.lr=1e30")
+    with pytest.raises(UserError, match="worse than it started"):
+        run(configure(*options))
+    printed = capsys.readouterr().out
+    assert "epoch 1: the loss is not finite" in printed and "epoch 2: " not in printed
+
+
+def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
+    images: Path, tmp_path: Path
+) -> None:
+    options = ["stage.finetune.optimizer.lr=1", "stage.finetune.epochs=2"]
+    small = "stage.finetune.batch_size=6"
+    assert run(configure(*toy(images, *options, small, f"output={tmp_path}"))) >= 0.8
 
 
 @pytest.mark.parametrize(
@@ -135,6 +162,7 @@ def test_a_finetune_that_only_harms_keeps_its_start(
         (["data.resize=stretch"], "keep, squash"),
         (["data.val_fraction=1"], "data.val_fraction=1"),
         (["stage.finetune.batch_size=2"], "use 4 or more"),
+        (["stage.finetune.open_from=conv6_1"], "choose a layer from conv1_1"),
     ],
 )
 def test_mistakes_are_one_sentence(

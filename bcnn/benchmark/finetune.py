@@ -17,7 +17,7 @@ def project_step(options: Options) -> dict[str, float]:
     """This project's finetune step, in the fastest precision of the device."""
     device = options.torch_device
     model = BCNN([str(k) for k in range(options.classes)], options.size).to(device)
-    module = BCNNModule(model, "finetune", centering=0.1).train()
+    module = BCNNModule(model, "finetune", centering=True).train()
     dtype = AUTOCAST.get(fastest_precision(device.type))
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 

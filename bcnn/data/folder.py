@@ -1,19 +1,30 @@
 """Image folders as a LightningDataModule."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
+from bcnn.data.check import broken, check, write_broken
+from bcnn.data.layout import Layout, Samples, listed, mistakes, read_folder, read_list
+from bcnn.data.review import duplicates, imbalance
+from bcnn.data.splits import draw_splits, refuse_fractions, stratified_split, too_few
+from bcnn.data.subset import choose_classes
 from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
+
+Broken = Literal["stop", "skip"]
+Sampling = Literal["balanced"]
+
+say = rank_zero_only(print)
 
 
 class ImageList(Dataset[tuple[Tensor, int]]):
@@ -39,78 +50,141 @@ class ImageList(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFolderData(L.LightningDataModule):
-    """`root/train/<class>/*`, with `val/` and `test/` beside `train/` where there are any.
+    """Photographs in class folders, with or without splits, or named in a list.
 
-    After `setup`, `classes` holds the names of the folders in `train/`, and `train`, `val` and `test`
-    hold (path, label) pairs; `val` and `test` may be empty.
+    `setup` decodes every image once and remembers that it did (`bcnn.data.check`). After it, `classes`
+    holds the names of the classes, and `train`, `val` and `test` hold (path, label) pairs; `val` and
+    `test` may be empty.
 
     Args:
-        root: the folder.
+        root: `root/{train,val,test}/<class>/*`, val and test being optional, or `root/<class>/*`.
+        list: instead of `root`, a CSV or text file of `path,label[,split]`.
         size: side of the square crops in pixels.
-        resize: short side to `size` ("keep") or both sides ("squash").
-        val_fraction: share of the training images, drawn by `seed` within each class, to validate
-            on where there is no `val/`. 0 trains on everything.
+        resize: the short side ("keep") or both sides ("squash"), to `size / crop_pct` pixels.
+        crop_pct: share of the resized side that a crop takes, as in timm.
+        classes: names of classes to leave the others out, or how many to draw by `seed`; None: all.
+        val_fraction: share of each class, drawn by `seed`, to validate on where no image is in val.
+            0 trains on everything.
+        test_fraction: the same for test; None: 0.2 where nothing says which images are in which
+            split, else 0.
+        broken: what to do about files that cannot be decoded: "stop", or "skip" them.
+        sampler: "balanced" draws every class equally often in training; None: every image once.
         batch_size: images a step and device.
         num_workers: processes that decode images; None: one a core, 8 at most.
-        seed: of the validation share.
+        seed: of the shares, and of the classes, that are drawn.
 
     Raises:
-        UserError: from `setup`: an argument is out of range, a folder or its images are missing,
-            there is one class only, or `val/` or `test/` hold classes that `train/` lacks.
+        UserError: from `setup`: an argument is out of range, a folder or its images are missing or
+            broken, there is one class only or too few images of one, or val or test hold classes
+            that train lacks.
     """
+
+    classes: list[str]
+    train: Samples
+    val: Samples
+    test: Samples
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | None = None,
         size: int = 448,
         resize: Resize = "keep",
+        crop_pct: float = 1.0,
+        classes: Sequence[str] | int | None = None,
         val_fraction: float = 0.1,
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
+        list: str | Path | None = None,
+        test_fraction: float | None = None,
+        broken: Broken = "stop",
+        sampler: Sampling | None = None,
     ) -> None:
         super().__init__()
-        self.root = Path(root)
+        self.list = None if list is None else Path(list)
+        self.root = Path(root or list or "")  # what messages call the set
+        self.places = [place for place in (root, list) if place is not None]
         self.size = size
         self.resize = resize
+        self.crop_pct = crop_pct
+        self.subset = classes
         self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.broken = broken
+        self.sampler = sampler
         self.batch_size = batch_size
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.seed = seed
-        self.classes: list[str] = []
-        self.train: list[tuple[str, int]] = []
-        self.val: list[tuple[str, int]] = []
-        self.test: list[tuple[str, int]] = []
+        self.classes, self.train, self.val, self.test = [], [], [], []
 
     def setup(self, stage: str | None = None) -> None:
         if self.classes:
             return
+        self._refuse_options()
+        layout = self._layout()
+        _refuse(mistakes(layout, self.root))
+        if self.subset is not None:
+            layout = choose_classes(layout, self.subset, self.seed)
+        findings = check(self.root, layout.paths)
+        layout = self._without_broken(layout, broken(findings))
+        _refuse(mistakes(layout, self.root))
+        _refuse(too_few(layout, self.root, self.val_fraction, self.test_fraction))
+        layout = draw_splits(layout, self.val_fraction, self.test_fraction, self.seed)
+        for warning in duplicates(layout, findings) + ([] if self.sampler else imbalance(layout)):
+            say(f"warning: {warning}")
+        self.train, self.val, self.test = layout.splits.values()
+        self.classes = layout.classes
+
+    def _layout(self) -> Layout:
+        """Where the images are. A set with files of its own reads them here."""
+        return read_list(self.list) if self.list else read_folder(self.root)
+
+    def _refuse_options(self) -> None:
+        if len(self.places) != 1:
+            raise UserError("give either data.root=FOLDER or data.list=FILE")
         if self.size < MIN_SIZE:
             raise UserError(f"data.size={self.size} is too small: {MIN_SIZE} px at least")
         if self.resize not in get_args(Resize):
             raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"data.val_fraction={self.val_fraction}: a share from 0 to under 1")
-        if not self.root.is_dir():
-            raise UserError(f"no such folder: {self.root} (data.root)")
-        if not (self.root / "train").is_dir():
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"data.crop_pct={self.crop_pct}: a share from over 0 to 1")
+        if self.broken not in get_args(Broken):
+            raise UserError(f"data.broken={self.broken}: choose from {', '.join(get_args(Broken))}")
+        if self.sampler not in (None, *get_args(Sampling)):
             raise UserError(
-                f"{self.root} has no folder train/: expected {self.root}/train/<class>/<images>"
+                f"data.sampler={self.sampler}: choose null or {', '.join(get_args(Sampling))}"
             )
-        classes, self.train = self._scan("train")
-        if len(classes) < 2:
+        refuse_fractions(self.val_fraction, self.test_fraction)
+
+    def _without_broken(self, layout: Layout, reasons: dict[str, str]) -> Layout:
+        if not reasons:
+            return layout
+        file = write_broken(self.root, reasons)
+        if self.broken == "stop":
             raise UserError(
-                f"{self.root}/train holds one class only ({classes[0]}): "
-                "a classifier needs at least two"
+                f"{len(reasons)} of {len(layout.paths)} images cannot be decoded: "
+                f"{listed((f'{path} ({reason})' for path, reason in reasons.items()), 3)}; "
+                f"{file} lists them: repair or remove them, or leave them out with data.broken=skip"
             )
-        self.val = self._scan_known("val", classes)
-        self.test = self._scan_known("test", classes)
-        if not self.val and self.val_fraction > 0:
-            self.train, self.val = stratified_split(self.train, self.val_fraction, self.seed)
-        self.classes = classes
+        labels = Counter(label for path, label in layout.samples if path in reasons)
+        counts = (f"{layout.classes[label]} {count}" for label, count in labels.most_common())
+        say(f"left out {len(reasons)} images that cannot be decoded ({file}): {listed(counts)}")
+        return layout.without(reasons)
+
+    def class_weights(self) -> Tensor:
+        """(classes,): weights by which every class weighs the same, 1 on average over the images."""
+        counts = torch.bincount(torch.tensor([label for _, label in self.train]))
+        return len(self.train) / (len(self.classes) * counts.float())
+
+    def train_sampler(self) -> WeightedRandomSampler | None:
+        """What draws the training images, where `sampler` asks for other than a shuffle."""
+        if self.sampler is None:
+            return None
+        weights = self.class_weights()[[label for _, label in self.train]]
+        return WeightedRandomSampler(weights.tolist(), len(self.train))
 
     def train_dataloader(self) -> DataLoader:
-        transform = training_transform(self.size, self.resize)
+        transform = training_transform(self.size, self.resize, self.crop_pct)
         return self._loader(self.train, transform, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -119,11 +193,18 @@ class ImageFolderData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(self.test)
 
+    def sample_dataloader(self, images: int = 256) -> DataLoader:
+        """Centre crops of at most this many training images, drawn by `seed` within each class."""
+        sample = self.train
+        if len(sample) > images:
+            _, sample = stratified_split(sample, images / len(sample), self.seed)
+        return self.evaluation_dataloader(sample)
+
     def evaluation_dataloader(
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
-        transform = evaluation_transform(self.size, self.resize)
+        transform = evaluation_transform(self.size, self.resize, self.crop_pct)
         return self._loader(samples, transform, batch_size or self.batch_size, shuffle=False)
 
     def _loader(
@@ -133,58 +214,19 @@ class ImageFolderData(L.LightningDataModule):
         batch_size: int,
         shuffle: bool,
     ) -> DataLoader:
+        sampler = self.train_sampler() if shuffle else None
         return DataLoader(
             ImageList(samples, transform),
             batch_size=batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and sampler is None,
+            sampler=sampler,
             drop_last=shuffle and len(samples) > batch_size,  # a rest of one image has no mean
             num_workers=self.num_workers,
             persistent_workers=shuffle and self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _scan(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
-        try:
-            found = ImageFolder(self.root / split, is_valid_file=is_image)
-        except FileNotFoundError as error:  # no class folders, or classes without images
-            raise UserError(f"no images in {self.root / split}: {error}") from error
-        return found.classes, found.samples
 
-    def _scan_known(self, split: str, classes: list[str]) -> list[tuple[str, int]]:
-        """The images of `val` or `test`, labelled as in training; none where there is no folder."""
-        if not (self.root / split).is_dir():
-            return []
-        names, samples = self._scan(split)
-        unknown = sorted(set(names) - set(classes))
-        if unknown:
-            raise UserError(
-                f"{self.root / split} holds classes that {self.root / 'train'} lacks: "
-                f"{', '.join(unknown)}; add training images of them, or remove these folders"
-            )
-        return [(path, classes.index(names[label])) for path, label in samples]
-
-
-def stratified_split(
-    samples: Sequence[tuple[str, int]], fraction: float, seed: int
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Draw `fraction` of each class, at least one image of it and never its last, into the second.
-
-    Returns:
-        (kept, drawn), each in the order of `samples`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor([label for _, label in samples])
-    drawn: set[int] = set()
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        order = torch.randperm(len(members), generator=generator)
-        drawn.update(members[order[:count]].tolist())
-    kept = [sample for i, sample in enumerate(samples) if i not in drawn]
-    return kept, [samples[i] for i in sorted(drawn)]
-
-
-def is_image(path: str | Path) -> bool:
-    """Whether a file's name is that of an image that Pillow opens, and not hidden."""
-    hidden = Path(path).name.startswith(".")
-    return not hidden and Path(path).suffix.lower() in Image.registered_extensions()
+def _refuse(sentences: Sequence[str]) -> None:
+    if sentences:
+        raise UserError(sentences[0])

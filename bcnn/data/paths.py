@@ -3,10 +3,9 @@
 import glob
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from bcnn.data.folder import is_image
+from bcnn.data.formats import images_below, is_image
 from bcnn.errors import UserError
 
 
@@ -36,13 +35,11 @@ def _listed() -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """Images that a folder holds, or that a pattern matches (in the folders that it matches, too)."""
-    matches = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = (_below(match) if os.path.isdir(match) else [match] for match in matches)
-    return list(dict.fromkeys(path for part in files for path in part if is_image(path)))
-
-
-def _below(folder: str) -> Iterable[str]:
-    for parent, folders, files in os.walk(folder, followlinks=True):  # as in training
-        folders.sort()
-        yield from (str(Path(parent, name)) for name in sorted(files))
+    """Images below a folder, or that a pattern matches, or below the folders that it matches."""
+    found: list[str] = []
+    for match in [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isdir(match):
+            found += images_below(match)
+        elif is_image(os.path.basename(match)):
+            found.append(match)
+    return list(dict.fromkeys(found))  # "**" matches folders, and what is in them

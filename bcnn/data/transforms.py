@@ -46,16 +46,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def training_transform(size: int, resize: Resize) -> v2.Compose:
+def training_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
     """Resize, random crop and horizontal flip: PIL image → uint8 tensor (3, size, size)."""
-    return v2.Compose(
-        [v2.ToImage(), _resize(size, resize), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
-    )
+    resized = _resize(round(size / crop_pct), resize)
+    return v2.Compose([v2.ToImage(), resized, v2.RandomCrop(size), v2.RandomHorizontalFlip()])
 
 
-def evaluation_transform(size: int, resize: Resize) -> v2.Compose:
+def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
     """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
-    return v2.Compose([v2.ToImage(), _resize(size, resize), v2.CenterCrop(size)])
+    resized = _resize(round(size / crop_pct), resize)
+    return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(size)])
 
 
 def evaluation_crop(width: int, height: int, resize: Resize) -> tuple[float, float, float, float]:
@@ -70,6 +70,6 @@ def evaluation_crop(width: int, height: int, resize: Resize) -> tuple[float, flo
     return left, top, left + side, top + side
 
 
-def _resize(size: int, resize: Resize) -> torch.nn.Module:
-    """Short side to `size`, keeping the aspect ratio, or both sides ("squash")."""
-    return v2.Resize([size, size] if resize == "squash" else [size], antialias=True)
+def _resize(side: int, resize: Resize) -> torch.nn.Module:
+    """Short side to `side` pixels, keeping the aspect ratio, or both sides ("squash")."""
+    return v2.Resize([side, side] if resize == "squash" else [side], antialias=True)

@@ -1,0 +1,284 @@
+"""Folders and lists as people have them: what becomes of them, and what is said before training."""
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from bcnn.data.folder import ImageFolderData
+from bcnn.errors import UserError
+
+
+def set_up(root: Path | None = None, **options: object) -> ImageFolderData:
+    data = ImageFolderData(root, size=32, num_workers=0, **options)  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+def lengths(data: ImageFolderData) -> tuple[int, int, int]:
+    return len(data.train), len(data.val), len(data.test)
+
+
+def write(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_classes(root: Path, **counts: int) -> None:
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            write(root / name / f"{index}.png", seed=1000 * label + index)
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Valid"])
+def test_a_validation_folder_by_any_of_its_names(images: Path, val: str) -> None:
+    write_images(images / val, 1, seed=3)
+    assert lengths(set_up(images)) == (18, 3, 6)
+
+
+def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat=20, dog=10)
+    data = set_up(tmp_path)
+    assert data.classes == ["cat", "dog"]
+    assert lengths(data) == (21, 3, 6)
+    assert len({*data.train, *data.val, *data.test}) == 30
+    assert sum(label == 0 for _, label in data.test) == 4
+    assert set_up(tmp_path).test == data.test
+    assert set_up(tmp_path, seed=1).test != data.test
+    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0)) == (30, 0, 0)
+    assert lengths(set_up(tmp_path, val_fraction=0.4, test_fraction=0.4)) == (6, 12, 12)
+
+
+def test_test_images_are_drawn_from_train_only_when_asked_for(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", cat=10, dog=10)
+    assert lengths(set_up(tmp_path)) == (18, 2, 0)
+    assert lengths(set_up(tmp_path, test_fraction=0.5)) == (8, 2, 10)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    write_classes(tmp_path, bus=4, train=4)
+    assert set_up(tmp_path).classes == ["bus", "train"]
+
+
+LISTS = {
+    "CSV with a header": "path,label,split\n{}",
+    "CSV without a header": "{}",
+    "columns in another order": "label;notes;path\n{}",
+    "tabs": "path\tlabel\tsplit\n{}",
+    "blanks": "{}",
+    "from a spreadsheet": "\ufeffpath;label;split\r\n{}",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_list(kind: str, tmp_path: Path) -> None:
+    mark = {"tabs": "\t", "blanks": " ", "from a spreadsheet": ";"}.get(kind, ",")
+    lines = []
+    for number in range(12):
+        name, split = ("cat", "dog")[number % 2], ("train", "train", "Validation", "test")[number // 3]
+        path = tmp_path / "some photos" / f"{number}, ü.png"
+        write(path, seed=number)
+        quoted = f'"{path.relative_to(tmp_path) if number else path}"'  # the first one absolute
+        if kind == "columns in another order":
+            lines.append(f"{name};none;{quoted}")
+        else:
+            lines.append(mark.join((quoted, name, split)))
+    text = LISTS[kind].replace("{}", "\n".join(lines) + "\n\n")
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8", newline="")
+    data = set_up(list=tmp_path / "labels.csv")
+    assert data.classes == ["cat", "dog"]
+    if kind == "columns in another order":  # and no split: both are drawn
+        assert lengths(data) == (8, 2, 2)
+    else:
+        assert lengths(data) == (6, 3, 3)
+    first = next(label for path, label in (*data.train, *data.val, *data.test) if "/0," in path)
+    assert data.classes[first] == "cat"
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape[1:] == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty"),
+        ("a.png", "line 1: expected path,label"),
+        ("a.png,cat\nb.png,dog,train", "line 2: 3 columns where 2"),
+        ("a.png,cat,train\nb.png,dog,holdout", "line 2: split 'holdout'"),
+        ("a.png,cat\na.png,dog", "line 2: a.png is in the list already"),
+        ("a.png,cat\nb.png,", "line 2: no label"),
+        ("file,class\na.png,cat\nb.png,dog", "1 files that do not exist.*file"),
+        ("a.png,cat\nc.png,dog", "1 files that do not exist.*c.png"),
+        ("a.png,cat\nb.png,cat", "one class only"),
+    ],
+)
+def test_a_list_with_a_mistake_is_told_by_its_line(text: str, sentence: str, tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b.png")):
+        write(tmp_path / name, seed=number)
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        set_up(list=tmp_path / "labels.csv")
+
+
+def test_a_list_that_is_no_text_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such list"):
+        set_up(list=tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_bytes("é,è".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        set_up(list=tmp_path / "labels.csv")
+
+
+def test_a_folder_or_a_list_and_not_both(tmp_path: Path) -> None:
+    for options in ({}, {"root": tmp_path, "list": tmp_path / "labels.csv"}):
+        with pytest.raises(UserError, match=r"either data\.root=FOLDER or data\.list=FILE"):
+            set_up(**options)  # type: ignore[arg-type]
+
+
+def test_what_is_no_photograph_of_the_user_s_is_ignored(images: Path) -> None:
+    red = images / "train" / "red"
+    for name in (".DS_Store", "._0.png", "Thumbs.db", "0.png~", "0.png.bak", "#0.png#", "notes.txt"):
+        (red / name).write_bytes(b"nothing")
+    for folder in (images / "train", red):
+        write(folder / "@eaDir" / "0.png")
+        write(folder / ".ipynb_checkpoints" / "0-checkpoint.png")
+        write(folder / "__MACOSX" / "0.png")
+    data = set_up(images, val_fraction=0)
+    assert (data.classes, len(data.train)) == (["blue", "green", "red"], 18)
+
+
+def test_any_unicode_in_names_and_one_class_however_it_is_spelled(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "Café [1] 蝶 🦋") for form in ("NFC", "NFD"))
+    write_classes(tmp_path / "train", **{composed: 3, "Ñandú": 3})
+    write_classes(tmp_path / "test", **{apart: 2})
+    write(tmp_path / "train" / apart / "ß ö 写真.png", seed=77)
+    data = set_up(tmp_path)
+    assert data.classes == [composed, "Ñandú"]
+    assert {label for _, label in data.test} == {0} and len(data.test) == 2
+    assert lengths(data) == (5, 2, 2)
+
+
+def test_mistakes_about_folders_are_told_by_name(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        set_up(tmp_path / "nowhere")
+    (images / "valid").mkdir()
+    (images / "val").mkdir()
+    with pytest.raises(UserError, match="val/ and valid/"):
+        set_up(images)
+    write_classes(tmp_path / "held" / "test", cat=1)
+    with pytest.raises(UserError, match=r"no folder train/ of class folders beside test/"):
+        set_up(tmp_path / "held")
+
+
+@pytest.mark.parametrize("folders", [(), ("cat", "dog"), ("train",), ("train/cat", "test/cat")])
+def test_no_images(folders: tuple[str, ...], tmp_path: Path) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no images in .*expected <class>/<images>"):
+        set_up(tmp_path)
+
+
+def test_one_class(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", only=4)
+    with pytest.raises(UserError, match=r"one class only \(only\)"):
+        set_up(tmp_path)
+
+
+def test_an_empty_class_is_a_mistake_in_train_and_none_in_test(images: Path) -> None:
+    for path in (images / "test" / "red").iterdir():
+        path.unlink()
+    assert lengths(set_up(images, val_fraction=0)) == (18, 0, 4)
+    (images / "train" / "violet").mkdir()
+    with pytest.raises(UserError, match="no images of the class violet; add some, or remove"):
+        set_up(images)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_classes_that_train_lacks(images: Path, split: str) -> None:
+    write_classes(images / split, violet=1, white=1)
+    with pytest.raises(UserError, match=f"{split} holds classes that train lacks: violet, white"):
+        set_up(images)
+
+
+def test_too_few_images_for_the_split_asked_for(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat=8, dog=2, eel=1)
+    with pytest.raises(UserError, match=r"too few images of dog \(2\), eel \(1\).*3 are needed"):
+        set_up(tmp_path)
+    with pytest.raises(UserError, match=r"too few images of eel \(1\): data.test_fraction=0.5 "):
+        set_up(tmp_path, val_fraction=0, test_fraction=0.5)
+    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0)) == (11, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"val_fraction": 1}, "val_fraction=1"),
+        ({"test_fraction": -0.1}, "test_fraction=-0.1"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"broken": "ignore"}, "data.broken=ignore: choose from stop, skip"),
+        ({"sampler": "random"}, "data.sampler=random: choose null or balanced"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, object], sentence: str, images: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        set_up(images, **options)
+
+
+def test_broken_images_stop_and_are_listed_or_are_left_out(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = [images / "train" / "red" / f"{n}.png" for n in range(2)]
+    broken.append(images / "test" / "blue" / "0.png")
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"3 of 24 images .*data\.broken=skip") as error:
+        set_up(images)
+    listing = Path(next(word for word in str(error.value).split() if word.endswith("-broken.txt")))
+    assert {line.split("\t")[0] for line in listing.read_text().splitlines()} == set(map(str, broken))
+    capsys.readouterr()
+    data = set_up(images, broken="skip", val_fraction=0)
+    assert lengths(data) == (16, 0, 5)
+    assert not {path for path, _ in data.train} & set(map(str, broken))
+    printed = capsys.readouterr().out
+    assert "left out 3 images" in printed and "red 2, blue 1" in printed and str(listing) in printed
+
+
+def test_a_class_whose_images_are_all_broken_is_not_skipped_silently(images: Path) -> None:
+    for path in (images / "train" / "red").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="test holds classes that train lacks: red"):
+        set_up(images, broken="skip")
+
+
+def test_the_same_image_in_train_and_test_is_counted(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up(images)
+    assert "warning" not in capsys.readouterr().out
+    original = images / "train" / "red" / "0.png"
+    (images / "test" / "red" / "copy.png").write_bytes(original.read_bytes())
+    with Image.open(original) as image:  # other bytes, the same pixels
+        image.save(images / "test" / "blue" / "again.bmp")
+    set_up(images, val_fraction=0)
+    printed = capsys.readouterr().out
+    assert "warning: 2 of 8 images in test are in train too" in printed
+    assert f"copy.png = {original}" in printed
+
+
+def test_imbalance_beyond_20_to_1_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(tmp_path / "train", many=40, few=2)
+    set_up(tmp_path, val_fraction=0)
+    assert "warning" not in capsys.readouterr().out
+    write(tmp_path / "train" / "many" / "one more.png", seed=99)
+    set_up(tmp_path, val_fraction=0)
+    assert "warning: 41 training images of many and 2 of few" in capsys.readouterr().out
+    set_up(tmp_path, val_fraction=0, sampler="balanced")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_folder_that_one_is_in(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images)
+    assert lengths(set_up(Path("."), val_fraction=0)) == (18, 0, 6)

@@ -1,0 +1,64 @@
+"""data.sampler=balanced: every class equally often in training batches, and nowhere else."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from test_folders import set_up, write_classes
+from torch.utils.data import SequentialSampler, WeightedRandomSampler
+
+from bcnn.data.folder import ImageFolderData
+from bcnn.descriptors import DescriptorData
+from bcnn.model import BCNN
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> ImageFolderData:
+    """30 images of one class and 3 of the other."""
+    write_classes(tmp_path / "train", many=30, few=3)
+    write_classes(tmp_path / "val", many=4, few=1)
+    torch.manual_seed(0)
+    return set_up(tmp_path, sampler="balanced", batch_size=11)
+
+
+def share(batches: object) -> float:
+    """Of the labels, over 20 epochs, those of class 0."""
+    labels = torch.cat([y for _ in range(20) for _, y in batches])  # type: ignore[attr-defined]
+    return (labels == 0).float().mean().item()
+
+
+def test_images_are_drawn_balanced_in_training_only(uneven: ImageFolderData) -> None:
+    assert uneven.classes == ["few", "many"]
+    train = uneven.train_dataloader()
+    assert len(train) == 3
+    assert 0.42 < share(train) < 0.58
+    assert isinstance(uneven.val_dataloader().sampler, SequentialSampler)
+    uneven.sampler = None
+    assert share(uneven.train_dataloader()) == pytest.approx(3 / 33)
+
+
+def test_descriptors_are_drawn_balanced_too(uneven: ImageFolderData) -> None:
+    data = DescriptorData(uneven, BCNN(uneven.classes, 32), "32-true")
+    data.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.setup()
+    assert 0.42 < share(data.train_dataloader()) < 0.58
+    assert isinstance(data.val_dataloader().sampler, SequentialSampler)
+
+
+def test_ranks_share_the_draws_of_an_epoch(uneven: ImageFolderData) -> None:
+    sampler = uneven.train_dataloader().sampler
+    assert isinstance(sampler, WeightedRandomSampler)
+    labels = torch.tensor([label for _, label in uneven.train])
+    for rank in range(2):
+        mine = DistributedSamplerWrapper(sampler, num_replicas=2, rank=rank)  # Lightning's under DDP
+        drawn = [index for _ in range(40) for index in mine]
+        assert len(mine) == 17
+        assert 0.42 < (labels[drawn] == 0).float().mean() < 0.58
+
+
+def test_class_weights_make_every_class_weigh_the_same(uneven: ImageFolderData) -> None:
+    weights = uneven.class_weights()
+    torch.testing.assert_close(weights, torch.tensor([33 / 6, 33 / 60]))
+    assert sum(weights[label] for _, label in uneven.train) == pytest.approx(33)
