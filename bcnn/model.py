@@ -1,14 +1,17 @@
 """The network: VGG-16 features, bilinear pooling, one linear classifier."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms import v2
 
-from bcnn.data.transforms import MIN_SIZE, Resize
+from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, upright_rgb
 from bcnn.pooling import bilinear_descriptor, packed_size
 
 CHANNELS = 512  # of relu5_3
@@ -23,6 +26,8 @@ LAYERS = {
     "conv5_1": 24, "conv5_2": 26, "conv5_3": 28,
 }
 # fmt: on
+
+Photograph = str | Path | Image.Image
 
 
 class Centering(nn.Module):
@@ -162,3 +167,32 @@ class BCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images as for `descriptor` → logits (batch, classes)."""
         return self.logits(self.descriptor(images))
+
+    def transforms(self) -> v2.Compose:
+        """Resize and centre crop of its evaluation: PIL image → uint8 tensor (3, size, size)."""
+        return evaluation_transform(self.size, self.resize)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | Photograph | Sequence[Photograph]) -> Tensor:
+        """Probabilities of the classes, in the order of `classes`.
+
+        Args:
+            images: a PIL image or a path, or a list of them: each goes through `transforms`; or a
+                tensor as for `descriptor`, taken as it is.
+
+        Returns:
+            (batch, classes), rows that sum to one, in float32 at least.
+
+        Raises:
+            UserError: a file cannot be decoded.
+        """
+        if not isinstance(images, Tensor):
+            photographs = [images] if isinstance(images, Photograph) else images
+            transform = self.transforms()
+            images = torch.stack(
+                [
+                    transform(load_image(p) if isinstance(p, str | Path) else upright_rgb(p))
+                    for p in photographs
+                ]
+            )
+        return self(images.to(self.mean.device)).softmax(dim=1)

@@ -16,23 +16,34 @@ MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Any image that Pillow opens, upright, as RGB in 0..255; transparency shows white.
+    """Any image that Pillow opens, as `upright_rgb`.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bit a pixel; convert() would clip it to 255
-                grey = np.asarray(image).clip(0, 65535) // 256
-                image = Image.fromarray(grey.astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return upright_rgb(file)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        RuntimeError,  # of the AVIF decoder
+        Image.DecompressionBombError,
+    ) as error:
         raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says, as RGB in 0..255; transparency shows white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bit a pixel; convert() would clip it to 255
+        grey = np.asarray(image).clip(0, 65535) // 256
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def training_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
@@ -45,6 +56,18 @@ def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2
     """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
     resized = _resize(round(size / crop_pct), resize)
     return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(size)])
+
+
+def evaluation_crop(width: int, height: int, resize: Resize) -> tuple[float, float, float, float]:
+    """Where `evaluation_transform` looks on an image: left, top, right, bottom in its pixels.
+
+    The transform rounds to pixels of the resized image; this does not.
+    """
+    if resize == "squash":
+        return 0, 0, width, height
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
 
 
 def _resize(side: int, resize: Resize) -> torch.nn.Module:

@@ -1,0 +1,53 @@
+"""The benchmark's command: its options, and which part they ask for."""
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from bcnn.benchmark import convex, finetune, last, predict
+from bcnn.benchmark.harness import Options
+from bcnn.errors import UserError
+from bcnn.options import command
+
+USAGE = """
+This project beside the source's plain loop, on your machine.
+
+python -m bcnn.benchmark [OPTION=VALUE ...]
+
+  stage=last       the source's loop, a cache of relu5_3 maps, and this project's descriptor store
+  stage=finetune   a training step of the source's network, and of this project's
+  stage=convex     the convex solver at growing numbers of rows (two an image)
+  stage=predict    bcnn.predict and a plain loop over photographs; PyTorch and ONNX Runtime
+
+  device=auto      auto | cpu | cuda
+  size=448         side of the images in pixels
+  batch=8          images a step of a network (steps over stored features take 64)
+  images=32        images that the source's loop, the cache and prediction are timed over
+  classes=17       of stage=finetune, stage=convex and stage=predict
+  rows=[500,1000,2000]  of stage=convex
+  epochs=55        of stage=last; 2 at least, as the first warms up
+  root=FOLDER      image folder for stage=last, any folder of photographs for stage=predict; none:
+                   the embedded butterflies
+  weights=random   for stage=last, as model.weights
+"""
+
+PARTS: dict[str, Callable[[Options], Table]] = {
+    "last": last.table,
+    "finetune": finetune.table,
+    "convex": convex.table,
+    "predict": predict.table,
+}
+
+
+def main(options: Options) -> int:
+    """Measure, and print a table."""
+    if options.stage not in PARTS:
+        raise UserError(f"stage={options.stage}: choose from {', '.join(PARTS)}")
+    Console().print(PARTS[options.stage](options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(Options, main, USAGE))

@@ -1,0 +1,66 @@
+"""Stage `finetune`: a training step of the source's network, and of this project's."""
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bcnn.benchmark.harness import Options, measure, now, random_batches, seconds_an_image
+from bcnn.benchmark.source import source_loop
+from bcnn.model import BCNN
+from bcnn.module import BCNNModule
+from bcnn.precision import AUTOCAST, fastest_precision
+
+
+def project_step(options: Options) -> dict[str, float]:
+    """This project's finetune step, in the fastest precision of the device."""
+    device = options.torch_device
+    model = BCNN([str(k) for k in range(options.classes)], options.size).to(device)
+    module = BCNNModule(model, "finetune", centering=True).train()
+    dtype = AUTOCAST.get(fastest_precision(device.type))
+    sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        sgd.zero_grad()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(module(images), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        sgd.step()
+
+    seconds = seconds_an_image(step, options)
+    images, labels = next(random_batches(options))
+    with FlopCounterMode(display=False) as counter:
+        step(images, labels)
+    flops = counter.get_total_flops() / len(images)
+    return {"epoch": seconds, "flops": flops, "rate": _matrix_rate(device, dtype or torch.float32)}
+
+
+def table(options: Options) -> Table:
+    """The two side by side, and how near ours comes to the device's limit."""
+    source, ours = measure(source_loop, options), measure(project_step, options)
+    table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=options.title)
+    for label, row in (("source's", source), ("this project's", ours)):
+        table.add_row(
+            label,
+            f"{row['epoch']:.3f}",
+            f"{1 / row['epoch']:.2f}",
+            f"{source['epoch'] / row['epoch']:.2f} ×",
+            f"{row['peak'] / 1e9:.2f} GB",
+        )
+    achieved = ours["flops"] / ours["epoch"]
+    table.caption = (
+        f"this project's step runs at {achieved / 1e12:.2f} TFLOP/s, {achieved / ours['rate']:.0%} "
+        f"of the {ours['rate'] / 1e12:.2f} TFLOP/s of a matrix product in the same precision"
+    )
+    return table
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
+    a = torch.rand(side, side, device=device, dtype=dtype)
+    a @ a
+    start = now(device)
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * side**3 / (now(device) - start)
