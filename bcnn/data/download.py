@@ -1,4 +1,8 @@
-"""The files that a set is published as: fetched, verified and unpacked, or not there at all."""
+"""The files that a set is published as: fetched, verified and unpacked, or not there at all.
+
+torchvision's `download_and_extract_archive` unpacks in place and unfiltered: broken off, it leaves what
+its classes take for the set. Of its helpers the download and the checksum are used.
+"""
 
 import shutil
 import tarfile
