@@ -117,17 +117,18 @@ def save_model(model: BCNN, path: str | Path) -> None:
 def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
-    `classes` is a JSON list in the order of the logits, `size` a number of pixels, `resize` "keep" or
-    "squash"; `preprocessing` says in words what these two ask for.
+    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize` and `crop_pct` are
+    `BCNN`'s, and `preprocessing` says in words what they ask for.
     """
-    side = model.size
+    size, side = model.size, model.resized_side
     resized = f"short side to {side} px" if model.resize == "keep" else f"to {side} × {side} px"
     return {
         "classes": json.dumps(model.classes),
-        "size": str(side),
+        "size": str(size),
         "resize": model.resize,
+        "crop_pct": str(model.crop_pct),
         "preprocessing": f"upright (EXIF), RGB, resized {resized} (bilinear, antialiased), centre crop "
-        f"of {side} × {side} px, uint8 in 0..255; the model normalises",
+        f"of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
 
 
@@ -258,7 +259,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     """Undo `describe` where the metadata are its own."""
-    if not {"classes", "size", "resize"} <= metadata.keys():
+    if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
         return dict(metadata)
-    described = {"classes": json.loads(metadata["classes"]), "size": int(metadata["size"])}
-    return {**metadata, **described}
+    numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
+    return {**metadata, **numbers, "classes": json.loads(metadata["classes"])}
