@@ -13,7 +13,7 @@ python -m bcnn.export ckpt=FILE [OPTION=VALUE ...] [PATH ...]
                   input; none: random images
 
 ONNX and pt2 take uint8 RGB images (batch, 3, size, size) and normalise them inside. Class names and
-preprocessing are in the metadata of all but pth, under classes, size, resize, crop_pct and preprocessing.
+preprocessing are in the metadata of all but pth: classes, size, resize, crop_pct, preprocessing.
 """
 
 import importlib
