@@ -1,9 +1,14 @@
 """The benchmark runs and compares like with like, at toy size."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT, Run
+from rich.console import Console
 
+from bcnn.benchmark import data, photographs, predict
+from bcnn.benchmark.harness import Contender, Options
 from bcnn.benchmark.source import SourceNet
 from bcnn.model import BCNN
 from bcnn.weights import source_state_dict
@@ -29,6 +34,46 @@ def test_each_part_prints_its_table(python: Run, images: object, stage: str) -> 
     expected = {"last": "store", "finetune": "TFLOP/s", "convex": "rows"}
     assert expected[stage] in run.stdout
     assert "GB" in run.stdout
+
+
+def test_prediction_in_one_process(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(contender: Contender, options: Options) -> dict[str, float]:
+        return {**contender(options), "peak": 0.0}
+
+    monkeypatch.setattr(predict, "measure", here)
+    monkeypatch.setattr(predict, "find_spec", lambda _: None)  # the export takes its time
+    options = Options(size=32, batch=2, images=4, classes=3, root=str(images), device="cpu")
+    table = predict.table(options)
+    assert list(table.columns[0].cells)[:2] == ["a plain loop", "bcnn.predict"]
+    assert all(float(rate) > 0 for rate in table.columns[2].cells)
+    assert table.row_count == 4 and "ONNX Runtime is not installed" in str(table.caption)
+
+
+def test_loading_is_compared_on_the_same_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SIZES", ((80, 60), (400, 300)))
+    monkeypatch.setattr(data, "measure", lambda contender, options: contender(options))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    model = BCNN(["a", "b"])
+    torch.nn.init.normal_(model.classifier.weight)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    options = Options(size=32, batch=2, images=4, ckpt=str(tmp_path / "model.pth"), device="cpu")
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(data.table(options))
+    lines = [line.split("│") for line in shown.get().splitlines() if "│" in line]
+    assert [line[2].strip() for line in lines] == ["plain", "bcnn"] * 2
+    assert lines[0][1].strip() == "80 × 60 px" and lines[2][1].strip() == "400 × 300 px"
+    assert "of 4 photographs decoded at a reduced scale" in " ".join(shown.get().split())
+
+
+def test_photographs_of_a_seed_are_the_same_and_of_a_photograph_s_weight(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photographs.write(tmp_path / name, (500, 375), 2)
+    first, second = sorted((tmp_path / "a").iterdir())
+    assert first.read_bytes() == (tmp_path / "b" / first.name).read_bytes() != second.read_bytes()
+    assert 0.3 < first.stat().st_size / (500 * 375) < 0.7  # bytes a pixel
 
 
 def test_unknown_options_are_one_sentence(python: Run) -> None:
