@@ -27,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "axes.titlepad": 20,
+    "axes.titlepad": 24,
     "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE,
     "axes.spines.top": False,
@@ -76,10 +76,11 @@ def curves_svg(stages: Sequence[tuple[str, Path]], metric: str) -> str:
             if start:
                 axes.axvline(start, color=SOFT, lw=1, ls=(0, (3, 3)))
             middle = (start + end) / 2
-            axes.text(middle, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color=SOFT)
+            axes.text(middle, 1.05, name, transform=axes.get_xaxis_transform(), ha="center", color=SOFT)
         axes.grid(axis="y", lw=0.6)
         if metric == "top1":
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_ylim(top=min(1, axes.get_ylim()[1]))
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
         return _svg(figure)
 
 
@@ -117,7 +118,8 @@ def _draw_curves(axes: Axes, files: Sequence[Path], metric: str, colours: tuple[
             points = [(start + epoch, value) for epoch, value in _points(file, f"{split}_{metric}")]
             label = split if len(ends) == 1 else None
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.6, color=colour, label=label)
+                style: dict[str, Any] = {"ms": 3, "lw": 1.6, "color": colour, "clip_on": False}
+                axes.plot(*zip(*points, strict=True), "o-", label=label, **style)
                 ends[-1] = max(ends[-1], points[-1][0])
     axes.set(xlabel="epoch", title=TITLES[metric])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
