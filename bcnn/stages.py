@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.convex import ConvexModule
 from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
-from bcnn.evaluate import predict_split, write_results
+from bcnn.evaluate import logged_stages, predict_split, write_results
 from bcnn.guard import CollapseGuard
 from bcnn.model import BCNN
 from bcnn.plan import build_model, plan, refuse_mistakes
@@ -72,17 +72,7 @@ def run(cfg: DictConfig) -> float:
         results.append(run_stage(cfg, stage, images, model, checkpoint))
         checkpoint = results[-1].checkpoint
     _summarise(results, images)
-    if results[-1].predictions:
-        stage_logs = [(r.stage, Path(cfg.output) / r.stage / "metrics.csv") for r in results]
-        report = write_results(
-            Path(cfg.output),
-            model,
-            results[-1].predictions,
-            f"{images.root.resolve().name}, {'test' if images.test else 'validation'}",
-            stage_logs,
-            OmegaConf.to_yaml(cfg, resolve=True),
-        )
-        say(f"report: {report}")
+    _report(cfg, results, images, model)
     if results[-1].failure:
         raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
@@ -184,6 +174,19 @@ def run_stage(
         plot_curves(folder / "metrics.csv", folder / "curves.png")
     trainer.strategy.barrier()
     return Result(stage.name, checkpoint, metrics, predictions, failure)
+
+
+@rank_zero_only
+def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, model: BCNN) -> None:
+    """The page on what the last stage ended with, and the files of its figures."""
+    predictions = results[-1].predictions
+    if predictions is None:
+        return
+    logs = logged_stages(Path(cfg.ckpt)) if cfg.ckpt else []
+    logs += [(result.stage, Path(cfg.output) / result.stage / "metrics.csv") for result in results]
+    title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
+    settings = OmegaConf.to_yaml(cfg, resolve=True)
+    say(f"report: {write_results(Path(cfg.output), model, predictions, title, logs, settings)}")
 
 
 def _summarise(results: list[Result], images: ImageFolderData) -> None:
