@@ -32,7 +32,8 @@ How good a trained model is on labelled images: figures with 95 % intervals, and
 python -m bcnn.evaluate ckpt=FILE data=FOLDER [OPTION=VALUE ...]
 
   ckpt=FILE        a checkpoint of this project's, or a .pth / .safetensors state dict
-  data=FOLDER      an image folder as for training; its classes are matched by name
+  data=FOLDER      an image folder as for training, or a list of `path,label[,split]`; classes are
+                   matched by name
   split=test       test | val | train | all
   output=FOLDER    default: a new folder under outputs/; written there:
                      report.html       the whole, as one page that opens from disk
@@ -190,7 +191,8 @@ def _output(options: Options) -> Path:
 
 def _open(options: Options) -> tuple[ImageFolderData, list[tuple[str, int]], BCNN]:
     """The images and the model, and the split's samples with the labels that the model uses."""
-    data = ImageFolderData(options.data)
+    file = Path(options.data).is_file()
+    data = ImageFolderData(list=options.data) if file else ImageFolderData(options.data)
     data.setup()
     model = load_model(options.ckpt, data.classes)
     data.size, data.resize, data.crop_pct = model.size, model.resize, model.crop_pct

@@ -152,6 +152,17 @@ def test_other_splits(checkpoint: Path, images: Path, tmp_path: Path, split: str
     assert len(rows(tmp_path / "out" / "predictions.csv")) == count
 
 
+def test_a_list_is_evaluated_as_its_folder_is(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    lines = [f"{path},{path.parent.name},{path.parts[-3]}" for path in images.glob("*/*/*.png")]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
+    figures = []
+    for data in (images, tmp_path / "labels.csv"):
+        output = tmp_path / data.name
+        assert evaluate(f"ckpt={checkpoint}", f"data={data}", f"output={output}-figures") == 0
+        figures.append((tmp_path / f"{data.name}-figures" / "figures.json").read_text())
+    assert figures[0] == figures[1]
+
+
 def test_classes_that_the_model_does_not_know(
     checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
