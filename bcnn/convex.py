@@ -10,14 +10,13 @@ descriptors are much alike, and what they share would drown the differences in r
 problem badly conditioned.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
@@ -41,7 +40,7 @@ class ConvexModule(BCNNModule):
         model: the network.
         data: where the rows come from.
         l2: the λ, from strong to weak: each solution starts the next.
-        loss: (logits, labels) → loss, convex in the logits.
+        loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
         tolerance: largest entry of the gradient at which a solution counts as converged.
     """
 
@@ -50,7 +49,7 @@ class ConvexModule(BCNNModule):
         model: BCNN,
         data: DescriptorData,
         l2: Sequence[float],
-        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        loss: nn.Module | None = None,
         tolerance: float = 1e-7,
     ) -> None:
         super().__init__(model, "last", loss=loss)
@@ -71,6 +70,7 @@ class ConvexModule(BCNNModule):
         sums = [block.sum(dim=0) for block in self._blocks(device)]
         mean = torch.stack(sums).sum(dim=0) / len(self.rows)
         self.model.to(device).center_on(mean)
+        self.loss.to(device).double()
         gram = gram_matrix(self.data, self.rows, mean).double()
         self.factor = cholesky(gram)
         # Plain tensors, not parameters: they are no part of the model or its checkpoints.
@@ -107,7 +107,7 @@ class ConvexModule(BCNNModule):
         optimizer.step(closure)
         closure()  # for the gradient at the solution
         gradients = [p.grad for p in (self.theta, self.bias) if p.grad is not None]
-        gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        gradient_norm = nn.utils.get_total_norm(gradients)
         with torch.no_grad():
             loss, logits = objective()
             self._write_classifier()

@@ -1,13 +1,24 @@
 """The network: VGG-16 features, bilinear pooling, one linear classifier."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms import v2
 
-from bcnn.data.transforms import MIN_SIZE, Resize
+from bcnn.data.transforms import (
+    MIN_SIZE,
+    Resize,
+    evaluation_transform,
+    load_image,
+    resized_side,
+    upright_rgb,
+)
 from bcnn.pooling import bilinear_descriptor, packed_size
 
 CHANNELS = 512  # of relu5_3
@@ -23,9 +34,11 @@ LAYERS = {
 }
 # fmt: on
 
+Photograph = str | Path | Image.Image
+
 
 class Centering(nn.Module):
-    """Takes the mean over the images off their descriptors.
+    """The mean over the images that is taken off their descriptors.
 
     Descriptors of different images are much alike. A step that moves all of them together is told to
     the classifier, whose weights are large, as one and the same change of every image's logits, and
@@ -45,8 +58,8 @@ class Centering(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, width) → (batch, width)."""
-        return x - (x.mean(dim=0) if self.training and self.batch_mean else self.mean)
+        """Descriptors (batch, width) → their mean (width,)."""
+        return x.mean(dim=0) if self.training and self.batch_mean else self.mean
 
 
 class BCNN(nn.Module):
@@ -59,16 +72,24 @@ class BCNN(nn.Module):
         classes: names, in the order of the logits.
         size: side in pixels of the square crops it is trained and tested on.
         resize: how an image gets to that size: its short side ("keep") or both ("squash").
+        crop_pct: share of the resized side that the crop takes.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classes: Sequence[str], size: int = 448, resize: Resize = "keep") -> None:
+    def __init__(
+        self,
+        classes: Sequence[str],
+        size: int = 448,
+        resize: Resize = "keep",
+        crop_pct: float = 1.0,
+    ) -> None:
         super().__init__()
         self.classes = list(classes)
         self.size = size
         self.resize = resize
+        self.crop_pct = crop_pct
         self.checkpointing = False  # of activations: see `feature_maps`
         self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
         self.centering = Centering(packed_size(CHANNELS))
@@ -138,8 +159,11 @@ class BCNN(nn.Module):
         Descriptors have 131,328 small entries; summing them in half precision would cost accuracy
         and saves nothing beside the convolutions.
         """
+        weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(descriptors.device.type, enabled=False):
-            return self.classifier(self.centering(descriptors.to(self.classifier.weight.dtype)))
+            x = descriptors.to(weight.dtype)
+            # W·(x - mean) + b, without a copy of the rows.
+            return F.linear(x, weight, bias - weight @ self.centering(x))
 
     @torch.no_grad()
     def center_on(self, mean: Tensor) -> None:
@@ -150,3 +174,41 @@ class BCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images as for `descriptor` → logits (batch, classes)."""
         return self.logits(self.descriptor(images))
+
+    def transforms(self) -> v2.Compose:
+        """Resize and centre crop of its evaluation: PIL image → uint8 tensor (3, size, size)."""
+        return evaluation_transform(self.size, self.resize, self.crop_pct)
+
+    @property
+    def resized_side(self) -> int:
+        """The short side in pixels that `transforms` resizes to: what `load_image` need not exceed."""
+        return resized_side(self.size, self.crop_pct)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | Photograph | Sequence[Photograph]) -> Tensor:
+        """Probabilities of the classes, in the order of `classes`.
+
+        Args:
+            images: a PIL image or a path, or a list of them: each goes through `transforms`; or a
+                tensor as for `descriptor`, taken as it is.
+
+        Returns:
+            (batch, classes), rows that sum to one, in float32 at least.
+
+        Raises:
+            UserError: a file cannot be decoded.
+        """
+        if not isinstance(images, Tensor):
+            photographs = [images] if isinstance(images, Photograph) else images
+            transform = self.transforms()
+            images = torch.stack(
+                [
+                    transform(
+                        load_image(p, self.resized_side)
+                        if isinstance(p, str | Path)
+                        else upright_rgb(p)
+                    )
+                    for p in photographs
+                ]
+            )
+        return self(images.to(self.mean.device)).softmax(dim=1)

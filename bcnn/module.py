@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
@@ -28,7 +28,8 @@ class BCNNModule(L.LightningModule):
             is only validated or tested.
         scheduler: (optimizer, total_steps=…) → schedule, stepped after every optimizer step, or a
             `ReduceLROnPlateau`, stepped after every epoch; None keeps the rate constant.
-        loss: (logits, labels) → loss in training; validation and test report plain cross-entropy.
+        loss: (logits, labels) → loss in training, by default cross-entropy, which is what validation
+            and test report.
         centering: in training, take the batch's mean off the descriptors (see `Centering`).
         polyak: c of the stochastic Polyak step size: a step is at most loss / (c·‖gradient‖²) long, in
             units of the gradient; None sets no limit. With momentum m, c = 0.5 / (1 - m) is the
@@ -44,9 +45,9 @@ class BCNNModule(L.LightningModule):
         self,
         model: BCNN,
         stage: Stage,
-        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        loss: nn.Module | None = None,
         centering: bool = False,
         polyak: float | None = None,
         open_from: str | None = None,
@@ -56,7 +57,7 @@ class BCNNModule(L.LightningModule):
         self.stage = stage
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.loss = loss
+        self.loss = loss or nn.CrossEntropyLoss()
         if stage == "finetune":
             model.open_from(open_from)
         else:
@@ -70,6 +71,7 @@ class BCNNModule(L.LightningModule):
                 "classes": model.classes,
                 "size": model.size,
                 "resize": model.resize,
+                "crop_pct": model.crop_pct,
                 "stage": stage,
             }
         )
@@ -100,7 +102,8 @@ class BCNNModule(L.LightningModule):
         cross_entropy, logits = self._log_step("train", self.train_metrics, batch)
         self.log("loss", cross_entropy, prog_bar=True, logger=False)
         self._losses.append(cross_entropy.detach())
-        return self.loss(logits, batch[1])
+        loss: Tensor = self.loss(logits, batch[1])
+        return loss
 
     def configure_gradient_clipping(
         self,
@@ -112,11 +115,11 @@ class BCNNModule(L.LightningModule):
         self._losses.clear()
         if self.polyak is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+            norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
             # The schedule's factor is on the rate already: the limit is that of the rate at its start.
             longest = loss / (self.polyak * optimizer.defaults["lr"] * norm)
-            torch.nn.utils.clip_grads_with_norm_(parameters, longest, norm)
+            nn.utils.clip_grads_with_norm_(parameters, longest, norm)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:

@@ -3,6 +3,7 @@
 Files are read without running code from them (`torch.load(weights_only=True)`, safetensors).
 """
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import VGG16_Weights
 
@@ -52,6 +54,8 @@ def load_model(
 ) -> BCNN:
     """The model in a checkpoint of this project's, or in a `.pth` / `.safetensors` state dict.
 
+    It is ready for use (`model.predict(images)`): on the CPU, in evaluation mode.
+
     State dicts may use this project's names or the source's (`classifiers.0.weight` of shape
     (classes, 262144), packed here without changing a logit).
 
@@ -81,19 +85,67 @@ def load_model(
             f"{path} was trained on {len(bias)} classes, the images have {len(names)}: "
             "train stage=last on these images first"
         )
-    model = BCNN(names, metadata.get("size", 448), metadata.get("resize", "keep"))
+    model = BCNN(
+        names,
+        metadata.get("size", 448),
+        metadata.get("resize", "keep"),
+        metadata.get("crop_pct", 1.0),
+    )
     _load_features(model, tensors, path)
     _set_normalization(model, tensors, metadata, normalization, path)
     model.centering.mean.copy_(tensors.get("centering.mean", torch.zeros(size)))
     with torch.no_grad():
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(bias)
-    return model
+    return model.eval()
+
+
+def save_model(model: BCNN, path: str | Path) -> None:
+    """Write the model to a file that `load_model` opens.
+
+    Args:
+        path: `.safetensors` holds the whole model, its description (`describe`) as metadata; `.pth` is
+            a state dict for the source's network (`source_state_dict`), without the classes' names.
+    """
+    if Path(path).suffix == ".safetensors":
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(state, path, describe(model))
+    else:
+        torch.save(source_state_dict(model), path)
+
+
+def describe(model: BCNN) -> dict[str, str]:
+    """What a user of the weights has to know, for files whose metadata are strings.
+
+    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize` and `crop_pct` are
+    `BCNN`'s, and `preprocessing` says in words what they ask for.
+    """
+    size, side = model.size, model.resized_side
+    resized = f"short side to {side} px" if model.resize == "keep" else f"to {side} × {side} px"
+    return {
+        "classes": json.dumps(model.classes),
+        "size": str(size),
+        "resize": model.resize,
+        "crop_pct": str(model.crop_pct),
+        "preprocessing": f"upright (EXIF), RGB, resized {resized} (bilinear, antialiased), centre crop "
+        f"of {size} × {size} px, uint8 in 0..255; the model normalises",
+    }
 
 
 def source_state_dict(model: BCNN) -> dict[str, Tensor]:
-    """The model under the source's key names, its classifier in the 262,144-wide layout."""
+    """The model under the source's key names, its classifier in the 262,144-wide layout.
+
+    The source normalises images as torchvision's IMAGENET1K_V1 does. For a model that wants them
+    otherwise the first convolution makes up the difference, which is exact but at the outermost
+    pixels: there it reads padding, which is zero under either.
+    """
     state = {f"features.{key}": value for key, value in model.features.state_dict().items()}
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+    mean, std = (model.mean.new_tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
+    first = state["features.0.weight"]
+    shift = (first * (mean - model.mean) / model.std).sum((1, 2, 3))
+    state["features.0.weight"] = first * (std / model.std)
+    state["features.0.bias"] = state["features.0.bias"] + shift
     weight, bias = model.classifier.weight.detach(), model.classifier.bias.detach()
     state["classifiers.0.weight"] = unpack(weight).flatten(1)
     state["classifiers.0.bias"] = bias - weight @ model.centering.mean
@@ -182,7 +234,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, _parse(file.metadata() or {})
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
@@ -202,3 +255,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
         raise UserError(f"{path} is not a state dict: expected tensors by name")
     return dict(content), {}
+
+
+def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+    """Undo `describe` where the metadata are its own."""
+    if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
+        return dict(metadata)
+    numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
+    return {**metadata, **numbers, "classes": json.loads(metadata["classes"])}

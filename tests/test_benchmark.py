@@ -7,8 +7,8 @@ import torch
 from conftest import ROOT, Run
 from rich.console import Console
 
-from bcnn.benchmark import data, photographs
-from bcnn.benchmark.harness import Options
+from bcnn.benchmark import data, photographs, predict
+from bcnn.benchmark.harness import Contender, Options
 from bcnn.benchmark.source import SourceNet
 from bcnn.model import BCNN
 from bcnn.weights import source_state_dict
@@ -34,6 +34,19 @@ def test_each_part_prints_its_table(python: Run, images: object, stage: str) -> 
     expected = {"last": "store", "finetune": "TFLOP/s", "convex": "rows"}
     assert expected[stage] in run.stdout
     assert "GB" in run.stdout
+
+
+def test_prediction_in_one_process(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(contender: Contender, options: Options) -> dict[str, float]:
+        return {**contender(options), "peak": 0.0}
+
+    monkeypatch.setattr(predict, "measure", here)
+    monkeypatch.setattr(predict, "find_spec", lambda _: None)  # the export takes its time
+    options = Options(size=32, batch=2, images=4, classes=3, root=str(images), device="cpu")
+    table = predict.table(options)
+    assert list(table.columns[0].cells)[:2] == ["a plain loop", "bcnn.predict"]
+    assert all(float(rate) > 0 for rate in table.columns[2].cells)
+    assert table.row_count == 4 and "ONNX Runtime is not installed" in str(table.caption)
 
 
 def test_loading_is_compared_on_the_same_photographs(

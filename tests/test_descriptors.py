@@ -116,10 +116,11 @@ def test_the_head_and_the_split_do_not(images: Path) -> None:
     assert DescriptorData(folder, model, "32-true").store.key == before
 
 
-def train_head(model: BCNN, batches: DataLoader) -> torch.Tensor:
-    module = BCNNModule(model, "last", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
-    quiet_trainer(max_epochs=6).fit(module, batches)
-    return model.classifier.weight.detach()
+def train_head(data: L.LightningDataModule, in_order: DataLoader) -> torch.Tensor:
+    module = BCNNModule(network(), "last", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
+    data.train_dataloader = lambda: in_order  # type: ignore[method-assign]
+    quiet_trainer(max_epochs=6, limit_val_batches=0).fit(module, datamodule=data)
+    return module.model.classifier.weight.detach()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-4), ("float16", 2e-3)])
@@ -129,8 +130,8 @@ def test_same_views_in_the_same_order_give_the_same_classifier(
     folder = folder_data(images, batch_size=5)
     data = build(DescriptorData(folder, network(), "32-true", dtype))
     # the validation loader: in order, without the draw between the two views
-    from_store = train_head(network(), data._loader(folder.train, shuffle=False))
-    through_network = train_head(network(), folder.evaluation_dataloader(folder.train))
+    from_store = train_head(data, data._loader(folder.train, shuffle=False))
+    through_network = train_head(folder, folder.evaluation_dataloader(folder.train))
     error = (from_store - through_network).norm() / through_network.norm()
     assert through_network.norm() > 1 and error < bound
 
@@ -144,7 +145,7 @@ def test_training_draws_both_views_and_validation_only_the_first(images: Path) -
         rows, _ = next(iter(data.train_dataloader()))
         seen |= {row.numpy().tobytes() for row in rows}
     assert len(seen) == len(folder.train) * VIEWS
-    rows, labels = next(iter(data.val_dataloader()))
+    rows, labels = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     torch.testing.assert_close(rows, data.read(data.rows(folder.val)), rtol=0, atol=0)
     assert labels.tolist() == [label for _, label in folder.val]
 

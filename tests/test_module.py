@@ -55,10 +55,69 @@ def test_finetune_trains_every_layer() -> None:
     assert frozen == ["mean", "std", "centering.mean"]
 
 
+def test_layers_under_the_first_opened_are_left_and_get_no_gradients() -> None:
+    model = network()
+    torch.nn.init.normal_(model.classifier.weight)
+    before = copy.deepcopy(model.features.state_dict())
+    module = BCNNModule(model, "finetune", sgd(1e-4), open_from="conv5_2")
+    quiet_trainer(max_epochs=1).fit(module, batches())
+    moved = [key for key, v in model.features.state_dict().items() if not torch.equal(before[key], v)]
+    assert moved == ["26.weight", "26.bias", "28.weight", "28.bias"]
+    assert model.features[24].weight.grad is None
+
+
+def test_a_step_of_polyak_is_no_longer_than_loss_over_squared_gradient() -> None:
+    def moved(polyak: float | None, lr: float) -> float:
+        model = network()
+        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+        before = [p.detach().clone() for p in model.parameters()]
+        module = BCNNModule(model, "finetune", lambda p: torch.optim.SGD(p, lr=lr), polyak=polyak)
+        quiet_trainer(max_steps=1).fit(module, batches())
+        steps = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+        return float(torch.nn.utils.get_total_norm(steps))
+
+    model = network()
+    torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+    images, labels = next(iter(batches()))
+    loss = torch.nn.functional.cross_entropy(model.train()(images), labels)
+    loss.backward()
+    gradient = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    longest = float(loss / (5 * gradient))
+    for lr in (1.0, 1e-2):
+        assert moved(5.0, lr) == pytest.approx(longest, rel=0.02)
+    small = 1e-3 * longest / float(gradient)
+    assert moved(5.0, small) == pytest.approx(moved(None, small), rel=1e-3)  # no limit below
+
+
+def test_recomputed_activations_change_no_gradient() -> None:
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = network()
+        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+        model.checkpointing = checkpointing
+        images, labels = next(iter(batches()))
+        saved = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = torch.nn.functional.cross_entropy(model.train()(images), labels)
+        kept.append(saved)
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    kept: list[int] = []
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-7)
+    assert kept[1] < kept[0]
+
+
 def test_checkpoints_describe_themselves() -> None:
     module = BCNNModule(network(), "last")
-    expected = {"classes": ["blue", "green", "red"], "size": 32, "resize": "keep", "stage": "last"}
-    assert dict(module.hparams) == expected
+    images = {"classes": ["blue", "green", "red"], "size": 32, "resize": "keep", "crop_pct": 1.0}
+    assert dict(module.hparams) == {**images, "stage": "last"}
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])

@@ -8,6 +8,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = {"explore": 4, "quickstart": 3}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -18,4 +19,4 @@ def test_runs_from_top_to_bottom(path: Path) -> None:
     text = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("top-1" in str(output.get("text", "")) for output in text)
     pictures = [output for output in text if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
+    assert len(pictures) == PICTURES[path.stem]

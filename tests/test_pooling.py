@@ -120,6 +120,27 @@ def test_float32_gradients_agree_with_float64_with_dead_channels(scale: float) -
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_gradients_through_float16_features_and_a_scaled_loss_agree_with_float64(scale: float) -> None:
+    x = features((4, 24, 5, 5)).relu() * scale
+    x[:, ::3] = 0  # dead channels
+    x[0] = 0  # an all-zero map
+    half = x.half()
+    exact = half.double().requires_grad_()  # what the features are in float16, seen in float64
+    half.requires_grad_()
+    direction = features((4, packed_size(24)), seed=2) * scale  # so that no gradient underflows
+    (bilinear_descriptor(exact) * direction).sum().backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = (bilinear_descriptor(half) * direction.float()).sum()
+    scaler.scale(loss).backward()
+    assert exact.grad is not None and half.grad is not None
+    found = half.grad.double() / scaler.get_scale()
+    error = (found - exact.grad).norm() / exact.grad.norm()
+    assert torch.isfinite(found).all() and not found[0].any()
+    assert error < 2**-10  # float16 rounds each entry of the gradient once
+
+
 def test_an_all_zero_map_has_a_zero_descriptor_and_finite_gradients() -> None:
     x = torch.zeros(2, 8, 3, 3, requires_grad=True)
     descriptor = bilinear_descriptor(x)

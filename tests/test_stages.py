@@ -179,3 +179,20 @@ def test_checkpoint_of_other_classes_is_refused(images: Path, tmp_path: Path) ->
         (images / split / "red").rename(images / split / "rose")
     with pytest.raises(UserError, match="other classes"):
         run(configure(*toy(images, *options)))
+
+
+def test_classes_weigh_the_same_where_that_is_asked_for(images: Path, tmp_path: Path) -> None:
+    for index in range(1, 5):
+        (images / "train" / "red" / f"{index}.png").unlink()
+    biases = []
+    for i, option in enumerate(
+        ["stage.class_weights=false", "stage.class_weights=true", "data.sampler=balanced"]
+    ):
+        options = ["stage=last", "data.val_fraction=0", "stage.l2=[10]", option]
+        run(configure(*toy(images, *options, f"output={tmp_path / str(i)}")))
+        biases.append(load_model(tmp_path / str(i) / "last" / "last.ckpt").classifier.bias.detach())
+    # So strong an l2 leaves the bias alone to tell the classes apart, by how much they weigh.
+    plain, weighted, drawn = (bias.softmax(0) for bias in biases)
+    torch.testing.assert_close(plain, torch.tensor([6 / 14, 6 / 14, 2 / 14]), rtol=0, atol=0.01)
+    torch.testing.assert_close(weighted, torch.full((3,), 1 / 3), rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn, weighted, rtol=0, atol=1e-4)

@@ -1,7 +1,10 @@
 """Which files of a folder are images."""
 
 import importlib
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import Image
 
@@ -45,6 +48,13 @@ def is_ignored(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image; a plug-in may be needed to decode it."""
     return not is_ignored(name) and name.lower().endswith(_SUFFIXES)
+
+
+def images_below(folder: str | Path) -> Iterator[str]:
+    """Images of a folder, those in folders under it too, by name."""
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        yield from (os.path.join(path, name) for name in sorted(files) if is_image(name))
 
 
 def _suffixes() -> tuple[str, ...]:

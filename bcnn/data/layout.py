@@ -3,11 +3,11 @@
 import csv
 import os
 import unicodedata
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bcnn.data.formats import is_ignored, is_image
+from bcnn.data.formats import images_below, is_ignored, is_image
 from bcnn.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
@@ -93,7 +93,7 @@ def read_folder(root: Path) -> Layout:
     layout = Layout(sorted({name for _, name, _ in folders}), divided=bool(parts))
     labels = {name: label for label, name in enumerate(layout.classes)}
     for split, name, folder in folders:
-        layout.splits[split].extend((path, labels[name]) for path in _images(folder))
+        layout.splits[split].extend((path, labels[name]) for path in images_below(folder))
     return layout
 
 
@@ -205,10 +205,3 @@ def _name(text: str) -> str:
 
 def _subfolders(folder: Path) -> Sequence[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not is_ignored(p.name))
-
-
-def _images(folder: Path) -> Iterator[str]:
-    """Images of a class, those in folders under it too."""
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not is_ignored(name))
-        yield from (os.path.join(path, name) for name in sorted(files) if is_image(name))

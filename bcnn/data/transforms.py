@@ -77,6 +77,20 @@ def resized_side(size: int, crop_pct: float = 1.0) -> int:
     return round(size / crop_pct)
 
 
+def evaluation_crop(
+    width: int, height: int, resize: Resize, crop_pct: float = 1.0
+) -> tuple[float, float, float, float]:
+    """Where `evaluation_transform` looks on an image: left, top, right, bottom in its pixels.
+
+    The transform rounds to pixels of the resized image; this does not.
+    """
+    across, down = width * crop_pct, height * crop_pct
+    if resize == "keep":
+        across = down = min(across, down)
+    left, top = (width - across) / 2, (height - down) / 2
+    return left, top, left + across, top + down
+
+
 def _resize(side: int, resize: Resize) -> torch.nn.Module:
     """Short side to `side` pixels, keeping the aspect ratio, or both sides ("squash")."""
     return v2.Resize([side, side] if resize == "squash" else [side], antialias=True)

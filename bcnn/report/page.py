@@ -1,0 +1,211 @@
+"""The report: one HTML file that needs no network, no model and no other file."""
+
+import base64
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from bcnn.data.transforms import load_image
+from bcnn.report.metrics import NAMES, Estimate, calibration, headline, per_class
+from bcnn.report.plots import TITLES, calibration_svg, curves_svg
+from bcnn.report.predictions import Predictions, soft_confusion
+
+PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
+MISTAKES = 8  # with two pictures of evidence each: 60 photographs in all at most
+THUMBNAIL = 280  # px, the long side
+LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
+
+Evidence = tuple[Image.Image, Image.Image]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A thumbnail as a data URI, with what to say under it."""
+
+    uri: str
+    caption: str
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Side:
+    """One class of a confused pair: how many of its images are called the other, and some of them."""
+
+    name: str
+    images: int
+    taken: int
+    photos: list[Photo]
+
+
+def write_report(
+    page: Path,
+    predictions: Predictions,
+    title: str,
+    stages: Sequence[tuple[str, Path]] = (),
+    evidence: Mapping[int, Evidence] | None = None,
+    configuration: str = "",
+) -> None:
+    """Write the report on a set of predictions.
+
+    Args:
+        page: the file to write; its folder exists.
+        predictions: of at least one image.
+        title: the page's heading.
+        stages: name and metrics.csv of the stages that the model was trained in, first to last.
+        evidence: pictures of what spoke for the predicted and for the true class, by the index of
+            the image, for those of `predictions.confident_mistakes(MISTAKES)`.
+        configuration: shown as it is.
+    """
+    environment = Environment(loader=PackageLoader("bcnn.report", "."), autoescape=True)
+    environment.filters["percent"] = _percent
+    bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
+    html = environment.get_template("page.html").render(
+        title=title,
+        images=len(predictions.paths),
+        wrong=int((~predictions.correct).sum()),
+        cards=_cards(headline(predictions)),
+        stages=stages,
+        curves=[Markup(curves_svg(stages, metric)) for metric in TITLES] if stages else [],
+        matrix=_matrix(predictions),
+        pairs=_pairs(predictions),
+        mistakes=_mistakes(predictions, evidence or {}),
+        classes=per_class(predictions),
+        taken=_taken(predictions),
+        calibration=Markup(calibration_svg(bins)),
+        configuration=configuration,
+        versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
+    )
+    page.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def confusion_order(predictions: Predictions) -> list[int]:
+    """The classes in an order in which those that are confused stand together.
+
+    Average linkage on the negative logarithm of the mean probability that two classes give each
+    other, leaves in the optimal order (Bar-Joseph et al., Bioinformatics 2001).
+    """
+    shared = soft_confusion(predictions).numpy()
+    shared = shared + shared.T
+    np.fill_diagonal(shared, shared.max())
+    distance = np.log(shared.max() + 1e-9) - np.log(shared + 1e-9)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    return leaves_list(tree).tolist()
+
+
+def confused_pairs(predictions: Predictions, count: int) -> list[tuple[int, int]]:
+    """Pairs of classes by the number of images taken for each other, none without any."""
+    confusion = predictions.confusion
+    both = (confusion + confusion.T).triu(diagonal=1)
+    likely = soft_confusion(predictions)
+    pairs = sorted(
+        ((a, b) for a, b in both.nonzero().tolist()),
+        key=lambda pair: (both[pair], likely[pair] + likely[pair[::-1]]),
+        reverse=True,
+    )
+    return pairs[:count]
+
+
+def _pairs(predictions: Predictions) -> list[tuple[Side, Side]]:
+    pairs = confused_pairs(predictions, PAIRS)
+    return [(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs]
+
+
+def _side(predictions: Predictions, one: int, other: int) -> Side:
+    """Photographs of class `one`: those taken for `other` first, then the ones nearest to it."""
+    members = (predictions.labels == one).nonzero()[:, 0]
+    taken = predictions.predicted[members] == other
+    score = predictions.probabilities[members, other] + taken
+    shown = members[score.argsort(descending=True, stable=True)][:PHOTOS].tolist()
+    names = predictions.classes
+
+    def photo(index: int) -> Photo:
+        called, share = predictions.predicted[index], predictions.confidence[index]
+        wrong = bool(called != one)
+        caption = f"{names[called]} {_percent(float(share))}" if wrong else "right"
+        return Photo(_thumbnail(load_image(predictions.paths[index])), caption, wrong)
+
+    return Side(names[one], len(members), int(taken.sum()), [photo(index) for index in shown])
+
+
+def _mistakes(predictions: Predictions, evidence: Mapping[int, Evidence]) -> list[dict[str, object]]:
+    return [
+        {
+            "path": predictions.paths[index],
+            "photo": _thumbnail(load_image(predictions.paths[index])),
+            "evidence": [_thumbnail(picture) for picture in evidence.get(index, ())],
+            "called": predictions.classes[predictions.predicted[index]],
+            "confidence": float(predictions.confidence[index]),
+            "truth": predictions.classes[predictions.labels[index]],
+            "of_truth": float(predictions.of_truth[index]),
+        }
+        for index in predictions.confident_mistakes(MISTAKES)
+    ]
+
+
+def _matrix(predictions: Predictions) -> dict[str, object]:
+    """Geometry of the confusion matrix: sides in pixels at full size, and the cells with images."""
+    order = confusion_order(predictions)
+    confusion = predictions.confusion[order][:, order]
+    names = [predictions.classes[index] for index in order]
+    side = max(12, min(52, 700 // len(names)))
+    font = min(12, side - 2)
+    images = confusion.sum(dim=1).tolist()
+    return {
+        "names": [name if len(name) <= 28 else f"{name[:27]}…" for name in names],
+        "side": side,
+        "font": font,
+        "gutter": 12 + round(0.58 * font * min(28, max(map(len, names)))),
+        "cells": [
+            {
+                "row": row,
+                "column": column,
+                "count": int(confusion[row, column]),
+                "opacity": round(0.2 + 0.8 * (int(confusion[row, column]) / images[row]) ** 0.5, 2),
+                "says": names[row]
+                + ("" if row == column else f" called {names[column]}")
+                + f": {confusion[row, column]} of {images[row]}",
+            }
+            for row, column in confusion.nonzero().tolist()
+        ],
+    }
+
+
+def _taken(predictions: Predictions) -> list[str]:
+    """For what each class was taken most often, with the number of images; empty if for nothing."""
+    others = predictions.confusion.fill_diagonal_(0)
+    counts, columns = others.max(dim=1)
+    return [
+        f"{predictions.classes[column]} ({count})" if count else ""
+        for count, column in zip(counts.tolist(), columns.tolist(), strict=True)
+    ]
+
+
+def _cards(figures: Mapping[str, Estimate]) -> list[tuple[str, str, str]]:
+    """Name, value and interval of each figure, as shown."""
+    cards = []
+    for name, figure in figures.items():
+        show = "{:.3f}".format if name == "nll" else _percent
+        cards.append((NAMES[name], show(figure.value), f"{show(figure.low)} – {show(figure.high)}"))
+    return cards
+
+
+def _percent(share: float) -> str:
+    return "–" if share != share else f"{share:.1%}"
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

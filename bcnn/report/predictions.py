@@ -1,0 +1,78 @@
+"""What a model said of a set of images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of labelled images.
+
+    Args:
+        classes: names, in the order of the columns.
+        paths: of the images.
+        labels: (images,) indices of the true classes.
+        probabilities: (images, classes) in float32, rows sum to 1.
+    """
+
+    classes: list[str]
+    paths: list[str]
+    labels: Tensor
+    probabilities: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """(images,) indices of the most probable classes."""
+        return self.probabilities.argmax(dim=1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """(images,) probabilities of the predicted classes."""
+        return self.probabilities.amax(dim=1)
+
+    @property
+    def of_truth(self) -> Tensor:
+        """(images,) probabilities of the true classes."""
+        return self.probabilities.gather(1, self.labels[:, None])[:, 0]
+
+    @property
+    def correct(self) -> Tensor:
+        """(images,) whether the predicted class is the true one."""
+        return self.predicted == self.labels
+
+    @property
+    def confusion(self) -> Tensor:
+        """(classes, classes) numbers of images, a row a true class, a column a predicted one."""
+        return multiclass_confusion_matrix(self.predicted, self.labels, len(self.classes))
+
+    def confident_mistakes(self, count: int) -> list[int]:
+        """Indices of wrongly classified images, the most confident first."""
+        wrong = (~self.correct).nonzero()[:, 0]
+        order = self.confidence[wrong].argsort(descending=True, stable=True)
+        return wrong[order][:count].tolist()
+
+    def save(self, path: Path) -> None:
+        """Write everything to an .npz that `numpy.load` opens, with these fields' names."""
+        np.savez_compressed(
+            path,
+            classes=np.array(self.classes),
+            paths=np.array(self.paths),
+            labels=self.labels.numpy(),
+            probabilities=self.probabilities.numpy(),
+        )
+
+
+def soft_confusion(predictions: Predictions) -> Tensor:
+    """(classes, classes) mean probabilities that the images of a row's class give to a column's.
+
+    Says which classes look alike even where no image is mistaken. Rows without images are zero.
+    """
+    count = len(predictions.classes)
+    sums = torch.zeros(count, count, dtype=torch.float64)
+    sums.index_add_(0, predictions.labels, predictions.probabilities.double())
+    return sums / predictions.labels.bincount(minlength=count).clamp_min(1)[:, None]

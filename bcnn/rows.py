@@ -1,0 +1,74 @@
+"""Predictions as rows of text, each written as it comes."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one photograph.
+
+    Args:
+        path: of the photograph.
+        classes: names of its likeliest classes, the likeliest first.
+        probabilities: of these classes.
+        error: why the photograph could not be read; then it has no classes.
+    """
+
+    path: str
+    classes: list[str] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    error: str = ""
+
+
+Writer = Callable[[Prediction], object]
+
+
+def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
+    """A line a class. Widths are known before the first row, so that rows can come one by one."""
+    first, second = max(map(len, paths)), max(map(len, classes))
+    print(f"{'photograph':{first}}  {'class':{second}}  probability", file=out)
+
+    def write(prediction: Prediction) -> None:
+        if prediction.error:
+            print(f"{prediction.path:{first}}  error: {prediction.error}", file=out)
+        name = prediction.path
+        for label, value in zip(prediction.classes, prediction.probabilities, strict=True):
+            print(f"{name:{first}}  {label:{second}}  {value:>11.1%}", file=out)
+            name = ""
+
+    return write
+
+
+def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
+    """An object a line: path and predictions, or path and error."""
+
+    def write(prediction: Prediction) -> None:
+        found = [
+            {"class": label, "probability": round(value, 6)}
+            for label, value in zip(prediction.classes, prediction.probabilities, strict=True)
+        ]
+        said = {"error": prediction.error} if prediction.error else {"predictions": found}
+        print(json.dumps({"path": prediction.path, **said}), file=out)
+
+    return write
+
+
+def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
+    """A row a photograph: path, class_1, probability_1, …, error."""
+    writer = csv.writer(out, lineterminator="\n")
+    pairs = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
+    writer.writerow(["path", *pairs, "error"])
+
+    def write(prediction: Prediction) -> None:
+        values = (f"{value:.6f}" for value in prediction.probabilities)
+        found = [cell for pair in zip(prediction.classes, values, strict=True) for cell in pair]
+        writer.writerow([prediction.path, *(found or [""] * 2 * top), prediction.error])
+
+    return write
+
+
+FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv}

@@ -1,0 +1,68 @@
+"""What loggers are told beyond the curves: the configuration; and wandb, what became of the images."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from bcnn.data.transforms import load_image
+from bcnn.report.predictions import Predictions
+
+PHOTOGRAPHS = 100  # in the table of predictions
+THUMBNAIL = 256  # px, their longer side
+COLUMNS = ["photograph", "class", "predicted", "confidence", "of_class", "path"]
+
+
+@rank_zero_only
+def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: DictConfig) -> None:
+    """What `train.py` composed, with only this stage's part as `stage`."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    for logger in loggers:
+        logger.log_hyperparams({**values, "stage": OmegaConf.to_container(stage, resolve=True)})
+
+
+@rank_zero_only
+def log_predictions(loggers: Iterable[Logger], predictions: Predictions) -> None:
+    """To wandb: the confusion matrix, and the photographs whose true class got least probability."""
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        logger.log_metrics({"confusion": _confusion(predictions)})
+        logger.log_table("predictions", columns=COLUMNS, data=_hardest(predictions))
+
+
+def _confusion(predictions: Predictions) -> Any:
+    """As `wandb.plot.confusion_matrix` draws it, from the cells that are not zero.
+
+    That function lists every cell, and wandb cuts a table off after 10,000 rows: at 100 classes.
+    """
+    names, confusion = predictions.classes, predictions.confusion
+    cells = [[names[i], names[j], int(confusion[i, j])] for i, j in confusion.nonzero().tolist()]
+    columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
+    return wandb.plot_table(
+        "wandb/confusion_matrix/v1",
+        wandb.Table(columns=columns, data=cells),
+        fields={str(name): name for name in columns},
+        string_fields={"title": "confusion matrix"},
+    )
+
+
+def _hardest(predictions: Predictions) -> list[list[Any]]:
+    names, rows = predictions.classes, []
+    for index in predictions.of_truth.argsort(stable=True)[:PHOTOGRAPHS].tolist():
+        thumbnail = load_image(predictions.paths[index])
+        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        rows.append(
+            [
+                wandb.Image(thumbnail, file_type="jpg"),
+                names[predictions.labels[index]],
+                names[predictions.predicted[index]],
+                float(predictions.confidence[index]),
+                float(predictions.of_truth[index]),
+                predictions.paths[index],
+            ]
+        )
+    return rows

@@ -1,0 +1,100 @@
+"""Draws docs/finetune.png: the first steps of a finetune, by the source's optimizer and by the default.
+
+python docs/finetune.py CKPT [OVERRIDE …]   from what stage `last` saved, with the overrides it had
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose, initialize
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bcnn.module import BCNNModule
+from bcnn.precision import fastest_precision
+from bcnn.weights import load_model
+
+STEPS = 20
+STAGES = {"source_finetune": "tab:red", "finetune": "tab:blue"}
+
+
+class Movement(L.Callback):
+    """The loss of each batch, and how far the steps have moved the descriptors of `images`."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.losses: list[float] = []
+        self.common: list[float] = []  # ‖mean movement‖
+        self.own: list[float] = []  # root mean square of what is left of each movement
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.start = self._descriptors(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        moved = self._descriptors(pl_module) - self.start
+        common = moved.mean(dim=0)
+        self.losses.append(float(outputs["loss"]))
+        self.common.append(float(common.norm()))
+        self.own.append(float((moved - common).square().sum(dim=1).mean().sqrt()))
+
+    @torch.no_grad()
+    def _descriptors(self, module: BCNNModule) -> Tensor:
+        with module.trainer.precision_plugin.forward_context():
+            return module.model.descriptor(self.images.to(module.device))
+
+
+def main(checkpoint: str, overrides: list[str]) -> None:
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    losses, movement = figure.subplots(1, 2)
+    for stage, colour in STAGES.items():
+        with initialize("../conf", version_base="1.3"):
+            cfg = compose("config", [f"stage={stage}", f"ckpt={checkpoint}", *overrides])
+        L.seed_everything(cfg.seed, verbose=False)
+        data = instantiate(cfg.data)
+        data.prepare_data()
+        data.setup()
+        data.batch_size = cfg.stage.batch_size
+        images, _ = next(iter(data.evaluation_dataloader(data.test[::4], batch_size=50)))
+        module = BCNNModule(
+            load_model(checkpoint).train(),
+            "finetune",
+            instantiate(cfg.stage.optimizer),
+            instantiate(cfg.stage.scheduler),
+            centering=cfg.stage.centering,
+            polyak=cfg.stage.polyak,
+        )
+        seen = Movement(images)
+        L.Trainer(
+            max_epochs=cfg.stage.epochs,
+            max_steps=STEPS,
+            limit_val_batches=0,
+            precision=fastest_precision(),
+            callbacks=[seen],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        ).fit(module, datamodule=data)
+        losses.plot(range(1, len(seen.losses) + 1), seen.losses, "o-", ms=3, color=colour, label=stage)
+        for values, line, part in ((seen.common, "-", "in common"), (seen.own, "--", "each its own")):
+            steps = range(1, len(values) + 1)
+            movement.plot(steps, values, line, color=colour, label=f"{stage}, {part}")
+    losses.axhline(
+        torch.tensor(float(len(data.classes))).log(), color="grey", lw=1, ls=":", label="guessing"
+    )
+    losses.set(title="cross-entropy of the batch", xlabel="step", yscale="log")
+    movement.set(title="movement of the descriptors (length 1)", xlabel="step", yscale="log")
+    for axes in (losses, movement):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

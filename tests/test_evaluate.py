@@ -1,0 +1,211 @@
+"""`python -m bcnn.evaluate`: from a checkpoint and a folder to figures and files."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+from bcnn.data.folder import ImageFolderData
+from bcnn.evaluate import USAGE, Options, evidence_pictures, logged_stages, main, predict_split
+from bcnn.model import BCNN
+from bcnn.options import command
+from bcnn.report.heatmap import Box
+from bcnn.report.page import MISTAKES, THUMBNAIL
+from bcnn.weights import source_state_dict
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model() -> BCNN:
+    """Random weights that disagree about the toy images, with an order of classes of their own."""
+    torch.manual_seed(0)
+    model = BCNN(["red", "blue", "green"], size=32)
+    model.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.nn.init.normal_(model.classifier.weight, std=30)
+    return model
+
+
+@pytest.fixture
+def checkpoint(model: BCNN, tmp_path: Path) -> Path:
+    """As Lightning writes it."""
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    about = {"classes": model.classes, "size": model.size, "resize": model.resize, "stage": "last"}
+    path = tmp_path / "run" / "last" / "best.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": state, "hyper_parameters": about}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bcnn.evaluate.fastest_precision", lambda: "32-true")
+
+
+def evaluate(*words: str) -> int:
+    return command(Options, main, USAGE, words)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_files_agree_with_each_other_and_with_the_model(
+    checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(images / "test", 4, seed=5)
+    out = tmp_path / "out"
+    assert evaluate(f"ckpt={checkpoint}", f"data={images}", f"output={out}") == 0
+    table = rows(out / "predictions.csv")
+    figures = json.loads((out / "figures.json").read_text())
+    saved = np.load(out / "predictions.npz")
+    assert len(table) == figures["images"] == len(saved["paths"]) == 12
+    assert all(Path(row["path"]).parent.name == row["class"] for row in table)
+    correct = [row["class"] == row["predicted"] for row in table]
+    assert 0 < sum(correct) < 12
+    assert figures["top1"]["value"] == pytest.approx(np.mean(correct))
+    assert saved["classes"].tolist() == model.classes
+    assert (saved["probabilities"].argmax(1) == saved["labels"]).tolist() == correct
+    recall = {row["class"]: float(row["recall"]) for row in rows(out / "classes.csv")}
+    assert np.mean(list(recall.values())) == pytest.approx(figures["macro_top1"]["value"], abs=1e-4)
+    printed = capsys.readouterr().out
+    assert f"{np.mean(correct):.1%}" in printed and "95 % interval" in printed
+    assert str(out / "report.html") in printed
+
+    data = ImageFolderData(images, size=32, num_workers=0)
+    data.setup()
+    batch = next(iter(data.evaluation_dataloader([(path, 0) for path in saved["paths"].tolist()])))
+    with torch.no_grad():
+        expected = model.eval()(batch[0]).softmax(1)
+    torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), expected)
+
+
+def test_the_source_pth_says_the_same(
+    checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bcnn.evaluate.evidence_pictures", lambda *_: {})  # slow at 448 px
+    order = [1, 2, 0]  # it names no classes: they are the folder's, in their order
+    model.classifier.weight.data = model.classifier.weight.data[order]
+    model.classifier.bias.data = model.classifier.bias.data[order]
+    torch.save(source_state_dict(model), tmp_path / "bcnn.pth")
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["size"] = 448  # the source's
+    torch.save(content, checkpoint)
+    (images / "val" / "red").mkdir(parents=True)
+    (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")
+    found = []
+    for path in (checkpoint, tmp_path / "bcnn.pth"):
+        out = tmp_path / path.stem
+        assert evaluate(f"ckpt={path}", f"data={images}", "split=val", f"output={out}") == 0
+        saved = np.load(out / "predictions.npz")
+        found.append(dict(zip(saved["classes"], saved["probabilities"][0], strict=True)))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0]["red"] not in (found[0]["blue"], found[0]["green"])
+
+
+def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> None:
+    data = ImageFolderData(images, size=32, num_workers=0)
+    data.setup()
+    loader = data.test_dataloader()
+    by_images = predict_split(model, data.test, loader, CPU, "32-true")
+    with torch.no_grad():
+        descriptors = [(model.descriptor(batch), labels) for batch, labels in loader]
+    by_descriptors = predict_split(model, data.test, descriptors, CPU, "32-true")
+    torch.testing.assert_close(by_images.probabilities, by_descriptors.probabilities)
+    assert by_images.paths == [path for path, _ in data.test]
+
+
+def test_evidence_of_mistakes_is_the_logits_of_both_classes(
+    model: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bcnn.explain.fastest_precision", lambda _: "32-true")
+    drawn: list[float] = []
+
+    def note(picture: Image.Image, box: Box, shares: np.ndarray, limit: float) -> Image.Image:
+        assert max(picture.size) <= THUMBNAIL and abs(shares).max() <= limit
+        drawn.append(float(shares.sum()))
+        return picture
+
+    monkeypatch.setattr("bcnn.evaluate.overlay", note)
+    data = ImageFolderData(images, size=32, num_workers=0)
+    data.setup()
+    predictions = predict_split(model, data.test, data.test_dataloader(), CPU, "32-true")
+    mistakes = predictions.confident_mistakes(MISTAKES)
+    assert mistakes and list(evidence_pictures(model, predictions)) == mistakes
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch, _ in data.test_dataloader()])
+    called, truth = predictions.predicted[mistakes], predictions.labels[mistakes]
+    expected = torch.stack([logits[mistakes, called], logits[mistakes, truth]], dim=1)
+    assert drawn == pytest.approx(expected.flatten().tolist(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 15), ("val", 3), ("all", 24)])
+def test_other_splits(checkpoint: Path, images: Path, tmp_path: Path, split: str, count: int) -> None:
+    words = (f"ckpt={checkpoint}", f"data={images}", f"split={split}", f"output={tmp_path / 'out'}")
+    assert evaluate(*words) == 0
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == count
+
+
+def test_classes_that_the_model_does_not_know(
+    checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        (images / split / "red").rename(images / split / "rose")
+    assert evaluate(f"ckpt={checkpoint}", f"data={images}") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "does not know: rose" in error
+
+
+def test_a_second_evaluation_overwrites_nothing(
+    checkpoint: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"ckpt={checkpoint}", f"data={images}", f"output={tmp_path / 'out'}")
+    assert evaluate(*words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert evaluate(*words) == 1
+    assert "output=" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["ckpt=missing.ckpt"], "missing.ckpt"),
+        (["data=nowhere"], "nowhere"),
+        (["split=tset"], "test, val, train, all"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    checkpoint: Path,
+    images: Path,
+    words: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate(f"ckpt={checkpoint}", f"data={images}", *words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_a_folder_without_the_split(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images" / "train", 3)
+    assert evaluate(f"ckpt={checkpoint}", f"data={tmp_path / 'images'}") == 1
+    assert "no images for split=test" in capsys.readouterr().err
+
+
+def test_logs_of_the_stages_up_to_the_checkpoint(tmp_path: Path) -> None:
+    for stage in ("last", "finetune"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.csv").touch()
+    names = [name for name, _ in logged_stages(tmp_path / "finetune" / "best.ckpt")]
+    assert names == ["last", "finetune"]
+    assert [name for name, _ in logged_stages(tmp_path / "last" / "best.ckpt")] == ["last"]
+    assert logged_stages(tmp_path / "elsewhere" / "best.ckpt") == []

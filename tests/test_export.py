@@ -1,0 +1,218 @@
+"""Files for other programs: what they say and compute, and that they replace nothing."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights
+from torchvision.models.vgg import cfgs, make_layers
+
+from bcnn import export
+from bcnn.data.transforms import evaluation_transform, load_image
+from bcnn.model import BCNN
+from bcnn.options import command
+from bcnn.weights import load_model, save_model, source_state_dict
+
+CLASSES = ["däisy", "iris, blue", "tulip"]
+
+
+@pytest.fixture(scope="module")
+def model() -> BCNN:
+    torch.manual_seed(0)
+    model = BCNN(CLASSES, size=64, resize="keep")
+    preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
+    model.set_normalization(preset.mean, preset.std)
+    for layer in model.features:  # He's initialisation is for inputs of about 1, not of about 100
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias, std=0.1)
+    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.classifier.bias)
+    model.centering.mean.normal_(std=0.003)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ckpt(model: BCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "best.safetensors"
+    save_model(model, path)
+    return path
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> list[str]:
+    """Landscape, portrait, and one that its EXIF tag turns."""
+    paths = []
+    for index, (size, turn) in enumerate([((90, 70), 1), ((66, 120), 1), ((120, 80), 6)]):
+        noise = np.random.default_rng(index).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        paths.append(str(tmp_path / f"{index}.png"))
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(paths[-1], exif=exif)
+    return paths
+
+
+def run(*words: str) -> int:
+    return command(export.Options, export.main, str(export.__doc__), words)
+
+
+def batch(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(ckpt: Path) -> Path:
+    assert run(f"ckpt={ckpt}") == 0
+    return ckpt.with_suffix(".onnx")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_onnx_computes_the_logits_for_any_batch_size(model: BCNN, onnx_file: Path, count: int) -> None:
+    session = onnxruntime.InferenceSession(onnx_file)
+    (logits,) = session.run(["logits"], {"images": batch(count).numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(batch(count)), rtol=0, atol=1e-4)
+
+
+def test_onnx_says_what_it_takes_and_gives_and_nothing_of_this_machine(onnx_file: Path) -> None:
+    said = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
+    assert json.loads(said["classes"]) == CLASSES
+    assert (said["size"], said["resize"], said["output"]) == ("64", "keep", "logits")
+    assert "short side to 64 px" in said["preprocessing"] and "centre crop" in said["preprocessing"]
+    content = onnx.load(onnx_file)
+    assert not any(node.metadata_props or node.doc_string for node in content.graph.node)
+    # The upper triangle is in the file, not computed anew for every image.
+    assert [node.op_type for node in content.graph.node].count("Gather") == 1
+    assert not {"Floor", "Where", "Range", "NonZero"} & {node.op_type for node in content.graph.node}
+
+
+def classify(onnx_path: Path, photograph: str) -> tuple[list[str], np.ndarray]:
+    """A consumer without torch: the example of the README."""
+    session = onnxruntime.InferenceSession(onnx_path)
+    about = session.get_modelmeta().custom_metadata_map
+    classes, side = json.loads(about["classes"]), (int(about["size"]),) * 2
+    image = ImageOps.exif_transpose(Image.open(photograph)).convert("RGB")
+    fit = ImageOps.fit if about["resize"] == "keep" else Image.Image.resize
+    pixels = np.asarray(fit(image, side, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    (logits,) = session.run(None, {"images": pixels[None]})
+    return classes, logits[0]
+
+
+def test_a_consumer_with_numpy_and_pillow_alone_agrees(
+    model: BCNN, onnx_file: Path, photographs: list[str]
+) -> None:
+    for path in photographs:
+        classes, logits = classify(onnx_file, path)
+        image = evaluation_transform(64, "keep")(load_image(path))
+        with torch.no_grad():
+            expected = model(image[None])[0]
+        assert classes == CLASSES
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=0.05 * float(expected.std()))
+
+
+def test_softmax_gives_probabilities(model: BCNN, ckpt: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "p.onnx"
+    assert run(f"ckpt={ckpt}", f"output={output}", "softmax=true") == 0
+    session = onnxruntime.InferenceSession(output)
+    (probabilities,) = session.run(["probabilities"], {"images": batch(3).numpy()})
+    expected = model(batch(3)).softmax(dim=1).detach().numpy()
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["output"] == "probabilities"
+
+
+def test_pt2_runs_in_any_batch_size_and_names_its_classes(
+    model: BCNN, ckpt: Path, capsys: pytest.CaptureFixture[str], photographs: list[str]
+) -> None:
+    assert run(f"ckpt={ckpt}", "format=pt2", *photographs) == 0
+    assert "largest difference to PyTorch on 3 photographs: " in capsys.readouterr().out
+    extra = {"metadata.json": ""}
+    program = torch.export.load(ckpt.with_suffix(".pt2"), extra_files=extra).module()
+    assert json.loads(json.loads(extra["metadata.json"])["classes"]) == CLASSES
+    for count in (1, 4):
+        expected = model(batch(count)).detach()
+        torch.testing.assert_close(program(batch(count)).detach(), expected, rtol=0, atol=1e-4)
+
+
+class SourceNet(nn.Module):
+    """The two-script original's network, and how it normalises images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = make_layers(cfgs["D"])[:-1]
+        self.classifiers = nn.Sequential(nn.Linear(512**2, len(CLASSES)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
+        x = self.features((images / 255 - mean) / std).flatten(2)
+        x = (x @ x.mT / x.shape[2]).flatten(1)
+        return self.classifiers(F.normalize(x.sign() * (x.abs() + 1e-10).sqrt()))
+
+
+def test_pth_works_in_the_source_network_under_the_source_normalisation(
+    model: BCNN, ckpt: Path, tmp_path: Path
+) -> None:
+    """The model's own normalisation is another; its first convolution makes up for that."""
+    assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 0
+    source = SourceNet()
+    source.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True), strict=True)
+    with torch.no_grad():
+        expected, found = model(batch(3)), source(batch(3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.std()))
+
+
+def test_pth_changes_no_weight_of_a_model_that_normalises_as_the_source(model: BCNN) -> None:
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+    alike = copy.deepcopy(model)
+    alike.set_normalization(preset.mean, preset.std)
+    state = source_state_dict(alike)
+    for key, value in model.features.state_dict().items():
+        assert torch.equal(state[f"features.{key}"], value)
+
+
+def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
+    again = load_model(ckpt)
+    assert (again.classes, again.size, again.resize) == (CLASSES, 64, "keep")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    with safe_open(ckpt, framework="pt") as file:
+        assert all(isinstance(value, str) for value in file.metadata().values())
+
+
+def test_a_file_that_computes_something_else_is_not_passed_over(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        export.FORMATS, "pth", (export.write_weights, lambda path: BCNN(CLASSES, size=64).eval())
+    )
+    assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 1
+    assert "not kept" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told_and_nothing_is_replaced(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.onnx").write_text("precious")
+    for words, sentence in (
+        (["format=tflite"], "choose from onnx, pt2, pth, safetensors"),
+        ([f"output={tmp_path / 'mine.onnx'}"], "mine.onnx exists"),
+        (["format=safetensors"], "best.safetensors exists"),
+        ([f"output={tmp_path / 'model.bin'}"], "has to end in .onnx"),
+        (["format=pth", "softmax=true"], "holds no layers"),
+    ):
+        assert run(f"ckpt={ckpt}", *words) == 1
+        assert sentence in capsys.readouterr().err
+    monkeypatch.setattr(export, "find_spec", lambda package: None)
+    assert run(f"ckpt={ckpt}", f"output={tmp_path / 'new.onnx'}") == 1
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+    assert (tmp_path / "mine.onnx").read_text() == "precious"
+    assert not (tmp_path / "new.onnx").exists() and not ckpt.with_suffix(".pth").exists()

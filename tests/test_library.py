@@ -1,0 +1,72 @@
+"""The model as a library: `load_model(path).predict(images)`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, write_images
+from PIL import Image
+from torch import nn
+
+from bcnn import load_model
+from bcnn.data.transforms import load_image
+from bcnn.errors import UserError
+from bcnn.model import BCNN
+from bcnn.weights import source_state_dict
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> BCNN:
+    """As `load_model` opens it, with a classifier that tells images apart."""
+    torch.manual_seed(0)
+    model = BCNN(list(COLOURS))
+    nn.init.normal_(model.classifier.weight)
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save(source_state_dict(model), path)
+    loaded = load_model(path, classes=list(COLOURS))
+    loaded.size = 32
+    return loaded
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    write_images(tmp_path, 2)
+    return sorted(tmp_path.glob("*/*.png"))
+
+
+def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, paths: list[Path]) -> None:
+    probabilities = model.predict(paths)
+    assert probabilities.shape == (len(paths), len(COLOURS)) and not probabilities.requires_grad
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(paths)))
+    assert (probabilities.std(dim=0) > 0).all()
+    opened = [Image.open(path) for path in paths]
+    torch.testing.assert_close(model.predict(opened), probabilities)
+    batch = torch.stack([model.transforms()(load_image(path)) for path in paths])
+    assert batch.dtype == torch.uint8 and batch.shape[1:] == (3, 32, 32)
+    torch.testing.assert_close(model.predict(batch), probabilities)
+
+
+def test_one_photograph_is_a_batch_of_one(model: BCNN, paths: list[Path]) -> None:
+    expected = model.predict(paths[:1])
+    for one in (paths[0], str(paths[0]), Image.open(paths[0])):
+        torch.testing.assert_close(model.predict(one), expected)
+
+
+def test_a_photograph_lying_on_its_side_is_read_upright(model: BCNN, tmp_path: Path) -> None:
+    pixels = torch.randint(256, (48, 32, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° to see it upright
+    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    upright, lying = tmp_path / "upright.png", Image.open(tmp_path / "lying.png")
+    torch.testing.assert_close(model.predict(lying), model.predict(upright))
+
+
+def test_a_loaded_model_is_ready_for_use(model: BCNN) -> None:
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_broken_photograph_is_named(model: BCNN, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_text("not a photograph")
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        model.predict(tmp_path / "broken.jpg")

@@ -1,0 +1,199 @@
+"""`python -m bcnn.predict`: which photographs it finds, the rows it writes, how it tells mistakes."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, ROOT, Run, write_images
+from PIL import Image
+from torch import nn
+
+from bcnn import load_model
+from bcnn.model import BCNN
+from bcnn.options import command
+from bcnn.predict import USAGE, Options, main, predict_paths
+
+CLASSES = [*COLOURS, "a class with a, comma"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = BCNN(CLASSES, size=32)
+    nn.init.normal_(model.classifier.weight)
+    path = tmp_path_factory.mktemp("weights") / "best.ckpt"
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"classes": CLASSES, "size": 32}}, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with photos/{blue,green,red}/{0,1}.png and a text in it."""
+    write_images(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "notes.txt").write_text("not a photograph, and not named like one")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+def predict(ckpt: Path, *words: str) -> int:
+    return command(Options, main, USAGE, [f"ckpt={ckpt}", "workers=0", *words])
+
+
+def paths_of(printed: str) -> list[str]:
+    return [json.loads(line)["path"] for line in printed.splitlines()]
+
+
+def test_files_folders_patterns_and_a_list_are_all_understood(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = [f"photos/{colour}/{k}.png" for colour in sorted(COLOURS) for k in (0, 1)]
+    (photos / "red" / "[1].png").write_bytes((photos / "red" / "1.png").read_bytes())
+    for words, expected in (
+        (["photos/red/1.png", "photos/blue/0.png"], ["photos/red/1.png", "photos/blue/0.png"]),
+        (["photos/blue", "photos/green"], everything[:4]),
+        (["photos/*/0.png"], everything[::2]),
+        (["photos/**/1.*"], everything[1::2]),
+        (["photos/gr*"], everything[2:4]),
+        (["photos/red/[1].png"], ["photos/red/[1].png"]),
+        (["-"], everything[:2]),
+    ):
+        listed = io.TextIOWrapper(io.BytesIO("\r\n".join(everything[:2]).encode()))
+        monkeypatch.setattr(sys, "stdin", listed)
+        assert predict(ckpt, "format=jsonl", *words) == 0
+        assert paths_of(capsys.readouterr().out) == expected
+
+
+def test_probabilities_are_the_model_s_own_in_every_format(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "photos/red/0.png"
+    expected = load_model(ckpt).predict(path)[0].sort(descending=True)
+    classes = [CLASSES[k] for k in expected.indices]
+    assert predict(ckpt, "format=jsonl", path) == 0
+    said = json.loads(capsys.readouterr().out)["predictions"]
+    assert [entry["class"] for entry in said] == classes  # 4 classes, though top=5
+    values = torch.tensor([entry["probability"] for entry in said])
+    torch.testing.assert_close(values, expected.values, atol=0.02, rtol=0)  # bfloat16 on some CPUs
+    assert predict(ckpt, "format=csv", "top=2", path) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert [row["path"], row["class_1"], row["class_2"], row["error"]] == [path, *classes[:2], ""]
+    assert float(row["probability_1"]) == pytest.approx(values[0].item(), abs=1e-5)
+    assert predict(ckpt, "top=1", path) == 0
+    heading, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(path) and classes[0] in line and f"{values[0]:.1%}" in line
+    assert line[heading.index("class") :].startswith(classes[0])
+
+
+def test_a_broken_image_has_a_row_and_does_not_stop_the_others(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "green" / "0.png").write_bytes((photos / "green" / "1.png").read_bytes()[:200])
+    for batch in (1, 4):  # alone in a batch, and with others
+        assert predict(ckpt, "photos", f"batch={batch}", "format=jsonl") == 1
+        captured = capsys.readouterr()
+        rows = [json.loads(line) for line in captured.out.splitlines()]
+        assert [row["path"] for row in rows if "error" in row] == ["photos/green/0.png"]
+        assert len(rows) == 6 and sum("predictions" in row for row in rows) == 5
+        assert "1 of them could not be read" in captured.err
+    assert predict(ckpt, "photos", "format=csv", "top=1") == 1
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [bool(row["error"]) for row in rows] == [not row["class_1"] for row in rows]
+    assert predict(ckpt, "photos") == 1
+    assert "photos/green/0.png  error: cannot read the image" in capsys.readouterr().out
+
+
+def test_whatever_a_decoder_raises_is_told_in_its_row(
+    ckpt: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str) -> Image.Image:
+        if path == "b":
+            raise MemoryError
+        return Image.new("RGB", (32, 32))
+
+    monkeypatch.setattr("bcnn.predict.load_image", load)
+    rows = predict_paths(load_model(ckpt), ["a", "b", "c"], workers=0)
+    assert [row.error for row in rows] == ["", "MemoryError()", ""]
+
+
+def test_a_file_missing_from_a_list_is_one_broken_image(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = io.TextIOWrapper(io.BytesIO(b"photos/red/0.png\nphotos/gone.png\n"))
+    monkeypatch.setattr(sys, "stdin", listed)
+    assert predict(ckpt, "-", "format=jsonl") == 1
+    red, gone = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "predictions" in red and "No such file" in gone["error"]
+
+
+def test_batches_and_workers_change_nothing(ckpt: Path, photos: Path) -> None:
+    model = load_model(ckpt)
+    paths = sorted(map(str, photos.glob("*/*.png")))
+    expected = list(predict_paths(model, paths, batch=1, workers=0))
+    assert [row.path for row in expected] == paths
+    for row, same in zip(predict_paths(model, paths, batch=4, workers=2), expected, strict=True):
+        assert (row.path, row.classes) == (same.path, same.classes)
+        assert row.probabilities == pytest.approx(same.probabilities, abs=0.02)
+
+
+def test_rows_are_handed_out_before_the_list_is_through(ckpt: Path, photos: Path) -> None:
+    paths = [str(photos / "red" / "0.png")] * 2 + ["never opened"]
+    rows = predict_paths(load_model(ckpt), paths, batch=2, workers=0)
+    assert not next(rows).error
+
+
+def test_output_goes_to_a_new_file_and_never_over_an_old_one(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(ckpt, "photos", "output=rows.jsonl", "format=jsonl") == 0
+    content = Path("rows.jsonl").read_text()
+    assert len(paths_of(content)) == 6
+    captured = capsys.readouterr()
+    assert captured.out == "" and "6 photographs in" in captured.err
+    assert predict(ckpt, "photos", "output=rows.jsonl") == 1
+    assert capsys.readouterr().err == (
+        "error: output=rows.jsonl exists: remove it or name another file\n"
+    )
+    assert Path("rows.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nowhere"], "no images: nowhere"),
+        (["photos/*.tif"], "no images: photos/*.tif"),
+        ([], "which photographs?"),
+        (["photos", "top=0"], "top=0: 1 at least"),
+        (["photos", "batch=0"], "batch=0: 1 at least"),
+        (["photos", "workers=-1"], "workers=-1: 0 at least"),
+        (["photos", "format=xml"], "format=xml: choose from table, jsonl, csv"),
+        (["photos", "output=no/such/folder.csv"], "cannot write output=no/such/folder.csv"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert predict(ckpt, *words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {sentence}") and captured.err.count("\n") == 1
+
+
+def test_a_missing_checkpoint_leaves_no_empty_output(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(Path("gone.ckpt"), "photos", "output=rows.csv") == 1
+    assert "no such file of weights: gone.ckpt" in capsys.readouterr().err
+    assert not Path("rows.csv").exists()
+
+
+def test_as_a_command_rows_alone_reach_standard_output(python: Run, ckpt: Path, photos: Path) -> None:
+    words = ["-m", "bcnn.predict", f"ckpt={ckpt}", "photos", "format=csv", "batch=4", "workers=2"]
+    run = python(*words, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    assert len(list(csv.DictReader(io.StringIO(run.stdout)))) == 6
+    assert run.stderr.startswith("6 photographs in") and "images/s" in run.stderr

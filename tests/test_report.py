@@ -1,0 +1,215 @@
+"""The report: what it holds, and how it behaves in a browser."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, write_images
+from PIL import Image
+
+from bcnn.report import Predictions, write_report
+from bcnn.report.page import MISTAKES, confused_pairs, confusion_order
+from bcnn.report.plots import curves_svg
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
+0,0,,,1.4,0.4
+0,0,1.5,0.3,,
+1,1,,,1.0,0.6
+1,1,1.1,0.5,,
+"""
+
+
+def grouped(classes: int, group: int, images: int = 6, seed: int = 0) -> tuple[Predictions, list[int]]:
+    """Predictions that confuse the classes of a group among themselves; and each class's group."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randperm(classes, generator=generator) // group
+    labels = torch.arange(classes).repeat_interleave(images)
+    logits = torch.randn(len(labels), classes, generator=generator)
+    logits += 4.0 * (groups[labels][:, None] == groups)
+    names = [f"class {k:03}" for k in range(classes)]
+    paths = [f"{k}.png" for k in range(len(labels))]
+    return Predictions(names, paths, labels, logits.softmax(1)), groups.tolist()
+
+
+@pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (200, 4)])
+def test_confused_classes_stand_together(classes: int, group: int) -> None:
+    made, groups = grouped(classes, group)
+    order = confusion_order(made)
+    assert sorted(order) == list(range(classes))
+    changes = sum(groups[a] != groups[b] for a, b in pairwise(order))
+    assert changes == len(set(groups)) - 1
+
+
+def test_most_confused_pairs_by_count_in_both_directions() -> None:
+    called = [1, 1, 0, 0, 0, 2, 1, 3, 3]  # of 0: two called 1; of 1: three called 0; of 2: one called 1
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    probabilities = torch.full((9, 4), 0.1)
+    probabilities[torch.arange(9), torch.tensor(called)] = 0.7
+    made = Predictions(list("abcd"), ["x"] * 9, labels, probabilities)
+    assert confused_pairs(made, 5) == [(0, 1), (1, 2)]
+    assert confused_pairs(made, 1) == [(0, 1)]
+
+
+def test_the_hand_over_is_marked_where_there_are_two_stages(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text(LOG)
+    one = curves_svg([("last", log)], "loss")
+    two = curves_svg([("last", log), ("finetune", log)], "loss")
+    assert "finetune" not in one and "stroke-dasharray" not in one
+    assert "finetune" in two and two.count("stroke-dasharray") == 1
+    assert re.findall(r">(\d)</text>", two) == ["1", "2", "3", "4"]  # epochs, one after the other
+
+
+class Addresses(HTMLParser):
+    """Everything that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> list[str]:
+    write_images(tmp_path / "photos", 8)
+    return sorted(map(str, (tmp_path / "photos").glob("*/*.png")))
+
+
+@pytest.fixture
+def mistaken(photographs: list[str]) -> Predictions:
+    """24 photographs of three classes, a third of them mistaken; one name tries to be markup."""
+    labels = torch.arange(3).repeat_interleave(8)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(24, 3, generator=generator)
+    logits[torch.arange(24), labels] += 1.0
+    assert 0 < int((logits.argmax(1) != labels).sum()) < 24
+    names = ["<b onclick=alert(1)>blue & co", *list(COLOURS)[1:]]
+    return Predictions(names, photographs, labels, logits.softmax(1))
+
+
+@pytest.fixture
+def page(mistaken: Predictions, tmp_path: Path) -> Path:
+    log = tmp_path / "metrics.csv"
+    log.write_text(LOG)
+    picture = Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
+    evidence = {index: (picture, picture) for index in mistaken.confident_mistakes(MISTAKES)}
+    path = tmp_path / "report.html"
+    stages = [("last", log), ("finetune", log)]
+    write_report(path, mistaken, "A <title>", stages, evidence, configuration="seed: 0")
+    return path
+
+
+def test_the_page_is_one_file_with_a_bounded_number_of_photographs(
+    page: Path, mistaken: Predictions
+) -> None:
+    addresses = Addresses()
+    addresses.feed(page.read_text())
+    assert all(re.match("data:|#", address) for address in addresses.found)
+    photographs = [address for address in addresses.found if address.startswith("data:image/jpeg")]
+    mistakes = min(MISTAKES, int((~mistaken.correct).sum()))
+    assert 3 * mistakes < len(photographs) <= 60
+
+
+def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None:
+    labels = torch.arange(3).repeat_interleave(8)
+    made = Predictions(list(COLOURS), photographs, labels, torch.eye(3)[labels])
+    write_report(tmp_path / "report.html", made, "All right")
+    text = (tmp_path / "report.html").read_text()
+    assert "No class was taken for another" in text and "every image was recognised" in text
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:
+    tab = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    said: list[str] = []
+    fetched: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: said.append(dialog.message))
+    tab.on("request", lambda request: fetched.append(request.url))
+    tab.goto(page.as_uri())
+    assert tab.title() == "A <title>"
+    assert [url for url in fetched if not url.startswith("data:")] == [page.as_uri()]
+    widths = tab.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
+    assert len(widths) > 10 and min(widths) > 0
+
+    # the table sorts, by number and by name, both ways
+    def column(index: int) -> list[str]:
+        return tab.eval_on_selector_all(
+            f"#classes tbody tr:not([hidden]) td:nth-child({index})",
+            "all => all.map(one => one.dataset.value ?? one.textContent)",
+        )
+
+    assert column(1) == mistaken.classes
+    for _ in range(2):
+        tab.click("#classes th:nth-child(3) button")
+        recalls = [float(value) for value in column(3)]
+        up = tab.get_attribute("#classes th:nth-child(3)", "aria-sort") == "ascending"
+        assert len(set(recalls)) > 1 and recalls == sorted(recalls, reverse=not up)
+    tab.click("#classes th:nth-child(1) button")
+    assert column(1) == mistaken.classes  # which are in the order of the alphabet
+    tab.fill("#filter", "GREE")
+    assert column(1) == ["green"]
+    assert tab.inner_text("#shown") == "1 of 3"
+
+    # the confusion matrix says what a cell is
+    tab.locator("#matrix rect.miss").first.click()
+    assert re.fullmatch(r".+ called .+: \d+ of 8", tab.inner_text("#says"))
+
+    light = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = tab.evaluate("getComputedStyle(document.body).color")
+    tab.emulate_media(color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    assert tab.evaluate("getComputedStyle(document.body).color") != ink
+
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert said == []
+
+
+def test_a_large_matrix_zooms_to_where_one_clicks(
+    browser: Any, photographs: list[str], tmp_path: Path
+) -> None:
+    made, _ = grouped(150, group=3)
+    paths = [photographs[k % len(photographs)] for k in range(len(made.paths))]
+    made = Predictions(made.classes, paths, made.labels, made.probabilities)
+    write_report(tmp_path / "report.html", made, "150 classes")
+    tab = browser.new_page(viewport={"width": 1000, "height": 800})
+    tab.goto((tmp_path / "report.html").as_uri())
+    box = tab.locator("#matrix")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
+    cell = tab.locator("#matrix rect.hit").nth(100)
+    cell.click()
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth && box.scrollLeft > 0")
+    frame, shown = box.bounding_box(), cell.bounding_box()
+    assert frame["x"] < shown["x"] < frame["x"] + frame["width"]
+    assert frame["y"] < shown["y"] < frame["y"] + frame["height"]
+    # the names stay in sight: the first column of the box holds the rows' names
+    names = tab.locator("#rows rect").bounding_box()
+    assert names["x"] == pytest.approx(frame["x"], abs=2)
+    tab.click("#zoom")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
+    assert tab.locator("#rows rect").bounding_box()["x"] == pytest.approx(frame["x"], abs=2)
