@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
+from torchvision.datasets.folder import pil_loader
 
 from bcnn.benchmark import photographs
 from bcnn.benchmark.harness import Options, measure
@@ -48,8 +48,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        with Image.open(path) as file:
-            return self.transform(file.convert("RGB")), label
+        return self.transform(pil_loader(path)), label
 
 
 class Clocked(Dataset[tuple[Tensor, float]]):
