@@ -101,7 +101,7 @@ def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Eviden
     pictures: dict[int, Evidence] = {}
     mistakes = predictions.confident_mistakes(MISTAKES)
     for index in track(mistakes, "explaining", console=Console(stderr=True), transient=True):
-        photograph = load_image(predictions.paths[index])
+        photograph = load_image(predictions.paths[index], model.resized_side)
         called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
         found = explain(model, photograph, called, against=truth)
         maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]

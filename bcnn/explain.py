@@ -150,7 +150,7 @@ def main(options: Options) -> int:
     console = Console(stderr=True)
     for path in track(paths, "explaining", console=console, transient=True):
         try:
-            photograph = load_image(path)
+            photograph = load_image(path, model.resized_side)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
