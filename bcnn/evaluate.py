@@ -193,7 +193,7 @@ def _open(options: Options) -> tuple[ImageFolderData, list[tuple[str, int]], BCN
     data = ImageFolderData(options.data)
     data.setup()
     model = load_model(options.ckpt, data.classes)
-    data.size, data.resize = model.size, model.resize
+    data.size, data.resize, data.crop_pct = model.size, model.resize, model.crop_pct
     unknown = sorted(set(data.classes) - set(model.classes))
     if unknown:
         raise UserError(

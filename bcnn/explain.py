@@ -102,7 +102,7 @@ def explain(
     if against is None:
         against = next(label for label in likeliest if label != target)
     this, that = (torch.tensor([label], device=device) for label in (target, against))
-    left, top, right, bottom = crop = evaluation_crop(*photograph.size, model.resize)
+    left, top, right, bottom = crop = evaluation_crop(*photograph.size, model.resize, model.crop_pct)
     across, down = (CELL * count / model.size for count in (maps.shape[3], maps.shape[2]))
     return Explanation(
         photograph=photograph,

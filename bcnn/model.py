@@ -170,7 +170,7 @@ class BCNN(nn.Module):
 
     def transforms(self) -> v2.Compose:
         """Resize and centre crop of its evaluation: PIL image → uint8 tensor (3, size, size)."""
-        return evaluation_transform(self.size, self.resize)
+        return evaluation_transform(self.size, self.resize, self.crop_pct)
 
     @torch.no_grad()
     def predict(self, images: Tensor | Photograph | Sequence[Photograph]) -> Tensor:

@@ -118,16 +118,18 @@ def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
     `classes` is a JSON list in the order of the logits, `size` a number of pixels, `resize` "keep" or
-    "squash"; `preprocessing` says in words what these two ask for.
+    "squash", `crop_pct` the crop's share of the resized side; `preprocessing` says in words what these
+    ask for.
     """
-    side = model.size
+    size, side = model.size, round(model.size / model.crop_pct)
     resized = f"short side to {side} px" if model.resize == "keep" else f"to {side} × {side} px"
     return {
         "classes": json.dumps(model.classes),
-        "size": str(side),
+        "size": str(size),
         "resize": model.resize,
+        "crop_pct": str(model.crop_pct),
         "preprocessing": f"upright (EXIF), RGB, resized {resized} (bilinear, antialiased), centre crop "
-        f"of {side} × {side} px, uint8 in 0..255; the model normalises",
+        f"of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
 
 
@@ -140,7 +142,7 @@ def source_state_dict(model: BCNN) -> dict[str, Tensor]:
     """
     state = {f"features.{key}": value for key, value in model.features.state_dict().items()}
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-    mean, std = (model.mean.new_tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
+    mean, std = (torch.tensor(v).to(model.mean).view(3, 1, 1) for v in (preset.mean, preset.std))
     first = state["features.0.weight"]
     shift = (first * (mean - model.mean) / model.std).sum((1, 2, 3))
     state["features.0.weight"] = first * (std / model.std)
@@ -258,7 +260,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     """Undo `describe` where the metadata are its own."""
-    if not {"classes", "size", "resize"} <= metadata.keys():
+    if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
         return dict(metadata)
-    described = {"classes": json.loads(metadata["classes"]), "size": int(metadata["size"])}
-    return {**metadata, **described}
+    return {
+        **metadata,
+        "classes": json.loads(metadata["classes"]),
+        "size": int(metadata["size"]),
+        "crop_pct": float(metadata["crop_pct"]),
+    }

@@ -58,16 +58,17 @@ def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2
     return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(size)])
 
 
-def evaluation_crop(width: int, height: int, resize: Resize) -> tuple[float, float, float, float]:
+def evaluation_crop(
+    width: int, height: int, resize: Resize, crop_pct: float = 1.0
+) -> tuple[float, float, float, float]:
     """Where `evaluation_transform` looks on an image: left, top, right, bottom in its pixels.
 
     The transform rounds to pixels of the resized image; this does not.
     """
-    if resize == "squash":
-        return 0, 0, width, height
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    sides = (width, height) if resize == "squash" else (min(width, height),) * 2
+    across, down = (crop_pct * side for side in sides)
+    left, top = (width - across) / 2, (height - down) / 2
+    return left, top, left + across, top + down
 
 
 def _resize(side: int, resize: Resize) -> torch.nn.Module:
