@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import MARGIN
 from bcnn.model import BCNN
 from bcnn.pooling import packed_size
 from bcnn.precision import AUTOCAST
@@ -58,6 +59,7 @@ class DescriptorData(L.LightningDataModule):
             "size": images.size,
             "resize": images.resize,
             "crop_pct": images.crop_pct,
+            "decoding": f"JPEGs reduced to no less than {MARGIN} times the side",
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }

@@ -1,7 +1,7 @@
 """How good a trained model is on labelled images: figures with 95 % intervals, and a report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.transforms import load_image
@@ -63,7 +62,7 @@ class Options:
 def predict_split(
     model: BCNN,
     samples: Sequence[tuple[str, int]],
-    loader: DataLoader,
+    batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     precision: str,
 ) -> Predictions:
@@ -71,8 +70,8 @@ def predict_split(
 
     Args:
         model: moved to `device`, and left there in evaluation mode.
-        samples: (path, label) of the images, in the order of `loader`.
-        loader: batches of (inputs, labels); inputs are images, or descriptors (batch, 131328) that
+        samples: (path, label) of the images, in the order of `batches`.
+        batches: of (inputs, labels); inputs are images, or descriptors (batch, 131328) that
             skip the features.
         precision: Lightning's name, as `fastest_precision` returns it.
     """
@@ -84,8 +83,8 @@ def predict_split(
             logits = model.logits(inputs) if inputs.ndim == 2 else model(inputs)
         return logits.float().softmax(dim=1).cpu()
 
-    batches = track(loader, "predicting", console=Console(stderr=True), transient=True)
-    parts = [probabilities(inputs.to(device)) for inputs, _ in batches]
+    shown = track(batches, "predicting", console=Console(stderr=True), transient=True)
+    parts = [probabilities(inputs.to(device)) for inputs, _ in shown]
     paths, labels = zip(*samples, strict=True)
     return Predictions(model.classes, list(paths), torch.tensor(labels), torch.cat(parts))
 
@@ -168,6 +167,7 @@ def main(options: Options) -> int:
         **asdict(options),
         "size": model.size,
         "resize": model.resize,
+        "crop_pct": model.crop_pct,
         "device": str(device),
         "precision": precision,
     }

@@ -13,7 +13,7 @@ python -m bcnn.export ckpt=FILE [OPTION=VALUE ...] [PATH ...]
                   input; none: random images
 
 ONNX and pt2 take uint8 RGB images (batch, 3, size, size) and normalise them inside. Class names and
-preprocessing are in the metadata of all but pth, under classes, size, resize and preprocessing.
+preprocessing are in the metadata of all but pth: classes, size, resize, crop_pct, preprocessing.
 """
 
 import importlib
@@ -192,7 +192,7 @@ def _images(model: BCNN, paths: Sequence[str]) -> Iterator[Tensor]:
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     transform = model.transforms()
     for path in track(paths, "comparing", console=Console(stderr=True), disable=not paths):
-        yield transform(load_image(path))[None].as_subclass(Tensor)
+        yield transform(load_image(path, model.resized_side))[None].as_subclass(Tensor)
 
 
 def _require(*packages: str) -> None:

@@ -11,7 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
-from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, upright_rgb
+from bcnn.data.transforms import (
+    MIN_SIZE,
+    Resize,
+    evaluation_transform,
+    load_image,
+    resized_side,
+    upright_rgb,
+)
 from bcnn.pooling import bilinear_descriptor, packed_size
 
 CHANNELS = 512  # of relu5_3
@@ -172,6 +179,11 @@ class BCNN(nn.Module):
         """Resize and centre crop of its evaluation: PIL image → uint8 tensor (3, size, size)."""
         return evaluation_transform(self.size, self.resize, self.crop_pct)
 
+    @property
+    def resized_side(self) -> int:
+        """The short side in pixels that `transforms` resizes to: what `load_image` need not exceed."""
+        return resized_side(self.size, self.crop_pct)
+
     @torch.no_grad()
     def predict(self, images: Tensor | Photograph | Sequence[Photograph]) -> Tensor:
         """Probabilities of the classes, in the order of `classes`.
@@ -191,7 +203,11 @@ class BCNN(nn.Module):
             transform = self.transforms()
             images = torch.stack(
                 [
-                    transform(load_image(p) if isinstance(p, str | Path) else upright_rgb(p))
+                    transform(
+                        load_image(p, self.resized_side)
+                        if isinstance(p, str | Path)
+                        else upright_rgb(p)
+                    )
                     for p in photographs
                 ]
             )

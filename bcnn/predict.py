@@ -76,7 +76,7 @@ def predict_paths(
     device = model.mean.device
     dtype = AUTOCAST.get(fastest_precision(device.type))
     loader = DataLoader(
-        _Photographs(paths, model.transforms()),
+        _Photographs(paths, model.transforms(), model.resized_side),
         batch_size=batch,
         num_workers=workers if len(paths) > batch else 0,
         collate_fn=_collate,
@@ -99,9 +99,12 @@ def predict_paths(
 class _Photographs(Dataset[tuple[str, str, Tensor | None]]):
     """(path, error, image): a photograph that cannot be read has an error and no image."""
 
-    def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor], side: int
+    ) -> None:
         self.paths = paths
         self.transform = transform
+        self.side = side
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,7 +112,7 @@ class _Photographs(Dataset[tuple[str, str, Tensor | None]]):
     def __getitem__(self, index: int) -> tuple[str, str, Tensor | None]:
         path = self.paths[index]
         try:
-            return path, "", self.transform(load_image(path)).as_subclass(Tensor)
+            return path, "", self.transform(load_image(path, self.side)).as_subclass(Tensor)
         except Exception as error:  # whatever a decoder raises, the other photographs go on
             return path, str(error) or repr(error), None
 

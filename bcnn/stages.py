@@ -3,10 +3,8 @@
 import math
 import re
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
@@ -14,26 +12,20 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
-from torch import nn
+from omegaconf import DictConfig, OmegaConf
 
-from bcnn.convex import MAX_ROWS, ConvexModule
+from bcnn.convex import ConvexModule
 from bcnn.data.folder import ImageFolderData
-from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
+from bcnn.evaluate import predict_split, write_results
 from bcnn.guard import CollapseGuard
-from bcnn.model import BCNN, LAYERS
-from bcnn.module import BCNNModule
+from bcnn.model import BCNN
+from bcnn.plan import build_model, plan, refuse_mistakes
 from bcnn.precision import fastest_precision
-from bcnn.report import plot_curves
-from bcnn.store import VIEWS, stores_dir
-from bcnn.weights import initialise_features, load_model
-
-SGD_OPTION = re.compile(
-    r"\W*(schedule@)?stage\.(last\.)?(epochs|batch_size|accumulate|optimizer|scheduler)\b"
-)
-
-CHOICES = {"store": ("auto", "on", "off"), "solver": ("auto", "convex", "sgd")}
+from bcnn.report import Predictions, plot_curves
+from bcnn.report.metrics import headline
+from bcnn.tracking import log_configuration, log_predictions
+from bcnn.weights import load_model
 
 say = rank_zero_only(print)
 
@@ -45,6 +37,7 @@ class Result:
     stage: str
     checkpoint: Path
     metrics: dict[str, float]
+    predictions: Predictions | None  # of the test images, or of those to validate; on rank zero
     failure: str = ""
 
 
@@ -60,26 +53,7 @@ def run(cfg: DictConfig) -> float:
             and said, a finetune that ended worse than it started.
     """
     stages = [cfg.stage.last, cfg.stage.finetune] if cfg.stage.name == "both" else [cfg.stage]
-    for stage in stages:
-        for option, choices in CHOICES.items():
-            if stage.get(option, "auto") not in choices:
-                raise UserError(f"stage.{option}={stage[option]}: choose from {', '.join(choices)}")
-    if stages[0].name == "finetune" and cfg.ckpt is None:
-        raise UserError(
-            "stage=finetune starts from what stage=last saved: add ckpt=PATH, or train both stages "
-            "with stage=both"
-        )
-    if stages[-1].get("centering") and stages[-1].batch_size < 4:
-        raise UserError(
-            f"batch_size={stages[-1].batch_size} is too small to take its mean off: use 4 or more (for "
-            "larger steps in little memory, with accumulate), or finetune with centering=false"
-        )
-    if stages[-1].name == "finetune" and stages[-1].open_from not in (None, *LAYERS):
-        raise UserError(
-            f"open_from={stages[-1].open_from}: choose a layer from {', '.join(LAYERS)}, or null"
-        )
-    if stages[0].name == "last" and cfg.ckpt is not None:
-        raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
+    refuse_mistakes(cfg, stages)
     images: ImageFolderData = instantiate(cfg.data)
     images.prepare_data()
     images.setup()
@@ -88,7 +62,7 @@ def run(cfg: DictConfig) -> float:
         f"{len(images.val)} to validate, {len(images.test)} to test"
     )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    model = _build_model(cfg, images)
+    model = build_model(cfg, images)
     results: list[Result] = []
     checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
     for stage in stages:
@@ -98,6 +72,17 @@ def run(cfg: DictConfig) -> float:
         results.append(run_stage(cfg, stage, images, model, checkpoint))
         checkpoint = results[-1].checkpoint
     _summarise(results, images)
+    if results[-1].predictions:
+        stage_logs = [(r.stage, Path(cfg.output) / r.stage / "metrics.csv") for r in results]
+        report = write_results(
+            Path(cfg.output),
+            model,
+            results[-1].predictions,
+            f"{images.root.resolve().name}, {'test' if images.test else 'validation'}",
+            stage_logs,
+            OmegaConf.to_yaml(cfg, resolve=True),
+        )
+        say(f"report: {report}")
     if results[-1].failure:
         raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
@@ -120,7 +105,7 @@ def run_stage(
     precision = str(cfg.trainer.precision)
     if precision == "auto":
         precision = fastest_precision(cfg.trainer.accelerator)
-    module, data, limits = _plan(stage, images, model, precision)
+    module, data, limits = plan(stage, images, model, precision)
     convex = isinstance(module, ConvexModule)
     validates = len(images.val) > 0
     best = ModelCheckpoint(
@@ -150,6 +135,7 @@ def run_stage(
             return {}
         return dict(evaluator.validate(module, datamodule=data, verbose=False)[0])
 
+    log_configuration(loggers, cfg, stage)
     start = validate() if stage.name == "finetune" else {}
     for logger in loggers:
         logger.log_metrics(start, step=0)
@@ -177,8 +163,18 @@ def run_stage(
         checkpoint, metrics = origin, start
         start_model = load_model(origin, images.classes, cfg.model.normalization)
         model.load_state_dict(start_model.state_dict())
-    if images.test:
-        metrics |= evaluator.test(module, datamodule=data, verbose=False)[0]
+    predictions = None
+    samples = images.test or images.val
+    if trainer.is_global_zero and samples:
+        loader = data.test_dataloader() if images.test else data.val_dataloader()
+        batches = (data.on_after_batch_transfer(batch, 0) for batch in loader)
+        device = trainer.strategy.root_device
+        predictions = predict_split(model, samples, batches, device, precision)
+        if images.test:
+            figures = headline(predictions)
+            names = {"test_top1": "top1", "test_top5": "top5", "test_loss": "nll"}
+            metrics |= {key: figures[name].value for key, name in names.items()}
+        log_predictions(loggers, predictions)
     for logger in loggers:
         logger.log_metrics({key: v for key, v in metrics.items() if key.startswith("test")})
         logger.finalize("success")
@@ -186,96 +182,8 @@ def run_stage(
             logger.experiment.finish()  # the next stage is a run of its own
     if trainer.is_global_zero:
         plot_curves(folder / "metrics.csv", folder / "curves.png")
-    return Result(stage.name, checkpoint, metrics, failure)
-
-
-def _plan(
-    stage: DictConfig, images: ImageFolderData, model: BCNN, precision: str
-) -> tuple[BCNNModule, L.LightningDataModule, dict[str, Any]]:
-    """What to fit, on what, and the trainer's limits that go with it."""
-    loss = _loss(stage, images, balanced=stage.class_weights)
-    steps = {
-        "optimizer": instantiate(stage.optimizer),
-        "scheduler": instantiate(stage.scheduler),
-        "loss": loss,
-    }
-    limits: dict[str, Any] = {"max_epochs": stage.epochs, "accumulate_grad_batches": stage.accumulate}
-    if stage.name == "finetune":
-        model.checkpointing = stage.checkpointing
-        tuning = {key: stage[key] for key in ("centering", "polyak", "open_from")}
-        return BCNNModule(model, "finetune", **steps, **tuning), images, limits
-    by_steps = BCNNModule(model, "last", **steps)
-    if stage.store == "off":
-        if stage.solver == "convex":
-            raise UserError("stage.solver=convex needs the store: leave out stage.store=off")
-        return by_steps, images, limits
-    data = DescriptorData(images, model, precision)
-    if not _fits(stage.store, data):
-        return by_steps, images, limits
-    if not _solves(stage.solver, images):
-        return by_steps, data, limits
-    # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
-    limits = {"max_epochs": len(stage.l2), "limit_train_batches": 1, "precision": "32-true"}
-    # The solver takes every row once: to draw classes equally often is to weigh them equally.
-    loss = _loss(stage, images, balanced=stage.class_weights or images.sampler == "balanced")
-    return ConvexModule(model, data, stage.l2, loss), data, limits
-
-
-def _loss(stage: DictConfig, images: ImageFolderData, balanced: bool) -> nn.Module:
-    """The stage's loss, in which every class weighs the same if `balanced`."""
-    loss: nn.Module = instantiate(stage.loss)(weight=images.class_weights() if balanced else None)
-    return loss
-
-
-def _fits(store: str, data: DescriptorData) -> bool:
-    """Whether to use the descriptor store; says what was decided and why."""
-    size = f"{len(data.paths)} images × {VIEWS} views, {data.store.nbytes / 1e9:.2f} GB"
-    stores_dir().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(stores_dir()).free
-    built = data.store.folder.exists()
-    if store == "on" or built or data.store.nbytes < free / 2:
-        say(f"descriptor store {data.store.folder}: {size}")
-        return True
-    say(f"no descriptor store: {size} is over half of the {free / 1e9:.2f} GB free in {stores_dir()}")
-    return False
-
-
-def _solves(solver: str, images: ImageFolderData) -> bool:
-    """Whether stage `last` is solved as a convex problem, or by SGD; says which and why."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for_sgd = [override for override in given if SGD_OPTION.match(override)]
-    rows = len(images.train) * VIEWS
-    if solver == "convex" and for_sgd:
-        raise UserError(f"{for_sgd[0]} has no effect with stage.solver=convex: leave one of them out")
-    if solver != "auto":
-        return solver == "convex"
-    if for_sgd:
-        say(f"solver: sgd, since {for_sgd[0]} was given")
-    elif rows > MAX_ROWS:
-        say(f"solver: sgd, since {rows} rows are more than the {MAX_ROWS} that convex is used for")
-    else:
-        say(f"solver: convex, {rows} rows")
-    return not for_sgd and rows <= MAX_ROWS
-
-
-def _build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
-    if cfg.ckpt is None:
-        model = BCNN(images.classes, images.size, images.resize, images.crop_pct)
-        initialise_features(model, cfg.model.weights, cfg.model.normalization)
-        return model
-    model = load_model(cfg.ckpt, images.classes, cfg.model.normalization)
-    if model.classes != images.classes:
-        raise UserError(
-            f"{cfg.ckpt} was trained on other classes ({', '.join(model.classes[:3])}, …) than "
-            f"{images.root} holds ({', '.join(images.classes[:3])}, …): train stage=last on them first"
-        )
-    before, now = (
-        f"{that.size} px ({that.resize}, crop_pct {that.crop_pct:g})" for that in (model, images)
-    )
-    if before != now:
-        say(f"{cfg.ckpt} was trained at {before}; going on at {now}")
-    model.size, model.resize, model.crop_pct = images.size, images.resize, images.crop_pct
-    return model
+    trainer.strategy.barrier()
+    return Result(stage.name, checkpoint, metrics, predictions, failure)
 
 
 def _summarise(results: list[Result], images: ImageFolderData) -> None:

@@ -117,11 +117,10 @@ def save_model(model: BCNN, path: str | Path) -> None:
 def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
-    `classes` is a JSON list in the order of the logits, `size` a number of pixels, `resize` "keep" or
-    "squash", `crop_pct` the crop's share of the resized side; `preprocessing` says in words what these
-    ask for.
+    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize` and `crop_pct` are
+    `BCNN`'s, and `preprocessing` says in words what they ask for.
     """
-    size, side = model.size, round(model.size / model.crop_pct)
+    size, side = model.size, model.resized_side
     resized = f"short side to {side} px" if model.resize == "keep" else f"to {side} × {side} px"
     return {
         "classes": json.dumps(model.classes),
@@ -262,9 +261,5 @@ def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     """Undo `describe` where the metadata are its own."""
     if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
         return dict(metadata)
-    return {
-        **metadata,
-        "classes": json.loads(metadata["classes"]),
-        "size": int(metadata["size"]),
-        "crop_pct": float(metadata["crop_pct"]),
-    }
+    numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
+    return {**metadata, **numbers, "classes": json.loads(metadata["classes"])}

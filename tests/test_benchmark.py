@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Run
+from rich.console import Console
 from torchvision.models import VGG16_Weights
 
-from bcnn.benchmark import predict
+from bcnn.benchmark import data, photographs, predict
 from bcnn.benchmark.harness import Contender, Options
 from bcnn.benchmark.source import SourceNet
 from bcnn.model import BCNN
@@ -17,7 +18,7 @@ from bcnn.weights import source_state_dict
 def test_the_source_s_network_is_the_same_function() -> None:
     torch.manual_seed(0)
     model = BCNN(["a", "b"]).double()
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
     model.set_normalization(preset.mean, preset.std)
     torch.nn.init.normal_(model.classifier.weight)
     source = SourceNet(2).double()
@@ -50,6 +51,33 @@ def test_prediction_in_one_process(images: Path, monkeypatch: pytest.MonkeyPatch
     assert list(table.columns[0].cells)[:2] == ["a plain loop", "bcnn.predict"]
     assert all(float(rate) > 0 for rate in table.columns[2].cells)
     assert table.row_count == 4 and "ONNX Runtime is not installed" in str(table.caption)
+
+
+def test_loading_is_compared_on_the_same_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SIZES", ((80, 60), (400, 300)))
+    monkeypatch.setattr(data, "measure", lambda contender, options: contender(options))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    model = BCNN(["a", "b"])
+    torch.nn.init.normal_(model.classifier.weight)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    options = Options(size=32, batch=2, images=4, ckpt=str(tmp_path / "model.pth"), device="cpu")
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(data.table(options))
+    lines = [line.split("│") for line in shown.get().splitlines() if "│" in line]
+    assert [line[2].strip() for line in lines] == ["plain", "bcnn"] * 2
+    assert lines[0][1].strip() == "80 × 60 px" and lines[2][1].strip() == "400 × 300 px"
+    assert "of 4 photographs decoded at a reduced scale" in " ".join(shown.get().split())
+
+
+def test_photographs_of_a_seed_are_the_same_and_of_a_photograph_s_weight(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photographs.write(tmp_path / name, (500, 375), 2)
+    first, second = sorted((tmp_path / "a").iterdir())
+    assert first.read_bytes() == (tmp_path / "b" / first.name).read_bytes() != second.read_bytes()
+    assert 0.3 < first.stat().st_size / (500 * 375) < 0.7  # bytes a pixel
 
 
 def test_unknown_options_are_one_sentence(python: Run) -> None:

@@ -85,8 +85,12 @@ def test_images_pass_the_features_once_and_never_again(
     assert sum(counts) == 24 * VIEWS
 
 
-@pytest.mark.parametrize("change", ["features", "image", "size", "resize", "precision", "mean"])
-def test_whatever_determines_the_rows_makes_another_store(images: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["features", "image", "size", "resize", "precision", "mean", "decoding"]
+)
+def test_whatever_determines_the_rows_makes_another_store(
+    images: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = DescriptorData(folder_data(images), network(), "32-true").store.key
     model, options, precision = network(), {}, "32-true"
     if change == "features":
@@ -95,6 +99,8 @@ def test_whatever_determines_the_rows_makes_another_store(images: Path, change: 
         write_images(images / "train", 1, seed=9)
     elif change == "mean":
         model.set_normalization([0.1, 0, 0], [1, 1, 1])
+    elif change == "decoding":
+        monkeypatch.setattr("bcnn.descriptors.MARGIN", 1)
     elif change == "precision":
         precision = "bf16-mixed"
     else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from bcnn.benchmark import convex, finetune, last, predict
+from bcnn.benchmark import convex, data, finetune, last, predict
 from bcnn.benchmark.harness import Options
 from bcnn.errors import UserError
 from bcnn.options import command
@@ -19,18 +19,21 @@ python -m bcnn.benchmark [OPTION=VALUE ...]
   stage=last       the source's loop, a cache of relu5_3 maps, and this project's descriptor store
   stage=finetune   a training step of the source's network, and of this project's
   stage=convex     the convex solver at growing numbers of rows (two an image)
+  stage=data       torchvision's plain loading of JPEGs, and this project's
   stage=predict    bcnn.predict and a plain loop over photographs; PyTorch and ONNX Runtime
 
   device=auto      auto | cpu | cuda
   size=448         side of the images in pixels
   batch=8          images a step of a network (steps over stored features take 64)
-  images=32        images that the source's loop, the cache and prediction are timed over
+  images=32        images that the source's loop, the cache, loading and prediction are timed over
   classes=17       of stage=finetune, stage=convex and stage=predict
   rows=[500,1000,2000]  of stage=convex
   epochs=55        of stage=last; 2 at least, as the first warms up
-  root=FOLDER      image folder for stage=last, any folder of photographs for stage=predict; none:
-                   the embedded butterflies
+  root=FOLDER      image folder for stage=last; none: the embedded butterflies
+                   any folder of photographs for stage=predict (none: the butterflies) and stage=data
+                   (none: made ones of two sizes)
   weights=random   for stage=last, as model.weights
+  ckpt=PATH        for stage=data: does reduced decoding change this model's answers?
 """
 
 PARTS: dict[str, Callable[[Options], Table]] = {
@@ -38,6 +41,7 @@ PARTS: dict[str, Callable[[Options], Table]] = {
     "finetune": finetune.table,
     "convex": convex.table,
     "predict": predict.table,
+    "data": data.table,
 }
 
 

@@ -33,6 +33,7 @@ class Options:
     epochs: int = 55
     root: str = ""
     weights: str = "random"
+    ckpt: str = ""
 
     @property
     def torch_device(self) -> torch.device:

@@ -18,7 +18,14 @@ from bcnn.data.layout import Layout, Samples, listed, mistakes, read_folder, rea
 from bcnn.data.review import duplicates, imbalance
 from bcnn.data.splits import draw_splits, refuse_fractions, stratified_split, too_few
 from bcnn.data.subset import choose_classes
-from bcnn.data.transforms import MIN_SIZE, Resize, evaluation_transform, load_image, training_transform
+from bcnn.data.transforms import (
+    MIN_SIZE,
+    Resize,
+    evaluation_transform,
+    load_image,
+    resized_side,
+    training_transform,
+)
 from bcnn.errors import UserError
 
 Broken = Literal["stop", "skip"]
@@ -33,20 +40,25 @@ class ImageList(Dataset[tuple[Tensor, int]]):
     Args:
         samples: (path, label) pairs.
         transform: PIL image → uint8 tensor (3, height, width).
+        side: the short side that `transform` resizes to: see `load_image`.
     """
 
     def __init__(
-        self, samples: Sequence[tuple[str, int]], transform: Callable[[Image.Image], Tensor]
+        self,
+        samples: Sequence[tuple[str, int]],
+        transform: Callable[[Image.Image], Tensor],
+        side: int | None = None,
     ) -> None:
         self.samples = samples
         self.transform = transform
+        self.side = side
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(load_image(path)).as_subclass(Tensor), label
+        return self.transform(load_image(path, self.side)).as_subclass(Tensor), label
 
 
 class ImageFolderData(L.LightningDataModule):
@@ -216,13 +228,13 @@ class ImageFolderData(L.LightningDataModule):
     ) -> DataLoader:
         sampler = self.train_sampler() if shuffle else None
         return DataLoader(
-            ImageList(samples, transform),
+            ImageList(samples, transform, resized_side(self.size, self.crop_pct)),
             batch_size=batch_size,
             shuffle=shuffle and sampler is None,
             sampler=sampler,
             drop_last=shuffle and len(samples) > batch_size,  # a rest of one image has no mean
             num_workers=self.num_workers,
-            persistent_workers=shuffle and self.num_workers > 0,
+            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

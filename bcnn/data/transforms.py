@@ -1,5 +1,6 @@
 """From a file to the uint8 tensor that the model takes."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +15,28 @@ Resize = Literal["keep", "squash"]
 
 MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
 
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this many times the side needed.
+# On 272 photographs of flowers, at the least that each allows: 1 changes the top-1 of four, 1.5 and 2
+# that of none.
+MARGIN = 1.5
 
-def load_image(path: str | Path) -> Image.Image:
+
+def load_image(path: str | Path, side: int | None = None) -> Image.Image:
     """Any image that Pillow opens, as `upright_rgb`.
+
+    Args:
+        path: of the file.
+        side: the short side in pixels that the image is going to be resized to. A JPEG of several
+            times that is then decoded at a fraction of its size. None: whole.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as file:
+            if side is not None:
+                least = math.ceil(MARGIN * side)
+                file.draft(None, (least, least))  # Pillow's name for it; of JPEGs only
             return upright_rgb(file)
     except (
         OSError,
@@ -43,19 +57,24 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def training_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
     """Resize, random crop and horizontal flip: PIL image → uint8 tensor (3, size, size)."""
-    resized = _resize(round(size / crop_pct), resize)
+    resized = _resize(resized_side(size, crop_pct), resize)
     return v2.Compose([v2.ToImage(), resized, v2.RandomCrop(size), v2.RandomHorizontalFlip()])
 
 
 def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
     """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
-    resized = _resize(round(size / crop_pct), resize)
+    resized = _resize(resized_side(size, crop_pct), resize)
     return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(size)])
+
+
+def resized_side(size: int, crop_pct: float = 1.0) -> int:
+    """The short side in pixels that crops of `size` are cut from."""
+    return round(size / crop_pct)
 
 
 def evaluation_crop(
@@ -65,8 +84,9 @@ def evaluation_crop(
 
     The transform rounds to pixels of the resized image; this does not.
     """
-    sides = (width, height) if resize == "squash" else (min(width, height),) * 2
-    across, down = (crop_pct * side for side in sides)
+    across, down = width * crop_pct, height * crop_pct
+    if resize == "keep":
+        across = down = min(across, down)
     left, top = (width - across) / 2, (height - down) / 2
     return left, top, left + across, top + down
 

@@ -1,0 +1,103 @@
+"""Large JPEGs: decoded at a fraction of their size, and the same photograph for the network."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from bcnn.benchmark.photographs import photograph
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import MARGIN, Resize, evaluation_transform, load_image
+from bcnn.errors import UserError
+
+SIDE = 48
+LARGE = (640, 480)
+BOUND = 3.0  # grey levels, on average over the pixels
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return photograph(LARGE, np.random.default_rng(0))
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, quality=90, **options)
+    return path
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a.float() - b.float()).abs().mean())
+
+
+@pytest.mark.parametrize("side", [16, 24, 40, 60, 100, 160, 240, 480, 1000])
+def test_what_is_left_is_never_less_than_the_margin(
+    picture: Image.Image, tmp_path: Path, side: int
+) -> None:
+    loaded = load_image(save(picture, tmp_path / "large.jpg"), side)
+    fractions = [s for s in (8, 4, 2, 1) if min(LARGE) // s >= MARGIN * side] or [1]
+    assert loaded.size == tuple(length // fractions[0] for length in LARGE)
+
+
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_the_crop_is_that_of_the_whole_image(
+    picture: Image.Image, tmp_path: Path, resize: Resize, options: dict[str, Any]
+) -> None:
+    path = save(picture, tmp_path / "large.jpg", **options)
+    transform = evaluation_transform(SIDE, resize)
+    reduced, whole = load_image(path, SIDE), load_image(path)
+    assert reduced.size < whole.size
+    assert difference(transform(reduced), transform(whole)) < BOUND
+    assert difference(transform(ImageOps.mirror(reduced)), transform(whole)) > 5 * BOUND
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_images_are_upright(picture: Image.Image, tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(picture, tmp_path / "turned.jpg", exif=exif)
+    reduced, whole = load_image(path, SIDE), load_image(path)
+    assert (reduced.width < reduced.height) == (orientation > 4)
+    transform = evaluation_transform(SIDE, "squash")
+    assert difference(transform(reduced), transform(whole)) < BOUND
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_reduced_images_are_rgb(picture: Image.Image, tmp_path: Path, mode: str) -> None:
+    path = save(picture.convert(mode), tmp_path / "large.jpg")
+    reduced, whole = load_image(path, SIDE), load_image(path)
+    assert reduced.mode == whole.mode == "RGB" and reduced.size < whole.size
+    transform = evaluation_transform(SIDE, "keep")
+    assert difference(transform(reduced), transform(whole)) < BOUND
+
+
+@pytest.mark.parametrize("name", ["small.jpg", "large.png"])
+def test_other_images_are_decoded_whole(picture: Image.Image, tmp_path: Path, name: str) -> None:
+    image = picture if name.endswith("png") else picture.crop((0, 0, 100, 90))
+    path = save(image, tmp_path / name)
+    np.testing.assert_array_equal(load_image(path, SIDE), load_image(path))
+
+
+def test_a_large_file_cut_short_is_named(picture: Image.Image, tmp_path: Path) -> None:
+    path = save(picture, tmp_path / "cut.jpg")
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(UserError, match=r"cut\.jpg"):
+        load_image(path, SIDE)
+
+
+def test_folders_load_reduced_images(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The side is the one that images are resized to, not the crop's: a third more than it here."""
+    samples = [(str(save(picture, tmp_path / "large.jpg")), 0)]
+    sides = []
+    monkeypatch.setattr("bcnn.data.folder.load_image", lambda path, side: sides.append(side) or picture)
+    data = ImageFolderData(tmp_path, SIDE, crop_pct=0.75, num_workers=0)
+    data.train = samples
+    for loader in (data.train_dataloader(), data.evaluation_dataloader(samples)):
+        assert next(iter(loader))[0].shape == (1, 3, SIDE, SIDE)
+    assert sides == [64, 64]
