@@ -141,7 +141,7 @@ def source_state_dict(model: BCNN) -> dict[str, Tensor]:
     """
     state = {f"features.{key}": value for key, value in model.features.state_dict().items()}
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-    mean, std = (model.mean.new_tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
+    mean, std = (torch.tensor(v).to(model.mean).view(3, 1, 1) for v in (preset.mean, preset.std))
     first = state["features.0.weight"]
     shift = (first * (mean - model.mean) / model.std).sum((1, 2, 3))
     state["features.0.weight"] = first * (std / model.std)

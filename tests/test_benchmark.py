@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, Run
 from rich.console import Console
+from torchvision.models import VGG16_Weights
 
 from bcnn.benchmark import data, photographs, predict
 from bcnn.benchmark.harness import Contender, Options
@@ -17,11 +18,14 @@ from bcnn.weights import source_state_dict
 def test_the_source_s_network_is_the_same_function() -> None:
     torch.manual_seed(0)
     model = BCNN(["a", "b"]).double()
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
+    model.set_normalization(preset.mean, preset.std)
     torch.nn.init.normal_(model.classifier.weight)
     source = SourceNet(2).double()
     source.load_state_dict(source_state_dict(model))
     images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
-    torch.testing.assert_close(source(images), model(images), rtol=1e-10, atol=1e-12)
+    normalised = (images - model.mean) / model.std
+    torch.testing.assert_close(source(normalised), model(images), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("stage", ["last", "finetune", "convex"])

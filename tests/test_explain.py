@@ -55,13 +55,16 @@ def run(*words: str) -> int:
 
 @pytest.mark.parametrize("size", [(144, 90), (60, 133), (72, 72)])
 @pytest.mark.parametrize("resize", ["keep", "squash"])
-def test_the_crop_lies_where_the_transform_looks(size: tuple[int, int], resize: Resize) -> None:
+@pytest.mark.parametrize("crop_pct", [1.0, 0.75])
+def test_the_crop_lies_where_the_transform_looks(
+    size: tuple[int, int], resize: Resize, crop_pct: float
+) -> None:
     """On an image whose pixels say where they are."""
     across = np.linspace(0, 255, size[0]).astype(np.uint8)
     down = np.linspace(0, 255, size[1]).astype(np.uint8)
     where = np.stack(np.broadcast_arrays(across[None, :], down[:, None], np.uint8(0)), axis=-1)
-    seen = evaluation_transform(72, resize)(Image.fromarray(where)).float()
-    left, top, right, bottom = evaluation_crop(*size, resize)
+    seen = evaluation_transform(72, resize, crop_pct)(Image.fromarray(where)).float()
+    left, top, right, bottom = evaluation_crop(*size, resize, crop_pct)
     edges = [seen[0, 36, 0], seen[1, 0, 36], seen[0, 36, -1], seen[1, -1, 36]]
     expected = [
         255 * edge / side for edge, side in zip((left, top, right, bottom), size * 2, strict=True)

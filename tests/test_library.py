@@ -46,6 +46,17 @@ def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, path
     torch.testing.assert_close(model.predict(batch), probabilities)
 
 
+def test_the_crop_is_as_large_a_share_as_in_training(model: BCNN, tmp_path: Path) -> None:
+    frame = Image.new("RGB", (64, 64), "red")
+    frame.paste("blue", (8, 8, 56, 56))
+    whole = model.transforms()(frame)
+    model.crop_pct = 0.5
+    middle = model.transforms()(frame)
+    model.crop_pct = 1.0
+    assert whole.shape == middle.shape == (3, 32, 32)
+    assert whole[0].max() == 255 and middle[0].max() == 0
+
+
 def test_one_photograph_is_a_batch_of_one(model: BCNN, paths: list[Path]) -> None:
     expected = model.predict(paths[:1])
     for one in (paths[0], str(paths[0]), Image.open(paths[0])):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import VGG16_Weights
 
 from bcnn.model import BCNN
 from bcnn.weights import source_state_dict
@@ -39,7 +40,8 @@ class SourceNet(nn.Module):
 def model() -> BCNN:
     torch.manual_seed(0)
     model = BCNN(["a", "b", "c"], size=32)
-    model.set_normalization([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
+    model.set_normalization(preset.mean, preset.std)
     nn.init.normal_(model.classifier.weight)
     nn.init.normal_(model.classifier.bias)
     return model.double()

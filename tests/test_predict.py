@@ -110,7 +110,7 @@ def test_a_broken_image_has_a_row_and_does_not_stop_the_others(
 def test_whatever_a_decoder_raises_is_told_in_its_row(
     ckpt: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(path: str) -> Image.Image:
+    def load(path: str, side: int) -> Image.Image:
         if path == "b":
             raise MemoryError
         return Image.new("RGB", (32, 32))
