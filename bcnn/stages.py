@@ -198,7 +198,7 @@ def _summarise(results: list[Result], images: ImageFolderData) -> None:
                 name = {"val": "validation", "test": "test"}[split]
                 say(f"{result.stage:9}{name:>11}: top-1 {top1:.1%}, top-5 {top5:.1%} ({count} images)")
     if not images.test:
-        say(f"{images.root} has no test/ folder: no test figures")
+        say(f"{images.root} has no test images: no test figures")
     say(f"best checkpoint: {results[-1].checkpoint}")
     if HydraConfig.initialized():
         say(f"next: {_next_command(results[-1])}")

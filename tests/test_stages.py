@@ -98,7 +98,7 @@ def test_without_a_test_folder_validation_alone_is_reported(
     options = ["stage=last", f"output={tmp_path}"]
     run(configure(*toy(tmp_path / "images", *options)))
     printed = capsys.readouterr().out
-    assert "no test/ folder" in printed and "validation: top-1" in printed
+    assert "no test images" in printed and "validation: top-1" in printed
     assert "test: top-1" not in printed
 
 
