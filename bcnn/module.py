@@ -73,7 +73,8 @@ class BCNNModule(L.LightningModule):
                 "resize": model.resize,
                 "crop_pct": model.crop_pct,
                 "stage": stage,
-            }
+            },
+            logger=False,  # loggers are told the whole configuration, under the same names
         )
         count = len(model.classes)
         metrics = MetricCollection(

@@ -83,7 +83,8 @@ def python(tmp_path: Path) -> Run:
     """Run `python *arguments` in an empty folder, as a user would; no GPU, no account, no colours."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        variables = {**os.environ, "WANDB_MODE": "offline", "COLUMNS": "200", **environment}
+        quiet = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(tmp_path), "COLUMNS": "200"}
+        variables = {**os.environ, **quiet, **environment}
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=tmp_path,
