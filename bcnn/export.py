@@ -41,7 +41,7 @@ from bcnn.options import REQUIRED, command
 from bcnn.weights import describe, load_model, save_model
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
-TOLERANCE = 1e-3  # of the largest output; another order of float32 sums makes about 1e-5
+TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `source_state_dict` 2e-4
 
 Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
 
