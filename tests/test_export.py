@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,7 +12,8 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from conftest import ROOT
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
@@ -96,27 +99,28 @@ def test_onnx_says_what_it_takes_and_gives_and_nothing_of_this_machine(onnx_file
 
 
 def classify(onnx_path: Path, photograph: str) -> tuple[list[str], np.ndarray]:
-    """A consumer without torch: the example of the README."""
-    session = onnxruntime.InferenceSession(onnx_path)
-    about = session.get_modelmeta().custom_metadata_map
-    keep, side = about["resize"] == "keep", int(about["size"])
-    image = ImageOps.exif_transpose(Image.open(photograph)).convert("RGB")
-    edges = [edge * side // min(image.size) if keep else side for edge in image.size]
-    left, top = (round((edge - side) / 2) for edge in edges)
-    image = image.resize(edges, Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
-    (logits,) = session.run(None, {"images": np.asarray(image).transpose(2, 0, 1)[None]})
-    return json.loads(about["classes"]), logits[0]
+    """Run the README's consumer, which knows neither torch nor this project."""
+    found = re.search(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    code = (
+        found[1].replace('"best.onnx"', repr(str(onnx_path))).replace('"photo.jpg"', repr(photograph))
+    )
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return json.loads(names["about"]["classes"]), names["logits"][0]
 
 
 def test_a_consumer_with_numpy_and_pillow_alone_agrees(
-    model: BCNN, onnx_file: Path, photographs: list[str]
+    model: BCNN, onnx_file: Path, photographs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    capsys.readouterr()
     for path in photographs:
         classes, logits = classify(onnx_file, path)
         image = evaluation_transform(64, "keep")(load_image(path))
         with torch.no_grad():
             expected = model(image[None])[0]
         assert classes == CLASSES
+        assert capsys.readouterr().out.strip() == CLASSES[expected.argmax()]
         np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
