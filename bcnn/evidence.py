@@ -25,6 +25,7 @@ from bcnn.model import BCNN
 from bcnn.pooling import ROOT_EPS, bilinear_pool, signed_sqrt, unpack
 
 
+@torch.no_grad()
 def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
     """Each location's share of a logit, or of the difference of two.
 
@@ -38,16 +39,7 @@ def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None
         logits[target] - logits[against]; places above zero spoke for `target`. All-zero features have
         zero shares.
     """
-    return shares(model, feature_maps(model, images), target, against)
-
-
-@torch.no_grad()
-def feature_maps(model: BCNN, images: Tensor) -> Tensor:
-    """Maps of relu5_3 (batch, 512, height // 16, width // 16), caught on their way to the pooling."""
-    caught: list[Tensor] = []
-    with model.features.register_forward_hook(lambda _, __, maps: caught.append(maps)):
-        model.descriptor(images)
-    return caught[0]
+    return shares(model, model.feature_maps(images), target, against)
 
 
 @torch.no_grad()

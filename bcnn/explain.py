@@ -15,7 +15,7 @@ from torch import Tensor
 from bcnn.data.paths import find_images
 from bcnn.data.transforms import evaluation_crop, load_image
 from bcnn.errors import UserError
-from bcnn.evidence import feature_maps, shares
+from bcnn.evidence import shares
 from bcnn.model import BCNN
 from bcnn.options import REQUIRED, command
 from bcnn.pooling import bilinear_descriptor
@@ -95,7 +95,7 @@ def explain(
     dtype = AUTOCAST.get(fastest_precision(device.type))
     images = model.transforms()(photograph)[None].to(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        maps = feature_maps(model, images)
+        maps = model.feature_maps(images)
         logits = model.logits(bilinear_descriptor(maps))[0]
     likeliest = logits.argsort(descending=True).tolist()
     target = likeliest[0] if target is None else target

@@ -117,27 +117,17 @@ class BCNN(nn.Module):
             layer.requires_grad_(index >= first)
 
     def feature_maps(self, images: Tensor) -> Tensor:
-        """Normalised images (batch, 3, height, width) → relu5_3 (batch, 512, height/16, width/16).
+        """Maps of relu5_3.
 
         With `checkpointing`, the activations of the first two blocks, which are most of them, are
         computed again in the backward pass instead of being kept (Chen et al., "Training Deep Nets
         with Sublinear Memory Cost", 2016).
-        """
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return self.features(images)
-        conv2, conv3 = LAYERS["conv2_1"], LAYERS["conv3_1"]
-        x = checkpoint(self.features[:conv2], images, use_reentrant=False)
-        x = checkpoint(self.features[conv2:conv3], x, use_reentrant=False)
-        return self.features[conv3:](x)
-
-    def descriptor(self, images: Tensor) -> Tensor:
-        """Packed bilinear descriptors.
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
 
         Returns:
-            (batch, 131328), rows of unit length, in float32 at least.
+            (batch, 512, height // 16, width // 16).
 
         Raises:
             ValueError: images of another shape, or under 32 px.
@@ -151,7 +141,20 @@ class BCNN(nn.Module):
         if not images.is_floating_point():
             x = x / 255
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return bilinear_descriptor(self.feature_maps(x))
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.features(x)
+        conv2, conv3 = LAYERS["conv2_1"], LAYERS["conv3_1"]
+        x = checkpoint(self.features[:conv2], x, use_reentrant=False)
+        x = checkpoint(self.features[conv2:conv3], x, use_reentrant=False)
+        return self.features[conv3:](x)
+
+    def descriptor(self, images: Tensor) -> Tensor:
+        """Packed bilinear descriptors of images as for `feature_maps`.
+
+        Returns:
+            (batch, 131328), rows of unit length, in float32 at least.
+        """
+        return bilinear_descriptor(self.feature_maps(images))
 
     def logits(self, descriptors: Tensor) -> Tensor:
         """Classify descriptors: (batch, 131328) → (batch, classes), in float32 at least.
@@ -172,7 +175,7 @@ class BCNN(nn.Module):
         self.centering.mean.copy_(mean)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images as for `descriptor` → logits (batch, classes)."""
+        """Images as for `feature_maps` → logits (batch, classes)."""
         return self.logits(self.descriptor(images))
 
     def transforms(self) -> v2.Compose:
@@ -190,7 +193,7 @@ class BCNN(nn.Module):
 
         Args:
             images: a PIL image or a path, or a list of them: each goes through `transforms`; or a
-                tensor as for `descriptor`, taken as it is.
+                tensor as for `feature_maps`, taken as it is.
 
         Returns:
             (batch, classes), rows that sum to one, in float32 at least.

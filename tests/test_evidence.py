@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import make_near_sighted
 from torch import Tensor, nn
 
-from bcnn.evidence import evidence, feature_maps, shares
+from bcnn.evidence import evidence, shares
 from bcnn.model import BCNN
 from bcnn.pooling import bilinear_descriptor
 
@@ -48,7 +48,7 @@ def test_a_share_is_the_due_part_of_the_logit_and_twice_the_gradient(
     model: BCNN, images: Tensor
 ) -> None:
     """By autograd through the descriptor: its weights on the locations scale each x_p x_pᵀ."""
-    maps = feature_maps(model, images)
+    maps = model.feature_maps(images).detach()
     weights = torch.ones_like(maps[:, :1]).requires_grad_()
     logits = model.logits(bilinear_descriptor(maps * weights.sqrt()))[torch.arange(3), TARGET]
     (gradient,) = torch.autograd.grad(logits.sum(), weights)
