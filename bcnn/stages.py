@@ -207,8 +207,8 @@ def _summarise(results: list[Result], images: ImageFolderData) -> None:
 def _next_command(result: Result) -> str:
     """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate."""
     given = HydraConfig.get().overrides.task
-    kept = [o for o in given if not re.match(r"\W*(stage|ckpt|experiment|output)\b", o)]
+    kept = [o for o in given if not re.match(r"\W*(stage|ckpt|output)\b", o)]
     words = ["python", "train.py", "stage=finetune", f"ckpt={result.checkpoint}", *kept]
     if result.stage == "finetune":
-        words.append("stage.optimizer.lr=1e-4")
+        words.append("stage.optimizer.lr=3e-4")
     return shlex.join(words)
