@@ -87,7 +87,7 @@ class DescriptorData(L.LightningDataModule):
                 self._build(missing[rank::ranks], strategy.root_device, show=rank == 0)
                 strategy.barrier()
             if ranks > 1:
-                self.store.open()
+                self.store.find_chunks()
                 strategy.barrier()
         self._ready = True
 

@@ -86,7 +86,7 @@ class DescriptorStore:
         return FileLock(stores_dir() / f"{self.key}.lock")
 
     def open(self) -> tuple[list[int], int]:
-        """Verify every chunk.
+        """Verify every chunk, under the lock; what is damaged or left over is removed.
 
         Returns:
             The chunks still to be computed, and how many of them were there but damaged (these
@@ -97,17 +97,20 @@ class DescriptorStore:
         _write(self.folder / "store.json", json.dumps(about, indent=1).encode())
         for leftover in self.folder.glob("*.tmp"):  # of a run that was killed
             leftover.unlink()
+        damaged = self.find_chunks()
+        for path in damaged:
+            path.unlink()
+        missing = [c for c in range(self.chunk_count) if c not in self._chunks]
+        return missing, len(damaged)
+
+    def find_chunks(self) -> list[Path]:
+        """Verify every chunk and change nothing; returns the damaged ones."""
         found = sorted(self.folder.glob("*.rows"))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets go of the interpreter's lock
             intact = list(pool.map(_verifies, found))
-        self._chunks = {}
-        for path, good in zip(found, intact, strict=True):
-            if good:
-                self._chunks[int(path.name.split("-")[0])] = path
-            else:
-                path.unlink()
-        missing = [c for c in range(self.chunk_count) if c not in self._chunks]
-        return missing, intact.count(False)
+        chunks = zip(found, intact, strict=True)
+        self._chunks = {int(path.name.split("-")[0]): path for path, good in chunks if good}
+        return [path for path, good in zip(found, intact, strict=True) if not good]
 
     def chunk_images(self, chunk: int) -> range:
         """Positions of the images whose rows the chunk holds."""

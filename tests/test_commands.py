@@ -103,7 +103,7 @@ def test_help_names_the_groups_and_their_choices(train: Run) -> None:
     run = train("--help")
     assert run.returncode == 0
     assert "stage: both, finetune, last" in run.stdout
-    assert "data: butterflies, folder" in run.stdout
+    assert "data: aircraft, butterflies, cars" in run.stdout
 
 
 def test_stores_are_listed_by_command(python: Run, stores: Path) -> None:

@@ -13,10 +13,16 @@ from bcnn.module import BCNNModule
 from bcnn.precision import AUTOCAST, fastest_precision
 
 
-def project_step(options: Options) -> dict[str, float]:
+def checkpointed_step(options: Options) -> dict[str, float]:
+    """`project_step` with `stage.checkpointing=true`."""
+    return project_step(options, checkpointing=True)
+
+
+def project_step(options: Options, checkpointing: bool = False) -> dict[str, float]:
     """This project's finetune step, in the fastest precision of the device."""
     device = options.torch_device
     model = BCNN([str(k) for k in range(options.classes)], options.size).to(device)
+    model.checkpointing = checkpointing
     module = BCNNModule(model, "finetune", centering=True).train()
     dtype = AUTOCAST.get(fastest_precision(device.type))
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
@@ -39,9 +45,10 @@ def project_step(options: Options) -> dict[str, float]:
 
 def table(options: Options) -> Table:
     """The two side by side, and how near ours comes to the device's limit."""
-    source, ours = measure(source_loop, options), measure(project_step, options)
+    source, ours, less = (measure(c, options) for c in (source_loop, project_step, checkpointed_step))
     table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=options.title)
-    for label, row in (("source's", source), ("this project's", ours)):
+    rows = {"source's": source, "this project's": ours, "with checkpointing": less}
+    for label, row in rows.items():
         table.add_row(
             label,
             f"{row['epoch']:.3f}",

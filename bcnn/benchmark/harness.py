@@ -53,7 +53,12 @@ Contender = Callable[[Options], dict[str, float]]
 
 
 def measure(contender: Contender, options: Options) -> dict[str, float]:
-    """Run a contender in a process of its own, with stores of its own, and add its peak memory."""
+    """Run a contender in a process of its own, with stores of its own.
+
+    Returns:
+        What the contender does, and under `peak` the bytes of memory that it took at most: on a GPU
+        those allocated there, else what the process grew by.
+    """
     Console(stderr=True).print(f"measuring {contender.__name__} …")
     with (
         tempfile.TemporaryDirectory(dir=stores_dir().parent) as stores,
@@ -64,11 +69,17 @@ def measure(contender: Contender, options: Options) -> dict[str, float]:
 
 def _in_process(contender: Contender, options: Options, stores: str) -> dict[str, float]:
     os.environ["BCNN_STORES"] = stores
+    before = _resident()
     result = contender(options)
-    if options.torch_device.type == "cuda":
-        return {**result, "peak": float(torch.cuda.max_memory_allocated())}
+    cuda = options.torch_device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else _resident() - before
+    return {**result, "peak": float(peak)}
+
+
+def _resident() -> int:
+    """Most bytes of memory that this process has had."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return {**result, "peak": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def now(device: torch.device) -> float:
