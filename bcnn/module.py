@@ -128,10 +128,7 @@ class BCNNModule(L.LightningModule):
             self.model.centering.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        loss, logits = self._log_step("val", self.val_metrics, batch)
-        # What the best epoch is chosen by: top-1, and among equals the lower cross-entropy.
-        correct = (logits.argmax(1) == batch[1]).float().mean()
-        self.log("val_score", correct - 1e-3 * loss, on_epoch=True, sync_dist=True)
+        self._log_step("val", self.val_metrics, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._log_step("test", self.test_metrics, batch)

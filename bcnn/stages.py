@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from bcnn.convex import ConvexModule
 from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
 from bcnn.evaluate import logged_stages, predict_split, write_results
@@ -96,13 +95,12 @@ def run_stage(
     if precision == "auto":
         precision = fastest_precision(cfg.trainer.accelerator)
     module, data, limits = plan(stage, images, model, precision)
-    convex = isinstance(module, ConvexModule)
     validates = len(images.val) > 0
     best = ModelCheckpoint(
         folder,
         filename="best" if validates else "last",
-        monitor=("val_loss" if convex else "val_score") if validates else None,
-        mode="min" if convex else "max",
+        # Of a hundred images, top-1 sees the one that just changed sides; the loss sees them all.
+        monitor="val_loss" if validates else None,
         save_weights_only=True,
     )
     loggers = [instantiate(logger, save_dir=folder) for logger in cfg.logger.values()]
@@ -143,7 +141,7 @@ def run_stage(
     checkpoint, failure = Path(best.best_model_path), ""
     model.load_state_dict(load_model(checkpoint).state_dict())
     metrics = validate()
-    if start and origin and not metrics["val_score"] >= start["val_score"]:  # also where it is nan
+    if start and origin and not metrics["val_loss"] <= start["val_loss"]:  # also where it is nan
         if not metrics["val_top1"] >= start["val_top1"]:
             failure = (
                 f"stage {stage.name} ended worse than it started (validation top-1 at best "
@@ -210,5 +208,5 @@ def _next_command(result: Result) -> str:
     kept = [o for o in given if not re.match(r"\W*(stage|ckpt|output)\b", o)]
     words = ["python", "train.py", "stage=finetune", f"ckpt={result.checkpoint}", *kept]
     if result.stage == "finetune":
-        words.append("stage.optimizer.lr=3e-4")
+        words.append("stage.optimizer.lr=3e-3")
     return shlex.join(words)
