@@ -116,7 +116,10 @@ class DescriptorData(L.LightningDataModule):
         rows, labels = batch
         if len(self._batch) < len(rows) or self._batch.device != rows.device:
             self._batch = torch.empty(rows.shape, device=rows.device)
-        return self._batch[: len(rows)].copy_(rows).div_(SCALE), labels
+        descriptors = self._batch[: len(rows)]
+        for part, stored in zip(descriptors.split(4), rows.split(4), strict=True):  # within the cache
+            part.copy_(stored).div_(SCALE)
+        return descriptors, labels
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
         sampler = self.images.train_sampler() if shuffle else None

@@ -5,6 +5,7 @@ Each contender returns seconds an image: `once`, before the first epoch, and of 
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -71,7 +72,8 @@ def descriptor_store(options: Options) -> dict[str, float]:
     model = BCNN(folder.classes, folder.size)
     initialise_features(model, options.weights)
     data = DescriptorData(folder, model, fastest_precision(options.torch_device.type))
-    module = BCNNModule(model, "last", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
+    sgd = partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=1e-5, fused=True)
+    module = BCNNModule(model, "last", sgd)
     clock = _EpochClock()
     fit = trainer(options, max_epochs=options.epochs, callbacks=[clock])
     data.trainer = fit
