@@ -42,6 +42,8 @@ class Movement(L.Callback):
         self.losses.append(float(outputs["loss"]))
         self.common.append(float(common.norm()))
         self.own.append(float((moved - common).square().sum(dim=1).mean().sqrt()))
+        # Not `max_steps`, which the schedule would be shortened to.
+        trainer.should_stop = trainer.global_step >= STEPS
 
     @torch.no_grad()
     def _descriptors(self, module: BCNNModule) -> Tensor:
@@ -72,7 +74,6 @@ def main(checkpoint: str, overrides: list[str]) -> None:
         seen = Movement(images)
         L.Trainer(
             max_epochs=cfg.stage.epochs,
-            max_steps=STEPS,
             limit_val_batches=0,
             precision=fastest_precision(),
             callbacks=[seen],
