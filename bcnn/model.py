@@ -119,9 +119,10 @@ class BCNN(nn.Module):
     def feature_maps(self, images: Tensor) -> Tensor:
         """Maps of relu5_3.
 
-        With `checkpointing`, the activations of the first two blocks, which are most of them, are
-        computed again in the backward pass instead of being kept (Chen et al., "Training Deep Nets
-        with Sublinear Memory Cost", 2016).
+        In the backward pass the pools are computed again: to keep where their maxima were takes as
+        much memory as their inputs in float32. With `checkpointing`, so are the first two blocks, two
+        images at a time, whose activations are most of all (Chen et al., "Training Deep Nets with
+        Sublinear Memory Cost", 2016).
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
@@ -141,12 +142,15 @@ class BCNN(nn.Module):
         if not images.is_floating_point():
             x = x / 255
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return self.features(x)
-        conv2, conv3 = LAYERS["conv2_1"], LAYERS["conv3_1"]
-        x = checkpoint(self.features[:conv2], x, use_reentrant=False)
-        x = checkpoint(self.features[conv2:conv3], x, use_reentrant=False)
-        return self.features[conv3:](x)
+        layers = self.features
+        if self.checkpointing:
+            blocks, layers = layers[: LAYERS["conv3_1"]], layers[LAYERS["conv3_1"] :]
+            x = torch.cat([_recomputed(blocks, part) for part in x.split(2)])
+        for layer in layers:
+            x = _recomputed(layer, x) if isinstance(layer, nn.MaxPool2d) else layer(x)
+        return x
 
     def descriptor(self, images: Tensor) -> Tensor:
         """Packed bilinear descriptors of images as for `feature_maps`.
@@ -215,3 +219,9 @@ class BCNN(nn.Module):
                 ]
             )
         return self(images.to(self.mean.device)).softmax(dim=1)
+
+
+def _recomputed(layers: nn.Module, x: Tensor) -> Tensor:
+    """`layers(x)`, keeping nothing but x for the backward pass."""
+    y: Tensor = checkpoint(layers, x, use_reentrant=False, preserve_rng_state=False)
+    return y

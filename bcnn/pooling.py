@@ -33,7 +33,7 @@ def bilinear_pool(features: Tensor) -> Tensor:
     """
     with torch.autocast(features.device.type, enabled=False):
         x = features.flatten(2).to(torch.promote_types(features.dtype, torch.float32))
-        return (x / x.shape[2]) @ x.mT
+        return (x @ x.mT).div_(x.shape[2])
 
 
 def signed_sqrt(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bcnn.benchmark.harness import Options, measure, now, random_batches, seconds_an_image
+from bcnn.benchmark.harness import Options, measure, now, seconds_an_image
 from bcnn.benchmark.source import source_loop
 from bcnn.model import BCNN
 from bcnn.module import BCNNModule
@@ -36,11 +36,7 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
         sgd.step()
 
     seconds = seconds_an_image(step, options)
-    images, labels = next(random_batches(options))
-    with FlopCounterMode(display=False) as counter:
-        step(images, labels)
-    flops = counter.get_total_flops() / len(images)
-    return {"epoch": seconds, "flops": flops, "rate": _matrix_rate(device, dtype or torch.float32)}
+    return {"epoch": seconds, "rate": _matrix_rate(device, dtype or torch.float32)}
 
 
 def table(options: Options) -> Table:
@@ -56,12 +52,20 @@ def table(options: Options) -> Table:
             f"{source['epoch'] / row['epoch']:.2f} ×",
             f"{row['peak'] / 1e9:.2f} GB",
         )
-    achieved = ours["flops"] / ours["epoch"]
+    achieved = _flops(options) / ours["epoch"]
     table.caption = (
         f"this project's step runs at {achieved / 1e12:.2f} TFLOP/s, {achieved / ours['rate']:.0%} "
         f"of the {ours['rate'] / 1e12:.2f} TFLOP/s of a matrix product in the same precision"
     )
     return table
+
+
+def _flops(options: Options) -> float:
+    """Of a forward and backward pass, an image. Counted apart: it would add to the step's memory."""
+    model = BCNN([str(k) for k in range(options.classes)])
+    with FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, options.size, options.size)).sum().backward()
+    return float(counter.get_total_flops())
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
