@@ -27,6 +27,8 @@ from bcnn.pooling import packed_size
 from bcnn.precision import AUTOCAST
 from bcnn.store import CHUNK, SCALE, VIEWS, DescriptorStore
 
+PART = 4  # rows that are read and converted at a time: little enough to stay in the cache between
+
 
 class DescriptorData(L.LightningDataModule):
     """The image set of another data module, as descriptors from the store.
@@ -104,22 +106,25 @@ class DescriptorData(L.LightningDataModule):
         """Where the store has these images' descriptors (their mirror images' come next)."""
         return [self._position[path] * VIEWS for path, _ in samples]
 
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """Descriptors (len(rows), 131328) in float32."""
-        return torch.from_numpy(self.store.read(rows)).float().div_(SCALE)
+    def read(self, rows: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Descriptors (len(rows), 131328) in float32, in `out` where it is given."""
+        out = torch.empty(len(rows), self.store.width) if out is None else out
+        for start in range(0, len(rows), PART):
+            part = torch.from_numpy(self.store.read(rows[start : start + PART]))
+            out[start : start + PART].copy_(part).div_(SCALE)
+        return out
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Rows as stored → descriptors in float32, on the device, where the next batch's will be too.
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Row numbers → descriptors, on the trainer's device, where the next batch's will be too.
 
         To allocate 33 MB (64 rows) anew in every step takes longer than to fill them.
         """
         rows, labels = batch
-        if len(self._batch) < len(rows) or self._batch.device != rows.device:
-            self._batch = torch.empty(rows.shape, device=rows.device)
-        descriptors = self._batch[: len(rows)]
-        for part, stored in zip(descriptors.split(4), rows.split(4), strict=True):  # within the cache
-            part.copy_(stored).div_(SCALE)
-        return descriptors, labels
+        if len(self._batch) < len(rows):
+            assert self.trainer is not None
+            device = self.trainer.strategy.root_device
+            self._batch = torch.empty(len(rows), self.store.width, device=device)
+        return self.read(rows.tolist(), self._batch[: len(rows)]), labels
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
         sampler = self.images.train_sampler() if shuffle else None
@@ -174,10 +179,9 @@ class DescriptorData(L.LightningDataModule):
 
 
 class _Rows(Dataset[tuple[Tensor, Tensor]]):
-    """A split of the store, read a batch at a time."""
+    """Row numbers of a split in the store, and their labels, a batch at a time."""
 
     def __init__(self, data: DescriptorData, samples: Sequence[tuple[str, int]], mirror: bool) -> None:
-        self.data = data
         self.first = torch.tensor(data.rows(samples))
         self.labels = torch.tensor([label for _, label in samples])
         self.mirror = mirror
@@ -189,7 +193,7 @@ class _Rows(Dataset[tuple[Tensor, Tensor]]):
         rows = self.first[indices]
         if self.mirror:
             rows = rows + torch.randint(VIEWS, rows.shape)
-        return torch.from_numpy(self.data.store.read(rows.tolist())), self.labels[indices]
+        return rows, self.labels[indices]
 
 
 def _hash_features(model: BCNN) -> str:

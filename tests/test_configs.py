@@ -55,7 +55,10 @@ def test_the_source_recipe_is_the_source_s() -> None:
         assert optimizer._target_ == "torch.optim.SGD"
         assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (rate, 0.9, 1e-5)
         assert stage[name].scheduler is None
+        assert stage[name].loss.label_smoothing == 0
     assert stage.last.solver == "sgd"
+    assert stage.finetune.polyak is None and not stage.finetune.centering
+    assert configure("experiment=source").data.train_scale is None
 
 
 def test_butterflies_come_with_random_weights_and_folders_with_imagenet() -> None:

@@ -80,6 +80,18 @@ def test_training_crops_and_flips_at_random() -> None:
     assert {bool(crop[0] < crop[-1]) for crop in crops} == {True, False}
 
 
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+def test_training_crops_take_shares_of_the_image(resize: str) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1))).convert("RGB")
+    torch.manual_seed(0)
+    crops = [training_transform(32, resize, scale=0.25)(ramp)[0].float() for _ in range(50)]
+    assert {crop.shape for crop in crops} == {(32, 32)}
+    spans = [float(crop.max() - crop.min()) for crop in crops]
+    # A quarter of its area is 71 px square, at 4:5 63 across; at most it is 100 high, at 5:4 125 across.
+    least, most = (60, 125) if resize == "keep" else (85, 200)
+    assert least < min(spans) < 0.8 * max(spans) and 0.8 * most < max(spans) < most
+
+
 def test_split_is_stratified_seeded_and_disjoint() -> None:
     samples = [(f"{label}/{i}", label) for label in range(3) for i in range((20, 10, 2)[label])]
     kept, drawn = stratified_split(samples, 0.2, seed=0)
@@ -122,9 +134,10 @@ def test_crop_pct_resizes_to_more_than_the_crop_shows(images: Path) -> None:
     assert len(crops) > 5  # a squashed image without a margin has one crop only
     data = set_up(images, crop_pct=0.5)
     assert next(iter(data.evaluation_dataloader(data.test)))[0].shape == (6, 3, 32, 32)
-    for crop_pct in (0, 1.5):
-        with pytest.raises(UserError, match="crop_pct"):
-            set_up(images, crop_pct=crop_pct)
+    for share in (0, 1.5):
+        for option in ("crop_pct", "train_scale"):
+            with pytest.raises(UserError, match=option):
+                set_up(images, **{option: share})
 
 
 def test_chosen_classes_keep_their_images_and_splits(images: Path) -> None:

@@ -142,10 +142,10 @@ def test_training_draws_both_views_and_validation_only_the_first(images: Path) -
     torch.manual_seed(0)
     seen = set()
     for _ in range(8):
-        rows, _ = next(iter(data.train_dataloader()))
+        rows, _ = data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
         seen |= {row.numpy().tobytes() for row in rows}
     assert len(seen) == len(folder.train) * VIEWS
-    rows, labels = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    rows, labels = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
     torch.testing.assert_close(rows, data.read(data.rows(folder.val)), rtol=0, atol=0)
     assert labels.tolist() == [label for _, label in folder.val]
 

@@ -74,6 +74,8 @@ class ImageFolderData(L.LightningDataModule):
         size: side of the square crops in pixels.
         resize: the short side ("keep") or both sides ("squash"), to `size / crop_pct` pixels.
         crop_pct: share of the resized side that a crop takes, as in timm.
+        train_scale: least share of an image's area that a training crop takes, before it is resized;
+            None: training crops are of evaluation's scale.
         classes: names of classes to leave the others out, or how many to draw by `seed`; None: all.
         val_fraction: share of each class, drawn by `seed`, to validate on where no image is in val.
             0 trains on everything.
@@ -111,6 +113,7 @@ class ImageFolderData(L.LightningDataModule):
         test_fraction: float | None = None,
         broken: Broken = "stop",
         sampler: Sampling | None = None,
+        train_scale: float | None = 0.5,
     ) -> None:
         super().__init__()
         self.list = None if list is None else Path(list)
@@ -119,6 +122,7 @@ class ImageFolderData(L.LightningDataModule):
         self.size = size
         self.resize = resize
         self.crop_pct = crop_pct
+        self.train_scale = train_scale
         self.subset = classes
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
@@ -160,6 +164,8 @@ class ImageFolderData(L.LightningDataModule):
             raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
         if not 0 < self.crop_pct <= 1:
             raise UserError(f"data.crop_pct={self.crop_pct}: a share from over 0 to 1")
+        if self.train_scale is not None and not 0 < self.train_scale <= 1:
+            raise UserError(f"data.train_scale={self.train_scale}: a share from over 0 to 1, or null")
         if self.broken not in get_args(Broken):
             raise UserError(f"data.broken={self.broken}: choose from {', '.join(get_args(Broken))}")
         if self.sampler not in (None, *get_args(Sampling)):
@@ -196,7 +202,7 @@ class ImageFolderData(L.LightningDataModule):
         return WeightedRandomSampler(weights.tolist(), len(self.train))
 
     def train_dataloader(self) -> DataLoader:
-        transform = training_transform(self.size, self.resize, self.crop_pct)
+        transform = training_transform(self.size, self.resize, self.crop_pct, self.train_scale)
         return self._loader(self.train, transform, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:

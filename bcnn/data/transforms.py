@@ -60,10 +60,27 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def training_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
-    """Resize, random crop and horizontal flip: PIL image → uint8 tensor (3, size, size)."""
-    resized = _resize(resized_side(size, crop_pct), resize)
-    return v2.Compose([v2.ToImage(), resized, v2.RandomCrop(size), v2.RandomHorizontalFlip()])
+def training_transform(
+    size: int, resize: Resize, crop_pct: float = 1.0, scale: float | None = None
+) -> v2.Compose:
+    """Random crop and horizontal flip: PIL image → uint8 tensor (3, size, size).
+
+    Args:
+        size: side of the crop in pixels.
+        resize: as in evaluation; "squash" makes the image square before it is cropped.
+        crop_pct: as in evaluation, where `scale` is None.
+        scale: the least share of the image's area that a crop takes, of an aspect within 4:5 and 5:4,
+            before it is resized (Szegedy et al., "Going deeper with convolutions", CVPR 2015, §6).
+            None: the image is resized as in evaluation, and the crop is of that scale.
+    """
+    crop: list[torch.nn.Module]
+    if scale is None:
+        crop = [_resize(resized_side(size, crop_pct), resize), v2.RandomCrop(size)]
+    else:
+        crop = [v2.RandomResizedCrop(size, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
+        if resize == "squash":  # to a side of which the smallest crop need not be enlarged
+            crop.insert(0, _resize(math.ceil(size / math.sqrt(scale)), resize))
+    return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
 
 
 def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
