@@ -118,10 +118,10 @@ class BCNN(nn.Module):
     def feature_maps(self, images: Tensor) -> Tensor:
         """Maps of relu5_3.
 
-        In the backward pass the pools are computed again: to keep where their maxima were takes as
-        much memory as their inputs in float32. With `checkpointing`, so are the first two blocks, two
-        images at a time, whose activations are most of all (Chen et al., "Training Deep Nets with
-        Sublinear Memory Cost", 2016).
+        The pools are computed again in the backward pass: where their maxima were (int64) takes as
+        much memory as their inputs do in half precision. With `checkpointing`, so are the first two
+        blocks, two images at a time, whose activations are most of all (Chen et al., "Training Deep
+        Nets with Sublinear Memory Cost", 2016).
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.

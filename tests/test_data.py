@@ -87,7 +87,7 @@ def test_training_crops_take_shares_of_the_image(resize: str) -> None:
     crops = [training_transform(32, resize, scale=0.25)(ramp)[0].float() for _ in range(50)]
     assert {crop.shape for crop in crops} == {(32, 32)}
     spans = [float(crop.max() - crop.min()) for crop in crops]
-    # A quarter of its area is 71 px square, at 4:5 63 across; at most it is 100 high, at 5:4 125 across.
+    # A quarter of its area is 71 px square, at 4:5 63 across; at most, 100 high, 125 across.
     least, most = (60, 125) if resize == "keep" else (85, 200)
     assert least < min(spans) < 0.8 * max(spans) and 0.8 * most < max(spans) < most
 

@@ -1,5 +1,6 @@
 """Both stages from a configuration, in this process, at toy size."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -128,6 +129,18 @@ def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     start = tmp_path / "last" / "best.ckpt"
     assert "epoch 1: " in printed and "try stage.optimizer.lr=0.3" in printed
     assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
+
+
+def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsure = ["stage.centering=true", "stage.polyak=2", "stage.loss.label_smoothing=0.5"]
+    run(configure(*finetune_of(images, tmp_path, *unsure)))
+    with (tmp_path / "finetune" / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["val_loss"]]
+    start, *epochs = ((float(row["val_top1"]), float(row["val_loss"])) for row in logged)
+    assert all(top1 >= start[0] and loss > start[1] for top1, loss in epochs)
+    assert f"best checkpoint: {tmp_path / 'finetune' / 'best.ckpt'}" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_ends_training(
