@@ -1,5 +1,6 @@
 """Run the stages that a configuration names, each from the best weights of the one before."""
 
+import copy
 import math
 import re
 import shlex
@@ -139,8 +140,13 @@ def run_stage(
     module.train()  # Lightning keeps the mode that it finds
     trainer.fit(module, datamodule=data)
     checkpoint, failure = Path(best.best_model_path), ""
+    final, weights = validate() if start else {}, copy.deepcopy(model.state_dict())
     model.load_state_dict(load_model(checkpoint).state_dict())
     metrics = validate()
+    if start and _no_worse(final["val_top1"], start["val_top1"], metrics["val_top1"], len(images.val)):
+        model.load_state_dict(weights)
+        metrics = final
+        trainer.save_checkpoint(checkpoint, weights_only=True)
     # By accuracy: the loss of label smoothing's probabilities is larger, however right they are.
     if start and origin and not metrics["val_top1"] >= start["val_top1"]:
         failure = (
@@ -172,6 +178,17 @@ def run_stage(
         plot_curves(folder / "metrics.csv", folder / "curves.png")
     trainer.strategy.barrier()
     return Result(stage.name, checkpoint, metrics, predictions, failure)
+
+
+def _no_worse(final: float, start: float, best: float, images: int) -> bool:
+    """Whether a finetune keeps its last epoch, whose steps were the smallest, or its best one.
+
+    The best of several epochs is so by luck as well: on few images it can be one of the first, of
+    large steps and a lower test accuracy. The last is kept unless its validation accuracy is under
+    that of the start, or under that of the best by more than a standard error (the rule of Breiman et
+    al., "Classification and Regression Trees", 1984, §3.4.3).
+    """
+    return final >= max(start, best - math.sqrt(best * (1 - best) / images))
 
 
 @rank_zero_only

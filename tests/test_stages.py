@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import configure, toy, write_images
+from test_descriptors import quiet_trainer
 from torch import Tensor
 
+from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
-from bcnn.stages import run
+from bcnn.module import BCNNModule
+from bcnn.stages import _no_worse, run
 from bcnn.weights import load_model, source_state_dict
 
 SHORT = ["stage.finetune.epochs=1", "stage.finetune.batch_size=6"]
@@ -140,7 +143,30 @@ def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
         logged = [row for row in csv.DictReader(file) if row["val_loss"]]
     start, *epochs = ((float(row["val_top1"]), float(row["val_loss"])) for row in logged)
     assert all(top1 >= start[0] and loss > start[1] for top1, loss in epochs)
+    assert epochs[0][1] < epochs[1][1]  # nor does the better loss of an earlier epoch count
     assert f"best checkpoint: {tmp_path / 'finetune' / 'best.ckpt'}" in capsys.readouterr().out
+    module = BCNNModule(load_model(tmp_path / "finetune" / "best.ckpt"), "finetune")
+    data = ImageFolderData(images, 32, val_fraction=0.34)
+    data.setup()
+    kept = quiet_trainer().validate(module, data.val_dataloader(), verbose=False)[0]
+    assert kept["val_loss"] == pytest.approx(epochs[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("final", "start", "best", "images", "keeps"),
+    [
+        (0.96, 0.95, 0.97, 100, True),  # a standard error is 0.017
+        (0.94, 0.95, 0.94, 100, False),
+        (0.94, 0.90, 0.97, 100, False),
+        (0.96, 0.95, 0.97, 1000, False),  # and here 0.005
+        (1.00, 1.00, 1.00, 40, True),
+        (math.nan, 0.90, 0.90, 100, False),
+    ],
+)
+def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
+    final: float, start: float, best: float, images: int, keeps: bool
+) -> None:
+    assert _no_worse(final, start, best, images) is keeps
 
 
 def test_a_loss_that_is_no_number_ends_training(
