@@ -128,7 +128,7 @@ def table(options: Options) -> Table:
         table.add_row(
             label,
             f"{row.get('once', 0) * images:.0f} s",
-            f"{row['epoch'] * images:.2f} s",
+            f"{row['epoch'] * images:.3g} s",
             f"{total * images:.0f} s",
             f"{epochs * source['epoch'] / total:.1f} ×",
             f"{row['bytes'] / 1e3:.0f} kB" if "bytes" in row else "",
