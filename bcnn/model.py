@@ -92,7 +92,7 @@ class BCNN(nn.Module):
         self.checkpointing = False  # of activations: see `feature_maps`
         self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
         for i, layer in enumerate(self.features):
-            if isinstance(layer, nn.MaxPool2d):  # before its ReLU: the same, on a quarter of the entries
+            if isinstance(layer, nn.MaxPool2d):  # before its ReLU: the same, on a quarter of it
                 self.features[i - 1], self.features[i] = layer, self.features[i - 1]
         self.centering = Centering(packed_size(CHANNELS))
         self.classifier = nn.Linear(packed_size(CHANNELS), len(self.classes))
