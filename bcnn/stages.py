@@ -147,8 +147,10 @@ def run_stage(
         model.load_state_dict(weights)
         metrics = final
         trainer.save_checkpoint(checkpoint, weights_only=True)
-    # By accuracy: the loss of label smoothing's probabilities is larger, however right they are.
-    if start and origin and not metrics["val_top1"] >= start["val_top1"]:
+    # Worse is less often right and less sure of it: one image of few can go either way, and label
+    # smoothing's probabilities have the larger loss however right they are. Also where both are nan.
+    right = start and metrics["val_top1"] >= start["val_top1"]
+    if start and origin and not (right or metrics["val_loss"] <= start["val_loss"]):
         failure = (
             f"stage {stage.name} ended worse than it started (validation top-1 at best "
             f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {advice}"

@@ -153,7 +153,7 @@ def test_other_splits(checkpoint: Path, images: Path, tmp_path: Path, split: str
 
 
 def test_a_list_is_evaluated_as_its_folder_is(checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    lines = [f"{path},{path.parent.name},{path.parts[-3]}" for path in images.glob("*/*/*.png")]
+    lines = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(images.glob("*/*/*.png"))]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
     figures = []
     for data in (images, tmp_path / "labels.csv"):
