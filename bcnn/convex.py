@@ -111,8 +111,8 @@ class ConvexModule(BCNNModule):
         with torch.no_grad():
             loss, logits = objective()
             self._write_classifier()
-        top1 = (logits.argmax(1) == self.targets).float().mean()
-        values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss, "train_top1": top1}
+        self.train_metrics.update(logits, self.targets)
+        values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss}
         logged = {key: torch.as_tensor(value).float() for key, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True)
         self.print(f"λ = {l2:g}: cross-entropy {loss:.4f}, gradient norm {gradient_norm:.1e}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -77,12 +78,9 @@ class BCNNModule(L.LightningModule):
             logger=False,  # loggers are told the whole configuration, under the same names
         )
         count = len(model.classes)
-        metrics = MetricCollection(
-            {
-                "top1": MulticlassAccuracy(count, average="micro"),
-                "top5": MulticlassAccuracy(count, top_k=min(5, count), average="micro"),
-            }
-        )
+        # Labels are places in the data module's own list: to check them takes longer than to count.
+        accuracy = partial(MulticlassAccuracy, count, average="micro", validate_args=False)
+        metrics = MetricCollection({"top1": accuracy(), "top5": accuracy(top_k=min(5, count))})
         self.train_metrics = metrics.clone(prefix="train_")
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
@@ -100,11 +98,15 @@ class BCNNModule(L.LightningModule):
             self.model.center_on(self._mean_descriptor())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        cross_entropy, logits = self._log_step("train", self.train_metrics, batch)
+        cross_entropy, logits = self._measure("train", self.train_metrics, batch)
         self.log("loss", cross_entropy, prog_bar=True, logger=False)
         self._losses.append(cross_entropy.detach())
         loss: Tensor = self.loss(logits, batch[1])
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        # In every step it would take a tenth as long as a step from the store.
+        self.log_dict(self.train_metrics)
 
     def configure_gradient_clipping(
         self,
@@ -128,10 +130,12 @@ class BCNNModule(L.LightningModule):
             self.model.centering.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_step("val", self.val_metrics, batch)
+        self._measure("val", self.val_metrics, batch)
+        self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_step("test", self.test_metrics, batch)
+        self._measure("test", self.test_metrics, batch)
+        self.log_dict(self.test_metrics)
 
     def configure_optimizers(self) -> Any:
         assert self.optimizer is not None
@@ -159,14 +163,13 @@ class BCNNModule(L.LightningModule):
             count += len(images)
         return self.trainer.strategy.reduce(total / count, reduce_op="mean")
 
-    def _log_step(
+    def _measure(
         self, split: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         inputs, labels = batch
         logits = self(inputs)
         loss = F.cross_entropy(logits, labels)
         metrics.update(logits, labels)
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=split == "val")
         self.log(f"{split}_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss, logits
 

@@ -69,6 +69,20 @@ def test_layers_under_the_first_opened_are_left_and_get_no_gradients() -> None:
     assert model.features[24].weight.grad is None
 
 
+def test_training_accuracy_is_that_of_all_images_of_each_epoch() -> None:
+    model = network()
+    torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+    images, labels = batches().dataset.tensors
+    right = (model(images).argmax(dim=1) == labels).float().mean()
+    assert 0 < right < 1
+    module = BCNNModule(model, "last", sgd(0.0))
+    for epochs in (1, 2):
+        trainer = quiet_trainer(max_epochs=epochs)
+        trainer.fit(module, DataLoader(batches().dataset, batch_size=5))  # 5 and 3
+        assert trainer.callback_metrics["train_top1"] == right
+        assert trainer.callback_metrics["train_top5"] == 1
+
+
 def test_a_step_of_polyak_is_no_longer_than_loss_over_squared_gradient() -> None:
     def moved(polyak: float | None, lr: float) -> float:
         model = network()
