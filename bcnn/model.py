@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -171,8 +172,8 @@ class BCNN(nn.Module):
         weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(descriptors.device.type, enabled=False):
             x = descriptors.to(weight.dtype)
-            # W·(x - mean) + b, without a copy of the rows; on a CPU a third faster than F.linear.
-            return (weight @ x.mT).mT + (bias - weight @ self.centering(x))
+            logits: Tensor = _CenteredLinear.apply(x, self.centering(x), weight, bias)
+            return logits
 
     @torch.no_grad()
     def center_on(self, mean: Tensor) -> None:
@@ -221,6 +222,31 @@ class BCNN(nn.Module):
                 ]
             )
         return self(images.to(self.mean.device)).softmax(dim=1)
+
+
+class _CenteredLinear(torch.autograd.Function):
+    """W·(x - mean) + b, with neither a copy of x nor, for W, a second gradient to add to the first.
+
+    Both are larger than a step from the store has time for: x of 64 rows is 34 MB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, weight)
+        # On a CPU (W·xᵀ)ᵀ takes two thirds of the time of F.linear.
+        return (weight @ x.mT).mT + (bias - weight @ mean)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, weight = ctx.saved_tensors
+        of_x, of_mean, of_weight, _ = ctx.needs_input_grad
+        total = gradient.sum(dim=0)
+        return (
+            gradient @ weight if of_x else None,
+            -(total @ weight) if of_mean else None,
+            (gradient.mT @ x).addr_(total, mean, alpha=-1) if of_weight else None,
+            total,
+        )
 
 
 def _recomputed(layers: nn.Module, x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import configure, toy
+from torch.nn.functional import cross_entropy
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.model import BCNN, Centering
@@ -24,6 +26,22 @@ def test_another_centre_leaves_every_logit() -> None:
     before = network.logits(rows)
     network.center_on(torch.rand(131_328))
     torch.testing.assert_close(network.logits(rows), before, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("batch_mean", [True, False])
+def test_logits_and_gradients_are_those_of_the_centred_rows(batch_mean: bool) -> None:
+    network = model().double().train()
+    network.centering.mean.normal_()
+    network.centering.batch_mean = batch_mean
+    rows, labels = torch.randn(5, 131_328, dtype=torch.float64, requires_grad=True), torch.arange(5) % 3
+    leaves = [rows, *network.classifier.parameters()]
+    centred = rows - (rows.mean(dim=0) if batch_mean else network.centering.mean)
+    logits = network.classifier(centred)
+    torch.testing.assert_close(network.logits(rows), logits)
+    want = torch.autograd.grad(cross_entropy(logits, labels), leaves)
+    torch.testing.assert_close(
+        torch.autograd.grad(cross_entropy(network.logits(rows), labels), leaves), want
+    )
 
 
 def test_in_training_a_shift_of_the_whole_batch_changes_nothing() -> None:
