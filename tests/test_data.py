@@ -86,6 +86,7 @@ def test_training_crops_take_shares_of_the_image(resize: str) -> None:
     torch.manual_seed(0)
     crops = [training_transform(32, resize, scale=0.25)(ramp)[0].float() for _ in range(50)]
     assert {crop.shape for crop in crops} == {(32, 32)}
+    assert training_transform(160, resize, scale=0.25)(ramp).shape == (3, 144, 144)
     spans = [float(crop.max() - crop.min()) for crop in crops]
     # A quarter of its area is 71 px square, at 4:5 63 across; at most, 100 high, 125 across.
     least, most = (60, 125) if resize == "keep" else (85, 200)

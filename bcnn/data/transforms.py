@@ -63,21 +63,25 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def training_transform(
     size: int, resize: Resize, crop_pct: float = 1.0, scale: float | None = None
 ) -> v2.Compose:
-    """Random crop and horizontal flip: PIL image → uint8 tensor (3, size, size).
+    """Random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
 
     Args:
-        size: side of the crop in pixels.
+        size: side in pixels of the crops of evaluation.
         resize: as in evaluation; "squash" makes the image square before it is cropped.
         crop_pct: as in evaluation, where `scale` is None.
         scale: the least share of the image's area that a crop takes, of an aspect within 4:5 and 5:4,
-            before it is resized (Szegedy et al., "Going deeper with convolutions", CVPR 2015, §6).
-            None: the image is resized as in evaluation, and the crop is of that scale.
+            before it is resized to nine tenths of `size`, in whole steps of the maps, 16 px (Szegedy
+            et al., "Going deeper with convolutions", CVPR 2015, §6). Parts of an image show things
+            larger than evaluation does, which the smaller side makes up for (Touvron et al., "Fixing
+            the train-test resolution discrepancy", NeurIPS 2019, §3).
+            None: the image is resized as in evaluation, and the crop is of that scale and size.
     """
     crop: list[torch.nn.Module]
     if scale is None:
         crop = [_resize(resized_side(size, crop_pct), resize), v2.RandomCrop(size)]
     else:
-        crop = [v2.RandomResizedCrop(size, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
+        side = max(MIN_SIZE, 16 * round(0.9 * size / 16))
+        crop = [v2.RandomResizedCrop(side, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
         if resize == "squash":  # to a side of which the smallest crop need not be enlarged
             crop.insert(0, _resize(math.ceil(size / math.sqrt(scale)), resize))
     return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
