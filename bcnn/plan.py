@@ -45,6 +45,12 @@ def refuse_mistakes(cfg: DictConfig, stages: Sequence[DictConfig]) -> None:
             "stage=finetune starts from what stage=last saved: add ckpt=PATH, or train both stages "
             "with stage=both"
         )
+    if stages[0].name == "finetune" and "finetune" in cfg.stage:
+        raise UserError(
+            f"the experiment's stage.finetune.epochs={cfg.stage.finetune.epochs} is for both stages in "
+            "one run: with stage=finetune, write stage.epochs=… and the experiment's data=… "
+            "model.weights=… in its place"
+        )
     if stages[-1].get("centering") and stages[-1].batch_size < 4:
         raise UserError(
             f"batch_size={stages[-1].batch_size} is too small to take its mean off: use 4 or more (for "

@@ -198,9 +198,9 @@ def _set_normalization(
     choice = normalization or (named[0] if named else None)
     if choice not in TORCHVISION:
         raise UserError(
-            f"{source} does not say how its images were normalised: add "
-            "model.normalization=imagenet (mean 0.485…, std 0.229…) or "
-            "model.normalization=imagenet_features (mean 0.482…, std 1/255)"
+            f"{source} does not say how its images were normalised, as imagenet (mean 0.485…, std "
+            "0.229…) or as imagenet_features (mean 0.482…, std 1/255): tell train.py by "
+            "model.normalization=…, bcnn.load_model by normalization=…"
         )
     _normalize_like(model, choice)
 

@@ -193,6 +193,7 @@ def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
         (["stage=finetune"], "stage=both"),
         (["stage=last", "ckpt=some.ckpt"], "ckpt is for stage=finetune"),
         (["stage=finetune", "ckpt=missing.ckpt"], "missing.ckpt"),
+        (["experiment=cub200", "stage=finetune", "ckpt=missing.ckpt"], "stage.finetune.epochs=45"),
         (["stage=last", "model.weights=missing.pth"], "missing.pth"),
         (["stage=last", "stage.solver=convex", "stage.store=off"], "stage.store=off"),
         (["stage=last", "stage.solver=newton"], "auto, convex, sgd"),

@@ -74,8 +74,8 @@ class ImageFolderData(L.LightningDataModule):
         size: side of the square crops in pixels.
         resize: the short side ("keep") or both sides ("squash"), to `size / crop_pct` pixels.
         crop_pct: share of the resized side that a crop takes, as in timm.
-        train_scale: least share of an image's area that a training crop takes, before it is resized;
-            None: training crops are of evaluation's scale.
+        train_scale: least share of an image's area that a training crop takes, before it is resized
+            to nine tenths of `size`; None: training crops are of evaluation's scale and size.
         classes: names of classes to leave the others out, or how many to draw by `seed`; None: all.
         val_fraction: share of each class, drawn by `seed`, to validate on where no image is in val.
             0 trains on everything.
