@@ -188,9 +188,11 @@ def _no_worse(final: float, start: float, best: float, images: int) -> bool:
     The best of several epochs is so by luck as well: on few images it can be one of the first, of
     large steps and a lower test accuracy. The last is kept unless its validation accuracy is under
     that of the start, or under that of the best by more than a standard error (the rule of Breiman et
-    al., "Classification and Regression Trees", 1984, §3.4.3).
+    al., "Classification and Regression Trees", 1984, §3.4.3); with two right and two wrong added, since
+    all right would else have none (Agresti & Coull, The American Statistician 52, 1998).
     """
-    return final >= max(start, best - math.sqrt(best * (1 - best) / images))
+    share = (best * images + 2) / (images + 4)
+    return final >= max(start, best - math.sqrt(share * (1 - share) / (images + 4)))
 
 
 @rank_zero_only

@@ -161,6 +161,8 @@ def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
         (0.96, 0.95, 0.97, 1000, False),  # and here 0.005
         (1.00, 1.00, 1.00, 40, True),
         (math.nan, 0.90, 0.90, 100, False),
+        (0.99, 0.90, 1.0, 100, True),  # one of a hundred
+        (0.97, 0.90, 1.0, 100, False),
     ],
 )
 def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
