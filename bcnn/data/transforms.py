@@ -83,7 +83,7 @@ def training_transform(
         side = max(MIN_SIZE, 16 * round(0.9 * size / 16))
         crop = [v2.RandomResizedCrop(side, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
         if resize == "squash":  # to a side of which the smallest crop need not be enlarged
-            crop.insert(0, _resize(math.ceil(size / math.sqrt(scale)), resize))
+            crop.insert(0, _resize(math.ceil(side / math.sqrt(scale)), resize))
     return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
 
 
