@@ -128,7 +128,7 @@ class ConvexModule(BCNNModule):
 
     def _blocks(self, device: torch.device) -> Iterator[Tensor]:
         for start in range(0, len(self.rows), BLOCK):
-            yield self.data.read(self.rows[start : start + BLOCK]).to(device)
+            yield self.data.read(self.rows[start : start + BLOCK]).to(device, torch.float32)
 
 
 def cholesky(gram: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def gram_matrix(data: DescriptorData, rows: Sequence[int], mean: Tensor) -> Tens
     """
 
     def block(start: int) -> Tensor:
-        return data.read(rows[start : start + BLOCK]).to(mean.device).sub_(mean)
+        return data.read(rows[start : start + BLOCK]).to(mean).sub_(mean)
 
     gram = mean.new_empty(len(rows), len(rows))
     for i in track(range(0, len(rows), BLOCK), "Gram matrix", transient=True):

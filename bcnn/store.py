@@ -33,10 +33,6 @@ They are in $BCNN_STORES, or in ~/.cache/bcnn/stores.
 CHUNK = 16  # images
 VIEWS = 2  # the evaluation crop and its mirror image
 
-# Entries of a unit row of 131,328 average 0.003, where float16 is coarse or even subnormal; a power
-# of two brings them to about 1, with no rounding of its own.
-SCALE = 256.0
-
 
 def stores_dir() -> Path:
     """Where the stores are: $BCNN_STORES, or ~/.cache/bcnn/stores."""
@@ -62,7 +58,7 @@ class DescriptorStore:
         dtype: str = "float16",
         about: str = "",
     ) -> None:
-        whole = {"rows": identity, "images": images, "width": width, "dtype": dtype}
+        whole = {"rows": identity, "images": images, "width": width, "entries": dtype}
         self.key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = stores_dir() / self.key
         self.images = images
@@ -117,12 +113,12 @@ class DescriptorStore:
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.images))
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
-        """Keep the rows of `chunk_images(chunk)`: (images · 2, width), unscaled.
+        """Keep the rows of `chunk_images(chunk)`: (images · 2, width).
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
-        content = (rows * SCALE).astype(self.dtype).tobytes()
+        content = rows.astype(self.dtype).tobytes()
         path = self.folder / f"{chunk:06d}-{zlib.crc32(content):08x}.rows"
         try:
             _write(path, content)
@@ -134,20 +130,18 @@ class DescriptorStore:
             ) from error
         self._chunks[chunk] = path
 
-    def read(self, rows: Sequence[int]) -> np.ndarray:
-        """Rows by index, in the order asked for: (len(rows), width), in the dtype on disk, scaled.
+    def read(self, rows: Sequence[int], out: np.ndarray) -> None:
+        """Rows by index, in the order asked for, into (len(rows), width), in the dtype on disk.
 
         Read with ordinary file reads, not a memory map: mapped pages would count as this process's
         memory until somebody else needs it.
         """
-        out = np.empty((len(rows), self.width), self.dtype)
-        for position, row in enumerate(rows):
+        for row, place in zip(rows, out, strict=True):
             chunk, offset = divmod(row, CHUNK * VIEWS)
             with self._chunks[chunk].open("rb", buffering=0) as file:
-                file.seek(offset * out[0].nbytes)
-                if file.readinto(out[position].data) != out[0].nbytes:
+                file.seek(offset * place.nbytes)
+                if file.readinto(place.data) != place.nbytes:
                     raise UserError(f"{file.name} was cut short while in use: run again")
-        return out
 
 
 def _verifies(path: Path) -> bool:

@@ -44,6 +44,17 @@ def test_logits_and_gradients_are_those_of_the_centred_rows(batch_mean: bool) ->
     )
 
 
+def test_rows_in_half_precision_are_multiplied_and_summed_in_that_of_the_weights() -> None:
+    network = model().double()
+    rows, labels = torch.rand(5, 131_328).half(), torch.arange(5) % 3
+    results = []
+    for inputs in (rows, rows.double()):
+        logits = network.logits(inputs)
+        loss = cross_entropy(logits, labels)
+        results.append((logits, *torch.autograd.grad(loss, [*network.classifier.parameters()])))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
 def test_in_training_a_shift_of_the_whole_batch_changes_nothing() -> None:
     centering = Centering(6).train()
     centering.batch_mean = True

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.benchmark.harness import Options, measure, trainer
 from bcnn.convex import ConvexModule
+from bcnn.descriptors import DescriptorData
 from bcnn.model import BCNN, CHANNELS
 from bcnn.pooling import packed_size
-from bcnn.store import SCALE, VIEWS, DescriptorStore
+from bcnn.store import VIEWS, DescriptorStore
 
 
 def convex_solver(options: Options) -> dict[str, float]:
@@ -29,7 +31,7 @@ def convex_solver(options: Options) -> dict[str, float]:
     data: Any = SimpleNamespace(  # as much of a DescriptorData as the solver reads
         images=SimpleNamespace(train=[(str(i), i % options.classes) for i in range(count)]),
         rows=lambda samples: [VIEWS * int(name) for name, _ in samples],
-        read=lambda rows: torch.from_numpy(store.read(rows)).float() / SCALE,
+        read=partial(DescriptorData.read, SimpleNamespace(store=store)),  # type: ignore[arg-type]
     )
     model = BCNN([str(k) for k in range(options.classes)])
     fit = trainer(options, max_epochs=1, limit_train_batches=1, precision="32-true")
