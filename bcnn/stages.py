@@ -140,7 +140,8 @@ def run_stage(
     module.train()  # Lightning keeps the mode that it finds
     trainer.fit(module, datamodule=data)
     checkpoint, failure = Path(best.best_model_path), ""
-    final, weights = validate() if start else {}, copy.deepcopy(model.state_dict())
+    final = {key: float(trainer.callback_metrics[key]) for key in start}  # of the last epoch
+    weights = copy.deepcopy(model.state_dict())
     model.load_state_dict(load_model(checkpoint).state_dict())
     metrics = validate()
     if start and _no_worse(final["val_top1"], start["val_top1"], metrics["val_top1"], len(images.val)):
