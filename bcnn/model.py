@@ -239,8 +239,8 @@ class _CenteredLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, mean, weight)
         products = weight.new_zeros(weight.shape[0], x.shape[0])  # `len` would fix an exported batch
-        for part, of_x in zip(_blocks(weight), _blocks(x), strict=True):
-            products += torch.bmm(part, _dense(of_x, weight.dtype).mT).sum(dim=0)
+        for left, right in zip(_blocks(weight), _blocks(x), strict=True):
+            products += torch.bmm(left, _dense(right, weight.dtype).mT).sum(dim=0)
         return products.mT + (bias - weight @ mean)
 
     @staticmethod
@@ -248,16 +248,16 @@ class _CenteredLinear(torch.autograd.Function):
         x, mean, weight = ctx.saved_tensors
         of_x, of_mean, of_weight, _ = ctx.needs_input_grad
         total = gradient.sum(dim=0)
-        products = torch.empty_like(weight) if of_weight else None
-        if products is not None:
-            for out, part in zip(_blocks(products), _blocks(x), strict=True):
-                left = gradient.mT.expand(len(part), -1, -1)
-                out.copy_(torch.bmm(left, _dense(part, weight.dtype)))
-            products.addr_(total, mean, alpha=-1)
+        weight_gradient = torch.empty_like(weight) if of_weight else None
+        if weight_gradient is not None:
+            for out, right in zip(_blocks(weight_gradient), _blocks(x), strict=True):
+                left = gradient.mT.expand(len(right), -1, -1)
+                out.copy_(torch.bmm(left, _dense(right, weight.dtype)))
+            weight_gradient.addr_(total, mean, alpha=-1)
         return (
             gradient @ weight if of_x else None,
             -(total @ weight) if of_mean else None,
-            products,
+            weight_gradient,
             total,
         )
 
