@@ -125,9 +125,10 @@ class BCNN(nn.Module):
         """Maps of relu5_3.
 
         The pools are computed again in the backward pass: where their maxima were (int64) takes as
-        much memory as their inputs do in half precision. With `checkpointing`, so are the first two
-        blocks, two images at a time, whose activations are most of all (Chen et al., "Training Deep
-        Nets with Sublinear Memory Cost", 2016).
+        much memory as their inputs do in half precision. So is conv1_1, whose output is as large as
+        any and soon made. With `checkpointing`, so are the first two blocks, two images at a time,
+        whose activations are most of all (Chen et al., "Training Deep Nets with Sublinear Memory
+        Cost", 2016).
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
@@ -149,11 +150,13 @@ class BCNN(nn.Module):
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if not torch.is_grad_enabled():
             return self.features(x)
-        layers = self.features
         if self.checkpointing:
-            blocks, layers = layers[: LAYERS["conv3_1"]], layers[LAYERS["conv3_1"] :]
-            x = torch.cat([_recomputed(blocks, part) for part in x.split(2)])
-        for layer in layers:
+            start = LAYERS["conv3_1"]
+            x = torch.cat([_recomputed(self.features[:start], part) for part in x.split(2)])
+        else:
+            start = LAYERS["conv1_2"] + 1
+            x = _recomputed(self.features[:start], x)  # torch stops before conv1_2
+        for layer in self.features[start:]:
             x = _recomputed(layer, x) if isinstance(layer, nn.MaxPool2d) else layer(x)
         return x
 

@@ -113,10 +113,12 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
     def gradients(maps: Callable[[BCNN], torch.Tensor]) -> tuple[list[torch.Tensor], int]:
         model = network().double()  # the root is steep near zero, and would magnify rounding
         torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+        weights = {p.data_ptr() for p in model.parameters()}
         kept = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.data_ptr()] = tensor.nbytes
+            if tensor.ndim == 4 and tensor.data_ptr() not in weights:  # maps
+                kept[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -135,7 +137,8 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
     recomputed, least = gradients(checkpointed)
     torch.testing.assert_close(default, plain, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-7)
-    assert least < less < whole
+    assert least < 0.3 * whole
+    assert less < 0.75 * whole
 
 
 def test_checkpoints_describe_themselves() -> None:
