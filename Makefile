@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: train test test-gpu lint
 
 train: .venv/ready
-	$(BIN)/python train.py
+	$(BIN)/python train.py experiment=quick
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -7,7 +7,9 @@ spots are polygons in these coordinates, and the pose is one matrix that moves t
 
 import json
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +85,22 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         made = Path(scratch) / root.name
-        for number, species in enumerate(track(SPECIES, "Drawing butterflies")):
-            for split, (part, count) in enumerate((("train", train), ("test", test))):
-                folder = made / part / species.name
-                folder.mkdir(parents=True)
-                for index in range(count):
-                    image = draw(number, np.random.default_rng([seed, split, number, index]))
-                    image.save(folder / f"{index:04d}.jpg", quality=92)
+        write_species = partial(_write_species, made, seed=seed, counts={"train": train, "test": test})
+        with ProcessPoolExecutor() as pool:
+            written = pool.map(write_species, range(len(SPECIES)))
+            list(track(written, "Drawing butterflies", total=len(SPECIES)))
         (made / _RECORD).write_text(json.dumps(record))
         made.rename(root)  # only a finished set ever bears the name
     return root
+
+
+def _write_species(root: Path, number: int, seed: int, counts: dict[str, int]) -> None:
+    for split, (part, count) in enumerate(counts.items()):
+        folder = root / part / SPECIES[number].name
+        folder.mkdir(parents=True)
+        for index in range(count):
+            image = draw(number, np.random.default_rng([seed, split, number, index]))
+            image.save(folder / f"{index:04d}.jpg", quality=92)
 
 
 def _recorded(root: Path) -> Any:
