@@ -1,10 +1,12 @@
 """What every part measures with: the options, a process for each contender, clocks, random images."""
 
+import logging
 import os
 import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -109,7 +111,9 @@ def seconds_an_image(step: Callable[[Tensor, Tensor], None], options: Options) -
 
 
 def trainer(options: Options, **arguments: Any) -> L.Trainer:
-    """A trainer that writes nothing."""
+    """A trainer that writes nothing, and says nothing of its own configuration."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return L.Trainer(
         accelerator=options.torch_device.type,
         devices=1,
