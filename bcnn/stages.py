@@ -225,10 +225,15 @@ def _summarise(results: list[Result], images: ImageFolderData) -> None:
 
 
 def _next_command(result: Result) -> str:
-    """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate."""
-    given = HydraConfig.get().overrides.task
-    kept = [o for o in given if not re.match(r"\W*(stage|ckpt|output)\b", o)]
-    words = ["python", "train.py", "stage=finetune", f"ckpt={result.checkpoint}", *kept]
+    """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate.
+
+    An experiment is for both stages in one run: of it only the images are kept.
+    """
+    hydra = HydraConfig.get()
+    dropped = re.compile(r"\W*((schedule@)?stage|ckpt|output|experiment)\b|data=")
+    kept = [override for override in hydra.overrides.task if not dropped.match(override)]
+    words = ["python", "train.py", "stage=finetune", f"ckpt={result.checkpoint}"]
+    words += [f"data={hydra.runtime.choices['data']}", *kept]
     if result.stage == "finetune":
         words.append("stage.optimizer.lr=3e-3")
     return shlex.join(words)
