@@ -155,7 +155,7 @@ class BCNN(nn.Module):
             x = torch.cat([_recomputed(self.features[:start], part) for part in x.split(2)])
         else:
             start = LAYERS["conv1_2"] + 1
-            x = _recomputed(self.features[:start], x)  # torch stops before conv1_2
+            x = _recomputed(self.features[:start], x)  # only until conv1_2 has its input
         for layer in self.features[start:]:
             x = _recomputed(layer, x) if isinstance(layer, nn.MaxPool2d) else layer(x)
         return x
