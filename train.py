@@ -1,6 +1,7 @@
 """Train a bilinear CNN: `python train.py`, `python train.py --help`, or see the README."""
 
 import logging
+import math
 import sys
 import warnings
 
@@ -8,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bcnn.errors import UserError
+from bcnn.sweep import in_sweep, note_failure
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -22,9 +24,17 @@ def main(cfg: DictConfig) -> float:
         return run(cfg)
     except UserError as error:
         # From a data-loading worker it comes with that process's traceback before the sentence.
-        sys.exit(
-            f"error: {str(error).strip().splitlines()[-1].removeprefix('bcnn.errors.UserError: ')}"
-        )
+        sentence = str(error).strip().splitlines()[-1].removeprefix("bcnn.errors.UserError: ")
+        print(f"error: {sentence}", file=sys.stderr)
+    except Exception as error:
+        if not in_sweep():
+            raise
+        logging.exception("job failed")
+        sentence = f"{type(error).__name__}: {error}"
+    if not in_sweep():
+        sys.exit(1)
+    note_failure(sentence)
+    return math.nan
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class DescriptorData(L.LightningDataModule):
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }
+        if model.root != "signed":  # which stores of before do not name
+            identity["root"] = model.root
         self.store = DescriptorStore(
             identity,
             len(self.paths),

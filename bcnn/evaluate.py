@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.splits import choose
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.explain import explain
@@ -33,8 +34,10 @@ python -m bcnn.evaluate ckpt=FILE data=FOLDER [OPTION=VALUE ...]
 
   ckpt=FILE        a checkpoint of this project's, or a .pth / .safetensors state dict
   data=FOLDER      an image folder as for training, or a list of `path,label[,split]`; classes are
-                   matched by name
-  split=test       test | val | train | all
+                   matched by name, broken files are left out and counted
+  split=test       test | val | train | all: as the folder or the list has it, else as the checkpoint
+                   records it, else (test) all images. Images that were trained on are left out of
+                   test and val
   output=FOLDER    default: a new folder under outputs/; written there:
                      report.html       the whole, as one page that opens from disk
                      figures.json      the figures and their intervals
@@ -191,24 +194,24 @@ def _output(options: Options) -> Path:
 
 def _open(options: Options) -> tuple[ImageFolderData, list[tuple[str, int]], BCNN]:
     """The images and the model, and the split's samples with the labels that the model uses."""
-    file = Path(options.data).is_file()
-    data = ImageFolderData(list=options.data) if file else ImageFolderData(options.data)
-    data.setup()
-    model = load_model(options.ckpt, data.classes)
+    place = {"list" if options.data.is_file() else "root": options.data}
+    data = ImageFolderData(**place, broken="skip")  # type: ignore[arg-type]
+    layout = data.labelled()
+    names = sorted({layout.classes[label] for _, label in layout.samples})
+    model = load_model(options.ckpt, names)
     data.size, data.resize, data.crop_pct = model.size, model.resize, model.crop_pct
-    unknown = sorted(set(data.classes) - set(model.classes))
+    unknown = sorted(set(names) - set(model.classes))
     if unknown:
         raise UserError(
             f"{options.data} holds classes that {options.ckpt} does not know: {', '.join(unknown)}; "
             "remove their folders, or name them as in training"
         )
-    label = [model.classes.index(name) for name in data.classes]
-    splits = {"test": data.test, "val": data.val, "train": data.train}
-    splits["all"] = [*data.train, *data.val, *data.test]
-    samples = [(path, label[index]) for path, index in splits[options.split]]
+    samples, said = choose(layout, data.content, model.split, options.split)
+    for sentence in said:
+        print(sentence)
     if not samples:
         raise UserError(f"{options.data} has no images for split={options.split}: choose another split")
-    return data, samples, model
+    return data, [(path, model.classes.index(layout.classes[k])) for path, k in samples], model
 
 
 def _headline_table(predictions: Predictions, title: str) -> Table:

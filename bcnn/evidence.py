@@ -4,8 +4,8 @@ The pooled matrix is a sum over the locations, G = (1/N) Σ_p x_p x_pᵀ, so wha
 apart into what each location brings. The descriptor d is G's signed root over its norm. An entry of d
 is shared out among the locations as that entry of G is, d_ij · x_pi x_pj / (N G_ij), and so is the
 product of d with a class's weights W. What is constant in a logit, the bias less the weights' product
-with the centering mean, is shared out as the squared norm is, which is 1 = Σ_ij |G_ij| / Σ_ij |G_ij|.
-The shares then sum to the logit.
+with the centering mean, is shared out as the squared norm is, which is 1 = Σ_ij |G_ij| / Σ_ij |G_ij|; so
+is what the constant under the root brings. The shares then sum to the logit.
 
 How this stands to the gradient A = ∂logit/∂G: the norm makes the logit the same for G and 2G, so
 ⟨A, G⟩ = 0 (Euler) and x_pᵀ A x_p / N alone sums to nothing. With n_p the location's part of the squared
@@ -14,15 +14,19 @@ norm, a location's share is
     n_p · logit + 2 x_pᵀ A x_p / N:
 
 its due part of the whole, and how far it moved the logit from there; the 2 undoes the square root's
-degree of ½. Exact up to the 1e-10 under the root, and for features ≥ 0, as relu5_3's are.
+degree of ½. For features ≥ 0, as relu5_3's are.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bcnn.model import BCNN
-from bcnn.pooling import ROOT_EPS, bilinear_pool, signed_sqrt, unpack
+from bcnn.pooling import ROOT_EPS, ROOTS, bilinear_pool, unpack
+
+SMALLEST = math.sqrt(ROOT_EPS)  # that a root is where it is not 0
 
 
 @torch.no_grad()
@@ -51,13 +55,14 @@ def shares(model: BCNN, maps: Tensor, target: Tensor, against: Tensor | None = N
         if against is not None:
             other_weight, other_constant = _linear(model, against)
             weight, constant = weight - other_weight, constant - other_constant
-        norm = signed_sqrt(pooled).flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
-        root = (pooled.abs() + ROOT_EPS).sqrt()
+        root = ROOTS[model.root](pooled)
+        norm = root.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
         x = maps.flatten(2).to(pooled.dtype)
-        matrix = unpack(weight.to(pooled.dtype)) / (root * norm)
-        by_location = ((matrix @ x) * x).sum(dim=1) / x.shape[2]
+        matrix = unpack(weight.to(pooled.dtype)) / norm
+        by_location = ((matrix / root.abs().clamp_min(SMALLEST) @ x) * x).sum(dim=1) / x.shape[2]
+        logit = (matrix * root).sum(dim=(1, 2)) + constant.to(pooled.dtype)
         norm_by_location = F.normalize(x.sum(dim=1) ** 2, p=1)
-        total = by_location + norm_by_location * constant.to(pooled.dtype)[:, None]
+        total = by_location + norm_by_location * (logit - by_location.sum(dim=1))[:, None]
         return total.unflatten(1, maps.shape[2:])
 
 

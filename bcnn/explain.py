@@ -96,7 +96,7 @@ def explain(
     images = model.transforms()(photograph)[None].to(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         maps = model.feature_maps(images)
-        logits = model.logits(bilinear_descriptor(maps))[0]
+        logits = model.logits(bilinear_descriptor(maps, model.root))[0]
     likeliest = logits.argsort(descending=True).tolist()
     target = likeliest[0] if target is None else target
     if against is None:

@@ -4,6 +4,8 @@ import math
 
 import lightning as L
 
+CLEARLY = 1.1  # times the loss of guessing, which a step or two from a zero classifier leaves as it is
+
 
 class CollapseGuard(L.Callback):
     """Watches a stage's loss and validation, and ends it where the loss is no number.
@@ -28,7 +30,7 @@ class CollapseGuard(L.Callback):
             trainer.should_stop = True
         elif self.start is not None and top1 < self.start / 2:
             trouble = f"validation top-1 fell from {self.start:.1%} to {top1:.1%}"
-        elif loss > self.guessing:
+        elif loss > CLEARLY * self.guessing:
             trouble = f"the training loss, {loss:.2f}, is above that of guessing, {self.guessing:.2f}"
         else:
             return

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import v2
 
+from bcnn.data.splits import Split
 from bcnn.data.transforms import (
     MIN_SIZE,
     Resize,
@@ -75,6 +76,8 @@ class BCNN(nn.Module):
         size: side in pixels of the square crops it is trained and tested on.
         resize: how an image gets to that size: its short side ("keep") or both ("squash").
         crop_pct: share of the resized side that the crop takes.
+        split: which images it was trained, validated and tested on, where that is known.
+        root: which square root the descriptor has, one of `bcnn.pooling.ROOTS`.
     """
 
     mean: Tensor
@@ -86,8 +89,12 @@ class BCNN(nn.Module):
         size: int = 448,
         resize: Resize = "keep",
         crop_pct: float = 1.0,
+        split: Split | None = None,
+        root: str = "signed",
     ) -> None:
         super().__init__()
+        self.split = split
+        self.root = root
         self.classes = list(classes)
         self.size = size
         self.resize = resize
@@ -166,7 +173,7 @@ class BCNN(nn.Module):
         Returns:
             (batch, 131328), rows of unit length, in float32 at least.
         """
-        return bilinear_descriptor(self.feature_maps(images))
+        return bilinear_descriptor(self.feature_maps(images), self.root)
 
     def logits(self, descriptors: Tensor) -> Tensor:
         """Classify descriptors: (batch, 131328) → (batch, classes), in float32 at least.

@@ -73,7 +73,9 @@ class BCNNModule(L.LightningModule):
                 "size": model.size,
                 "resize": model.resize,
                 "crop_pct": model.crop_pct,
+                "root": model.root,
                 "stage": stage,
+                "split": model.split.plain() if model.split else None,
             },
             logger=False,  # loggers are told the whole configuration, under the same names
         )
@@ -190,6 +192,8 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -
     return LambdaLR(optimizer, factor)
 
 
-def reduce_on_plateau(optimizer: Optimizer, total_steps: int, **options: Any) -> ReduceLROnPlateau:
+def reduce_on_plateau(
+    optimizer: Optimizer, total_steps: int, factor: float = 0.1, patience: int = 1
+) -> ReduceLROnPlateau:
     """torch's `ReduceLROnPlateau`, which has no use for the number of steps."""
-    return ReduceLROnPlateau(optimizer, **options)
+    return ReduceLROnPlateau(optimizer, factor=factor, patience=patience)

@@ -41,11 +41,20 @@ def signed_sqrt(x: Tensor) -> Tensor:
     return x.sign() * (x.abs() + ROOT_EPS).sqrt()
 
 
-def bilinear_descriptor(features: Tensor) -> Tensor:
-    """Pool, keep the upper triangle, take signed square roots, and L2-normalise.
+def plain_sqrt(x: Tensor) -> Tensor:
+    """√(x + 1e-5) of x ≥ 0, elementwise, as HaoMood's bilinear-cnn has it: of 0 it is not 0."""
+    return (x + 1e-5).sqrt()
+
+
+ROOTS = {"signed": signed_sqrt, "plain": plain_sqrt}
+
+
+def bilinear_descriptor(features: Tensor, root: str = "signed") -> Tensor:
+    """Pool, keep the upper triangle, take square roots, and L2-normalise.
 
     Args:
         features: (batch, channels, height, width), of any floating type, under any autocast.
+        root: one of `ROOTS`.
 
     Returns:
         (batch, channels·(channels + 1)/2), rows of unit length (all-zero features: a zero row), in
@@ -54,7 +63,7 @@ def bilinear_descriptor(features: Tensor) -> Tensor:
     pooled = bilinear_pool(features)
     with torch.autocast(features.device.type, enabled=False):
         index, scale = _upper_triangle(pooled)
-        return F.normalize(signed_sqrt(pooled.flatten(1).index_select(1, index)) * scale)
+        return F.normalize(ROOTS[root](pooled.flatten(1).index_select(1, index)) * scale)
 
 
 def pack(matrix: Tensor) -> Tensor:

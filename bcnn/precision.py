@@ -1,6 +1,7 @@
 """Lightning's names for mixed precision, and which of them a device is built for."""
 
 import torch
+from omegaconf import DictConfig
 
 # what autocast computes convolutions in; other precisions need no autocast
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -18,3 +19,9 @@ def fastest_precision(accelerator: str = "auto") -> str:
     on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16-mixed" if on_cpu and native else "32-true"
+
+
+def chosen_precision(trainer: DictConfig) -> str:
+    """What `trainer.precision` asks for, "auto" being the fastest of the device."""
+    precision = str(trainer.precision)
+    return fastest_precision(trainer.accelerator) if precision == "auto" else precision

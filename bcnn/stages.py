@@ -2,13 +2,15 @@
 
 import copy
 import math
-import re
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
@@ -16,12 +18,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.evaluate import logged_stages, predict_split, write_results
 from bcnn.guard import CollapseGuard
 from bcnn.model import BCNN
-from bcnn.plan import build_model, plan, refuse_mistakes
-from bcnn.precision import fastest_precision
+from bcnn.mistakes import STAGES, refuse_mistakes
+from bcnn.options import literal
+from bcnn.plan import build_model, plan
+from bcnn.precision import chosen_precision
 from bcnn.report import Predictions, plot_curves
 from bcnn.report.metrics import headline
 from bcnn.tracking import log_configuration, log_predictions
@@ -52,23 +57,24 @@ def run(cfg: DictConfig) -> float:
         UserError: a mistake in the configuration, the images or the weights; or, after all is saved
             and said, a finetune that ended worse than it started.
     """
-    stages = [cfg.stage.last, cfg.stage.finetune] if cfg.stage.name == "both" else [cfg.stage]
-    refuse_mistakes(cfg, stages)
+    for place in ("output", "ckpt"):
+        if cfg[place] is not None:
+            cfg[place] = str(Path(str(cfg[place])).expanduser())
+    refuse_mistakes(cfg)
     images: ImageFolderData = instantiate(cfg.data)
     images.prepare_data()
     images.setup()
-    say(
-        f"{images.root}: {len(images.classes)} classes, {len(images.train)} images to train on, "
-        f"{len(images.val)} to validate, {len(images.test)} to test"
-    )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(cfg, images)
+    say(
+        f"{images.root}: {len(images.classes)} classes ({listed(images.classes, 3)}), "
+        f"{len(images.train)} images to train on, {len(images.val)} to validate, {len(images.test)} to test"
+    )
     results: list[Result] = []
     checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
-    for stage in stages:
+    for stage in STAGES[cfg.stage]:
         # Seeded again, so that a stage does the same alone as after the other.
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        images.batch_size = stage.batch_size
         results.append(run_stage(cfg, stage, images, model, checkpoint))
         checkpoint = results[-1].checkpoint
     _summarise(results, images)
@@ -79,23 +85,23 @@ def run(cfg: DictConfig) -> float:
 
 
 def run_stage(
-    cfg: DictConfig, stage: DictConfig, images: ImageFolderData, model: BCNN, origin: Path | None
+    cfg: DictConfig, stage: str, images: ImageFolderData, model: BCNN, origin: Path | None
 ) -> Result:
     """Train one stage, leave its best weights in `model`, and test them.
 
     Args:
         cfg: the whole configuration.
-        stage: the stage's part of it.
+        stage: its name.
         images: set up already.
         model: the weights to start from; changed in place.
         origin: the file that holds these weights, if any.
     """
-    say(f"\nstage {stage.name}")
-    folder = Path(cfg.output) / stage.name
-    precision = str(cfg.trainer.precision)
-    if precision == "auto":
-        precision = fastest_precision(cfg.trainer.accelerator)
-    module, data, limits = plan(stage, images, model, precision)
+    say(f"\nstage {stage}")
+    folder = Path(cfg.output) / stage
+    options = cfg[stage]
+    precision = chosen_precision(cfg.trainer)
+    images.batch_size = options.get("batch_size", images.batch_size)
+    module, data, limits = plan(stage, options, images, model, precision)
     validates = len(images.val) > 0
     best = ModelCheckpoint(
         folder,
@@ -104,7 +110,8 @@ def run_stage(
         monitor="val_loss" if validates else None,
         save_weights_only=True,
     )
-    loggers = [instantiate(logger, save_dir=folder) for logger in cfg.logger.values()]
+    loggers = [instantiate(logger, save_dir=folder) for logger in (cfg.get("logger") or {}).values()]
+    bars = [RichProgressBar()] if cfg.trainer.get("enable_progress_bar", True) else []
     settings = {
         "default_root_dir": folder,
         "num_sanity_val_steps": 0,
@@ -113,7 +120,7 @@ def run_stage(
     evaluator = instantiate(
         cfg.trainer,
         precision=precision,
-        callbacks=[RichProgressBar()],
+        callbacks=bars,
         logger=False,
         enable_checkpointing=False,
         **settings,
@@ -125,15 +132,19 @@ def run_stage(
         return dict(evaluator.validate(module, datamodule=data, verbose=False)[0])
 
     log_configuration(loggers, cfg, stage)
-    start = validate() if stage.name == "finetune" else {}
+    start = validate() if stage == "finetune" else {}
     for logger in loggers:
         logger.log_metrics(start, step=0)
-    rate = f"stage.{stage.name}." if cfg.stage.name == "both" else "stage."
-    advice = f"try {rate}optimizer.lr={stage.optimizer.lr / 10:g}"
-    guard = CollapseGuard(len(images.classes), start.get("val_top1"), advice)
+    watching: list[L.Callback] = [best, *bars, *map(instantiate, (cfg.get("callbacks") or {}).values())]
+    advice = ""
+    if "optimizer" in options:
+        advice = f"try {stage}.optimizer.lr={options.optimizer.lr / 10:g}"
+        watching.append(CollapseGuard(len(images.classes), start.get("val_top1"), advice))
+    if loggers:
+        watching.append(LearningRateMonitor("step"))
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[best, guard, LearningRateMonitor("step"), RichProgressBar()],
+        callbacks=watching,
         logger=loggers,
         **{"precision": precision, **limits, **settings},
     )
@@ -153,7 +164,7 @@ def run_stage(
     right = start and metrics["val_top1"] >= start["val_top1"]
     if start and origin and not (right or metrics["val_loss"] <= start["val_loss"]):
         failure = (
-            f"stage {stage.name} ended worse than it started (validation top-1 at best "
+            f"stage {stage} ended worse than it started (validation top-1 at best "
             f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {advice}"
         )
         say(f"no epoch of this stage was better than its start: keeping {origin}")
@@ -177,10 +188,10 @@ def run_stage(
         logger.finalize("success")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # the next stage is a run of its own
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and (folder / "metrics.csv").is_file():
         plot_curves(folder / "metrics.csv", folder / "curves.png")
     trainer.strategy.barrier()
-    return Result(stage.name, checkpoint, metrics, predictions, failure)
+    return Result(stage, checkpoint, metrics, predictions, failure)
 
 
 def _no_worse(final: float, start: float, best: float, images: int) -> bool:
@@ -221,19 +232,16 @@ def _summarise(results: list[Result], images: ImageFolderData) -> None:
         say(f"{images.root} has no test images: no test figures")
     say(f"best checkpoint: {results[-1].checkpoint}")
     if HydraConfig.initialized():
-        say(f"next: {_next_command(results[-1])}")
+        say(f"next: {_next_command(cfg, results[-1])}")
 
 
-def _next_command(result: Result) -> str:
-    """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate.
-
-    An experiment is for both stages in one run: of it only the images are kept.
-    """
-    hydra = HydraConfig.get()
-    dropped = re.compile(r"\W*((schedule@)?stage|ckpt|output|experiment)\b|data=")
-    kept = [override for override in hydra.overrides.task if not dropped.match(override)]
-    words = ["python", "train.py", "stage=finetune", f"ckpt={result.checkpoint}"]
-    words += [f"data={hydra.runtime.choices['data']}", *kept]
+def _next_command(cfg: DictConfig, result: Result) -> str:
+    """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate."""
+    change = {"stage": "finetune", "ckpt": str(result.checkpoint.resolve())}
     if result.stage == "finetune":
-        words.append("stage.optimizer.lr=3e-3")
-    return shlex.join(words)
+        change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
+    given = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    kept = [each.input_line for each in given if each.key_or_group not in {*change, "output"}]
+    words = [literal(f"{name}={value}", sweep=False) for name, value in change.items()]
+    program = "python" if shutil.which("python") == sys.executable else sys.executable
+    return shlex.join([program, sys.argv[0], *words, *map(str, kept)])

@@ -17,11 +17,11 @@ COLUMNS = ["photograph", "class", "predicted", "confidence", "of_class", "path"]
 
 
 @rank_zero_only
-def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: DictConfig) -> None:
-    """What `train.py` composed, with only this stage's part as `stage`."""
+def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: str) -> None:
+    """What `train.py` composed, with the name of the stage that these loggers follow."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
-        logger.log_hyperparams({**values, "stage": OmegaConf.to_container(stage, resolve=True)})
+        logger.log_hyperparams({**values, "stage": stage})
 
 
 @rank_zero_only

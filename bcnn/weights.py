@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import VGG16_Weights
 
+from bcnn.data.splits import Split
 from bcnn.errors import UserError
 from bcnn.model import BCNN, CHANNELS
 from bcnn.pooling import pack, unpack
@@ -24,6 +25,10 @@ TORCHVISION = {
     "imagenet": VGG16_Weights.IMAGENET1K_V1,
     "imagenet_features": VGG16_Weights.IMAGENET1K_FEATURES,
 }
+
+
+# Names that others give to a classifier on the whole matrix, and the square root that they train it on.
+WIDE = {"classifiers.0": "signed", "fc": "plain"}
 
 
 def initialise_features(model: BCNN, weights: str, normalization: str | None = None) -> None:
@@ -56,21 +61,23 @@ def load_model(
 
     It is ready for use (`model.predict(images)`): on the CPU, in evaluation mode.
 
-    State dicts may use this project's names or the source's (`classifiers.0.weight` of shape
-    (classes, 262144), packed here without changing a logit).
+    State dicts may use this project's names, the two-script original's (`classifiers.0.weight`) or those
+    of HaoMood's bilinear-cnn (`fc.weight`); of these the classifier, (classes, 262144), is packed
+    without changing a logit. "module." before all names, and a dictionary around them, are taken off.
 
     Args:
         path: the file.
         classes: names for the classes of a file that holds none (default: "0", "1", …).
-        normalization: as for `initialise_features`; files with the source's names mean "imagenet".
+        normalization: as for `initialise_features`; files with the names of others mean "imagenet".
 
     Raises:
         UserError: the file is missing, unreadable, or does not hold a bilinear CNN.
     """
     tensors, metadata = _read(Path(path))
-    if "classifiers.0.weight" in tensors:  # the source's, which starts from torchvision's V1
-        tensors = _from_source(tensors, path)
-        metadata = {"weights": VGG16_Weights.IMAGENET1K_V1.name, **metadata}
+    for name, root in WIDE.items():
+        if f"{name}.weight" in tensors and "centering.mean" not in tensors:
+            tensors = _pack_classifier(tensors, name, path)  # they start from torchvision's V1
+            metadata = {"weights": VGG16_Weights.IMAGENET1K_V1.name, "root": root, **metadata}
     weight, bias = tensors.get("classifier.weight"), tensors.get("classifier.bias")
     size = CHANNELS * (CHANNELS + 1) // 2
     if weight is None or bias is None or weight.shape != (len(bias), size):
@@ -90,6 +97,8 @@ def load_model(
         metadata.get("size", 448),
         metadata.get("resize", "keep"),
         metadata.get("crop_pct", 1.0),
+        Split.from_plain(metadata["split"]) if metadata.get("split") else None,
+        metadata.get("root", "signed"),
     )
     _load_features(model, tensors, path)
     _set_normalization(model, tensors, metadata, normalization, path)
@@ -109,7 +118,8 @@ def save_model(model: BCNN, path: str | Path) -> None:
     """
     if Path(path).suffix == ".safetensors":
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(state, path, describe(model))
+        record = {"split": json.dumps(model.split.plain())} if model.split else {}
+        save_file(state, path, describe(model) | record)
     else:
         torch.save(source_state_dict(model), path)
 
@@ -117,8 +127,8 @@ def save_model(model: BCNN, path: str | Path) -> None:
 def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
-    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize` and `crop_pct` are
-    `BCNN`'s, and `preprocessing` says in words what they ask for.
+    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize`, `crop_pct` and
+    `root` are `BCNN`'s, and `preprocessing` says in words what they ask for.
     """
     size, side = model.size, model.resized_side
     resized = f"short side to {side} px" if model.resize == "keep" else f"to {side} × {side} px"
@@ -127,6 +137,7 @@ def describe(model: BCNN) -> dict[str, str]:
         "size": str(size),
         "resize": model.resize,
         "crop_pct": str(model.crop_pct),
+        "root": model.root,
         "preprocessing": f"upright (EXIF), RGB, resized {resized} (bilinear, antialiased), centre crop "
         f"of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
@@ -152,15 +163,16 @@ def source_state_dict(model: BCNN) -> dict[str, Tensor]:
     return state
 
 
-def _from_source(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    weight = tensors.pop("classifiers.0.weight")
+def _pack_classifier(tensors: dict[str, Tensor], name: str, path: str | Path) -> dict[str, Tensor]:
+    """The tensors with the classifier `name` on the whole matrix under this project's name, packed."""
+    weight = tensors.pop(f"{name}.weight")
     if weight.ndim != 2 or weight.shape[1] != CHANNELS**2:
         raise UserError(
-            f"{path}: classifiers.0.weight has shape {tuple(weight.shape)}, expected "
+            f"{path}: {name}.weight has shape {tuple(weight.shape)}, expected "
             f"(classes, {CHANNELS**2}): it was trained with another pooling"
         )
     tensors["classifier.weight"] = pack(weight.float().view(-1, CHANNELS, CHANNELS))
-    tensors["classifier.bias"] = tensors.pop("classifiers.0.bias")
+    tensors["classifier.bias"] = tensors.pop(f"{name}.bias", torch.zeros(len(weight)))
     return tensors
 
 
@@ -229,6 +241,7 @@ def _file_name(enum: VGG16_Weights) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and what the file says of itself, from .ckpt, .pth, .pt or .safetensors."""
+    path = path.expanduser()
     if not path.is_file():
         raise UserError(f"no such file of weights: {path}")
     try:
@@ -237,24 +250,32 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, _parse(file.metadata() or {})
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # damaged bytes lead the unpickler into whatever there is
         raise UserError(
             f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
         ) from error
-    if isinstance(content, dict) and "state_dict" in content:
-        tensors = {key.removeprefix("model."): v for key, v in content["state_dict"].items()}
-        return tensors, dict(content.get("hyper_parameters", {}))
-    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+    metadata = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+    tensors = _state_dict(content)
+    if not tensors:
         raise UserError(f"{path} is not a state dict: expected tensors by name")
-    return dict(content), {}
+    return tensors, dict(metadata)
+
+
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """The tensors by name in what a file holds, without what wrappers put before every name.
+
+    Lightning keeps them under "state_dict", other loops under "model" or the like; DataParallel puts
+    "module." before the names, and a module that holds the network, "model.".
+    """
+    if not isinstance(content, dict):
+        return {}
+    if not content or not all(isinstance(key, str) and torch.is_tensor(v) for key, v in content.items()):
+        inside = (content[key] for key in ("state_dict", "model_state_dict", "model", "net") if key in content)
+        return next(filter(None, map(_state_dict, inside)), {})
+    for prefix in ("module.", "model."):
+        if all(key.startswith(prefix) for key in content):
+            return _state_dict({key.removeprefix(prefix): v for key, v in content.items()})
+    return dict(content)
 
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:
@@ -262,4 +283,5 @@ def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
         return dict(metadata)
     numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
-    return {**metadata, **numbers, "classes": json.loads(metadata["classes"])}
+    lists = {name: json.loads(metadata[name]) for name in ("classes", "split") if name in metadata}
+    return {**metadata, **numbers, **lists}

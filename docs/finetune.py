@@ -1,4 +1,4 @@
-"""Draws docs/finetune.png: the first steps of a finetune, by the source's optimizer and by the default.
+"""Draws docs/finetune.png: the first steps of a finetune, by the original's optimizer and by the default.
 
 python docs/finetune.py CKPT [OVERRIDE …]   from what stage `last` saved, with the overrides it had
 """
@@ -19,7 +19,7 @@ from bcnn.precision import fastest_precision
 from bcnn.weights import load_model
 
 STEPS = 20
-STAGES = {"source_finetune": "tab:red", "finetune": "tab:blue"}
+OPTIMIZERS = {"original": "tab:red", "default": "tab:blue"}
 
 
 class Movement(L.Callback):
@@ -54,26 +54,29 @@ class Movement(L.Callback):
 def main(checkpoint: str, overrides: list[str]) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     losses, movement = figure.subplots(1, 2)
-    for stage, colour in STAGES.items():
+    for name, colour in OPTIMIZERS.items():
         with initialize("../conf", version_base="1.3"):
-            cfg = compose("config", [f"stage={stage}", f"ckpt={checkpoint}", *overrides])
+            cfg = compose("config", [f"finetune={name}", f"ckpt={checkpoint}", *overrides])
         L.seed_everything(cfg.seed, verbose=False)
         data = instantiate(cfg.data)
         data.prepare_data()
         data.setup()
-        data.batch_size = cfg.stage.batch_size
+        model = load_model(checkpoint).train()
+        if model.split:
+            data.follow(model.split)
+        data.batch_size = cfg.finetune.batch_size
         images, _ = next(iter(data.evaluation_dataloader(data.test[::4], batch_size=50)))
         module = BCNNModule(
-            load_model(checkpoint).train(),
+            model,
             "finetune",
-            instantiate(cfg.stage.optimizer),
-            instantiate(cfg.stage.scheduler),
-            centering=cfg.stage.centering,
-            polyak=cfg.stage.polyak,
+            instantiate(cfg.finetune.optimizer),
+            instantiate(cfg.finetune.scheduler),
+            centering=cfg.finetune.centering,
+            polyak=cfg.finetune.polyak,
         )
         seen = Movement(images)
         L.Trainer(
-            max_epochs=cfg.stage.epochs,
+            max_epochs=cfg.finetune.epochs,
             limit_val_batches=0,
             precision=fastest_precision(),
             callbacks=[seen],
@@ -81,10 +84,10 @@ def main(checkpoint: str, overrides: list[str]) -> None:
             enable_checkpointing=False,
             enable_model_summary=False,
         ).fit(module, datamodule=data)
-        losses.plot(range(1, len(seen.losses) + 1), seen.losses, "o-", ms=3, color=colour, label=stage)
+        losses.plot(range(1, len(seen.losses) + 1), seen.losses, "o-", ms=3, color=colour, label=name)
         for values, line, part in ((seen.common, "-", "in common"), (seen.own, "--", "each its own")):
             steps = range(1, len(values) + 1)
-            movement.plot(steps, values, line, color=colour, label=f"{stage}, {part}")
+            movement.plot(steps, values, line, color=colour, label=f"{name}, {part}")
     losses.axhline(
         torch.tensor(float(len(data.classes))).log(), color="grey", lw=1, ls=":", label="guessing"
     )

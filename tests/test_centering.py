@@ -75,7 +75,7 @@ def test_evaluation_takes_the_same_mean_off_every_row() -> None:
 def test_the_centre_of_a_finetuned_checkpoint_is_that_of_its_own_weights(
     images: Path, tmp_path: Path
 ) -> None:
-    epochs = ["stage.finetune.epochs=2", "stage.finetune.batch_size=6"]
+    epochs = ["finetune.epochs=2", "finetune.batch_size=6"]
     run(configure(*toy(images, *epochs, f"output={tmp_path}")))
     network = load_model(tmp_path / "finetune" / "best.ckpt").eval()
     data = ImageFolderData(images, size=32, num_workers=0, val_fraction=0.34)

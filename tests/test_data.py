@@ -9,7 +9,6 @@ from conftest import write_images
 from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.data.splits import stratified_split
 from bcnn.data.transforms import evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
 
@@ -91,15 +90,6 @@ def test_training_crops_take_shares_of_the_image(resize: str) -> None:
     # A quarter of its area is 71 px square, at 4:5 63 across; at most, 100 high, 125 across.
     least, most = (60, 125) if resize == "keep" else (85, 200)
     assert least < min(spans) < 0.8 * max(spans) and 0.8 * most < max(spans) < most
-
-
-def test_split_is_stratified_seeded_and_disjoint() -> None:
-    samples = [(f"{label}/{i}", label) for label in range(3) for i in range((20, 10, 2)[label])]
-    kept, drawn = stratified_split(samples, 0.2, seed=0)
-    assert [sum(y == label for _, y in drawn) for label in range(3)] == [4, 2, 1]
-    assert sorted(kept + drawn) == sorted(samples)
-    assert stratified_split(samples, 0.2, seed=0) == (kept, drawn)
-    assert stratified_split(samples, 0.2, seed=1) != (kept, drawn)
 
 
 def test_folders_become_splits(images: Path) -> None:

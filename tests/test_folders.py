@@ -41,17 +41,101 @@ def test_a_validation_folder_by_any_of_its_names(images: Path, val: str) -> None
     assert lengths(set_up(images)) == (18, 3, 6)
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "dev", "Eval"),
+        ("seg_train", "seg_val", "seg_test"),
+        ("train2017", "val2017", "test2017"),
+        ("train_set", "valid-set", "test set"),
+        ("trainset", "devset", "hold_out"),
+        ("images_train", "images_validation", "images_test"),
+    ],
+)
+def test_splits_by_the_names_that_people_use(tmp_path: Path, train: str, val: str, test: str) -> None:
+    for number, name in enumerate((train, val, test)):
+        write_images(tmp_path / name, 3 - number, seed=number)
+    data = set_up(tmp_path)
+    assert (data.classes, lengths(data)) == (["blue", "green", "red"], (9, 6, 3))
+
+
+def test_a_split_within_a_folder_of_its_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("seg_train", "seg_test")):
+        write_images(tmp_path / name / name, 3, seed=number)
+    assert lengths(set_up(tmp_path, val_fraction=0)) == (9, 0, 9)
+
+
+def test_what_looks_like_a_split_and_is_none_that_is_known_is_named(images: Path) -> None:
+    write_images(images / "extra", 1, seed=9)
+    with pytest.raises(UserError, match=r"extra holds images beside test/, train/.*move it away"):
+        set_up(images)
+    (images / "extra").rename(images / "eval")
+    with pytest.raises(UserError, match="eval/ and test/: keep one"):
+        set_up(images)
+
+
+def test_flat_images_beside_splits_are_not_forgotten(images: Path) -> None:
+    write(images / "unlabelled" / "a.png")
+    with pytest.raises(UserError, match="unlabelled holds images beside"):
+        set_up(images)
+    (images / "unlabelled").rename(images / "annotations")
+    (images / "annotations" / "a.png").rename(images / "annotations" / "a.xml")
+    assert lengths(set_up(images, val_fraction=0)) == (18, 0, 6)
+
+
+def test_a_split_beside_class_folders_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    write_images(tmp_path / "unseen", 2, seed=1)
+    with pytest.raises(UserError, match="unseen holds folders of the same names as those beside it"):
+        set_up(tmp_path)
+    (tmp_path / "unseen").rename(tmp_path / "test")
+    with pytest.raises(UserError, match=r"blue holds images beside test/"):
+        set_up(tmp_path)
+
+
+def test_a_class_may_have_a_split_s_word_in_its_name(tmp_path: Path) -> None:
+    write_classes(tmp_path, bullet_train=4, test_tube=4)
+    assert set_up(tmp_path).classes == ["bullet_train", "test_tube"]
+    (tmp_path / "bullet_train" / "day").mkdir()
+    for path in list((tmp_path / "bullet_train").glob("*.png")):
+        path.rename(path.parent / "day" / path.name)
+    with pytest.raises(UserError, match="bullet_train looks like a split"):
+        set_up(tmp_path)
+
+
+def test_class_folders_that_may_be_splits_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("lernen", "prüfen")):
+        write_images(tmp_path / name, 4, seed=number)
+    assert set_up(tmp_path).classes == ["lernen", "prüfen"]
+    assert "lernen/, prüfen/ hold folders of the same names (blue, green, red)" in capsys.readouterr().out
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up(images)
+    assert "left out" not in capsys.readouterr().out
+    for name in ("a.CR2", "b.CR2", "c", "d.jpg_large"):
+        (images / "train" / "red" / name).write_bytes(b"some bytes")
+    set_up(images)
+    assert "4 files left out, by their names no images: 2 .CR2, " in capsys.readouterr().out
+
+
 def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
-    write_classes(tmp_path, cat=20, dog=10)
+    write_classes(tmp_path, cat=40, dog=20)
     data = set_up(tmp_path)
     assert data.classes == ["cat", "dog"]
-    assert lengths(data) == (21, 3, 6)
-    assert len({*data.train, *data.val, *data.test}) == 30
-    assert sum(label == 0 for _, label in data.test) == 4
+    train, val, test = lengths(data)
+    assert train + val + test == 60 and 4 <= val <= 8 and 9 <= test <= 15
+    assert len({*data.train, *data.val, *data.test}) == 60
+    assert all({label for _, label in part} == {0, 1} for part in (data.train, data.val, data.test))
     assert set_up(tmp_path).test == data.test
     assert set_up(tmp_path, seed=1).test != data.test
-    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0)) == (30, 0, 0)
-    assert lengths(set_up(tmp_path, val_fraction=0.4, test_fraction=0.4)) == (6, 12, 12)
+    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0)) == (60, 0, 0)
+    assert lengths(set_up(tmp_path, val_fraction=0)) == (48, 0, 12)
 
 
 def test_test_images_are_drawn_from_train_only_when_asked_for(tmp_path: Path) -> None:
@@ -93,7 +177,7 @@ def test_list(kind: str, tmp_path: Path) -> None:
     data = set_up(list=tmp_path / "labels.csv")
     assert data.classes == ["cat", "dog"]
     if kind == "columns in another order":  # and no split: both are drawn
-        assert lengths(data) == (8, 2, 2)
+        assert min(lengths(data)) >= 2 and sum(lengths(data)) == 12
     else:
         assert lengths(data) == (6, 3, 3)
     first = next(label for path, label in (*data.train, *data.val, *data.test) if "/0," in path)
@@ -169,7 +253,7 @@ def test_mistakes_about_folders_are_told_by_name(images: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="val/ and valid/"):
         set_up(images)
     write_classes(tmp_path / "held" / "test", cat=1)
-    with pytest.raises(UserError, match=r"no folder train/ of class folders beside test/"):
+    with pytest.raises(UserError, match=r"images of test alone, and none to train on"):
         set_up(tmp_path / "held")
 
 

@@ -496,8 +496,8 @@ def test_both_stages_on_a_set_from_the_web(publish: Publish, tmp_path: Path) -> 
         "model.weights=random",
         "trainer=cpu",
         "trainer.precision=32-true",
-        "stage.finetune.epochs=1",
-        "stage.finetune.batch_size=6",
+        "finetune.epochs=1",
+        "finetune.batch_size=6",
         f"output={tmp_path / 'out'}",
     ]
     run(configure(*options))

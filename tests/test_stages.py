@@ -16,7 +16,7 @@ from bcnn.module import BCNNModule
 from bcnn.stages import _no_worse, run
 from bcnn.weights import load_model, source_state_dict
 
-SHORT = ["stage.finetune.epochs=1", "stage.finetune.batch_size=6"]
+SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -45,36 +45,36 @@ def test_both_stages_train_test_and_hand_over(
 def test_first_validation_of_finetune_is_the_last_of_last_exactly_in_float32(
     images: Path, tmp_path: Path
 ) -> None:
-    def value(stage: str, row: int, key: str) -> str:
-        lines = (tmp_path / stage / "metrics.csv").read_text().splitlines()
+    def value(folder: str, row: int, key: str) -> str:
+        lines = (tmp_path / folder / "metrics.csv").read_text().splitlines()
         rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
         return [entry[key] for entry in rows if entry.get(key)][row]
 
-    last = ["stage=last", "stage.store=off", "stage.epochs=1", f"output={tmp_path}"]
+    last = ["stage=last", "last=sgd", "last.store=false", "last.epochs=1", f"output={tmp_path / 'a'}"]
     run(configure(*toy(images, *last)))
-    finetune = ["stage=finetune", "stage.epochs=1", f"output={tmp_path}"]
-    run(configure(*toy(images, *finetune, f"ckpt={tmp_path}/last/best.ckpt", "stage.batch_size=64")))
+    finetune = ["stage=finetune", "finetune.epochs=1", f"output={tmp_path / 'b'}"]
+    run(configure(*toy(images, *finetune, f"ckpt={tmp_path}/a/last/best.ckpt", "finetune.batch_size=64")))
     for key in ("val_loss", "val_top1"):
-        assert value("finetune", 0, key) == value("last", -1, key)
+        assert value("b/finetune", 0, key) == value("a/last", -1, key)
 
 
 def test_finetune_after_last_alone_is_the_second_half_of_both(images: Path, tmp_path: Path) -> None:
     run(configure(*toy(images, *SHORT, f"output={tmp_path / 'both'}")))
     start = tmp_path / "both" / "last" / "best.ckpt"
-    options = ["stage=finetune", "stage.epochs=1", "stage.batch_size=6", f"ckpt={start}"]
+    options = ["stage=finetune", *SHORT, f"ckpt={start}"]
     run(configure(*toy(images, *options, f"output={tmp_path / 'alone'}")))
     both = weights(tmp_path / "both" / "finetune" / "best.ckpt")
     alone = weights(tmp_path / "alone" / "finetune" / "best.ckpt")
     assert all(torch.equal(both[key], alone[key]) for key in both)
 
 
-@pytest.mark.parametrize("options", [[], ["stage.last.solver=sgd", "stage.last.store=off"]])
+@pytest.mark.parametrize("options", [[], ["last=sgd", "last.store=false", "last.epochs=2"]])
 def test_the_same_run_twice_gives_the_same_bits(
     images: Path, tmp_path: Path, options: list[str]
 ) -> None:
     runs = []
     for name in ("one", "two"):
-        short = [*SHORT, "stage.last.epochs=2", "data.num_workers=2", *options]
+        short = [*SHORT, "data.num_workers=2", *options]
         run(configure(*toy(images, *short, f"output={tmp_path / name}")))
         runs.append(weights(tmp_path / name / "finetune" / "best.ckpt"))
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
@@ -82,7 +82,7 @@ def test_the_same_run_twice_gives_the_same_bits(
 
 def test_sgd_from_the_store_learns_what_the_convex_solver_learns(images: Path, tmp_path: Path) -> None:
     for solver in ("sgd", "convex"):
-        options = ["stage=last", f"stage.solver={solver}", f"output={tmp_path / solver}"]
+        options = ["stage=last", f"last={solver}", f"output={tmp_path / solver}"]
         assert run(configure(*toy(images, *options))) >= 0.8
 
 
@@ -107,37 +107,37 @@ def test_without_a_test_folder_validation_alone_is_reported(
 
 
 def test_finetune_from_the_source_state_dict(images: Path, tmp_path: Path) -> None:
-    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
-    trained = load_model(tmp_path / "last" / "best.ckpt")
+    run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}")))
+    trained = load_model(tmp_path / "a" / "last" / "best.ckpt")
     torch.save(source_state_dict(trained), tmp_path / "bcnn_lastlayer.pth")
-    options = ["stage=finetune", "stage.epochs=1", f"ckpt={tmp_path / 'bcnn_lastlayer.pth'}"]
+    options = ["stage=finetune", "finetune.epochs=1", f"ckpt={tmp_path / 'bcnn_lastlayer.pth'}"]
     assert run(configure(*toy(images, *options, f"output={tmp_path}"))) >= 0.8
 
 
 def finetune_of(images: Path, tmp_path: Path, *options: str) -> list[str]:
     """The configuration of a finetune by the source's optimizer, from a new stage `last`."""
-    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
-    start = f"ckpt={tmp_path / 'last' / 'best.ckpt'}"
-    short = ["stage.epochs=2", "stage.batch_size=6", f"output={tmp_path}"]
-    return toy(images, "stage=source_finetune", start, *short, *options)
+    run(configure(*toy(images, "stage=last", f"output={tmp_path / 'start'}")))
+    start = f"ckpt={tmp_path / 'start' / 'last' / 'best.ckpt'}"
+    short = ["finetune.epochs=2", "finetune.batch_size=6", f"output={tmp_path}"]
+    return toy(images, "stage=finetune", "finetune=original", start, *short, *options)
 
 
 def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = finetune_of(images, tmp_path, "stage.optimizer.lr=3")
-    with pytest.raises(UserError, match=r"ended worse than it started .* try stage.optimizer.lr=0.3"):
+    options = finetune_of(images, tmp_path, "finetune.optimizer.lr=3")
+    with pytest.raises(UserError, match=r"ended worse than it started .* try finetune.optimizer.lr=0.3"):
         run(configure(*options))
     printed = capsys.readouterr().out
-    start = tmp_path / "last" / "best.ckpt"
-    assert "epoch 1: " in printed and "try stage.optimizer.lr=0.3" in printed
+    start = tmp_path / "start" / "last" / "best.ckpt"
+    assert "epoch 1: " in printed and "try finetune.optimizer.lr=0.3" in printed
     assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
 
 
 def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unsure = ["stage.centering=true", "stage.polyak=2", "stage.loss.label_smoothing=0.5"]
+    unsure = ["finetune.centering=true", "finetune.polyak=2", "finetune.loss.label_smoothing=0.5"]
     run(configure(*finetune_of(images, tmp_path, *unsure)))
     with (tmp_path / "finetune" / "metrics.csv").open() as file:
         logged = [row for row in csv.DictReader(file) if row["val_loss"]]
@@ -174,7 +174,7 @@ def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
 def test_a_loss_that_is_no_number_ends_training(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = finetune_of(images, tmp_path, "stage.optimizer.lr=1e30")
+    options = finetune_of(images, tmp_path, "finetune.optimizer.lr=1e30")
     with pytest.raises(UserError, match="worse than it started"):
         run(configure(*options))
     printed = capsys.readouterr().out
@@ -184,8 +184,8 @@ def test_a_loss_that_is_no_number_ends_training(
 def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
     images: Path, tmp_path: Path
 ) -> None:
-    options = ["stage.finetune.optimizer.lr=1", "stage.finetune.epochs=2"]
-    small = "stage.finetune.batch_size=6"
+    options = ["finetune.optimizer.lr=1", "finetune.epochs=2"]
+    small = "finetune.batch_size=6"
     assert run(configure(*toy(images, *options, small, f"output={tmp_path}"))) >= 0.8
 
 
@@ -195,16 +195,13 @@ def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
         (["stage=finetune"], "stage=both"),
         (["stage=last", "ckpt=some.ckpt"], "ckpt is for stage=finetune"),
         (["stage=finetune", "ckpt=missing.ckpt"], "missing.ckpt"),
-        (["experiment=cub200", "stage=finetune", "ckpt=missing.ckpt"], "stage.finetune.epochs=45"),
+        (["experiment=cub200", "stage=finetune", "ckpt=missing.ckpt"], "finetune.epochs=45"),
         (["stage=last", "model.weights=missing.pth"], "missing.pth"),
-        (["stage=last", "stage.solver=convex", "stage.store=off"], "stage.store=off"),
-        (["stage=last", "stage.solver=newton"], "auto, convex, sgd"),
-        (["stage=last", "stage.store=yes"], "auto, on, off"),
         (["data.size=16"], "32 px at least"),
         (["data.resize=stretch"], "keep, squash"),
         (["data.val_fraction=1"], "data.val_fraction=1"),
-        (["stage.finetune.batch_size=2"], "use 4 or more"),
-        (["stage.finetune.open_from=conv6_1"], "choose a layer from conv1_1"),
+        (["finetune.batch_size=2"], "use 4 or more"),
+        (["finetune.open_from=conv6_1"], "choose a layer from conv1_1"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -228,9 +225,9 @@ def test_classes_weigh_the_same_where_that_is_asked_for(images: Path, tmp_path: 
         (images / "train" / "red" / f"{index}.png").unlink()
     biases = []
     for i, option in enumerate(
-        ["stage.class_weights=false", "stage.class_weights=true", "data.sampler=balanced"]
+        ["last.class_weights=false", "last.class_weights=true", "data.sampler=balanced"]
     ):
-        options = ["stage=last", "data.val_fraction=0", "stage.l2=[10]", option]
+        options = ["stage=last", "data.val_fraction=0", "last.l2=[10]", option]
         run(configure(*toy(images, *options, f"output={tmp_path / str(i)}")))
         biases.append(load_model(tmp_path / str(i) / "last" / "last.ckpt").classifier.bias.detach())
     # So strong an l2 leaves the bias alone to tell the classes apart, by how much they weigh.

@@ -95,10 +95,10 @@ def test_confusion_and_the_hardest_photographs(
 
 
 def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:
-    cfg = configure(*toy(tmp_path, "stage.last.l2=[1e-5]", f"output={tmp_path}"))
-    log_configuration([logger], cfg, cfg.stage.last)
+    cfg = configure(*toy(tmp_path, "last.l2=[1e-5]", f"output={tmp_path}"))
+    log_configuration([logger], cfg, "last")
     kept = logger.experiment.config
-    assert (kept["stage"]["name"], kept["stage"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
+    assert (kept["stage"], kept["last"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
     assert kept["data"]["size"] == 32 and kept["data"]["seed"] == 0  # an interpolation, resolved
 
 
@@ -118,9 +118,9 @@ def test_other_loggers_are_told_the_configuration_alone(
 ) -> None:
     logger = CSVLogger(tmp_path / "csv", name="", version="")
     cfg = configure(*toy(tmp_path, f"output={tmp_path}"))
-    log_configuration([logger], cfg, cfg.stage.finetune)
+    log_configuration([logger], cfg, "finetune")
     log_predictions([logger], predictions)
     logger.save()
     kept = OmegaConf.load(tmp_path / "csv" / "hparams.yaml")
-    assert (kept.stage.name, kept.data.root) == ("finetune", str(tmp_path))
+    assert (kept.stage, kept.data.root) == ("finetune", str(tmp_path))
     assert [path.name for path in (tmp_path / "csv").iterdir()] == ["hparams.yaml"]

@@ -11,7 +11,7 @@ from torchvision.models import VGG16_Weights
 
 from bcnn.errors import UserError
 from bcnn.model import BCNN
-from bcnn.weights import TORCHVISION, initialise_features, load_model, source_state_dict
+from bcnn.weights import TORCHVISION, initialise_features, load_model, save_model, source_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,26 @@ def test_a_full_width_classifier_that_is_not_symmetric_keeps_its_logits(
     loaded = load_model(tmp_path / "bcnn_lastlayer.pth")
     symmetric = source_state_dict(loaded)["classifiers.0.weight"].view(2, 512, 512)
     torch.testing.assert_close(symmetric, (matrix + matrix.mT) / 2)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+def test_checkpoints_of_haomood_s_bilinear_cnn(model: BCNN, tmp_path: Path, wrapper: str | None) -> None:
+    state = source_state_dict(model)
+    for kind in ("weight", "bias"):
+        state[f"fc.{kind}"] = state.pop(f"classifiers.0.{kind}")
+    state = {f"module.{key}": value for key, value in state.items()}  # trained on several GPUs
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "vgg_16_epoch_24.pth")
+    loaded = load_model(tmp_path / "vgg_16_epoch_24.pth")
+    images = torch.rand(2, 3, 48, 64)
+    with torch.no_grad():  # its forward pass, which adds 1e-5 under the root
+        maps = model.feature_maps(images).flatten(2)
+        matrix = (maps @ maps.mT / maps.shape[2]).flatten(1)
+        rows = nn.functional.normalize((matrix + 1e-5).sqrt())
+        expected = rows @ state["module.fc.weight"].mT + state["module.fc.bias"]
+        torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(model(images), expected, rtol=1e-2, atol=1e-2)
+    save_model(loaded, tmp_path / "own.safetensors")
+    assert load_model(tmp_path / "own.safetensors").root == "plain"
 
 
 def test_own_state_dict_keeps_its_normalisation(model: BCNN, tmp_path: Path) -> None:

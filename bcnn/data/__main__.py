@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bcnn.data.check import Finding, broken, check, write_broken
 from bcnn.data.layout import Layout, mistakes, read_folder, read_list
-from bcnn.data.review import duplicates, imbalance
+from bcnn.data.review import duplicates, flat, imbalance
 from bcnn.data.sheet import contact_sheet
 from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.errors import UserError
@@ -61,8 +61,11 @@ def main(options: Options) -> int:
     findings = check(source, layout.paths)
     reasons = broken(findings)
     intact = layout.without(reasons)
-    errors = mistakes(layout, source) or mistakes(intact, source) + too_few(intact, source, *fractions)
-    drawn = draw_splits(intact, *fractions, options.seed)
+    content = {path: finding.digest for path, finding in findings.items()}
+    errors = mistakes(layout, source) or (
+        mistakes(intact, source) + too_few(intact, content, source, *fractions)
+    )
+    drawn = draw_splits(intact, content, *fractions, options.seed)
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(_counts(layout, drawn, reasons))
@@ -77,7 +80,7 @@ def main(options: Options) -> int:
         errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
         for path, reason in list(reasons.items())[:MOST_BROKEN]:
             console.print(f"broken: {path}: {reason}", markup=False)
-    for warning in duplicates(drawn, findings) + imbalance(drawn):
+    for warning in layout.remarks + duplicates(drawn, findings) + flat(intact, findings) + imbalance(drawn):
         console.print(f"warning: {warning}", markup=False)
     for error in errors:
         console.print(f"error: {error}", markup=False)

@@ -14,9 +14,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from bcnn.data.check import broken, check, write_broken
-from bcnn.data.layout import Layout, Samples, listed, mistakes, read_folder, read_list
-from bcnn.data.review import duplicates, imbalance
-from bcnn.data.splits import draw_splits, refuse_fractions, stratified_split, too_few
+from bcnn.data.layout import (
+    Layout,
+    Samples,
+    listed,
+    mistakes,
+    no_images,
+    read_folder,
+    read_list,
+)
+from bcnn.data.review import duplicates, flat, imbalance
+from bcnn.data.splits import (
+    SHORT,
+    Content,
+    Split,
+    draw_splits,
+    follow,
+    hold_out,
+    refuse_fractions,
+    shares,
+    too_few,
+)
 from bcnn.data.subset import choose_classes
 from bcnn.data.transforms import (
     MIN_SIZE,
@@ -66,7 +84,7 @@ class ImageFolderData(L.LightningDataModule):
 
     `setup` decodes every image once and remembers that it did (`bcnn.data.check`). After it, `classes`
     holds the names of the classes, and `train`, `val` and `test` hold (path, label) pairs; `val` and
-    `test` may be empty.
+    `test` may be empty. `split` is the record of which images these are.
 
     Args:
         root: `root/{train,val,test}/<class>/*`, val and test being optional, or `root/<class>/*`.
@@ -97,6 +115,8 @@ class ImageFolderData(L.LightningDataModule):
     train: Samples
     val: Samples
     test: Samples
+    split: Split
+    content: Content
 
     def __init__(
         self,
@@ -116,9 +136,10 @@ class ImageFolderData(L.LightningDataModule):
         train_scale: float | None = 0.5,
     ) -> None:
         super().__init__()
-        self.list = None if list is None else Path(list)
-        self.root = Path(root or list or "")  # what messages call the set
+        self.list = None if list is None else Path(str(list)).expanduser()
         self.places = [place for place in (root, list) if place is not None]
+        # what messages call the set; a folder called 2024 comes as a number from a configuration
+        self.root = Path(str(self.places[0]) if self.places else "").expanduser()
         self.size = size
         self.resize = resize
         self.crop_pct = crop_pct
@@ -137,19 +158,60 @@ class ImageFolderData(L.LightningDataModule):
         if self.classes:
             return
         self._refuse_options()
-        layout = self._layout()
+        self._undrawn = layout = self.labelled()
         _refuse(mistakes(layout, self.root))
+        fractions = self.val_fraction, self.test_fraction
+        _refuse(too_few(layout, self.content, self.root, *fractions))
+        self._take(draw_splits(layout, self.content, *fractions, self.seed))
+        for warning in [] if self.sampler else imbalance(layout):
+            say(f"warning: {warning}")
+
+    def labelled(self) -> Layout:
+        """The intact images and their labels as folders or a list have them, with nothing drawn.
+
+        Raises:
+            UserError: there are no images, or broken ones that are not to be left out.
+        """
+        layout = self._layout()
+        _refuse(no_images(layout, self.root))
+        for remark in layout.remarks:
+            say(f"warning: {remark}")
         if self.subset is not None:
             layout = choose_classes(layout, self.subset, self.seed)
         findings = check(self.root, layout.paths)
         layout = self._without_broken(layout, broken(findings))
-        _refuse(mistakes(layout, self.root))
-        _refuse(too_few(layout, self.root, self.val_fraction, self.test_fraction))
-        layout = draw_splits(layout, self.val_fraction, self.test_fraction, self.seed)
-        for warning in duplicates(layout, findings) + ([] if self.sampler else imbalance(layout)):
+        _refuse(no_images(layout, self.root))
+        self.content = {path: finding.digest for path, finding in findings.items()}
+        for warning in duplicates(layout, findings) + flat(layout, findings):
             say(f"warning: {warning}")
-        self.train, self.val, self.test = layout.splits.values()
+        return layout
+
+    def follow(self, before: Split) -> None:
+        """Take the splits of a model that is going to be trained further.
+
+        Images that it was trained on would be the easiest of any validation or test. Where it knows
+        none of these images, the splits stay as they are drawn.
+        """
+        here = {self.content[path][:SHORT] for path in self._undrawn.paths}
+        known = here & before.known
+        if known:
+            layout, said = follow(self._undrawn, self.content, before)
+            self._take(layout)
+            recipe = ", ".join(f"{name}={value:g}" for name, value in before.recipe.items())
+            say(
+                f"splits as the checkpoint records them ({recipe}): {len(known)} of its "
+                f"{len(before.known)} images are here, and {len(here - known)} that it does not know"
+            )
+            for sentence in said:
+                say(f"warning: {sentence}")
+        self.split = self.split.after(before)
+
+    def _take(self, layout: Layout) -> None:
         self.classes = layout.classes
+        self.train, self.val, self.test = layout.splits.values()
+        val_share, test_share = shares(self._undrawn, self.val_fraction, self.test_fraction)
+        recipe = {"seed": self.seed, "val_fraction": val_share, "test_fraction": test_share}
+        self.split = Split.of(layout, self.content, recipe)
 
     def _layout(self) -> Layout:
         """Where the images are. A set with files of its own reads them here."""
@@ -158,8 +220,8 @@ class ImageFolderData(L.LightningDataModule):
     def _refuse_options(self) -> None:
         if len(self.places) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
-        if self.size < MIN_SIZE:
-            raise UserError(f"data.size={self.size} is too small: {MIN_SIZE} px at least")
+        if not isinstance(self.size, int) or self.size < MIN_SIZE:
+            raise UserError(f"data.size={self.size}: a whole number of pixels, {MIN_SIZE} at least")
         if self.resize not in get_args(Resize):
             raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
         if not 0 < self.crop_pct <= 1:
@@ -215,7 +277,8 @@ class ImageFolderData(L.LightningDataModule):
         """Centre crops of at most this many training images, drawn by `seed` within each class."""
         sample = self.train
         if len(sample) > images:
-            _, sample = stratified_split(sample, images / len(sample), self.seed)
+            drawn, _ = hold_out(sample, self.content, self.seed, images / len(sample))
+            sample = [each for each in sample if each[0] in drawn]
         return self.evaluation_dataloader(sample)
 
     def evaluation_dataloader(

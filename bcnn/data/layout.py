@@ -2,18 +2,25 @@
 
 import csv
 import os
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bcnn.data.formats import images_below, is_ignored, is_image
+from bcnn.data.formats import files_below, images_below, is_ignored, is_image
 from bcnn.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
 
-# Names of a split's folder, and of a split in a list.
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# What people call a split, as a folder or in a list.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout", "heldout"), "test"),
+}
+BESIDE = {"set", "data", "images", "photos", "split"}  # words that say nothing beside a split's
 
 WAYS_IN = "<class>/<images>, {train,val,test}/<class>/<images>, or a list (data.list)"
 
@@ -28,6 +35,7 @@ class Layout:
         val: images to validate on.
         test: images to test on.
         divided: whether a folder or a list said which images are in which split.
+        remarks: what was left out or could be meant otherwise, a sentence each.
     """
 
     classes: list[str]
@@ -35,6 +43,7 @@ class Layout:
     val: Samples = field(default_factory=list)
     test: Samples = field(default_factory=list)
     divided: bool = True
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, Samples]:
@@ -65,36 +74,111 @@ class Layout:
 
 
 def read_folder(root: Path) -> Layout:
-    """`root/{train,val,test}/<class>/*` (valid and validation are val too), or `root/<class>/*`.
+    """`root/{train,val,test}/<class>/*`, by any name of `SPLITS`, or `root/<class>/*`.
 
     Raises:
-        UserError: there is no such folder, `val/` or `test/` but no `train/`, or two for one split.
+        UserError: there is no such folder, two folders for one split, or a folder that looks like a
+            split, or stands beside splits, and is none that is known.
     """
     if not root.is_dir():
         raise UserError(f"no such folder: {root} (data.root)")
-    parts: dict[str, Path] = {}
-    for folder in _subfolders(root):
-        split = SPLITS.get(folder.name.lower())
-        if split is None or any(is_image(file.name) for file in folder.iterdir()):
-            continue  # with images in it, a folder is a class, whatever its name
-        if split in parts:
-            raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
-        parts[split] = folder
-    if parts and "train" not in parts:
-        raise UserError(
-            f"{root} has no folder train/ of class folders beside "
-            f"{' and '.join(f'{part.name}/' for part in parts.values())}: add {root}/train/<class>/*"
-        )
+    parts = _split_folders(root)
     folders = [
         (split, _name(folder.name), folder)
         for split, part in (parts or {"train": root}).items()
-        for folder in _subfolders(part)
+        for folder in subfolders(part)
     ]
     layout = Layout(sorted({name for _, name, _ in folders}), divided=bool(parts))
     labels = {name: label for label, name in enumerate(layout.classes)}
+    left_out: Counter[str] = Counter()
     for split, name, folder in folders:
-        layout.splits[split].extend((path, labels[name]) for path in images_below(folder))
+        for path in files_below(folder, root):
+            if is_image(os.path.basename(path)):
+                layout.splits[split].append((path, labels[name]))
+            else:
+                left_out[os.path.splitext(path)[1] or "without an ending"] += 1
+    if left_out:
+        endings = listed(f"{count} {ending}" for ending, count in left_out.most_common())
+        layout.remarks.append(f"{left_out.total()} files left out, by their names no images: {endings}")
+    if not parts:
+        layout.remarks += _alike(root)
     return layout
+
+
+def _alike(root: Path) -> list[str]:
+    """Says so where all class folders hold the same folders: unknown splits look like that."""
+    inside = [_names(folder) for folder in subfolders(root) if not _holds_images(folder)]
+    if len(inside) < 2 or len(inside[0]) < 2 or any(names != inside[0] for names in inside):
+        return []
+    folders = listed((f"{folder.name}/" for folder in subfolders(root)), 3)
+    return [
+        f"{folders} hold folders of the same names ({listed(sorted(inside[0]), 3)}) and were taken for "
+        "classes: splits are called train, val and test"
+    ]
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits; none where `root` holds class folders."""
+    # with images in it, a folder is a class, whatever its name
+    folders = [folder for folder in subfolders(root) if not _holds_images(folder)]
+    named = [(folder, *found) for folder in folders if (found := _split_of(folder.name))]
+    # test_tube is a class, but seg_train and seg_test are splits
+    affixes = Counter(affix for affix, _ in {(affix, split) for _, split, affix in named})
+    parts: dict[str, Path] = {}
+    for folder, split, affix in named:
+        if affix and affixes[affix] < 2:
+            raise UserError(
+                f"{folder} looks like a split and is none that is known: call it {split}/, or, if it is "
+                "a class, put its images into it without folders between"
+            )
+        if split in parts:
+            raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
+        parts[split] = folder
+    classes = {name for part in parts.values() for name in _names(part)} or _names(root)
+    for folder in subfolders(root):
+        if folder in parts.values():
+            continue
+        if parts and next(images_below(folder), None):
+            raise UserError(
+                f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
+                "train, val or test, if it is one; move it into train/, if it is a class; or move it away"
+            )
+        if not parts and folder in folders and _names(folder) & classes:
+            raise UserError(
+                f"{folder} holds folders of the same names as those beside it, like a split: call it "
+                f"train, val or test, and move the class folders into {root}/train, or move it away"
+            )
+    return {split: _inner(folder, split) for split, folder in parts.items()}
+
+
+def _split_of(name: str) -> tuple[str, str] | None:
+    """The split that a folder's name speaks of, and what else is in the name ("seg" of seg_train)."""
+    words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+|\d+", name.casefold())]
+    if "".join(words) in SPLITS:  # hold_out
+        return SPLITS["".join(words)], ""
+    splits = [word for word in words if word in SPLITS]
+    if len(splits) != 1:
+        return None
+    affix = (word for word in words if word and word not in {*splits, *BESIDE})
+    return SPLITS[splits[0]], " ".join(affix)
+
+
+def _inner(folder: Path, split: str) -> Path:
+    """Where the class folders are: archives often hold seg_train/seg_train/<class>."""
+    inside = subfolders(folder)
+    if len(inside) == 1 and not _holds_images(inside[0]):
+        found = _split_of(inside[0].name)
+        if found and found[0] == split:
+            return inside[0]
+    return folder
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image(file.name) for file in folder.iterdir())
+
+
+def _names(folder: Path) -> set[str]:
+    return {_name(inside.name) for inside in subfolders(folder)}
 
 
 def read_list(file: Path) -> Layout:
@@ -123,14 +207,14 @@ def read_list(file: Path) -> Layout:
             )
         row = dict(zip(header, cells, strict=True))
         path = str(file.parent / row["path"])
-        split = SPLITS.get(row.get("split", "train").lower())
+        found = _split_of(row.get("split", "train"))
         if not row["label"]:
             raise UserError(f"{file}, line {number}: no label")
-        if split is None:
+        if found is None or found[1]:
             raise UserError(f"{file}, line {number}: split {row['split']!r} is not train, val or test")
         if path in entries:
             raise UserError(f"{file}, line {number}: {row['path']} is in the list already")
-        entries[path] = (_name(row["label"]), split)
+        entries[path] = (_name(row["label"]), found[0])
     missing = [path for path in entries if not os.path.isfile(path)]
     if missing:
         raise UserError(
@@ -144,10 +228,19 @@ def read_list(file: Path) -> Layout:
     return layout
 
 
+def no_images(layout: Layout, source: Path) -> list[str]:
+    """Says so where there are none."""
+    return [] if layout.samples else [f"no images in {source}: expected {WAYS_IN}"]
+
+
 def mistakes(layout: Layout, source: Path) -> list[str]:
     """What keeps these images from being trained on, a sentence each."""
-    if not any(layout.splits.values()):
-        return [f"no images in {source}: expected {WAYS_IN}"]
+    if not layout.samples:
+        return no_images(layout, source)
+    if not layout.train:
+        there = " and ".join(split for split, samples in layout.splits.items() if samples)
+        way_out = "lines of it" if source.is_file() else f"{source}/train/<class>/*"
+        return [f"{source} has images of {there} alone, and none to train on: add {way_out}"]
     train, val, test = (layout.counts(split) for split in layout.splits)
     found = []
     empty = [label for label, count in enumerate(train) if not count and not val[label] + test[label]]
@@ -203,5 +296,5 @@ def _name(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _subfolders(folder: Path) -> Sequence[Path]:
+def subfolders(folder: Path) -> Sequence[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not is_ignored(p.name))

@@ -1,0 +1,244 @@
+"""What is wrong with a configuration, as far as that can be seen before an image is read."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import get_object, instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bcnn.errors import UserError
+from bcnn.model import LAYERS
+from bcnn.precision import AUTOCAST, chosen_precision
+
+STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
+PARTS = {*STAGES["both"], "stage", "ckpt", "seed", "output", "model", "data", "trainer", "callbacks", "logger"}
+
+# Of Lightning's Trainer: options that both stages obey, and those that only steps along gradients do.
+TRAINER = {
+    "accelerator",
+    "benchmark",
+    "detect_anomaly",
+    "deterministic",
+    "devices",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "num_nodes",
+    "precision",
+    "profiler",
+    "strategy",
+}
+OF_STEPS = {"gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"}
+INSTEAD = {
+    "accumulate_grad_batches": "last.accumulate (of last=sgd) and finetune.accumulate",
+    "callbacks": "callbacks=NAME, or +callbacks.NAME._target_=…",
+    "check_val_every_n_epoch": "nothing: which epoch is kept depends on validating each",
+    "default_root_dir": "output",
+    "enable_checkpointing": "nothing: checkpoints are what a stage is run for",
+    "fast_dev_run": "data.classes=2 data.size=64 finetune.epochs=1 for a quick try",
+    "limit_test_batches": "data.test_fraction",
+    "limit_val_batches": "data.val_fraction",
+    "logger": "logger=NAME",
+    "max_epochs": "last.epochs (of last=sgd) and finetune.epochs",
+    "max_steps": "last.epochs (of last=sgd) and finetune.epochs",
+}
+
+
+@dataclass
+class Model:
+    """Options at model.*"""
+
+    weights: str
+    normalization: str | None
+
+
+@dataclass
+class Convex:
+    """Options at last.* of last=convex."""
+
+    solver: str
+    l2: list[float]
+    class_weights: bool
+    loss: Any
+
+
+@dataclass
+class SGD:
+    """Options at last.* of last=sgd."""
+
+    solver: str
+    store: bool
+    epochs: int
+    batch_size: int
+    accumulate: int
+    optimizer: Any
+    scheduler: Any
+    class_weights: bool
+    loss: Any
+
+
+@dataclass
+class Finetune:
+    """Options at finetune.*"""
+
+    epochs: int
+    batch_size: int
+    accumulate: int
+    open_from: str | None
+    checkpointing: bool
+    centering: bool
+    polyak: float | None
+    optimizer: Any
+    scheduler: Any
+    class_weights: bool
+    loss: Any
+
+
+def refuse_mistakes(cfg: DictConfig) -> None:
+    """Go through every option: none is dropped, and none that will not do is found out later.
+
+    Raises:
+        UserError: an option that is unknown, of the wrong kind, or does not go with the others.
+    """
+    if cfg.stage not in STAGES:
+        raise UserError(
+            f"stage={cfg.stage}: choose from {', '.join(STAGES)}; options of the stages are last.… and "
+            "finetune.…"
+        )
+    stages = STAGES[cfg.stage]
+    _refuse_unknown("", cfg, PARTS)
+    solvers: dict[str, type] = {"convex": Convex, "sgd": SGD}
+    solver = cfg.last.get("solver")
+    if solver not in solvers:
+        raise UserError(f"last.solver={solver}: choose last=convex, last=sgd or last=original")
+    kinds = {"model": Model, "last": solvers[solver], "finetune": Finetune}
+    for part, kind in kinds.items():
+        _refuse_fields(part, cfg[part], kind)
+    _refuse_calls(cfg)
+    _refuse_values(cfg)
+    _refuse_ckpt(cfg, stages)
+    _refuse_trainer(cfg, stages)
+    _refuse_output(Path(cfg.output), stages)
+
+
+def _refuse_unknown(place: str, options: Mapping[str, Any], known: set[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"there is no option {place}{name}; {place or 'at the top '}has {', '.join(sorted(known))}"
+            )
+
+
+def _refuse_fields(part: str, options: DictConfig, kind: type) -> None:
+    """Options that are not fields of a dataclass, lack, or are of another type."""
+    names = {field.name for field in fields(kind)}
+    if part == "last" and kind is Convex and (extra := {*options} & {f.name for f in fields(SGD)} - names):
+        raise UserError(f"last.{min(extra)} is an option of last=sgd, and last=convex is chosen")
+    _refuse_unknown(f"{part}.", options, names)
+    for name in names - {*options}:
+        raise UserError(f"{part}.{name} is missing: write {part}.{name}=…")
+    try:
+        OmegaConf.merge(OmegaConf.structured(kind), options)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{part}.{error.key}: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_calls(node: Any, place: str = "") -> None:
+    """Arguments that a `_target_` does not take."""
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        names = [name for name in node if not str(name).startswith("_")]
+        try:
+            target = get_object(str(node["_target_"]))
+            inspect.signature(target).bind_partial(**dict.fromkeys(map(str, names)))
+        except Exception as error:  # whatever importing a user's own class raises
+            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
+    for name in node:
+        _refuse_calls(node._get_node(name), f"{place}.{name}".lstrip("."))
+
+
+def _refuse_values(cfg: DictConfig) -> None:
+    """Values that the optimizer, the schedule or the loss will not take, found by making one of each."""
+    for part in STAGES["both"]:
+        options = cfg[part]
+        for name in ("epochs", "batch_size", "accumulate"):
+            if options.get(name, 1) < 1:
+                raise UserError(f"{part}.{name}={options[name]}: 1 at least")
+        try:
+            instantiate(options.loss)()
+            if "optimizer" in options:
+                optimizer = instantiate(options.optimizer)([torch.zeros(1, requires_grad=True)])
+                if options.scheduler is not None:
+                    instantiate(options.scheduler)(optimizer, total_steps=10)
+        except Exception as error:  # torch raises whatever it likes
+            reason = " ".join(str(error).split()).removeprefix("Error in call to target ")
+            raise UserError(f"{part}: {reason}") from error
+    if not cfg.last.get("l2", [1]) or min(cfg.last.get("l2", [1])) <= 0:
+        raise UserError(f"last.l2={cfg.last.l2}: one number over zero, or more")
+    if cfg.finetune.polyak is not None and cfg.finetune.polyak <= 0:
+        raise UserError(f"finetune.polyak={cfg.finetune.polyak}: a number over zero, or null")
+    if cfg.finetune.centering and cfg.finetune.batch_size < 4:
+        raise UserError(
+            f"finetune.batch_size={cfg.finetune.batch_size} is too small to take its mean off: use 4 or "
+            "more (for larger steps in little memory, with finetune.accumulate), or "
+            "finetune.centering=false"
+        )
+    if cfg.finetune.open_from not in (None, *LAYERS):
+        raise UserError(
+            f"finetune.open_from={cfg.finetune.open_from}: choose a layer from {', '.join(LAYERS)}, or null"
+        )
+
+
+def _refuse_ckpt(cfg: DictConfig, stages: tuple[str, ...]) -> None:
+    if stages == ("finetune",) and cfg.ckpt is None:
+        raise UserError(
+            "stage=finetune starts from what stage=last saved: add ckpt=PATH, or train both stages "
+            "with stage=both"
+        )
+    if stages[0] == "last" and cfg.ckpt is not None:
+        raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
+
+
+def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
+    for name in cfg.trainer:
+        if name in OF_STEPS:
+            if "last" in stages and cfg.last.solver == "convex":
+                raise UserError(
+                    f"trainer.{name} is for steps along gradients, and last=convex takes none: choose "
+                    "last=sgd, or train stage=finetune alone"
+                )
+        elif name not in TRAINER | {"_target_"}:
+            raise UserError(
+                f"trainer.{name} does not go with the stages; "
+                + (f"use {INSTEAD[name]}" if name in INSTEAD else f"there are {', '.join(sorted(TRAINER))}")
+            )
+    asked = str(cfg.trainer.precision)
+    if asked not in ("auto", "32-true", *AUTOCAST):
+        raise UserError(f"trainer.precision={asked}: choose from auto, 32-true, {', '.join(AUTOCAST)}")
+    precision = chosen_precision(cfg.trainer)
+    try:
+        trainer: L.Trainer = instantiate(
+            cfg.trainer, precision=precision, logger=False, enable_checkpointing=False
+        )
+    except Exception as error:  # Lightning and Hydra raise whatever they like
+        raise UserError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error
+    if trainer.precision != precision:
+        raise UserError(
+            f"trainer.precision={precision}: this device computes in {trainer.precision} instead; "
+            "leave it at auto"
+        )
+
+
+@rank_zero_only
+def _refuse_output(folder: Path, stages: tuple[str, ...]) -> None:
+    """A folder that holds another run's files, which would be mixed with those of this one."""
+    for name in ("figures.json", *STAGES["both"]):
+        if (folder / name).exists():
+            raise UserError(f"output={folder} holds a run already ({name}): name another folder")

@@ -1,0 +1,150 @@
+"""Every option is obeyed, or refused by name before an image is read."""
+
+from pathlib import Path
+
+import pytest
+from conftest import configure, toy
+
+from bcnn.errors import UserError
+from bcnn.stages import run
+from bcnn.weights import load_model
+
+CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["stage=lst"], "stage=lst: choose from both, last, finetune"),
+        (["+stag=last"], "no option stag"),
+        (["+last.epochs=3"], r"last\.epochs is an option of last=sgd, and last=convex is chosen"),
+        (["+last.optimizer.lr=3"], r"last\.optimizer is an option of last=sgd"),
+        (["+last.sotre=false"], r"no option last\.sotre; .*l2"),
+        (["+finetune.epoch=3"], r"no option finetune\.epoch"),
+        (["+data.siez=64"], r"data: .*siez"),
+        (["+model.pooling=compact"], r"no option model\.pooling"),
+        (["+finetune.optimizer.betas=[0.9,0.99]"], r"finetune\.optimizer: .*betas"),
+        (["+finetune.scheduler.warmpu=0.1"], r"finetune\.scheduler: .*warmpu"),
+        (["+logger.csv.flush=3"], r"logger\.csv: .*flush"),
+        (["finetune.optimizer.lr=-1"], "finetune: .*learning rate.*-1"),
+        (["finetune.loss.label_smoothing=2"], "finetune: .*smoothing"),
+        (["finetune.epochs=0"], r"finetune\.epochs=0: 1 at least"),
+        (["finetune.epochs=2.5"], r"finetune\.epochs: .*2\.5"),
+        (["finetune.polyak=many"], r"finetune\.polyak: .*many"),
+        (["finetune.polyak=0"], r"finetune\.polyak=0: a number over zero"),
+        (["last.l2=[]"], r"last\.l2=\[\]: one number over zero"),
+        (["last=sgd", "last.batch_size=0"], r"last\.batch_size=0"),
+        (["~finetune.epochs"], r"finetune\.epochs is missing"),
+        ([CALLBACKS], r"trainer\.callbacks does not go with the stages; use callbacks="),
+        (["+trainer.max_epochs=3"], r"trainer\.max_epochs .*finetune\.epochs"),
+        (["+trainer.max_steps=2"], r"trainer\.max_steps .*finetune\.epochs"),
+        (["+trainer.fast_dev_run=true"], r"trainer\.fast_dev_run .*data\.classes=2"),
+        (["+trainer.limit_val_batches=0"], r"trainer\.limit_val_batches .*data\.val_fraction"),
+        (["+trainer.check_val_every_n_epoch=2"], r"trainer\.check_val_every_n_epoch .*each"),
+        (["+trainer.enable_checkpointing=false"], r"trainer\.enable_checkpointing"),
+        (["+trainer.accumulate_grad_batches=2"], r"finetune\.accumulate"),
+        (["+trainer.logger=false"], r"use logger=NAME"),
+        (["+trainer.overfit_batches=1"], r"trainer\.overfit_batches .*there are accelerator"),
+        (["+trainer.gradient_clip_val=1"], r"trainer\.gradient_clip_val .*last=convex takes none"),
+        (["+trainer.limit_train_batches=1"], r"last=convex takes none"),
+        (["trainer.precision=bf16-true"], "choose from auto, 32-true, bf16-mixed, 16-mixed"),
+        (["trainer.precision=16-mixed"], "this device computes in bf16-mixed"),
+        (["trainer.accelerator=abacus"], "trainer: .*abacus"),
+        (["trainer.devices=many"], "trainer: .*many"),
+        (["finetune.optimizer._target_=torch.optim.SDG"], r"finetune\.optimizer: .*SDG"),
+    ],
+)
+def test_mistakes_are_told_before_an_image_is_read(
+    tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    missing = toy(tmp_path / "missing", f"output={tmp_path / 'out'}", *options)
+    with pytest.raises(UserError, match=sentence) as refusal:
+        run(configure(*missing))
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["data.size=64.5"], ["data.size=big"], ["data.val_fraction=some"]])
+def test_values_of_another_kind_in_data(images: Path, tmp_path: Path, options: list[str]) -> None:
+    with pytest.raises(UserError, match=options[0]):
+        run(configure(*toy(images, f"output={tmp_path / 'out'}", *options)))
+
+
+FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["+trainer.enable_progress_bar=false"],
+        ["+trainer.deterministic=true"],
+        ["+trainer.detect_anomaly=true"],
+        ["+trainer.profiler=simple"],
+        ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1"],
+        ["last=sgd", "last.epochs=1", "+trainer.limit_train_batches=1"],
+        ["~logger.csv"],
+        ["~logger"],
+        ["schedule@finetune.scheduler=plateau"],
+        ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
+    ],
+)
+def test_options_that_are_obeyed(images: Path, tmp_path: Path, options: list[str]) -> None:
+    assert run(configure(*toy(images, *FINETUNE, f"output={tmp_path / 'out'}", *options))) >= 0.6
+    assert (tmp_path / "out" / "finetune" / "best.ckpt").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_callbacks_of_the_configuration_see_both_stages(images: Path, tmp_path: Path) -> None:
+    timer = "+callbacks.swa._target_=lightning.pytorch.callbacks.DeviceStatsMonitor"
+    run(configure(*toy(images, *FINETUNE, timer, f"output={tmp_path}")))
+    for stage in ("last", "finetune"):
+        assert "DeviceStatsMonitor" in (tmp_path / stage / "metrics.csv").read_text()
+
+
+def test_plateau_without_validation_images(images: Path, tmp_path: Path) -> None:
+    plateau = ["last=sgd", "schedule@last.scheduler=plateau", "data.val_fraction=0"]
+    with pytest.raises(UserError, match=r"last\.scheduler=plateau waits for .* there are no validation"):
+        run(configure(*toy(images, *plateau, f"output={tmp_path / 'out'}")))
+
+
+def test_an_output_folder_is_used_once(images: Path, tmp_path: Path) -> None:
+    options = toy(images, "stage=last", f"output={tmp_path / 'out'}")
+    run(configure(*options))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for again in (["seed=3"], ["stage=finetune", f"ckpt={tmp_path / 'out' / 'last' / 'best.ckpt'}"]):
+        with pytest.raises(UserError, match=r"output=.*out holds a run already .*name another folder"):
+            run(configure(*options, *again))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_an_experiment_serves_one_stage_as_well_as_both(images: Path, tmp_path: Path) -> None:
+    options = ["experiment=quick", "finetune.epochs=1", "finetune.batch_size=6"]
+    run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}", *options)))
+    start = f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}"
+    run(configure(*toy(images, "stage=finetune", start, f"output={tmp_path / 'b'}", *options)))
+    assert load_model(tmp_path / "b" / "finetune" / "best.ckpt").classes == ["blue", "green", "red"]
+
+
+def test_too_many_rows_for_the_convex_solver(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bcnn.plan.MAX_ROWS", 20)
+    with pytest.raises(UserError, match=r"24 rows .* more than the 20 .* choose last=sgd"):
+        run(configure(*toy(images, f"output={tmp_path}")))
+
+
+def test_no_room_for_descriptors(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        free = 1000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Full)
+    with pytest.raises(UserError, match=r"no room for descriptors .* BCNN_STORES .* last\.store=false"):
+        run(configure(*toy(images, f"output={tmp_path}")))
+
+
+def test_another_set_of_classes_is_told_by_the_difference(images: Path, tmp_path: Path) -> None:
+    run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}")))
+    for split in ("train", "test"):
+        (images / split / "red").rename(images / split / "rose")
+    options = ["stage=finetune", f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}"]
+    with pytest.raises(UserError, match=r"new here: rose; missing here: red"):
+        run(configure(*toy(images, *options, f"output={tmp_path / 'b'}")))
