@@ -75,7 +75,7 @@ def write_report(
         wrong=int((~predictions.correct).sum()),
         cards=[(NAMES[name], *shown(name, figure)) for name, figure in headline(predictions).items()],
         stages=stages,
-        curves=[Markup(curves_svg(stages, metric)) for metric in TITLES] if stages else [],
+        curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(stages, metric))],
         matrix=_matrix(predictions),
         pairs=_pairs(predictions),
         mistakes=_mistakes(predictions, evidence or {}),
