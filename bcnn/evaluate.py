@@ -44,8 +44,8 @@ python -m bcnn.evaluate ckpt=FILE data=FOLDER [OPTION=VALUE ...]
                      classes.csv       precision and recall of every class
                      predictions.csv   a row an image; predictions.npz has every probability
 
-Top-1, top-5, precision and recall have Wilson intervals; macro top-1, calibration error and negative
-log-likelihood have 1.96 bootstrap standard errors to each side (1,000 draws within each class).
+Top-1, top-5, precision and recall have Wilson intervals, macro top-1 Wilson's for an effective number
+of images, and negative log-likelihood a t-interval; calibration error has none that would hold.
 """
 
 SPLITS = ("test", "val", "train", "all")

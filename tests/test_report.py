@@ -7,14 +7,17 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, write_images
+from matplotlib import rc_context
 from PIL import Image
 
-from bcnn.report import Predictions, write_report
+from bcnn.report import Predictions, plot_curves, write_report
+from bcnn.report.heatmap import evidence_figure
 from bcnn.report.page import MISTAKES, confused_pairs, confusion_order
 from bcnn.report.plots import curves_svg
 
@@ -26,6 +29,15 @@ LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 0,0,1.5,0.3,,
 1,1,,,1.0,0.6
 1,1,1.1,0.5,,
+"""
+
+CONVEX = """epoch,gradient_norm,l2,step,train_loss,train_top1,val_loss,val_top1
+0,,,0,,,0.5,0.8
+0,1e-08,9.999999747378752e-05,0,0.9,0.9,,
+1,,,1,,,0.4,0.9
+1,1e-08,2.499999936844688e-05,1,0.3,1.0,,
+2,,,2,,,0.6,0.8
+2,1e-08,9.999999974752427e-07,2,0.1,1.0,,
 """
 
 
@@ -60,14 +72,56 @@ def test_most_confused_pairs_by_count_in_both_directions() -> None:
     assert confused_pairs(made, 1) == [(0, 1)]
 
 
-def test_the_hand_over_is_marked_where_there_are_two_stages(tmp_path: Path) -> None:
+def test_each_stage_has_a_panel_with_epochs_of_its_own(tmp_path: Path) -> None:
     log = tmp_path / "metrics.csv"
     log.write_text(LOG)
     one = curves_svg([("last", log)], "loss")
     two = curves_svg([("last", log), ("finetune", log)], "loss")
-    assert "finetune" not in one and "stroke-dasharray" not in one
-    assert "finetune" in two and two.count("stroke-dasharray") == 1
-    assert re.findall(r">(\d)</text>", two) == ["1", "2", "3", "4"]  # epochs, one after the other
+    assert "finetune" not in one and one.count(">epoch<") == 1
+    assert "finetune" in two and two.count(">epoch<") == 2
+    assert re.findall(r">(\d)</text>", two) == ["1", "2", "1", "2"]
+
+
+def test_a_convex_stage_is_drawn_over_its_weights_and_not_over_epochs(tmp_path: Path) -> None:
+    log, finetune = tmp_path / "last.csv", tmp_path / "finetune.csv"
+    log.write_text(CONVEX)
+    finetune.write_text(LOG)
+    alone = curves_svg([("last", log)], "loss")
+    assert re.findall(r">(\d(?:\.\d+)?e-\d)</text>", alone) == ["1e-4", "2.5e-5", "1e-6"]
+    assert ">λ, weight of" in alone and "epoch" not in alone
+    both = curves_svg([("last", log), ("finetune", finetune)], "top1")
+    assert ">λ, weight of" in both and both.count(">epoch<") == 1
+
+
+@pytest.mark.parametrize(
+    "log", [None, "", "epoch,step,train_loss\n0,0,1.5\n", "epoch,step,test_top1\n,3,0.9\n"]
+)
+def test_curves_of_what_was_logged(log: str | None, mistaken: Predictions, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    if log is not None:
+        first.write_text(log)
+    second.write_text(LOG)
+    trained = bool(log) and "train_loss" in str(log)
+    assert bool(curves_svg([("last", first)], "loss")) == trained
+    assert curves_svg([("last", first)], "top1") == ""
+    assert ("last" in curves_svg([("last", first), ("finetune", second)], "loss")) == trained
+    write_report(tmp_path / "report.html", mistaken, "Title", [("last", first)])
+    assert ("<h2>Training</h2>" in (tmp_path / "report.html").read_text()) == trained
+    plot_curves(first, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() == trained
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    photograph, shares = Image.new("RGB", (32, 32)), np.ones((2, 2))
+    title = "costs $5^$ or $x_1$\x1b\0\udcff\nof two lines"
+    box = (0.0, 0.0, 32.0, 32.0)
+    figure = evidence_figure(photograph, box, box, title, [("for $5^$\t", shares)])
+    with rc_context({"svg.fonttype": "none"}), catch_warnings():
+        simplefilter("error")
+        figure.savefig(tmp_path / "figure.svg")
+        figure.savefig(tmp_path / "figure.png")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "costs $5^$ or $x_1$���" in drawn and "for $5^$�" in drawn
 
 
 class Addresses(HTMLParser):

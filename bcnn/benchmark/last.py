@@ -23,7 +23,6 @@ from bcnn.errors import UserError
 from bcnn.model import BCNN, CHANNELS
 from bcnn.module import BCNNModule
 from bcnn.precision import fastest_precision
-from bcnn.store import VIEWS
 from bcnn.weights import initialise_features
 
 BATCH = 64  # images a step over stored features, as in conf/stage/last.yaml
@@ -89,7 +88,7 @@ def descriptor_store(options: Options) -> dict[str, float]:
         "once": once / images,  # the building of val and test is in it
         "start": (seconds - options.epochs * clock.warm_epoch()) / images,
         "epoch": clock.warm_epoch() / images,
-        "bytes": float(data.store.nbytes) / len(data.paths) / VIEWS,
+        "bytes": float(data.store.nbytes) / len(data.paths),
         **({"top1": test["test_top1"]} if test else {}),
         "images": images,
     }
@@ -136,7 +135,8 @@ def table(options: Options) -> Table:
         )
     table.caption = (
         f"{epochs} epochs of {images:.0f} images, cache and store in batches of {BATCH}; an image: "
-        f"bytes read of it in one view; *: timed over {options.images} images and multiplied out"
+        "bytes on disk, of the store in both of its views; "
+        f"*: timed over {options.images} images and multiplied out"
     )
     if "top1" in ours:
         table.caption += f"; test top-1 of the store's {ours['top1']:.1%}"

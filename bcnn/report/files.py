@@ -11,8 +11,14 @@ from bcnn.report.predictions import Predictions
 
 
 def write_figures(folder: Path, predictions: Predictions) -> None:
-    """`figures.json`, `classes.csv`, `predictions.csv` and `predictions.npz` in an existing folder."""
-    figures = {name: asdict(figure) for name, figure in headline(predictions).items()}
+    """`figures.json`, `classes.csv`, `predictions.csv` and `predictions.npz` in an existing folder.
+
+    Unknown ends of intervals are null in the JSON and empty in the CSV.
+    """
+    figures = {
+        name: {key: None if math.isnan(number) else number for key, number in asdict(figure).items()}
+        for name, figure in headline(predictions).items()
+    }
     content = {"images": len(predictions.paths), **figures}
     (folder / "figures.json").write_text(json.dumps(content, indent=2) + "\n")
     _write_classes(folder / "classes.csv", predictions)

@@ -59,14 +59,14 @@ def evidence_figure(
     crop, box = (tuple(edge * scale for edge in edges) for edges in (crop, box))  # type: ignore[assignment]
     panels = 1 + len(maps)
     figure = Figure(figsize=(width / 150 * panels + 1.5, height / 150 + 1.2), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_printable(title), fontsize=11, parse_math=False)
     axes = figure.subplots(1, panels)
     axes[0].imshow(small)
     axes[0].set_title("what the network saw", fontsize=10)
     for panel, (name, shares) in zip(axes[1:], maps, strict=True):
         limit = float(np.abs(shares).max()) or 1.0
         panel.imshow(overlay(small, box, shares, limit))
-        panel.set_title(name, fontsize=10)
+        panel.set_title(_printable(name), fontsize=10, parse_math=False)
         scalar = ScalarMappable(Normalize(-limit, limit), COLOURS)
         figure.colorbar(scalar, ax=panel, label="logits a place", shrink=0.9, format="%+.2g")
     for panel in axes:
@@ -77,3 +77,8 @@ def evidence_figure(
             panel.add_patch(outline)
         panel.set_axis_off()
     return figure
+
+
+def _printable(text: str) -> str:
+    """Without the control characters and undecodable bytes of file names, which fonts do not have."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)

@@ -1,32 +1,35 @@
-"""Figures of merit from predictions, each with a 95 % interval.
+"""Figures of merit from predictions, with 95 % intervals where the images can support one.
 
-Proportions have Wilson intervals (Wilson, JASA 1927). Other figures have ± 1.96 bootstrap standard
-errors (Efron 1979), of `RESAMPLES` draws of the images within each class: not percentiles, since the
-calibration error is a sum of absolute values, which resampling only makes larger.
+- Proportions: Wilson (JASA 1927), which has a width also where all images are right.
+- Macro top-1: Wilson's for an effective number of images, see `weighted_proportion`.
+- Negative log-likelihood: Student's for the mean over the images. Where nearly all are right the mean
+  hangs on the few mistakes, and the interval is too narrow if the set is too small to hold any.
+- Expected calibration error: none. On few images it is too large by its own noise (Roelofs et al.,
+  "Mitigating Bias in Calibration Error Estimation", AISTATS 2022), so that an interval around it
+  misses the 0 of a perfectly calibrated model more often than not, also a bootstrap's.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
+from scipy import stats
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from bcnn.report.predictions import Predictions
 
-RESAMPLES = 1000
 BINS = 15  # of the calibration, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
+Z = NormalDist().inv_cdf(0.975)
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the ends of its 95 % interval; nan where there is nothing to measure it on."""
+    """A figure and the ends of its 95 % interval; nan is unknown."""
 
     value: float
     low: float
@@ -59,25 +62,16 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
     top5 = multiclass_accuracy(
         predictions.probabilities, labels, count, top_k=min(5, count), average="micro"
     )
+    error = multiclass_calibration_error(predictions.probabilities, labels, count, BINS)
     correct = predictions.correct.double().numpy()
-    confidence = predictions.confidence.double().numpy()
     surprise = -predictions.of_truth.double().clamp_min(torch.finfo(torch.float32).tiny).log().numpy()
-    truth = labels.numpy()
-
-    def macro(drawn: NDArray[np.int64]) -> float:
-        images = np.bincount(truth[drawn], minlength=count)
-        hits = np.bincount(truth[drawn], correct[drawn], minlength=count)
-        return float((hits[images > 0] / images[images > 0]).mean())
-
-    def error(drawn: NDArray[np.int64]) -> float:
-        return calibration_error(calibration(confidence[drawn], correct[drawn]))
-
+    weights = 1 / labels.bincount()[labels].double().numpy()
     return {
         "top1": proportion(int(correct.sum()), len(labels)),
         "top5": proportion(round(float(top5) * len(labels)), len(labels)),
-        "macro_top1": bootstrap(macro, labels, most=1),
-        "ece": bootstrap(error, labels, most=1),
-        "nll": bootstrap(lambda drawn: float(surprise[drawn].mean()), labels),
+        "macro_top1": weighted_proportion(correct, weights),
+        "ece": Estimate(float(error), math.nan, math.nan),
+        "nll": mean(surprise),
     }
 
 
@@ -88,6 +82,16 @@ NAMES = {
     "ece": "calibration error (ECE)",
     "nll": "negative log-likelihood",
 }
+
+
+def shown(name: str, figure: Estimate) -> tuple[str, str]:
+    """Value and interval of a figure as text: "nll" a number, all else in percent; "–" is unknown."""
+    form = "{:.3f}" if name == "nll" else "{:.1%}"
+    value, low, high = (form.format(number) for number in (figure.value, figure.low, figure.high))
+    return (
+        "–" if math.isnan(figure.value) else value,
+        "–" if math.isnan(figure.low) else f"{low} – {high}",
+    )
 
 
 def per_class(predictions: Predictions) -> list[ClassFigures]:
@@ -114,31 +118,42 @@ def calibration(confidence: Array, correct: Array) -> list[Bin]:
     return [Bin(int(n), float(c), float(a)) for n, c, a in zip(images, *sums, strict=True)]
 
 
-def calibration_error(bins: list[Bin]) -> float:
-    """Expected calibration error: mean over the images of |accuracy − confidence| of their bin."""
-    gaps = [each.images * abs(each.accuracy - each.confidence) for each in bins]
-    return sum(gaps) / sum(each.images for each in bins)
-
-
 def proportion(hits: int, of: int) -> Estimate:
-    """`hits / of` with its Wilson interval."""
-    if of == 0:
-        return Estimate(math.nan, math.nan, math.nan)
-    interval = binomtest(hits, of).proportion_ci(method="wilson")
-    return Estimate(hits / of, float(interval.low), float(interval.high))
+    """`hits / of` with its Wilson interval; unknown where `of` is 0."""
+    return _wilson(hits / of, of) if of else Estimate(math.nan, math.nan, math.nan)
 
 
-def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], float], labels: Tensor, most: float = math.inf
-) -> Estimate:
-    """A statistic of image indices, from 0 to `most`, with its bootstrap interval."""
-    order = labels.argsort(stable=True).numpy()
-    sizes = labels.bincount().numpy()
-    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    size = np.repeat(sizes, sizes)
-    rng = np.random.default_rng(0)
-    drawn = [
-        statistic(order[first + (rng.random(len(order)) * size).astype(int)]) for _ in range(RESAMPLES)
-    ]
-    value, margin = statistic(order), 1.96 * float(np.std(drawn))
-    return Estimate(value, max(0.0, value - margin), min(most, value + margin))
+def weighted_proportion(correct: Array, weights: Array) -> Estimate:
+    """Share of the weights that is on correct images, with Wilson's interval for fewer images.
+
+    The effective number of images is that of as many equal ones with the same variance (Korn &
+    Graubard, Survey Methodology 24, 1998), but at most (Σw)² / Σw² (Kish, "Survey Sampling", 1965):
+    all of them where weights are equal.
+
+    Args:
+        correct: (images,) 0 or 1.
+        weights: (images,), above 0.
+    """
+    share = float(np.average(correct, weights=weights))
+    squares = (weights / weights.sum()) ** 2
+    images, variance = 1 / squares.sum(), squares @ (correct - share) ** 2
+    if variance:
+        images = min(images, share * (1 - share) / variance)
+    return _wilson(share, float(images))
+
+
+def mean(values: Array) -> Estimate:
+    """Mean of numbers from 0 with its t-interval, unknown where nothing shows how they spread."""
+    value = float(values.mean())
+    if np.ptp(values) == 0:
+        return Estimate(value, math.nan, math.nan)
+    low, high = stats.t.interval(0.95, len(values) - 1, value, stats.sem(values))
+    return Estimate(value, max(0.0, float(low)), float(high))
+
+
+def _wilson(share: float, images: float) -> Estimate:
+    middle = share + Z**2 / (2 * images)
+    half = Z * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2)
+    low, high = ((middle + side) / (1 + Z**2 / images) for side in (-half, half))
+    # Clipped, as rounding can put the end of an interval from 0 or up to 1 on the wrong side of it.
+    return Estimate(share, min(share, max(0.0, low)), max(share, min(1.0, high)))

@@ -16,7 +16,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from bcnn.data.transforms import load_image
-from bcnn.report.metrics import NAMES, Estimate, calibration, headline, per_class
+from bcnn.report.metrics import NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion
 
@@ -73,13 +73,14 @@ def write_report(
         title=title,
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
-        cards=_cards(headline(predictions)),
+        cards=[(NAMES[name], *shown(name, figure)) for name, figure in headline(predictions).items()],
         stages=stages,
-        curves=[Markup(curves_svg(stages, metric)) for metric in TITLES] if stages else [],
+        curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(stages, metric))],
         matrix=_matrix(predictions),
         pairs=_pairs(predictions),
         mistakes=_mistakes(predictions, evidence or {}),
         classes=per_class(predictions),
+        shown=shown,
         taken=_taken(predictions),
         calibration=Markup(calibration_svg(bins)),
         configuration=configuration,
@@ -190,17 +191,8 @@ def _taken(predictions: Predictions) -> list[str]:
     ]
 
 
-def _cards(figures: Mapping[str, Estimate]) -> list[tuple[str, str, str]]:
-    """Name, value and interval of each figure, as shown."""
-    cards = []
-    for name, figure in figures.items():
-        show = "{:.3f}".format if name == "nll" else _percent
-        cards.append((NAMES[name], show(figure.value), f"{show(figure.low)} – {show(figure.high)}"))
-    return cards
-
-
 def _percent(share: float) -> str:
-    return "–" if share != share else f"{share:.1%}"
+    return f"{share:.1%}"
 
 
 def _thumbnail(picture: Image.Image) -> str:

@@ -40,47 +40,60 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
-Point = tuple[int, float]
+Rows = list[dict[str, str]]
 
 
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
-    """Loss and top-1 of training and validation over the epochs, as a PNG.
+    """Loss and top-1 of training and validation over the epochs (or λ) of a stage, as a PNG.
 
-    Epoch 0 is what a finetune starts from, validated before its first step.
+    Epoch 0 is what a finetune starts from, validated before its first step. Nothing is written where
+    nothing was logged.
 
     Args:
         metrics_csv: as Lightning's CSVLogger writes it.
         picture: the file to write.
     """
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 2), TITLES, strict=True):
-        _draw_curves(axes, [metrics_csv], metric, ("tab:blue", "tab:orange"))
+    rows = _rows(metrics_csv)
+    metrics = [metric for metric in TITLES if _logged(rows, metric)]
+    if not metrics:
+        return
+    figure = Figure(figsize=(4.5 * len(metrics), 3.5), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        _draw_curves(axes, rows, metric, ("tab:blue", "tab:orange"))
+        axes.set_title(TITLES[metric])
+        axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
 
 
 def curves_svg(stages: Sequence[tuple[str, Path]], metric: str) -> str:
-    """`metric` ("loss" or "top1") over the epochs of one stage after the other.
+    """`metric` ("loss" or "top1") over the epochs (or λ) of each stage, a panel a stage.
 
-    A dashed line marks where a stage hands over to the next.
+    Stages that did not log it are left out; empty if none did.
 
     Args:
         stages: name and Lightning's metrics.csv of each.
         metric: "loss" or "top1".
     """
+    logs = [(name, _rows(path)) for name, path in stages]
+    logs = [(name, rows) for name, rows in logs if _logged(rows, metric)]
+    if not logs:
+        return ""
     with rc_context(STYLE):
         figure = Figure(figsize=(5, 3), layout="constrained")
-        axes = figure.subplots()
-        ends = _draw_curves(axes, [path for _, path in stages], metric, (SOFT, HIT))
-        for (name, _), start, end in zip(stages, [0, *ends], ends, strict=False):
-            if start:
-                axes.axvline(start, color=SOFT, lw=1, ls=(0, (3, 3)))
-            middle = (start + end) / 2
-            axes.text(middle, 1.05, name, transform=axes.get_xaxis_transform(), ha="center", color=SOFT)
-        axes.grid(axis="y", lw=0.6)
+        panels = figure.subplots(1, len(logs), sharey=True, squeeze=False)[0]
+        for axes, (name, rows) in zip(panels, logs, strict=True):
+            _draw_curves(axes, rows, metric, (SOFT, HIT))
+            axes.text(
+                0.5, 1.05, name, transform=axes.transAxes, ha="center", color=SOFT, parse_math=False
+            )
+            axes.grid(axis="y", lw=0.6)
+        panels[0].set_title(TITLES[metric])
+        lines = {line.get_label(): line for axes in panels for line in axes.lines}
+        panels[-1].legend(handles=list(lines.values()))
         if metric == "top1":
-            axes.set_ylim(top=min(1, axes.get_ylim()[1]))
-            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
+            panels[0].set_ylim(top=min(1, panels[0].get_ylim()[1]))
+            panels[0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
         return _svg(figure)
 
 
@@ -104,35 +117,45 @@ def calibration_svg(bins: Sequence[Bin]) -> str:
         return _svg(figure)
 
 
-def _draw_curves(axes: Axes, files: Sequence[Path], metric: str, colours: tuple[str, str]) -> list[int]:
-    """Training and validation over the epochs of each file, each from where the last one ended.
-
-    Returns:
-        The last epoch of each file.
-    """
-    ends: list[int] = []
-    for file in files:
-        start = ends[-1] if ends else 0
-        ends.append(start)
-        for split, colour in zip(("train", "val"), colours, strict=True):
-            points = [(start + epoch, value) for epoch, value in _points(file, f"{split}_{metric}")]
-            label = split if len(ends) == 1 else None
-            if points:
-                style: dict[str, Any] = {"ms": 3, "lw": 1.6, "color": colour, "clip_on": False}
-                axes.plot(*zip(*points, strict=True), "o-", label=label, **style)
-                ends[-1] = max(ends[-1], points[-1][0])
-    axes.set(xlabel="epoch", title=TITLES[metric])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axes.lines:
-        axes.legend()
-    return ends
+def _draw_curves(axes: Axes, rows: Rows, metric: str, colours: tuple[str, str]) -> None:
+    """Training and validation over the epochs; or over λ, where each epoch is the optimum for one."""
+    for split, colour in zip(("train", "val"), colours, strict=True):
+        logged = [row for row in rows if row.get(f"{split}_{metric}")]
+        if logged:
+            values = [float(row[f"{split}_{metric}"]) for row in logged]
+            style: dict[str, Any] = {"ms": 3, "lw": 1.6, "color": colour, "clip_on": False}
+            axes.plot([_epoch(row) for row in logged], values, "o-", label=split, **style)
+    weights = {_epoch(row): _scientific(float(row["l2"])) for row in rows if row.get("l2")}
+    if weights:
+        step = -(-len(weights) // 5)  # more names would run into each other
+        axes.set_xticks(list(weights)[::step], list(weights.values())[::step])
+        axes.set_xlabel("λ, weight of ‖W‖²/2")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
 
 
-def _points(metrics_csv: Path, column: str) -> list[Point]:
-    """(epoch, value) as logged; epoch 0 is before the first step."""
+def _rows(metrics_csv: Path) -> Rows:
+    """What was logged; nothing where the logger was left out."""
+    if not metrics_csv.is_file():
+        return []
     with metrics_csv.open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get(column)]
-    return [(int(row["epoch"]) + 1 if row["epoch"] else 0, float(row[column])) for row in rows]
+        return list(csv.DictReader(file))
+
+
+def _logged(rows: Rows, metric: str) -> bool:
+    return any(row.get(f"{split}_{metric}") for row in rows for split in ("train", "val"))
+
+
+def _epoch(row: dict[str, str]) -> int:
+    """Counted from 1; 0 is before the first step."""
+    return int(row["epoch"]) + 1 if row["epoch"] else 0
+
+
+def _scientific(number: float) -> str:
+    """1e-4 and 2.5e-3, also of numbers that went through float32."""
+    mantissa, exponent = f"{number:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _svg(figure: Figure) -> str:
