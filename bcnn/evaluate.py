@@ -22,7 +22,7 @@ from bcnn.options import REQUIRED, command
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.report.files import write_figures
 from bcnn.report.heatmap import overlay
-from bcnn.report.metrics import NAMES, headline, per_class
+from bcnn.report.metrics import NAMES, headline, per_class, shown
 from bcnn.report.page import MISTAKES, THUMBNAIL, Evidence, write_report
 from bcnn.report.predictions import Predictions
 from bcnn.weights import load_model
@@ -218,8 +218,7 @@ def _headline_table(predictions: Predictions, title: str) -> Table:
     table = Table("", "", "95 % interval", title=f"{title}: {len(predictions.paths)} images")
     table.columns[1].justify = table.columns[2].justify = "right"
     for name, figure in headline(predictions).items():
-        show = "{:.3f}".format if name == "nll" else "{:.1%}".format
-        table.add_row(NAMES[name], show(figure.value), f"{show(figure.low)} – {show(figure.high)}")
+        table.add_row(NAMES[name], *shown(name, figure))
     return table
 
 
