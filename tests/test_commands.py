@@ -1,11 +1,16 @@
 """The commands as a user types them, each a process of its own, at toy size."""
 
 import csv
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 from conftest import ROOT, Run, toy
+from PIL import Image
 
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
 
@@ -39,6 +44,62 @@ def test_sweep_over_rates_shares_the_store(
     assert len(list(stores.glob("*/store.json"))) == 1
     checkpoints = set(re.findall(r"best checkpoint: (.+)", sweep.stdout))
     assert len(checkpoints) == 3 and all(Path(path).is_file() for path in checkpoints)
+
+
+def test_a_job_that_fails_does_not_take_the_sweep_with_it(
+    train: Run, images: Path, tmp_path: Path
+) -> None:
+    sweep = train("-m", *toy(images, "stage=last", "data.size=16,32,33.5"))
+    assert sweep.returncode == 1 and "Traceback" not in sweep.stderr
+    assert len(list(tmp_path.glob("multirun/*/*/1/last/best.ckpt"))) == 1
+    ending = sweep.stderr[sweep.stderr.index("2 jobs failed:") :]
+    assert "/0: " in ending and "data.size=16" in ending and "data.size=33.5" in ending
+    assert "32 at least" in ending and "/1: " not in ending
+
+
+def test_the_next_command_runs_from_a_folder_of_any_name(images: Path, tmp_path: Path) -> None:
+    here = tmp_path / "a=b (1), 'c'"
+    here.mkdir()
+    options = toy(Path("..", "images"), *FINETUNE, "finetune.optimizer.lr=1e-4")
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), *options])
+    for epochs in ("", " finetune.epochs=1"):
+        run = subprocess.run(command + epochs, shell=True, cwd=here, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        line = next(line for line in run.stdout.splitlines() if line.startswith("next: "))
+        command = line.removeprefix("next: ")
+        assert "finetune.batch_size=6" in command and "data.size=32" in command
+        words = shlex.split(command)
+        rate = float(next(w for w in words if w.startswith("finetune.optimizer.lr=")).split("=")[1])
+        assert rate == (1e-5 if not epochs else 1e-6)
+
+
+def test_labels_that_mean_nothing_score_the_same_in_training_and_in_evaluation(
+    train: Run, python: Run, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "noise" / name).mkdir(parents=True)
+        for number in range(15):
+            pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
+    last = train(*toy(tmp_path / "noise", "stage=last", "seed=1", f"output={tmp_path / 'a'}"))
+    assert last.returncode == 0, last.stderr
+    trained = json.loads((tmp_path / "a" / "figures.json").read_text())
+    (tmp_path / "noise" / "a" / "0.png").rename(tmp_path / "noise" / "a" / "renamed.png")
+    for name in ("a", "b"):  # one more
+        pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "noise" / name / "more.png")
+    ckpt = f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}"
+    words = ["-m", "bcnn.evaluate", ckpt, "data=noise", f"output={tmp_path / 'b'}"]
+    judged = python(*words, PYTHONPATH=str(ROOT))
+    assert judged.returncode == 0, judged.stderr
+    assert "2 images that the checkpoint does not record are left out" in judged.stdout
+    evaluated = json.loads((tmp_path / "b" / "figures.json").read_text())
+    assert evaluated["images"] == trained["images"] and evaluated["top1"] == trained["top1"]
+    short = ["stage=finetune", *FINETUNE, "finetune.optimizer.lr=1e-9", f"output={tmp_path / 'c'}"]
+    tuned = train(*toy(tmp_path / "noise", *short, ckpt))  # at another seed
+    assert tuned.returncode == 0, tuned.stderr
+    assert json.loads((tmp_path / "c" / "figures.json").read_text())["top1"] == trained["top1"]
 
 
 def test_experiment_original(train: Run, images: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,11 +146,63 @@ def test_evidence_of_mistakes_is_the_logits_of_both_classes(
     assert drawn == pytest.approx(expected.flatten().tolist(), rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 15), ("val", 3), ("all", 24)])
+@pytest.mark.parametrize(("split", "count"), [("train", 18), ("all", 24)])
 def test_other_splits(checkpoint: Path, images: Path, tmp_path: Path, split: str, count: int) -> None:
     words = (f"ckpt={checkpoint}", f"data={images}", f"split={split}", f"output={tmp_path / 'out'}")
     assert evaluate(*words) == 0
     assert len(rows(tmp_path / "out" / "predictions.csv")) == count
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Labelled images that nobody could train on."""
+    folder = tmp_path / "odd"
+    if request.param == "test alone":
+        write_images(folder / "Testing", 2)
+    elif request.param == "one image a class":
+        write_images(folder, 1)
+    elif request.param == "one class":
+        write_images(folder, 3)
+        shutil.rmtree(folder / "red")
+        shutil.rmtree(folder / "green")
+    elif request.param == "one broken":
+        write_images(folder, 2)
+        (folder / "red" / "0.png").write_bytes(b"broken")
+    elif request.param == "list of test lines":
+        write_images(folder, 1)
+        lines = [f"{path},{path.parent.name},test" for path in sorted(folder.rglob("*.png"))]
+        folder = tmp_path / "odd.csv"
+        folder.write_text("\n".join(["path,label,split", *lines]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("odd_folder", "count"),
+    [
+        ("test alone", 6),
+        ("one image a class", 3),
+        ("one class", 3),
+        ("one broken", 5),
+        ("list of test lines", 3),
+    ],
+    indirect=["odd_folder"],
+)
+@pytest.mark.parametrize("split", ["test", "all"])
+def test_whatever_labelled_images_there_are(
+    checkpoint: Path,
+    odd_folder: Path,
+    count: int,
+    split: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (f"ckpt={checkpoint}", f"data={odd_folder}", f"split={split}", f"output={tmp_path / 'out'}")
+    assert evaluate(*words) == 0
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == count
+    printed = capsys.readouterr().out
+    assert ("left out 1 images that cannot be decoded" in printed) == (count == 5)
+    assert "the checkpoint has no record of what it was trained on" in printed
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_list_is_evaluated_as_its_folder_is(checkpoint: Path, images: Path, tmp_path: Path) -> None:
