@@ -185,21 +185,22 @@ def test_a_second_evaluation_overwrites_nothing(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("options", "sentence"),
     [
-        (["ckpt=missing.ckpt"], "missing.ckpt"),
-        (["data=nowhere"], "nowhere"),
-        (["split=tset"], "test, val, train, all"),
+        ({"ckpt": "missing.ckpt"}, "missing.ckpt"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"split": "tset"}, "test, val, train, all"),
     ],
 )
 def test_mistakes_are_one_sentence(
     checkpoint: Path,
     images: Path,
-    words: list[str],
+    options: dict[str, str],
     sentence: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert evaluate(f"ckpt={checkpoint}", f"data={images}", *words) == 1
+    words = {"ckpt": checkpoint, "data": images, **options}
+    assert evaluate(*(f"{name}={text}" for name, text in words.items())) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
 

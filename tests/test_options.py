@@ -1,17 +1,24 @@
 """Arguments of the commands: what is understood, and how mistakes are told."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bcnn.errors import UserError
-from bcnn.options import REQUIRED, command
+from bcnn.options import command
 
 
 @dataclass
 class Options:
-    ckpt: str = REQUIRED
+    ckpt: Path
     top: int = 5
+    target: str = ""
+    share: float | None = 0.1
+    folder: Path | None = None
+    softmax: bool = False
+    rows: list[int] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
 
 
@@ -23,18 +30,84 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[Opti
 
 
 def test_options_and_paths_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
-    code, seen, _ = ask(capsys, "a.jpg", "ckpt=runs/epoch=3.ckpt", "./b=c.jpg", "top=1")
+    words = [
+        "a.jpg",
+        "ckpt=runs/epoch=3.ckpt",
+        "-",
+        "./b=c.jpg",
+        "set 1=a.jpg",
+        "top=1",
+        "--",
+        "-x.jpg",
+    ]
+    code, seen, _ = ask(capsys, *words)
     assert code == 0
-    assert seen == [Options("runs/epoch=3.ckpt", 1, ["a.jpg", "./b=c.jpg"])]
+    paths = ["a.jpg", "-", "./b=c.jpg", "set 1=a.jpg", "--", "-x.jpg"]
+    assert seen == [Options(Path("runs/epoch=3.ckpt"), 1, paths=paths)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "photos #2",
+        "010",
+        "no",
+        "1.10",
+        "1e3",
+        "null",
+        "[red] tulip",
+        "a: b",
+        "a=b",
+        " x ",
+        "--",
+        "",
+        "~",
+    ],
+)
+def test_text_is_what_was_typed(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert ask(capsys, "ckpt=x", f"target={text}")[1] == [Options(Path("x"), target=text)]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("ckpt=photos #2", Path("photos #2")),
+        ("ckpt=2024_01", Path("2024_01")),
+        ("ckpt=~/photos", Path.home() / "photos"),
+        ("ckpt=~nobody-of-this-name", Path("~nobody-of-this-name")),
+        ("folder=null", None),
+        ("folder=1.10", Path("1.10")),
+        ("top=-1", -1),
+        ("share=1e-3", 0.001),
+        ("share=null", None),
+        ("softmax=True", True),
+        ("softmax=false", False),
+        ("rows=[500, 1000]", [500, 1000]),
+        ("rows=500,1000", [500, 1000]),
+    ],
+)
+def test_values_have_the_type_of_their_option(
+    capsys: pytest.CaptureFixture[str], word: str, value: Any
+) -> None:
+    name = word.partition("=")[0]
+    _, seen, printed = ask(capsys, *{"ckpt": "ckpt=x", name: word}.values())
+    assert [getattr(options, name) for options in seen] == [value], printed
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["top=1"], "ckpt=… is needed"),
-        (["ckpt=x", "topp=1"], "no option topp"),
-        (["ckpt=x", "top=many"], "many"),
+        (["ckpt=x", "topp=1"], "no option topp (topp=1)"),
+        (["ckpt=x", "to=1"], "no option to (to=1)"),
         (["ckpt=x", "paths=y"], "no option paths"),
+        (["ckpt=x", "top=many"], "top=many: expected a whole number"),
+        (["ckpt=x", "top=null"], "top=null: expected a whole number;"),
+        (["ckpt=x", "share=nan"], "share=nan: expected a number or null"),
+        (["ckpt=x", "softmax=yes"], "softmax=yes: expected true or false"),
+        (["ckpt=x", "rows=[1,b]"], "rows=[1,b]: expected whole numbers, as 500,1000"),
+        (["ckpt="], "ckpt=: expected a file or folder"),
+        (["ckpt=x", "top=1", "top=2"], "top=… is given 2 times"),
     ],
 )
 def test_mistakes_are_one_sentence(
