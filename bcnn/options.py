@@ -1,6 +1,8 @@
 """Arguments of the `python -m bcnn.*` commands: `key=value`, as `train.py` takes them, and paths."""
 
 import argparse
+import codecs
+import io
 import math
 import os
 import sys
@@ -29,6 +31,7 @@ def command(
         usage: printed by `--help`.
         arguments: default: those of the process.
     """
+    print_any_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words):
         print(usage.strip())
@@ -38,6 +41,27 @@ def command(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def print_any_text() -> None:
+    """Let standard output and error take any text, whatever their encoding.
+
+    A character that they have no code for is written as `\\uXXXX`, a byte of a file name that is no
+    valid Unicode as that byte.
+    """
+    codecs.register_error("bcnn", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bcnn")
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1  # one by one: what cannot be encoded may be of both kinds
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _parse(kind: type[T], words: Sequence[str]) -> T:

@@ -1,6 +1,5 @@
 """The likeliest classes of photographs, from the command line or as a library."""
 
-import io
 import os
 import sys
 import time
@@ -173,8 +172,6 @@ def _output(path: Path | None) -> Any:
             return path.open("x", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
             raise UserError(f"cannot write output={path}: {error.strerror}") from error
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
     return nullcontext(sys.stdout)
 
 

@@ -1,5 +1,7 @@
-"""Arguments of the commands: what is understood, and how mistakes are told."""
+"""Arguments of the commands: what is understood, how mistakes are told, what can be printed."""
 
+import io
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,27 @@ def test_a_mistake_found_later_is_told_the_same_way(capsys: pytest.CaptureFixtur
 
     assert command(Options, act, "", ["ckpt=x"]) == 1
     assert capsys.readouterr().err == "error: no such file: x\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"),
+    [
+        ("ascii", rb"\u03bb \u2013 \xe9" + b" \xff"),
+        ("cp1252", rb"\u03bb " + b"\x96 \xe9 \xff"),
+        ("utf-8", "λ – é ".encode() + b"\xff"),
+    ],
+)
+def test_any_text_and_file_name_can_be_printed(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, written: bytes
+) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
+
+    def act(options: Options) -> int:
+        print("λ – é \udcff", end="", flush=True)
+        raise UserError("λ – é \udcff")
+
+    assert command(Options, act, "", ["ckpt=x"]) == 1
+    sys.stderr.flush()
+    assert sys.stdout.buffer.getvalue() == written  # type: ignore[attr-defined]
+    assert sys.stderr.buffer.getvalue() == b"error: " + written + b"\n"  # type: ignore[attr-defined]
