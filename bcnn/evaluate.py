@@ -160,7 +160,7 @@ def main(options: Options) -> int:
     precision = fastest_precision()
     loader = data.evaluation_dataloader(samples)
     predictions = predict_split(model, samples, loader, device, precision)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of classes are no markup
     console.print(_headline_table(predictions, f"{options.data}, {options.split}"))
     console.print(_weakest_table(predictions))
     title = f"{data.root.resolve().name}, {options.split}"

@@ -163,6 +163,27 @@ def test_a_list_is_evaluated_as_its_folder_is(checkpoint: Path, images: Path, tm
     assert figures[0] == figures[1]
 
 
+def test_names_are_printed_whole_whatever_is_in_them(
+    checkpoint: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"red": "tulip [red]", "blue": "tulip [/blue]", "green": ":dog:"}
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["classes"] = list(names.values())
+    torch.save(content, checkpoint)
+    found = sorted(images.glob("*/*/*.png"))
+    lines = [f"{path},{names[path.parent.name]},{path.parts[-3]}" for path in found]
+    (tmp_path / "set [b] #2.csv").write_text("\n".join(["path,label,split", *lines]))
+    assert evaluate(f"ckpt={checkpoint}", "data=set [b] #2.csv", "output=out") == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"│ {name} ") == 1 for name in names.values())
+    assert "set [b] #2.csv, test: 6 images" in printed
+
+
 def test_classes_that_the_model_does_not_know(
     checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
