@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bcnn.errors import UserError
+from bcnn.options import literal, print_any_text
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -28,4 +29,8 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    print_any_text()
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(sys.argv)
+    # `data.root=2024` is a folder, not a number.
+    sys.argv[1:] = [literal(word, sweep) for word in sys.argv[1:]]
     main()

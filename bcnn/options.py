@@ -1,4 +1,4 @@
-"""Arguments of the `python -m bcnn.*` commands: `key=value`, as `train.py` takes them, and paths."""
+"""Words of the command line: `key=value` and paths of `python -m bcnn.*`, and text for `train.py`."""
 
 import argparse
 import codecs
@@ -15,6 +15,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from bcnn.errors import UserError
 
 T = TypeVar("T")
+
+# Options of train.py that are text, which Hydra's grammar reads as a number or a list where it can.
+TEXTS = ("data.root", "data.list", "ckpt", "output", "model.weights")
 
 
 def command(
@@ -53,6 +56,30 @@ def print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="bcnn")
+
+
+def literal(word: str, sweep: bool) -> str:
+    """An argument of `train.py` in which Hydra reads the text options (`TEXTS`) as they were typed.
+
+    Args:
+        word: left alone if it is another option, or its value is null, quoted or has a `${`.
+        sweep: the command is a sweep: `a,b`, `choice(a,b)` and the like are left alone, too.
+    """
+    name, _, text = word.partition("=")
+    if name.lstrip("+") not in TEXTS or not text or text[0] in "'\"" or "${" in text:
+        return word
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes a while
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if override.value() in (text, None) or (sweep and override.is_sweep_override()):
+            return word
+    except HydraException:  # not in its grammar
+        pass
+    return f"{name}={QuotedString(text, Quote.double).with_quotes()}"
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -3,13 +3,16 @@
 import io
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from bcnn.errors import UserError
-from bcnn.options import command
+from bcnn.options import command, literal
 
 
 @dataclass
@@ -154,3 +157,58 @@ def test_any_text_and_file_name_can_be_printed(
     sys.stderr.flush()
     assert sys.stdout.buffer.getvalue() == written  # type: ignore[attr-defined]
     assert sys.stderr.buffer.getvalue() == b"error: " + written + b"\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2024", "2024_01", "1.10", "010", "no", "true", "1e3", "nan", "~/photos", "set (1)", "k,l"),
+        *(
+            "/x/a=b/best.ckpt",
+            "photos #2",
+            "it's",
+            " a ",
+            "[red]",
+            "{a: b}",
+            "a:b",
+            "ü λ",
+            "a\nb",
+            "$x",
+        ),
+        *("choice(a,b)", "?", "C:\\photos\\"),
+        pytest.param([*map("".join, product("a\\'\" ", repeat=3))], id="quotes and backslashes"),
+    ],
+)
+def test_hydra_reads_text_as_it_was_typed(text: str | list[str]) -> None:
+    parser = OverridesParser.create()
+    for typed in [text] if isinstance(text, str) else text:
+        if typed[0] not in "'\"":  # that is Hydra's own way to write a text
+            word = literal(f"++data.root={typed}", sweep=False)
+            assert parser.parse_override(word).value() == typed
+            assert literal(word, sweep=False) == word
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("data.root=photos", "ckpt=/a/b-1.ckpt", "ckpt=null", "ckpt=", "data.root='2024'", "ckpt"),
+        *('ckpt="a b"', "output=${seed}_a", "seed=010", "stage.optimizer.lr=1,2", "--help", "~ckpt"),
+    ],
+)
+def test_what_hydra_reads_rightly_is_left_alone(word: str) -> None:
+    assert literal(word, sweep=False) == word
+
+
+def test_commas_are_of_the_text_or_of_a_sweep() -> None:
+    for text in ("k,l", "choice(k,l)", "glob(*)"):
+        assert literal(f"data.root={text}", sweep=True) == f"data.root={text}"
+        assert literal(f"data.root={text}", sweep=False) == f'data.root="{text}"'
+    assert literal("data.root=2024", sweep=True) == 'data.root="2024"'
+
+
+def test_train_takes_text_and_prints_on_any_terminal(train: Run) -> None:
+    options = ["data=folder", "data.root=2024_01", "data.list=set (1)", "ckpt=λ/a=b.ckpt"]
+    run = train("--cfg", "job", *options, PYTHONIOENCODING="cp1252")
+    assert run.returncode == 0, run.stderr
+    assert "\n  root: '2024_01'\n  list: set (1)\n" in run.stdout
+    assert "ckpt: \\u03bb/a=b.ckpt\n" in run.stdout
