@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from bcnn.errors import UserError
+from bcnn.options import literal, print_any_text
 from bcnn.sweep import in_sweep, note_failure
 
 
@@ -38,4 +39,8 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    print_any_text()
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(sys.argv)
+    # `data.root=2024` is a folder, not a number.
+    sys.argv[1:] = [literal(word, sweep) for word in sys.argv[1:]]
     main()

@@ -18,7 +18,7 @@ from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.explain import explain
 from bcnn.model import BCNN
-from bcnn.options import REQUIRED, command
+from bcnn.options import command
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.report.files import write_figures
 from bcnn.report.heatmap import overlay
@@ -56,10 +56,10 @@ STAGES = ("last", "finetune")
 class Options:
     """See the usage."""
 
-    ckpt: str = REQUIRED
-    data: str = REQUIRED
+    ckpt: Path
+    data: Path
     split: str = "test"
-    output: str = ""
+    output: Path | None = None
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def main(options: Options) -> int:
     precision = fastest_precision()
     loader = data.evaluation_dataloader(samples)
     predictions = predict_split(model, samples, loader, device, precision)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of classes are no markup
     console.print(_headline_table(predictions, f"{options.data}, {options.split}"))
     console.print(_weakest_table(predictions))
     title = f"{data.root.resolve().name}, {options.split}"
@@ -176,7 +176,7 @@ def main(options: Options) -> int:
         "precision": precision,
     }
     configuration = "\n".join(f"{name}: {value}" for name, value in settings.items())
-    stages = logged_stages(Path(options.ckpt))
+    stages = logged_stages(options.ckpt)
     report = write_results(folder, model, predictions, title, stages, configuration)
     print(f"figures and predictions: {folder}\nreport: {report}")
     return 0
@@ -186,7 +186,7 @@ def _output(options: Options) -> Path:
     if options.split not in SPLITS:
         raise UserError(f"split={options.split}: choose from {', '.join(SPLITS)}")
     now = datetime.now()
-    folder = Path(options.output or f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}-evaluate")
+    folder = options.output or Path(f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}-evaluate")
     if (folder / "figures.json").exists():
         raise UserError(f"{folder} holds an evaluation already: name another folder with output=…")
     return folder

@@ -17,7 +17,7 @@ from bcnn.data.transforms import evaluation_crop, load_image
 from bcnn.errors import UserError
 from bcnn.evidence import shares
 from bcnn.model import BCNN
-from bcnn.options import REQUIRED, command
+from bcnn.options import command
 from bcnn.pooling import bilinear_descriptor
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.report.heatmap import Box, evidence_figure
@@ -47,11 +47,11 @@ CELL = 16  # px of the crop to a location of relu5_3
 class Options:
     """See the usage."""
 
-    ckpt: str = REQUIRED
+    ckpt: Path
     paths: list[str] = field(default_factory=list)
     target: str = ""
     against: str = ""
-    output: str = "explanations"
+    output: Path = Path("explanations")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def main(options: Options) -> int:
     target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
     if target is not None and target == against:
         raise UserError(f"against={options.against}: choose another class than target")
-    folder = Path(options.output)
+    folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     console = Console(stderr=True)

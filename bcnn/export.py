@@ -37,7 +37,7 @@ from bcnn.data.paths import find_images
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.model import BCNN
-from bcnn.options import REQUIRED, command
+from bcnn.options import command
 from bcnn.weights import describe, load_model, save_model
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
@@ -50,9 +50,9 @@ Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
 class Options:
     """See the module's docstring."""
 
-    ckpt: str = REQUIRED
+    ckpt: Path
     format: str = "onnx"
-    output: str = ""
+    output: Path | None = None
     softmax: bool = False
     paths: list[str] = field(default_factory=list)
 
@@ -167,7 +167,7 @@ FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Ne
 
 def _output(options: Options) -> Path:
     suffix = f".{options.format}"
-    path = Path(options.output) if options.output else Path(options.ckpt).with_suffix(suffix)
+    path = options.output or options.ckpt.with_suffix(suffix)
     if path.suffix != suffix:
         raise UserError(f"output={path}: with format={options.format} its name has to end in {suffix}")
     if path.exists():

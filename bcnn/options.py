@@ -1,18 +1,23 @@
-"""Arguments of the `python -m bcnn.*` commands: `key=value`, as `train.py` takes them, and paths."""
+"""Words of the command line: `key=value` and paths of `python -m bcnn.*`, and text for `train.py`."""
 
+import argparse
+import codecs
+import io
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar
-
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import MISSING, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from bcnn.errors import UserError
 
 T = TypeVar("T")
 
-REQUIRED: Any = MISSING  # default of an option that has to be given
+# Options of train.py that are text, which Hydra's grammar reads as a number or a list where it can.
+TEXTS = ("data.root", "data.list", "ckpt", "output", "model.weights")
 
 
 def command(
@@ -21,12 +26,15 @@ def command(
     """Do `act` with the options given on the command line.
 
     Args:
-        kind: a dataclass; its fields are the options. Words that are no `key=value` go to its field
-            `paths`, if it has one (a path with a "=" in it: `./a=b.jpg`).
+        kind: a dataclass; its fields are the options, those without a default have to be given. A value
+            is read as the field's type (a key of `READERS`), where that is optional `null` as None.
+            Words that are no `key=value` go as they are to its field `paths`, if it has one (a path
+            with a "=" in it: `./a=b.jpg`).
         act: returns the exit code. A `UserError` is printed as one sentence, with exit code 1.
         usage: printed by `--help`.
         arguments: default: those of the process.
     """
+    print_any_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words):
         print(usage.strip())
@@ -38,23 +46,124 @@ def command(
         return 1
 
 
+def print_any_text() -> None:
+    """Let standard output and error take any text, whatever their encoding.
+
+    A character that they have no code for is written as `\\uXXXX`, a byte of a file name that is no
+    valid Unicode as that byte.
+    """
+    codecs.register_error("bcnn", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bcnn")
+
+
+def literal(word: str, sweep: bool) -> str:
+    """An argument of `train.py` in which Hydra reads the text options (`TEXTS`) as they were typed.
+
+    Args:
+        word: left alone if it is another option, or its value is null, quoted or has a `${`.
+        sweep: the command is a sweep: `a,b`, `choice(a,b)` and the like are left alone, too.
+    """
+    name, _, text = word.partition("=")
+    if name.lstrip("+") not in TEXTS or not text or text[0] in "'\"" or "${" in text:
+        return word
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes a while
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if override.value() in (text, None) or (sweep and override.is_sweep_override()):
+            return word
+    except HydraException:  # not in its grammar
+        pass
+    return f"{name}={QuotedString(text, Quote.double).with_quotes()}"
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1  # one by one: what cannot be encoded may be of both kinds
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
+
+
 def _parse(kind: type[T], words: Sequence[str]) -> T:
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    types = get_type_hints(kind)
+    takes_paths = types.pop("paths", None) is not None
     pairs = [word for word in words if word.partition("=")[0].isidentifier() and "=" in word]
     paths = [word for word in words if word not in pairs]
-    if paths and "paths" not in names:
+    if paths and not takes_paths:
         raise UserError(f"{paths[0]} is not an option: write NAME=VALUE, see --help")
-    for pair in pairs:
-        if (name := pair.partition("=")[0]) not in names - {"paths"}:
-            raise UserError(f"there is no option {name} ({pair}): see --help")
-    options = OmegaConf.structured(kind)
+
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for name, hint in types.items():
+        # A list, so that the second value of an option is seen; REMAINDER lets even "--" be a value.
+        read = partial(_read, name, hint)
+        parser.add_argument(f"--{name}", type=read, action="extend", nargs=argparse.REMAINDER)
+    found, unknown = parser.parse_known_args([f"--{pair}" for pair in pairs])
+    given: dict[str, list[Any]] = vars(found)
+    if unknown:
+        pair = unknown[0].removeprefix("--")
+        raise UserError(f"there is no option {pair.partition('=')[0]} ({pair}): see --help")
+    for name, values in given.items():
+        if len(values) > 1:
+            raise UserError(f"{name}=… is given {len(values)} times: give it once")
+    for field in fields(kind):  # type: ignore[arg-type]
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in given:
+            raise UserError(f"{field.name}=… is needed: see --help")
+    options: dict[str, Any] = {name: values[0] for name, values in given.items()}
+    return kind(**options, **({"paths": paths} if takes_paths else {}))
+
+
+def _read(name: str, hint: Any, text: str) -> Any:
+    """The value of an option.
+
+    Raises:
+        UserError: `text` is none of the type `hint`.
+    """
+    optional = type(None) in get_args(hint)
+    if optional and text == "null":
+        return None
+    read, expected = READERS[get_args(hint)[0] if optional else hint]
     try:
-        options = OmegaConf.merge(options, OmegaConf.from_dotlist(pairs))
-        if "paths" in names:
-            options.paths = paths
-    except OmegaConfBaseException as error:
-        raise UserError(f"{str(error).splitlines()[0]}; see --help") from error
-    missing = sorted(OmegaConf.missing_keys(options))
-    if missing:
-        raise UserError(f"{missing[0]}=… is needed: see --help")
-    return OmegaConf.to_object(options)  # type: ignore[return-value]
+        return read(text)
+    except ValueError as error:
+        expected += " or null" if optional else ""
+        raise UserError(f"{name}={text}: expected {expected}; see --help") from error
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError
+    return Path(os.path.expanduser(text))  # Path's own raises for a user that there is not
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
+def _bool(text: str) -> bool:
+    return ("false", "true").index(text.lower()) == 1
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.removeprefix("[").removesuffix("]").split(",")]
+
+
+READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    str: (str, "text"),
+    Path: (_path, "a file or folder"),
+    int: (int, "a whole number"),
+    float: (_finite, "a number"),
+    bool: (_bool, "true or false"),
+    list[int]: (_integers, "whole numbers, as 500,1000"),
+}

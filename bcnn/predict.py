@@ -1,6 +1,5 @@
 """The likeliest classes of photographs, from the command line or as a library."""
 
-import io
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from bcnn.data.paths import find_images
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.model import BCNN
-from bcnn.options import REQUIRED, command
+from bcnn.options import command
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.rows import FORMATS, Prediction
 from bcnn.weights import load_model
@@ -49,11 +48,11 @@ that says why, and the exit code is 1 in the end. Progress goes to standard erro
 class Options:
     """See the usage."""
 
-    ckpt: str = REQUIRED
+    ckpt: Path
     paths: list[str] = field(default_factory=list)
     top: int = 5
     format: str = "table"
-    output: str = ""
+    output: Path | None = None
     batch: int = 16
     workers: int | None = None
 
@@ -162,19 +161,17 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"{name}={value}: {least} at least")
-    if options.output and Path(options.output).exists():
+    if options.output and options.output.exists():
         raise UserError(f"output={options.output} exists: remove it or name another file")
 
 
-def _output(path: str) -> Any:
+def _output(path: Path | None) -> Any:
     """A text file to write to; file names that are no valid Unicode pass through as they are."""
     if path:
         try:
-            return Path(path).open("x", encoding="utf-8", errors="surrogateescape", newline="")
+            return path.open("x", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
             raise UserError(f"cannot write output={path}: {error.strerror}") from error
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
     return nullcontext(sys.stdout)
 
 

@@ -46,7 +46,7 @@ def test_prediction_in_one_process(images: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(predict, "measure", here)
     monkeypatch.setattr(predict, "find_spec", lambda _: None)  # the export takes its time
-    options = Options(size=32, batch=2, images=4, classes=3, root=str(images), device="cpu")
+    options = Options(size=32, batch=2, images=4, classes=3, root=images, device="cpu")
     table = predict.table(options)
     assert list(table.columns[0].cells)[:2] == ["a plain loop", "bcnn.predict"]
     assert all(float(rate) > 0 for rate in table.columns[2].cells)
@@ -62,7 +62,7 @@ def test_loading_is_compared_on_the_same_photographs(
     model = BCNN(["a", "b"])
     torch.nn.init.normal_(model.classifier.weight)
     torch.save(model.state_dict(), tmp_path / "model.pth")
-    options = Options(size=32, batch=2, images=4, ckpt=str(tmp_path / "model.pth"), device="cpu")
+    options = Options(size=32, batch=2, images=4, ckpt=tmp_path / "model.pth", device="cpu")
     console = Console(width=200)
     with console.capture() as shown:
         console.print(data.table(options))

@@ -1,6 +1,8 @@
 """python -m bcnn.data: a report on a folder or a list, a contact sheet, and nothing trained."""
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,19 @@ def test_the_sheet_has_room_for_many_classes(classes: int, images: int, tmp_path
     contact_sheet(names, samples, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
         assert max(picture.size) < 12_000
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_come_out_whole_on_a_terminal_that_lacks_their_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    write_classes(tmp_path / "photos", **{"tulip [red]": 10, ":dog:": 10, "λ": 10})
+    assert command(Options, main, USAGE, ["photos"]) == 0
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    for name in ("tulip [red]", ":dog:", r"\u03bb"):
+        assert row(printed, name) == [name, "7", "1", "2"]
 
 
 def test_help_and_a_report_from_the_command_line(python: Run, images: Path) -> None:

@@ -216,6 +216,27 @@ def test_a_list_is_evaluated_as_its_folder_is(checkpoint: Path, images: Path, tm
     assert figures[0] == figures[1]
 
 
+def test_names_are_printed_whole_whatever_is_in_them(
+    checkpoint: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"red": "tulip [red]", "blue": "tulip [/blue]", "green": ":dog:"}
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["classes"] = list(names.values())
+    torch.save(content, checkpoint)
+    found = sorted(images.glob("*/*/*.png"))
+    lines = [f"{path},{names[path.parent.name]},{path.parts[-3]}" for path in found]
+    (tmp_path / "set [b] #2.csv").write_text("\n".join(["path,label,split", *lines]))
+    assert evaluate(f"ckpt={checkpoint}", "data=set [b] #2.csv", "output=out") == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"│ {name} ") == 1 for name in names.values())
+    assert "set [b] #2.csv, test: 6 images" in printed
+
+
 def test_classes_that_the_model_does_not_know(
     checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,21 +259,22 @@ def test_a_second_evaluation_overwrites_nothing(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("options", "sentence"),
     [
-        (["ckpt=missing.ckpt"], "missing.ckpt"),
-        (["data=nowhere"], "nowhere"),
-        (["split=tset"], "test, val, train, all"),
+        ({"ckpt": "missing.ckpt"}, "missing.ckpt"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"split": "tset"}, "test, val, train, all"),
     ],
 )
 def test_mistakes_are_one_sentence(
     checkpoint: Path,
     images: Path,
-    words: list[str],
+    options: dict[str, str],
     sentence: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert evaluate(f"ckpt={checkpoint}", f"data={images}", *words) == 1
+    words = {"ckpt": checkpoint, "data": images, **options}
+    assert evaluate(*(f"{name}={text}" for name, text in words.items())) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
 

@@ -41,7 +41,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def predict(ckpt: Path, *words: str) -> int:
-    return command(Options, main, USAGE, [f"ckpt={ckpt}", "workers=0", *words])
+    workers = [] if any(word.startswith("workers=") for word in words) else ["workers=0"]
+    return command(Options, main, USAGE, [f"ckpt={ckpt}", *workers, *words])
 
 
 def paths_of(printed: str) -> list[str]:

@@ -49,7 +49,7 @@ def main(options: Options) -> int:
     """Measure, and print a table."""
     if options.stage not in PARTS:
         raise UserError(f"stage={options.stage}: choose from {', '.join(PARTS)}")
-    Console().print(PARTS[options.stage](options))
+    Console(markup=False, emoji=False).print(PARTS[options.stage](options))
     return 0
 
 

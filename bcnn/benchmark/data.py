@@ -80,6 +80,7 @@ def project_pipeline(options: Options) -> dict[str, float]:
 
 def decisions(options: Options) -> dict[str, float]:
     """What reduced decoding does to a trained model's answers, in float32."""
+    assert options.ckpt is not None
     device = options.torch_device
     model = load_model(options.ckpt).to(device).eval()
     transform = evaluation_transform(options.size, model.resize)
@@ -104,9 +105,9 @@ def table(options: Options) -> Table:
         left = heading in ("photographs", "pipeline")
         table.add_column(heading, justify="left" if left else "right")
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(options.root)] if options.root else _made(Path(scratch), options.images)
+        folders = [options.root] if options.root else _made(Path(scratch), options.images)
         for folder in folders:
-            here = replace(options, root=str(folder))
+            here = replace(options, root=folder)
             plain, ours = measure(plain_pipeline, here), measure(project_pipeline, here)
             about = f"{plain['bytes'] / 1e3:.0f} kB each"
             for label, pipeline, row in ((folder.name, "plain", plain), (about, "bcnn", ours)):
@@ -167,7 +168,8 @@ def _made(root: Path, count: int) -> list[Path]:
 
 def _samples(options: Options) -> list[tuple[str, int]]:
     """`options.images` JPEGs, from all over the folder."""
-    found = sorted(p for p in Path(options.root).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    assert options.root is not None  # `table` sees to it
+    found = sorted(p for p in options.root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
         raise UserError(f"no JPEGs under {options.root} (root)")
     return [(str(path), 0) for path in found[:: max(1, len(found) // options.images)]][: options.images]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -33,9 +34,9 @@ class Options:
     classes: int = 17
     rows: list[int] = field(default_factory=lambda: [500, 1000, 2000])
     epochs: int = 55
-    root: str = ""
+    root: Path | None = None
     weights: str = "random"
-    ckpt: str = ""
+    ckpt: Path | None = None
 
     @property
     def torch_device(self) -> torch.device:

@@ -107,5 +107,5 @@ def _model(options: Options) -> BCNN:
 def _paths(options: Options) -> list[str]:
     if not options.root:
         Butterflies("data/butterflies").prepare_data()
-    found = find_images([options.root or "data/butterflies"])
+    found = find_images([str(options.root or "data/butterflies")])
     return list(islice(cycle(found), options.images))

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from bcnn.data.check import Finding, broken, check, write_broken
@@ -67,23 +66,23 @@ def main(options: Options) -> int:
     )
     drawn = draw_splits(intact, content, *fractions, options.seed)
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(_counts(layout, drawn, reasons))
     if intact.samples:
-        console.print(_formats(findings), markup=False)
-        console.print(_sizes(findings), markup=False)
+        console.print(_formats(findings))
+        console.print(_sizes(findings))
         picture = Path("outputs", f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}", "contact_sheet.png")
         contact_sheet(intact.classes, intact.samples, picture)
-        console.print(f"contact sheet: {picture.resolve()}", markup=False)
+        console.print(f"contact sheet: {picture.resolve()}")
     if reasons:
         file = write_broken(source, reasons)
         errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
         for path, reason in list(reasons.items())[:MOST_BROKEN]:
-            console.print(f"broken: {path}: {reason}", markup=False)
+            console.print(f"broken: {path}: {reason}")
     for warning in layout.remarks + duplicates(drawn, findings) + flat(intact, findings) + imbalance(drawn):
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}")
     for error in errors:
-        console.print(f"error: {error}", markup=False)
+        console.print(f"error: {error}")
     return 1 if errors else 0
 
 
@@ -98,7 +97,7 @@ def _counts(layout: Layout, drawn: Layout, reasons: Mapping[str, str]) -> Table:
     for name, counts in columns.items():
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
     for label, name in enumerate(layout.classes):
-        table.add_row(escape(name), *(str(counts[label]) for counts in columns.values()))
+        table.add_row(name, *(str(counts[label]) for counts in columns.values()))
     return table
 
 
