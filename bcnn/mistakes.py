@@ -18,7 +18,7 @@ from bcnn.model import LAYERS
 from bcnn.precision import AUTOCAST, chosen_precision
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
-PARTS = {*STAGES["both"], "stage", "ckpt", "seed", "output", "model", "data", "trainer", "callbacks", "logger"}
+GROUPS = {"model", "last", "finetune", "data", "trainer", "callbacks", "logger"}
 
 # Of Lightning's Trainer: options that both stages obey, and those that only steps along gradients do.
 TRAINER = {
@@ -112,7 +112,7 @@ def refuse_mistakes(cfg: DictConfig) -> None:
             "finetune.…"
         )
     stages = STAGES[cfg.stage]
-    _refuse_unknown("", cfg, PARTS)
+    _refuse_unknown("", cfg, GROUPS | {"stage", "ckpt", "seed", "output"})
     solvers: dict[str, type] = {"convex": Convex, "sgd": SGD}
     solver = cfg.last.get("solver")
     if solver not in solvers:
@@ -131,15 +131,17 @@ def _refuse_unknown(place: str, options: Mapping[str, Any], known: set[str]) -> 
     for name in options:
         if name not in known:
             raise UserError(
-                f"there is no option {place}{name}; {place or 'at the top '}has {', '.join(sorted(known))}"
+                f"there is no option {place}{name}: choose from "
+                f"{', '.join(place + each for each in sorted(known))}"
             )
 
 
 def _refuse_fields(part: str, options: DictConfig, kind: type) -> None:
     """Options that are not fields of a dataclass, lack, or are of another type."""
     names = {field.name for field in fields(kind)}
-    if part == "last" and kind is Convex and (extra := {*options} & {f.name for f in fields(SGD)} - names):
-        raise UserError(f"last.{min(extra)} is an option of last=sgd, and last=convex is chosen")
+    of_sgd = {field.name for field in fields(SGD)} - names
+    if kind is Convex and (given := of_sgd.intersection(options)):
+        raise UserError(f"last.{min(given)} is an option of last=sgd, and last=convex is chosen")
     _refuse_unknown(f"{part}.", options, names)
     for name in names - {*options}:
         raise UserError(f"{part}.{name} is missing: write {part}.{name}=…")
@@ -161,11 +163,11 @@ def _refuse_calls(node: Any, place: str = "") -> None:
         except Exception as error:  # whatever importing a user's own class raises
             raise UserError(f"{place}: {' '.join(str(error).split())}") from error
     for name in node:
-        _refuse_calls(node._get_node(name), f"{place}.{name}".lstrip("."))
+        _refuse_calls(node._get_node(name), f"{place}.{name!s}".lstrip("."))
 
 
 def _refuse_values(cfg: DictConfig) -> None:
-    """Values that the optimizer, the schedule or the loss will not take, found by making one of each."""
+    """Values that optimizer, schedule or loss will not take, found by making one of each."""
     for part in STAGES["both"]:
         options = cfg[part]
         for name in ("epochs", "batch_size", "accumulate"):
@@ -186,13 +188,14 @@ def _refuse_values(cfg: DictConfig) -> None:
         raise UserError(f"finetune.polyak={cfg.finetune.polyak}: a number over zero, or null")
     if cfg.finetune.centering and cfg.finetune.batch_size < 4:
         raise UserError(
-            f"finetune.batch_size={cfg.finetune.batch_size} is too small to take its mean off: use 4 or "
-            "more (for larger steps in little memory, with finetune.accumulate), or "
+            f"finetune.batch_size={cfg.finetune.batch_size} is too small to take its mean off: use 4 "
+            "or more (for larger steps in little memory, with finetune.accumulate), or "
             "finetune.centering=false"
         )
     if cfg.finetune.open_from not in (None, *LAYERS):
         raise UserError(
-            f"finetune.open_from={cfg.finetune.open_from}: choose a layer from {', '.join(LAYERS)}, or null"
+            f"finetune.open_from={cfg.finetune.open_from}: choose a layer from {', '.join(LAYERS)}, "
+            "or null"
         )
 
 
@@ -215,10 +218,8 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
                     "last=sgd, or train stage=finetune alone"
                 )
         elif name not in TRAINER | {"_target_"}:
-            raise UserError(
-                f"trainer.{name} does not go with the stages; "
-                + (f"use {INSTEAD[name]}" if name in INSTEAD else f"there are {', '.join(sorted(TRAINER))}")
-            )
+            way_out = INSTEAD.get(name, f"another of {', '.join(sorted(TRAINER))}")
+            raise UserError(f"trainer.{name} does not go with the stages: use {way_out}")
     asked = str(cfg.trainer.precision)
     if asked not in ("auto", "32-true", *AUTOCAST):
         raise UserError(f"trainer.precision={asked}: choose from auto, 32-true, {', '.join(AUTOCAST)}")

@@ -1,6 +1,5 @@
 """Words of the command line: `key=value` and paths of `python -m bcnn.*`, and text for `train.py`."""
 
-import argparse
 import codecs
 import io
 import math
@@ -8,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -99,27 +97,18 @@ def _parse(kind: type[T], words: Sequence[str]) -> T:
     if paths and not takes_paths:
         raise UserError(f"{paths[0]} is not an option: write NAME=VALUE, see --help")
 
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    for name, hint in types.items():
-        # A list, so that the second value of an option is seen; REMAINDER lets even "--" be a value.
-        read = partial(_read, name, hint)
-        parser.add_argument(f"--{name}", type=read, action="extend", nargs=argparse.REMAINDER)
-    found, unknown = parser.parse_known_args([f"--{pair}" for pair in pairs])
-    given: dict[str, list[Any]] = vars(found)
-    if unknown:
-        pair = unknown[0].removeprefix("--")
-        raise UserError(f"there is no option {pair.partition('=')[0]} ({pair}): see --help")
-    for name, values in given.items():
-        if len(values) > 1:
-            raise UserError(f"{name}=… is given {len(values)} times: give it once")
+    given: dict[str, Any] = {"paths": paths} if takes_paths else {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in types:
+            raise UserError(f"there is no option {name} ({pair}): see --help")
+        if name in given:
+            raise UserError(f"{name}=… is given twice: give it once")
+        given[name] = _read(name, types[name], text)
     for field in fields(kind):  # type: ignore[arg-type]
-        required = field.default is MISSING and field.default_factory is MISSING
-        if required and field.name not in given:
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
             raise UserError(f"{field.name}=… is needed: see --help")
-    options: dict[str, Any] = {name: values[0] for name, values in given.items()}
-    return kind(**options, **({"paths": paths} if takes_paths else {}))
+    return kind(**given)
 
 
 def _read(name: str, hint: Any, text: str) -> Any:

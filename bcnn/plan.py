@@ -92,8 +92,8 @@ def plan(
     scheduler = instantiate(options.scheduler)
     if getattr(scheduler, "func", None) is reduce_on_plateau and not images.val:
         raise UserError(
-            f"{name}.scheduler=plateau waits for the validation loss, and there are no validation images: "
-            f"set data.val_fraction, or choose schedule@{name}.scheduler=cosine"
+            f"{name}.scheduler=plateau waits for the validation loss, and there are no validation "
+            f"images: set data.val_fraction, or choose schedule@{name}.scheduler=cosine"
         )
     steps = {"optimizer": instantiate(options.optimizer), "scheduler": scheduler, "loss": loss}
     if name == "finetune":

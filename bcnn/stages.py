@@ -22,8 +22,8 @@ from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.evaluate import logged_stages, predict_split, write_results
 from bcnn.guard import CollapseGuard
-from bcnn.model import BCNN
 from bcnn.mistakes import STAGES, refuse_mistakes
+from bcnn.model import BCNN
 from bcnn.options import literal
 from bcnn.plan import build_model, plan
 from bcnn.precision import chosen_precision
@@ -68,7 +68,8 @@ def run(cfg: DictConfig) -> float:
     model = build_model(cfg, images)
     say(
         f"{images.root}: {len(images.classes)} classes ({listed(images.classes, 3)}), "
-        f"{len(images.train)} images to train on, {len(images.val)} to validate, {len(images.test)} to test"
+        f"{len(images.train)} images to train on, {len(images.val)} to validate, "
+        f"{len(images.test)} to test"
     )
     results: list[Result] = []
     checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
@@ -77,7 +78,7 @@ def run(cfg: DictConfig) -> float:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         results.append(run_stage(cfg, stage, images, model, checkpoint))
         checkpoint = results[-1].checkpoint
-    _summarise(results, images)
+    _summarise(cfg, results, images)
     _report(cfg, results, images, model)
     if results[-1].failure:
         raise UserError(results[-1].failure)
@@ -220,7 +221,7 @@ def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, mod
     say(f"report: {write_results(Path(cfg.output), model, predictions, title, logs, settings)}")
 
 
-def _summarise(results: list[Result], images: ImageFolderData) -> None:
+def _summarise(cfg: DictConfig, results: list[Result], images: ImageFolderData) -> None:
     say("")
     for result in results:
         for split, count in (("val", len(images.val)), ("test", len(images.test))):

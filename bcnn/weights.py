@@ -11,7 +11,7 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import VGG16_Weights
@@ -61,9 +61,9 @@ def load_model(
 
     It is ready for use (`model.predict(images)`): on the CPU, in evaluation mode.
 
-    State dicts may use this project's names, the two-script original's (`classifiers.0.weight`) or those
-    of HaoMood's bilinear-cnn (`fc.weight`); of these the classifier, (classes, 262144), is packed
-    without changing a logit. "module." before all names, and a dictionary around them, are taken off.
+    State dicts may use this project's names, the two-script original's (`classifiers.0.weight`), or
+    those of HaoMood's bilinear-cnn (`fc.weight`): their classifier (classes, 262144) is packed without
+    changing a logit. "module." before all names, and a dictionary around them, are taken off.
 
     Args:
         path: the file.
@@ -269,11 +269,11 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
     """
     if not isinstance(content, dict):
         return {}
-    if not content or not all(isinstance(key, str) and torch.is_tensor(v) for key, v in content.items()):
-        inside = (content[key] for key in ("state_dict", "model_state_dict", "model", "net") if key in content)
-        return next(filter(None, map(_state_dict, inside)), {})
+    if not all(isinstance(key, str) and torch.is_tensor(value) for key, value in content.items()):
+        wrapped = map(content.get, ("state_dict", "model_state_dict", "model", "net"))
+        return next(filter(None, map(_state_dict, wrapped)), {})
     for prefix in ("module.", "model."):
-        if all(key.startswith(prefix) for key in content):
+        if content and all(key.startswith(prefix) for key in content):
             return _state_dict({key.removeprefix(prefix): v for key, v in content.items()})
     return dict(content)
 
@@ -283,5 +283,7 @@ def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
         return dict(metadata)
     numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
-    lists = {name: json.loads(metadata[name]) for name in ("classes", "split") if name in metadata}
+    lists: dict[str, Any] = {
+        name: json.loads(metadata[name]) for name in ("classes", "split") if name in metadata
+    }
     return {**metadata, **numbers, **lists}

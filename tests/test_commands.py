@@ -21,13 +21,14 @@ def next_command(printed: str) -> list[str]:
 
 
 def test_last_then_the_command_that_it_prints(
-    train: Run, python: Run, images: Path, tmp_path: Path) -> None:
+    train: Run, python: Run, images: Path, tmp_path: Path
+) -> None:
     last = train(*toy(images, "stage=last", "experiment=quick"))
     assert last.returncode == 0, last.stderr
     assert re.search(r"test: top-1 \d+\.\d%, top-5 \d+\.\d%", last.stdout)
     checkpoint = re.search(r"best checkpoint: (.+)", last.stdout)
     assert checkpoint and Path(checkpoint[1]).is_file()
-    program, script, *overrides = next_command(last.stdout)
+    _, script, *overrides = next_command(last.stdout)
     assert script == str(ROOT / "train.py")
     assert overrides[:3] == ["stage=finetune", f"ckpt={checkpoint[1]}", "data=folder"]
     finetune = python(script, *overrides, "finetune.epochs=1")

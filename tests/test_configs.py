@@ -31,7 +31,9 @@ def test_data_instantiates(data: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", GROUPS["schedule"])
-@pytest.mark.parametrize("stage", ["last=sgd", "last=original", "finetune=default", "finetune=original"])
+@pytest.mark.parametrize(
+    "stage", ["last=sgd", "last=original", "finetune=default", "finetune=original"]
+)
 def test_optimizer_and_schedule_instantiate(stage: str, schedule: str) -> None:
     import torch
 
@@ -57,8 +59,8 @@ def test_the_original_recipe_is_the_original_s() -> None:
         assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (rate, 0.9, 1e-5)
         assert stage[name].scheduler is None
         assert stage[name].loss.label_smoothing == 0
-    assert last.solver == "sgd"
-    assert finetune.polyak is None and not finetune.centering
+    assert stage.last.solver == "sgd"
+    assert stage.finetune.polyak is None and not stage.finetune.centering
     assert configure("experiment=original").data.train_scale is None
 
 

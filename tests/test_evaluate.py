@@ -201,7 +201,7 @@ def test_whatever_labelled_images_there_are(
     assert len(rows(tmp_path / "out" / "predictions.csv")) == count
     printed = capsys.readouterr().out
     assert ("left out 1 images that cannot be decoded" in printed) == (count == 5)
-    assert "the checkpoint has no record of what it was trained on" in printed
+    assert "the checkpoint does not record what it was trained on" in printed
     assert (tmp_path / "out" / "report.html").is_file()
 
 

@@ -110,7 +110,9 @@ def test_class_folders_that_may_be_splits_are_said(
     for number, name in enumerate(("lernen", "prüfen")):
         write_images(tmp_path / name, 4, seed=number)
     assert set_up(tmp_path).classes == ["lernen", "prüfen"]
-    assert "lernen/, prüfen/ hold folders of the same names (blue, green, red)" in capsys.readouterr().out
+    assert (
+        "lernen/, prüfen/ hold folders of the same names (blue, green, red)" in capsys.readouterr().out
+    )
 
 
 def test_files_that_are_no_images_by_their_names_are_counted(

@@ -112,7 +112,7 @@ def test_values_have_the_type_of_their_option(
         (["ckpt=x", "softmax=yes"], "softmax=yes: expected true or false"),
         (["ckpt=x", "rows=[1,b]"], "rows=[1,b]: expected whole numbers, as 500,1000"),
         (["ckpt="], "ckpt=: expected a file or folder"),
-        (["ckpt=x", "top=1", "top=2"], "top=… is given 2 times"),
+        (["ckpt=x", "top=1", "top=2"], "top=… is given twice"),
     ],
 )
 def test_mistakes_are_one_sentence(

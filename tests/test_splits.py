@@ -141,7 +141,7 @@ def test_what_can_be_judged_of_a_folder_without_splits(
     strange = {path: digest[::-1] for path, digest in content.items()}
     assert choose(whole, strange, split, "test") == (whole.train, [])  # none of them was trained on
     chosen, said = choose(whole, content, None, "test")
-    assert chosen == whole.train and "no record" in said[0]
+    assert chosen == whole.train and "does not record" in said[0]
 
 
 def split_of(whole: Layout) -> dict[str, list[tuple[str, int]]]:

@@ -53,7 +53,11 @@ def test_first_validation_of_finetune_is_the_last_of_last_exactly_in_float32(
     last = ["stage=last", "last=sgd", "last.store=false", "last.epochs=1", f"output={tmp_path / 'a'}"]
     run(configure(*toy(images, *last)))
     finetune = ["stage=finetune", "finetune.epochs=1", f"output={tmp_path / 'b'}"]
-    run(configure(*toy(images, *finetune, f"ckpt={tmp_path}/a/last/best.ckpt", "finetune.batch_size=64")))
+    run(
+        configure(
+            *toy(images, *finetune, f"ckpt={tmp_path}/a/last/best.ckpt", "finetune.batch_size=64")
+        )
+    )
     for key in ("val_loss", "val_top1"):
         assert value("b/finetune", 0, key) == value("a/last", -1, key)
 
@@ -126,7 +130,9 @@ def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = finetune_of(images, tmp_path, "finetune.optimizer.lr=3")
-    with pytest.raises(UserError, match=r"ended worse than it started .* try finetune.optimizer.lr=0.3"):
+    with pytest.raises(
+        UserError, match=r"ended worse than it started .* try finetune.optimizer.lr=0.3"
+    ):
         run(configure(*options))
     printed = capsys.readouterr().out
     start = tmp_path / "start" / "last" / "best.ckpt"

@@ -56,7 +56,9 @@ def test_a_full_width_classifier_that_is_not_symmetric_keeps_its_logits(
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
-def test_checkpoints_of_haomood_s_bilinear_cnn(model: BCNN, tmp_path: Path, wrapper: str | None) -> None:
+def test_checkpoints_of_haomood_s_bilinear_cnn(
+    model: BCNN, tmp_path: Path, wrapper: str | None
+) -> None:
     state = source_state_dict(model)
     for kind in ("weight", "bias"):
         state[f"fc.{kind}"] = state.pop(f"classifiers.0.{kind}")

@@ -79,7 +79,8 @@ def main(options: Options) -> int:
         errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
         for path, reason in list(reasons.items())[:MOST_BROKEN]:
             console.print(f"broken: {path}: {reason}")
-    for warning in layout.remarks + duplicates(drawn, findings) + flat(intact, findings) + imbalance(drawn):
+    seen = duplicates(drawn, findings) + flat(intact, findings) + imbalance(drawn)
+    for warning in layout.remarks + seen:
         console.print(f"warning: {warning}")
     for error in errors:
         console.print(f"error: {error}")

@@ -22,6 +22,8 @@ SPLITS = {
 }
 BESIDE = {"set", "data", "images", "photos", "split"}  # words that say nothing beside a split's
 
+OWN = ("outputs", "multirun")  # where a run in a folder of photographs puts its files
+
 WAYS_IN = "<class>/<images>, {train,val,test}/<class>/<images>, or a list (data.list)"
 
 
@@ -128,8 +130,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     for folder, split, affix in named:
         if affix and affixes[affix] < 2:
             raise UserError(
-                f"{folder} looks like a split and is none that is known: call it {split}/, or, if it is "
-                "a class, put its images into it without folders between"
+                f"{folder} looks like a split and is none that is known: call it {split}/, or, if it "
+                "is a class, put its images into it without folders between"
             )
         if split in parts:
             raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
@@ -138,10 +140,10 @@ def _split_folders(root: Path) -> dict[str, Path]:
     for folder in subfolders(root):
         if folder in parts.values():
             continue
-        if parts and next(images_below(folder), None):
+        if parts and any(images_below(folder)):
             raise UserError(
                 f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
-                "train, val or test, if it is one; move it into train/, if it is a class; or move it away"
+                "train, val or test, if it is one, move it into train/, if it is a class, or move it away"
             )
         if not parts and folder in folders and _names(folder) & classes:
             raise UserError(
@@ -297,4 +299,5 @@ def _name(text: str) -> str:
 
 
 def subfolders(folder: Path) -> Sequence[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_ignored(p.name))
+    found = (p for p in folder.iterdir() if p.is_dir() and not is_ignored(p.name))
+    return sorted(p for p in found if p.name not in OWN or _holds_images(p))

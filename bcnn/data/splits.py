@@ -36,7 +36,8 @@ class Split:
     def of(cls, layout: Layout, content: Content, recipe: dict[str, Any]) -> "Split":
         """The record of a layout whose splits are drawn."""
         train, val, test = (
-            frozenset(content[path][:SHORT] for path, _ in samples) for samples in layout.splits.values()
+            frozenset(content[path][:SHORT] for path, _ in samples)
+            for samples in layout.splits.values()
         )
         return cls(recipe, train, val - train, test - train)
 
@@ -93,7 +94,9 @@ def draw_splits(
         "val": [sample for sample in layout.train if sample[0] in val],
         "test": [sample for sample in layout.train if sample[0] in test],
     }
-    return replace(layout, train=train, val=layout.val or drawn["val"], test=layout.test or drawn["test"])
+    return replace(
+        layout, train=train, val=layout.val or drawn["val"], test=layout.test or drawn["test"]
+    )
 
 
 def follow(layout: Layout, content: Content, split: Split) -> tuple[Layout, list[str]]:
@@ -116,7 +119,8 @@ def follow(layout: Layout, content: Content, split: Split) -> tuple[Layout, list
     }
     held = {path for samples in drawn.values() for path, _ in samples}
     train = [sample for sample in layout.train if sample[0] not in held]
-    return replace(layout, train=train, **{**drawn, **given}), said
+    held_out = {**drawn, **given}
+    return replace(layout, train=train, val=held_out["val"], test=held_out["test"]), said
 
 
 def choose(
@@ -145,7 +149,7 @@ def choose(
     elif not chosen and split == "test" and not layout.divided:
         chosen = layout.samples
     if record is None:
-        said.append("the checkpoint has no record of what it was trained on: these images may be among it")
+        said.append("the checkpoint does not record what it was trained on: maybe some of these images")
     elif split != "train" and (trained := record.pick("train", chosen, content)):
         taken = "counted all the same" if split == "all" else "left out"
         said.append(f"{len(trained)} of {len(chosen)} images were trained on: {taken}")

@@ -3,6 +3,7 @@
 import difflib
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -29,8 +30,8 @@ def choose_classes(layout: Layout, chosen: Sequence[str] | int, seed: int) -> La
         raise UserError(f"data.classes: choose from 2 to {len(layout.classes)} classes, not {count}")
     kept = [name for name in layout.classes if name in names]
     labels = {layout.classes.index(name): label for label, name in enumerate(kept)}
-    splits = {
-        split: [(path, labels[label]) for path, label in samples if label in labels]
-        for split, samples in layout.splits.items()
-    }
-    return Layout(kept, **splits, divided=layout.divided)
+    train, val, test = (
+        [(path, labels[label]) for path, label in samples if label in labels]
+        for samples in layout.splits.values()
+    )
+    return replace(layout, classes=kept, train=train, val=val, test=test)
