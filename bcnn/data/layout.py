@@ -143,7 +143,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if parts and any(images_below(folder)):
             raise UserError(
                 f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
-                "train, val or test, if it is one, move it into train/, if it is a class, or move it away"
+                "train, val or test if it is one, move it into train/ if it is a class, or move it away"
             )
         if not parts and folder in folders and _names(folder) & classes:
             raise UserError(
