@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
@@ -22,6 +23,8 @@ MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-
 # On 272 photographs of flowers, at the least that each allows: 1 changes the top-1 of four, 1.5 and 2
 # that of none.
 MARGIN = 1.5
+
+STRIP = 8  # an image over this many times as long as wide is cut before it is resized
 
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
@@ -102,7 +105,8 @@ def training_transform(
             et al., "Going deeper with convolutions", CVPR 2015, §6). Parts of an image show things
             larger than evaluation does, which the smaller side makes up for (Touvron et al., "Fixing
             the train-test resolution discrepancy", NeurIPS 2019, §3).
-            None: the image is resized as in evaluation, and the crop is of that scale and size.
+            None: the image is resized as in evaluation, and the crop is of that scale and size; of an
+            image over 8 times as long as wide, it is from the middle (`_ResizeShortSide`).
     """
     crop: list[torch.nn.Module]
     if scale is None:
@@ -207,4 +211,33 @@ def _refuse_lost_bits(image: Image.Image, raw_modes: str) -> None:
 
 def _resize(side: int, resize: Resize) -> torch.nn.Module:
     """Short side to `side` pixels, keeping the aspect ratio, or both sides ("squash")."""
-    return v2.Resize([side, side] if resize == "squash" else [side], antialias=True)
+    return v2.Resize([side, side], antialias=True) if resize == "squash" else _ResizeShortSide(side)
+
+
+class _ResizeShortSide(torch.nn.Module):
+    """As `v2.Resize`, but of a strip only a central part, 4 to 8 times as long as wide.
+
+    A line of 1 × 3,000 pixels would grow to 448 × 1,344,000. It is cut where a pixel begins before and
+    after the resizing, or nearly, so that the middle comes out as that of the whole.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[-2:]
+        short, long = sorted((height, width))
+        if long <= STRIP * short:
+            return F.resize(image, [self.side], antialias=True)
+        resized = int(self.side * long / short)
+        # What is cut off either end, before and after; that even, which keeps `CenterCrop`'s rounding.
+        least, most = -(-(long - STRIP * short) // 2), (2 * long - STRIP * short) // 4
+        cuts = [(cut, 2 * round(cut * resized / long / 2)) for cut in range(least, most + 1)]
+        before, after = min(cuts, key=lambda pair: abs(pair[0] * resized / long - pair[1]))
+        rest = resized - 2 * after
+        if width == long:
+            part, size = image[..., before : long - before], [self.side, rest]
+        else:
+            part, size = image[..., before : long - before, :], [rest, self.side]
+        return F.resize(part, size, antialias=True)
