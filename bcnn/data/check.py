@@ -16,12 +16,14 @@ from pathlib import Path
 
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import track
 
-from bcnn.data.formats import HEIC
+from bcnn.data.formats import open_image
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
+
+VERSION = 2  # of what is remembered: one more wherever a `Finding` or the decoding becomes another
 
 State = tuple[int, int]  # size in bytes and time of change in ns: tell a file from its later versions
 
@@ -34,6 +36,7 @@ class Finding:
     width: int = 0  # px, as stored: before an EXIF rotation
     height: int = 0
     digest: str = ""
+    flat: bool = False  # of one colour throughout
     error: str = ""
 
 
@@ -71,17 +74,19 @@ def inspect(path: str) -> Finding:
     """Decode an image as training does, to its last byte.
 
     JPEGs are decoded at an eighth of their size: all of the file is read and every coefficient
-    decoded, so that every truncation shows, but most of the arithmetic is left out.
+    decoded, so that every truncation shows, but most of the arithmetic is left out. What is of one
+    colour then is decoded whole, to be certain.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             kind, (width, height) = str(image.format), image.size
         pixels = load_image(path, side=1)
         digest = hashlib.blake2b(repr(pixels.size).encode(), digest_size=16)
         digest.update(pixels.tobytes())
-        return Finding(kind, width, height, digest.hexdigest())
+        flat = _is_flat(pixels) and _is_flat(load_image(path))
+        return Finding(kind, width, height, digest.hexdigest(), flat)
     except Exception as error:  # decoders raise whatever the bytes lead them into
-        return Finding(error=_reason(path, error.__cause__ or error))
+        return Finding(error=_reason(error.__cause__ or error))
 
 
 def broken(findings: dict[str, Finding]) -> dict[str, str]:
@@ -114,6 +119,10 @@ def cache_file(source: Path, suffix: str) -> Path:
     return folder / f"{os.path.basename(absolute)}-{key}{suffix}"
 
 
+def _is_flat(pixels: Image.Image) -> bool:
+    return pixels.getcolors(1) is not None
+
+
 def _inspect_all(paths: Sequence[str], found: dict[str, Finding]) -> None:
     # Threads: Pillow lets go of the interpreter's lock while it decodes.
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -139,9 +148,10 @@ def _state(path: str) -> State:
 
 def _load(memory: Path) -> dict[str, tuple[State, Finding]]:
     try:
-        entries = json.loads(memory.read_text())
+        remembered = json.loads(memory.read_text())
+        entries = remembered["files"] if remembered["version"] == VERSION else {}
         return {path: ((size, time), Finding(*rest)) for path, (size, time, *rest) in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # none yet, damaged, or of another version
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
         return {}
 
 
@@ -154,17 +164,11 @@ def _save(memory: Path, known: dict[str, tuple[State, Finding]]) -> None:
     }
     temporary = memory.with_suffix(".tmp")
     with suppress(OSError):  # without room for it, the next run checks again
-        temporary.write_text(json.dumps(entries))
+        temporary.write_text(json.dumps({"version": VERSION, "files": entries}))
         temporary.replace(memory)
 
 
-def _reason(path: str, error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
-            return "an empty file"
-        if path.lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
-            return "HEIC needs a plug-in: pip install pillow-heif"
-        return "not an image, or damaged at its beginning"
+def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -23,6 +23,15 @@ def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
     return sentences
 
 
+def flat(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
+    """Says so where images show nothing: every pixel is of the same colour."""
+    paths = [path for path in layout.paths if findings[path].flat]
+    if not paths:
+        return []
+    subject = "1 image is" if len(paths) == 1 else f"{len(paths)} images are"
+    return [f"{subject} of one colour throughout: {'; '.join(paths[:3])}"]
+
+
 def imbalance(layout: Layout) -> list[str]:
     """Says so where the largest class has over `IMBALANCE` times the images of the smallest."""
     counts = sorted(
