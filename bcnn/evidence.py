@@ -4,8 +4,8 @@ The pooled matrix is a sum over the locations, G = (1/N) Σ_p x_p x_pᵀ, so wha
 apart into what each location brings. The descriptor d is G's signed root over its norm. An entry of d
 is shared out among the locations as that entry of G is, d_ij · x_pi x_pj / (N G_ij), and so is the
 product of d with a class's weights W. What is constant in a logit, the bias less the weights' product
-with the centering mean, is shared out as the squared norm is, which is 1 = Σ_ij |G_ij| / Σ_ij |G_ij|, and
-so is what the constant under the root brings. The shares then sum to the logit.
+with the centering mean, is shared out as the squared norm is, 1 = Σ_ij |G_ij| / Σ_ij |G_ij|, and so is
+what the constant under the root brings. The shares then sum to the logit.
 
 How this stands to the gradient A = ∂logit/∂G: the norm makes the logit the same for G and 2G, so
 ⟨A, G⟩ = 0 (Euler) and x_pᵀ A x_p / N alone sums to nothing. With n_p the location's part of the squared

@@ -283,7 +283,5 @@ def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
         return dict(metadata)
     numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
-    lists: dict[str, Any] = {
-        name: json.loads(metadata[name]) for name in ("classes", "split") if name in metadata
-    }
-    return {**metadata, **numbers, **lists}
+    split = {"split": json.loads(metadata["split"])} if "split" in metadata else {}
+    return {**metadata, **numbers, **split, "classes": json.loads(metadata["classes"])}
