@@ -143,7 +143,7 @@ def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
 def test_test_images_are_drawn_from_train_only_when_asked_for(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", cat=10, dog=10)
     assert lengths(set_up(tmp_path)) == (18, 2, 0)
-    assert lengths(set_up(tmp_path, test_fraction=0.5)) == (8, 2, 10)
+    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0.5)) == (10, 0, 10)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_list(kind: str, tmp_path: Path) -> None:
         ("", "is empty"),
         ("a.png", "line 1: expected path,label"),
         ("a.png,cat\nb.png,dog,train", "line 2: 3 columns where 2"),
-        ("a.png,cat,train\nb.png,dog,holdout", "line 2: split 'holdout'"),
+        ("a.png,cat,train\nb.png,dog,spare", "line 2: split 'spare'"),
         ("a.png,cat\na.png,dog", "line 2: a.png is in the list already"),
         ("a.png,cat\nb.png,", "line 2: no label"),
         ("file,class\na.png,cat\nb.png,dog", "1 files that do not exist.*file"),
@@ -291,7 +291,7 @@ def test_classes_that_train_lacks(images: Path, split: str) -> None:
 
 def test_too_few_images_for_the_split_asked_for(tmp_path: Path) -> None:
     write_classes(tmp_path, cat=8, dog=2, eel=1)
-    with pytest.raises(UserError, match=r"too few images of dog \(2\), eel \(1\).*3 are needed"):
+    with pytest.raises(UserError, match=r"too few images of dog \(2\), eel \(1\).*3 different ones are needed"):
         set_up(tmp_path)
     with pytest.raises(UserError, match=r"too few images of eel \(1\): data.test_fraction=0.5 "):
         set_up(tmp_path, val_fraction=0, test_fraction=0.5)
