@@ -10,13 +10,15 @@ from omegaconf import DictConfig
 
 from bcnn.errors import UserError
 from bcnn.options import literal, print_any_text
-from bcnn.sweep import in_sweep, note_failure
+from bcnn.training.sweep import in_sweep, note_failure
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float:
     """Run the stages of the configuration; returns validation top-1, for sweeps to maximise."""
-    from bcnn.stages import run  # torch and Lightning take seconds that --help need not wait for
+    from bcnn.training.stages import (
+        run,  # torch and Lightning take seconds that --help need not wait for
+    )
 
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", module="torch.utils.data")

@@ -1,5 +1,5 @@
 """Fine-grained image recognition with bilinear CNNs."""
 
-from bcnn.weights import load_model
+from bcnn.model.weights import load_model
 
 __all__ = ["load_model"]

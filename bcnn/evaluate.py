@@ -17,7 +17,8 @@ from bcnn.data.splits import choose
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.explain import explain
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model
 from bcnn.options import command
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.report.files import write_figures
@@ -25,7 +26,6 @@ from bcnn.report.heatmap import overlay
 from bcnn.report.metrics import NAMES, headline, per_class, shown
 from bcnn.report.page import MISTAKES, THUMBNAIL, Evidence, write_report
 from bcnn.report.predictions import Predictions
-from bcnn.weights import load_model
 
 USAGE = """
 How good a trained model is on labelled images: figures with 95 % intervals, and a report.

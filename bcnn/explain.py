@@ -15,13 +15,13 @@ from torch import Tensor
 from bcnn.data.paths import find_images
 from bcnn.data.transforms import evaluation_crop, load_image
 from bcnn.errors import UserError
-from bcnn.evidence import shares
-from bcnn.model import BCNN
+from bcnn.model.evidence import shares
+from bcnn.model.network import BCNN
+from bcnn.model.pooling.bilinear import bilinear_descriptor
+from bcnn.model.weights import load_model
 from bcnn.options import command
-from bcnn.pooling import bilinear_descriptor
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.report.heatmap import Box, evidence_figure
-from bcnn.weights import load_model
 
 USAGE = """
 Which places of photographs spoke for the answer: a figure each, as PNG.
@@ -63,7 +63,7 @@ class Explanation:
         probabilities: (classes,).
         target: the class explained.
         against: the class that it is compared with.
-        evidence: (h, w), shares of the target's logit; see `bcnn.evidence`.
+        evidence: (h, w), shares of the target's logit; see `bcnn.model.evidence`.
         contrast: (h, w), shares of the target's logit less the other's.
         crop: what the network saw of the photograph, in its pixels.
         box: what the shares cover: the crop, but for the pixels that its size has over whole locations.

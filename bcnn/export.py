@@ -36,9 +36,9 @@ from torch.export import Dim, ExportedProgram
 from bcnn.data.paths import find_images
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import describe, load_model, save_model
 from bcnn.options import command
-from bcnn.weights import describe, load_model, save_model
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `source_state_dict` 2e-4

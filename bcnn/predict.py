@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from bcnn.data.paths import find_images
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model
 from bcnn.options import command
 from bcnn.precision import AUTOCAST, fastest_precision
-from bcnn.rows import FORMATS, Prediction
-from bcnn.weights import load_model
+from bcnn.report.rows import FORMATS, Prediction
 
 USAGE = """
 The likeliest classes of photographs, and their probabilities.

@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bcnn.module import BCNNModule
+from bcnn.model.weights import load_model
 from bcnn.precision import fastest_precision
-from bcnn.weights import load_model
+from bcnn.training.module import BCNNModule
 
 STEPS = 20
 OPTIMIZERS = {"original": "tab:red", "default": "tab:blue"}

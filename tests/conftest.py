@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}

@@ -11,8 +11,8 @@ from torchvision.models import VGG16_Weights
 from bcnn.benchmark import data, photographs, predict
 from bcnn.benchmark.harness import Contender, Options
 from bcnn.benchmark.source import SourceNet
-from bcnn.model import BCNN
-from bcnn.weights import source_state_dict
+from bcnn.model.network import BCNN
+from bcnn.model.weights import source_state_dict
 
 
 def test_the_source_s_network_is_the_same_function() -> None:

@@ -8,10 +8,10 @@ from conftest import configure, toy
 from torch.nn.functional import cross_entropy
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.model import BCNN, Centering
-from bcnn.module import BCNNModule
-from bcnn.stages import run
-from bcnn.weights import load_model, source_state_dict
+from bcnn.model.network import BCNN, Centering
+from bcnn.model.weights import load_model, source_state_dict
+from bcnn.training.module import BCNNModule
+from bcnn.training.stages import run
 
 
 def model() -> BCNN:

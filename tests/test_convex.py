@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from test_descriptors import build, folder_data, network, quiet_trainer
 
 from bcnn import convex
-from bcnn.convex import ConvexModule, cholesky, gram_matrix
-from bcnn.descriptors import DescriptorData
 from bcnn.store import VIEWS
+from bcnn.training.convex import ConvexModule, cholesky, gram_matrix
+from bcnn.training.descriptors import DescriptorData
 
 L2 = 1e-3
 

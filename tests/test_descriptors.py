@@ -10,10 +10,10 @@ from conftest import write_images
 from torch.utils.data import DataLoader
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.descriptors import DescriptorData
-from bcnn.model import BCNN
-from bcnn.module import BCNNModule
+from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
+from bcnn.training.descriptors import DescriptorData
+from bcnn.training.module import BCNNModule
 
 
 def folder_data(root: Path, **options: object) -> ImageFolderData:
@@ -100,7 +100,7 @@ def test_whatever_determines_the_rows_makes_another_store(
     elif change == "mean":
         model.set_normalization([0.1, 0, 0], [1, 1, 1])
     elif change == "decoding":
-        monkeypatch.setattr("bcnn.descriptors.MARGIN", 1)
+        monkeypatch.setattr("bcnn.training.descriptors.MARGIN", 1)
     elif change == "precision":
         precision = "bf16-mixed"
     else:

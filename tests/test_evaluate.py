@@ -13,11 +13,11 @@ from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.evaluate import USAGE, Options, evidence_pictures, logged_stages, main, predict_split
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import source_state_dict
 from bcnn.options import command
 from bcnn.report.heatmap import Box
 from bcnn.report.page import MISTAKES, THUMBNAIL
-from bcnn.weights import source_state_dict
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from conftest import make_near_sighted
 from torch import Tensor, nn
 
-from bcnn.evidence import evidence, shares
-from bcnn.model import BCNN
-from bcnn.pooling import bilinear_descriptor
+from bcnn.model.evidence import evidence, shares
+from bcnn.model.network import BCNN
+from bcnn.model.pooling.bilinear import bilinear_descriptor
 
 
 @pytest.fixture(scope="module")

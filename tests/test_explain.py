@@ -10,10 +10,10 @@ from PIL import Image
 
 from bcnn import explain
 from bcnn.data.transforms import Resize, evaluation_crop, evaluation_transform
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import save_model
 from bcnn.options import command
 from bcnn.report.heatmap import overlay
-from bcnn.weights import save_model
 
 RED, BLUE, GREEN, GREY = (230, 25, 25), (25, 25, 230), (25, 230, 25), (128, 128, 128)
 

@@ -21,9 +21,9 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn import export
 from bcnn.data.transforms import evaluation_transform, load_image
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model, save_model, source_state_dict
 from bcnn.options import command
-from bcnn.weights import load_model, save_model, source_state_dict
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
 

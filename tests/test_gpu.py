@@ -7,8 +7,8 @@ import torch
 from conftest import configure, toy
 from torch import Tensor
 
-from bcnn.stages import run
-from bcnn.weights import load_model
+from bcnn.model.weights import load_model
+from bcnn.training.stages import run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +49,7 @@ def test_both_stages_train_and_agree_with_float32(
 
 
 def test_autocast_on_the_gpu_keeps_the_head_in_float32(tmp_path: Path) -> None:
-    from bcnn.model import BCNN
+    from bcnn.model.network import BCNN
 
     model = BCNN(["a", "b"]).cuda()
     images = torch.rand(2, 3, 64, 64, device="cuda")

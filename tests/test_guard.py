@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bcnn.guard import CollapseGuard
+from bcnn.training.guard import CollapseGuard
 
 
 def said(loss: float, top1: float = math.nan, start: float | None = None) -> tuple[str, bool]:

@@ -11,8 +11,8 @@ from torch import nn
 from bcnn import load_model
 from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
-from bcnn.model import BCNN
-from bcnn.weights import source_state_dict
+from bcnn.model.network import BCNN
+from bcnn.model.weights import source_state_dict
 
 
 @pytest.fixture(scope="module")

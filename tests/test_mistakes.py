@@ -6,8 +6,8 @@ import pytest
 from conftest import configure, toy
 
 from bcnn.errors import UserError
-from bcnn.stages import run
-from bcnn.weights import load_model
+from bcnn.model.weights import load_model
+from bcnn.training.stages import run
 
 CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
 
@@ -127,7 +127,7 @@ def test_an_experiment_serves_one_stage_as_well_as_both(images: Path, tmp_path: 
 def test_too_many_rows_for_the_convex_solver(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.plan.MAX_ROWS", 20)
+    monkeypatch.setattr("bcnn.training.plan.MAX_ROWS", 20)
     with pytest.raises(UserError, match=r"24 rows .* more than the 20 .* choose last=sgd"):
         run(configure(*toy(images, f"output={tmp_path}")))
 

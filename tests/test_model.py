@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 
-from bcnn.model import BCNN
-from bcnn.weights import source_state_dict
+from bcnn.model.network import BCNN
+from bcnn.model.weights import source_state_dict
 
 
 class SourceNet(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from test_descriptors import network, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from bcnn.model import BCNN
-from bcnn.module import BCNNModule, warmup_cosine
-from bcnn.pooling import bilinear_descriptor
+from bcnn.model.network import BCNN
+from bcnn.model.pooling.bilinear import bilinear_descriptor
+from bcnn.training.module import BCNNModule, warmup_cosine
 
 
 def batches() -> DataLoader:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from bcnn import load_model
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
 from bcnn.options import command
 from bcnn.predict import USAGE, Options, main, predict_paths
 

@@ -10,8 +10,8 @@ from test_folders import set_up, write_classes
 from torch.utils.data import SequentialSampler, WeightedRandomSampler
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.descriptors import DescriptorData
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.training.descriptors import DescriptorData
 
 
 @pytest.fixture

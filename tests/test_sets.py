@@ -21,8 +21,8 @@ from torchvision.datasets import Flowers102
 from bcnn.data import sets
 from bcnn.data.sets import PublicSet
 from bcnn.errors import UserError
-from bcnn.stages import run
-from bcnn.weights import load_model
+from bcnn.model.weights import load_model
+from bcnn.training.stages import run
 
 SPLITS = ("train", "val", "test")
 Files = dict[str, bytes]

@@ -12,8 +12,8 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import Layout
 from bcnn.data.splits import Split, choose, follow, hold_out
 from bcnn.errors import UserError
-from bcnn.stages import run
-from bcnn.weights import load_model, save_model
+from bcnn.model.weights import load_model, save_model
+from bcnn.training.stages import run
 
 
 def samples(count: int, seed: int = 0) -> tuple[list[tuple[str, int]], dict[str, str]]:

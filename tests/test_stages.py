@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
-from bcnn.module import BCNNModule
-from bcnn.stages import _no_worse, run
-from bcnn.weights import load_model, source_state_dict
+from bcnn.model.weights import load_model, source_state_dict
+from bcnn.training.module import BCNNModule
+from bcnn.training.stages import _no_worse, run
 
 SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
 

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bcnn import tracking
 from bcnn.report.predictions import Predictions
-from bcnn.tracking import log_configuration, log_predictions
+from bcnn.training.tracking import log_configuration, log_predictions
 
 
 @pytest.fixture

@@ -10,8 +10,14 @@ from torch import nn
 from torchvision.models import VGG16_Weights
 
 from bcnn.errors import UserError
-from bcnn.model import BCNN
-from bcnn.weights import TORCHVISION, initialise_features, load_model, save_model, source_state_dict
+from bcnn.model.network import BCNN
+from bcnn.model.weights import (
+    TORCHVISION,
+    initialise_features,
+    load_model,
+    save_model,
+    source_state_dict,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.benchmark.harness import Options, measure, trainer
-from bcnn.convex import ConvexModule
-from bcnn.descriptors import DescriptorData
-from bcnn.model import BCNN, CHANNELS
-from bcnn.pooling import packed_size
+from bcnn.model.network import BCNN, CHANNELS
+from bcnn.model.pooling.bilinear import packed_size
 from bcnn.store import VIEWS, DescriptorStore
+from bcnn.training.convex import ConvexModule
+from bcnn.training.descriptors import DescriptorData
 
 
 def convex_solver(options: Options) -> dict[str, float]:

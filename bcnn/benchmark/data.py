@@ -20,7 +20,7 @@ from bcnn.benchmark.harness import Options, measure
 from bcnn.data.folder import ImageFolderData, ImageList
 from bcnn.data.transforms import evaluation_transform, load_image, training_transform
 from bcnn.errors import UserError
-from bcnn.weights import load_model
+from bcnn.model.weights import load_model
 
 SIZES = ((500, 375), (4000, 3000))  # px: photographs as the benchmark sets have them, and as cameras do
 EPOCHS = 3  # that are timed, after one that starts the workers

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bcnn.benchmark.harness import Options, measure, now, seconds_an_image
 from bcnn.benchmark.source import source_loop
-from bcnn.model import BCNN
-from bcnn.module import BCNNModule
+from bcnn.model.network import BCNN
 from bcnn.precision import AUTOCAST, fastest_precision
+from bcnn.training.module import BCNNModule
 
 
 def checkpointed_step(options: Options) -> dict[str, float]:

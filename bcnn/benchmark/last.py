@@ -18,12 +18,12 @@ from bcnn.benchmark.harness import Options, measure, now, random_batches, traine
 from bcnn.benchmark.source import SourceNet, source_loop
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.sets import Butterflies
-from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
-from bcnn.model import BCNN, CHANNELS
-from bcnn.module import BCNNModule
+from bcnn.model.network import BCNN, CHANNELS
+from bcnn.model.weights import initialise_features
 from bcnn.precision import fastest_precision
-from bcnn.weights import initialise_features
+from bcnn.training.descriptors import DescriptorData
+from bcnn.training.module import BCNNModule
 
 BATCH = 64  # images a step over stored features, as in conf/stage/last.yaml
 STEPS = 4  # that the cache is timed over

@@ -15,7 +15,7 @@ from bcnn.benchmark.harness import Contender, Options, measure, now
 from bcnn.data.paths import find_images
 from bcnn.data.sets import Butterflies
 from bcnn.export import read_onnx, write_onnx
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.predict import predict_paths
 

@@ -21,16 +21,16 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.evaluate import logged_stages, predict_split, write_results
-from bcnn.guard import CollapseGuard
-from bcnn.mistakes import STAGES, refuse_mistakes
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model
 from bcnn.options import literal
-from bcnn.plan import build_model, plan
 from bcnn.precision import chosen_precision
 from bcnn.report import Predictions, plot_curves
 from bcnn.report.metrics import headline
-from bcnn.tracking import log_configuration, log_predictions
-from bcnn.weights import load_model
+from bcnn.training.guard import CollapseGuard
+from bcnn.training.mistakes import STAGES, refuse_mistakes
+from bcnn.training.plan import build_model, plan
+from bcnn.training.tracking import log_configuration, log_predictions
 
 say = rank_zero_only(print)
 

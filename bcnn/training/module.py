@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from bcnn.model import BCNN
+from bcnn.model.network import BCNN
 
 Stage = Literal["last", "finetune"]
 

@@ -18,11 +18,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from rich.progress import track
 from torch import Tensor, nn
 
-from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
-from bcnn.model import BCNN
-from bcnn.module import BCNNModule
+from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
+from bcnn.training.descriptors import DescriptorData
+from bcnn.training.module import BCNNModule
 
 # rows × rows in float64, twice, is 2.3 GB at this many: 6,000 images in two views
 MAX_ROWS = 12_000

@@ -18,8 +18,8 @@ from torchvision.models import VGG16_Weights
 
 from bcnn.data.splits import Split
 from bcnn.errors import UserError
-from bcnn.model import BCNN, CHANNELS
-from bcnn.pooling import pack, unpack
+from bcnn.model.network import BCNN, CHANNELS
+from bcnn.model.pooling.bilinear import pack, unpack
 
 TORCHVISION = {
     "imagenet": VGG16_Weights.IMAGENET1K_V1,

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.transforms import MARGIN
-from bcnn.model import BCNN
-from bcnn.pooling import packed_size
+from bcnn.model.network import BCNN
+from bcnn.model.pooling.bilinear import packed_size
 from bcnn.precision import AUTOCAST
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcnn.model import BCNN
-from bcnn.pooling import ROOT_EPS, ROOTS, bilinear_pool, unpack
+from bcnn.model.network import BCNN
+from bcnn.model.pooling.bilinear import ROOT_EPS, ROOTS, bilinear_pool, unpack
 
 SMALLEST = math.sqrt(ROOT_EPS)  # that a root is where it is not 0
 

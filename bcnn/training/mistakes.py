@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bcnn.errors import UserError
-from bcnn.model import LAYERS
+from bcnn.model.network import LAYERS
 from bcnn.precision import AUTOCAST, chosen_precision
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}

@@ -20,7 +20,7 @@ from bcnn.data.transforms import (
     resized_side,
     upright_rgb,
 )
-from bcnn.pooling import bilinear_descriptor, packed_size
+from bcnn.model.pooling.bilinear import bilinear_descriptor, packed_size
 
 CHANNELS = 512  # of relu5_3
 BLOCK = 3456  # columns, a 38th of a descriptor
@@ -77,7 +77,7 @@ class BCNN(nn.Module):
         resize: how an image gets to that size: its short side ("keep") or both ("squash").
         crop_pct: share of the resized side that the crop takes.
         split: which images it was trained, validated and tested on, where that is known.
-        root: which square root the descriptor has, one of `bcnn.pooling.ROOTS`.
+        root: which square root the descriptor has, one of `bcnn.model.pooling.bilinear.ROOTS`.
     """
 
     mean: Tensor

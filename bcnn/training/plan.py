@@ -9,15 +9,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
-from bcnn.convex import MAX_ROWS, ConvexModule
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
-from bcnn.descriptors import DescriptorData
 from bcnn.errors import UserError
-from bcnn.model import BCNN
-from bcnn.module import BCNNModule, reduce_on_plateau
+from bcnn.model.network import BCNN
+from bcnn.model.weights import initialise_features, load_model
 from bcnn.store import VIEWS, stores_dir
-from bcnn.weights import initialise_features, load_model
+from bcnn.training.convex import MAX_ROWS, ConvexModule
+from bcnn.training.descriptors import DescriptorData
+from bcnn.training.module import BCNNModule, reduce_on_plateau
 
 say = rank_zero_only(print)
 

@@ -1,0 +1,1 @@
+"""Second-order poolings: maps of an image in, one row out."""

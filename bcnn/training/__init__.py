@@ -1,0 +1,1 @@
+"""Both stages of training, from a configuration."""
