@@ -12,9 +12,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bcnn.data.decoding import load_image
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.splits import choose
-from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.explain import explain
 from bcnn.model.network import BCNN
@@ -84,7 +84,7 @@ def predict_split(
 
     def probabilities(inputs: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model.logits(inputs) if inputs.ndim == 2 else model(inputs)
+            logits = model.head(inputs) if inputs.ndim == 2 else model(inputs)
         return logits.float().softmax(dim=1).cpu()
 
     shown = track(batches, "predicting", console=Console(stderr=True), transient=True)
@@ -104,7 +104,7 @@ def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Eviden
     pictures: dict[int, Evidence] = {}
     mistakes = predictions.confident_mistakes(MISTAKES)
     for index in track(mistakes, "explaining", console=Console(stderr=True), transient=True):
-        photograph = load_image(predictions.paths[index], model.resized_side)
+        photograph = load_image(predictions.paths[index], model.framing.side)
         called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
         found = explain(model, photograph, called, against=truth)
         maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]
@@ -169,9 +169,7 @@ def main(options: Options) -> int:
     title = f"{data.root.resolve().name}, {options.split}"
     settings = {
         **asdict(options),
-        "size": model.size,
-        "resize": model.resize,
-        "crop_pct": model.crop_pct,
+        "framing": str(model.framing),
         "device": str(device),
         "precision": precision,
     }
@@ -199,7 +197,7 @@ def _open(options: Options) -> tuple[ImageFolderData, list[tuple[str, int]], BCN
     layout = data.labelled()
     names = sorted({layout.classes[label] for _, label in layout.samples})
     model = load_model(options.ckpt, names)
-    data.size, data.resize, data.crop_pct = model.size, model.resize, model.crop_pct
+    data.framing = model.framing
     unknown = sorted(set(names) - set(model.classes))
     if unknown:
         raise UserError(

@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from bcnn.data.decoding import load_image
 from bcnn.data.paths import find_images
-from bcnn.data.transforms import evaluation_crop, load_image
 from bcnn.errors import UserError
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
-from bcnn.model.pooling.bilinear import bilinear_descriptor
 from bcnn.model.weights import load_model
 from bcnn.options import command
 from bcnn.precision import AUTOCAST, fastest_precision
@@ -39,8 +38,6 @@ Left the photograph, with the crop that the network saw; then what each place ad
 the class (orange) or took from it (purple); then the same for the difference to the other class. The
 places add up to the number over the map, exactly.
 """
-
-CELL = 16  # px of the crop to a location of relu5_3
 
 
 @dataclass
@@ -91,19 +88,20 @@ def explain(
         target: the class to explain; None: the likeliest.
         against: the class to compare it with; None: the likeliest other one.
     """
-    device = model.mean.device
+    device = model.head.bias.device
     dtype = AUTOCAST.get(fastest_precision(device.type))
-    images = model.transforms()(photograph)[None].to(device)
+    images = model.framing.evaluation()(photograph)[None].to(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        maps = model.feature_maps(images)
-        logits = model.logits(bilinear_descriptor(maps, model.root))[0]
+        maps = model.backbone(images)
+        logits = model.head(model.pooling(maps))[0]
     likeliest = logits.argsort(descending=True).tolist()
     target = likeliest[0] if target is None else target
     if against is None:
         against = next(label for label in likeliest if label != target)
     this, that = (torch.tensor([label], device=device) for label in (target, against))
-    left, top, right, bottom = crop = evaluation_crop(*photograph.size, model.resize, model.crop_pct)
-    across, down = (CELL * count / model.size for count in (maps.shape[3], maps.shape[2]))
+    left, top, right, bottom = crop = model.framing.crop(*photograph.size)
+    stride, size = model.backbone.stride, model.framing.size
+    across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
     return Explanation(
         photograph=photograph,
         probabilities=logits.softmax(dim=0).cpu(),
@@ -150,7 +148,7 @@ def main(options: Options) -> int:
     console = Console(stderr=True)
     for path in track(paths, "explaining", console=console, transient=True):
         try:
-            photograph = load_image(path, model.resized_side)
+            photograph = load_image(path, model.framing.side)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1

@@ -33,15 +33,15 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from bcnn.data.decoding import load_image
 from bcnn.data.paths import find_images
-from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import describe, load_model, save_model
 from bcnn.options import command
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
-TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `source_state_dict` 2e-4
+TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
 
 Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
 
@@ -180,7 +180,7 @@ def _network(model: BCNN, softmax: bool) -> nn.Module:
 
 
 def _exported(model: BCNN, softmax: bool) -> ExportedProgram:
-    example = torch.zeros(2, 3, model.size, model.size, dtype=torch.uint8)
+    example = torch.zeros(2, 3, model.framing.size, model.framing.size, dtype=torch.uint8)
     batch = ({0: Dim("batch")},)
     return torch.export.export(_network(model, softmax), (example,), dynamic_shapes=batch)
 
@@ -188,11 +188,11 @@ def _exported(model: BCNN, softmax: bool) -> ExportedProgram:
 def _images(model: BCNN, paths: Sequence[str]) -> Iterator[Tensor]:
     if not paths:
         generator = torch.Generator().manual_seed(0)
-        shape = (3, 3, model.size, model.size)
+        shape = (3, 3, model.framing.size, model.framing.size)
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    transform = model.transforms()
+    transform = model.framing.evaluation()
     for path in track(paths, "comparing", console=Console(stderr=True), disable=not paths):
-        yield transform(load_image(path, model.resized_side))[None].as_subclass(Tensor)
+        yield transform(load_image(path, model.framing.side))[None].as_subclass(Tensor)
 
 
 def _require(*packages: str) -> None:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bcnn.data.decoding import load_image
 from bcnn.data.paths import find_images
-from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
@@ -72,10 +72,10 @@ def predict_paths(
     """
     if workers is None:
         workers = min(8, os.cpu_count() or 1)
-    device = model.mean.device
+    device = model.head.bias.device
     dtype = AUTOCAST.get(fastest_precision(device.type))
     loader = DataLoader(
-        _Photographs(paths, model.transforms(), model.resized_side),
+        _Photographs(paths, model.framing.evaluation(), model.framing.side),
         batch_size=batch,
         num_workers=workers if len(paths) > batch else 0,
         collate_fn=_collate,

@@ -67,7 +67,7 @@ def toy(images: Path, *overrides: str) -> list[str]:
 
 def make_near_sighted(model: BCNN) -> None:
     """Leave the middle of every kernel alone: a location of relu5_3 sees its own 16 px, no others."""
-    for layer in model.features:
+    for layer in model.backbone.features:
         if isinstance(layer, nn.Conv2d):
             layer.weight.data.mul_(F.pad(torch.full((1, 1, 1, 1), 3.0), (1, 1, 1, 1)))
 

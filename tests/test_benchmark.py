@@ -12,17 +12,17 @@ from bcnn.benchmark import data, photographs, predict
 from bcnn.benchmark.harness import Contender, Options
 from bcnn.benchmark.source import SourceNet
 from bcnn.model.network import BCNN
-from bcnn.model.weights import source_state_dict
+from bcnn.model.original import to_original
 
 
 def test_the_source_s_network_is_the_same_function() -> None:
     torch.manual_seed(0)
     model = BCNN(["a", "b"]).double()
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
-    model.set_normalization(preset.mean, preset.std)
-    torch.nn.init.normal_(model.classifier.weight)
+    model.backbone.set_normalization(preset.mean, preset.std)
+    torch.nn.init.normal_(model.head.weight)
     source = SourceNet(2).double()
-    source.load_state_dict(source_state_dict(model))
+    source.load_state_dict(to_original(model))
     images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
     normalised = (images - model.mean) / model.std
     torch.testing.assert_close(source(normalised), model(images), rtol=1e-10, atol=1e-12)
@@ -60,7 +60,7 @@ def test_loading_is_compared_on_the_same_photographs(
     monkeypatch.setattr(data, "measure", lambda contender, options: contender(options))
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     model = BCNN(["a", "b"])
-    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.head.weight)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     options = Options(size=32, batch=2, images=4, ckpt=tmp_path / "model.pth", device="cpu")
     console = Console(width=200)

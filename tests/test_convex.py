@@ -60,15 +60,15 @@ def test_repeated_images_are_no_obstacle(images: Path) -> None:
         path.write_bytes((path.parent / "0.png").read_bytes())
     data, _, _ = problem(images)
     module = solve(data, [L2])
-    assert torch.isfinite(module.model.classifier.weight).all()
+    assert torch.isfinite(module.model.head.weight).all()
     assert module.trainer.callback_metrics["train_top1"] == 1
 
 
 def test_solution_is_that_of_scikit_learn(images: Path) -> None:
     data, rows, labels = problem(images)
     model = solve(data, [1e-2, L2]).model
-    weight = model.classifier.weight.detach().double()
-    bias = model.classifier.bias.detach().double() - weight @ model.centering.mean.double()
+    weight = model.head.weight.detach().double()
+    bias = model.head.bias.detach().double() - weight @ model.head.mean.double()
     reference = LogisticRegression(C=1 / (L2 * len(rows)), tol=1e-10, max_iter=10_000)
     reference.fit(rows.numpy(), labels.numpy())
     expected = objective(
@@ -80,7 +80,7 @@ def test_solution_is_that_of_scikit_learn(images: Path) -> None:
 
 def test_solution_is_that_of_many_small_steps(images: Path) -> None:
     data, rows, labels = problem(images)
-    head = solve(data, [L2]).model.classifier
+    head = solve(data, [L2]).model.head
     weight = torch.zeros(3, rows.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     sgd = torch.optim.SGD([weight, bias], lr=3.0, momentum=0.9)

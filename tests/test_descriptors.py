@@ -10,6 +10,7 @@ from conftest import write_images
 from torch.utils.data import DataLoader
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
 from bcnn.training.descriptors import DescriptorData
@@ -25,7 +26,7 @@ def folder_data(root: Path, **options: object) -> ImageFolderData:
 
 def network(seed: int = 0) -> BCNN:
     torch.manual_seed(seed)
-    return BCNN(["blue", "green", "red"], size=32)
+    return BCNN(["blue", "green", "red"], Framing(32))
 
 
 def quiet_trainer(**options: object) -> L.Trainer:
@@ -98,7 +99,7 @@ def test_whatever_determines_the_rows_makes_another_store(
     elif change == "image":
         write_images(images / "train", 1, seed=9)
     elif change == "mean":
-        model.set_normalization([0.1, 0, 0], [1, 1, 1])
+        model.backbone.set_normalization([0.1, 0, 0], [1, 1, 1])
     elif change == "decoding":
         monkeypatch.setattr("bcnn.training.descriptors.MARGIN", 1)
     elif change == "precision":
@@ -111,7 +112,7 @@ def test_whatever_determines_the_rows_makes_another_store(
 def test_the_head_and_the_split_do_not(images: Path) -> None:
     before = DescriptorData(folder_data(images), network(), "32-true").store.key
     model = network()
-    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.head.weight)
     folder = folder_data(images, val_fraction=0.2, batch_size=3)
     assert DescriptorData(folder, model, "32-true").store.key == before
 
@@ -120,7 +121,7 @@ def train_head(data: L.LightningDataModule, in_order: DataLoader) -> torch.Tenso
     module = BCNNModule(network(), "last", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
     data.train_dataloader = lambda: in_order  # type: ignore[method-assign]
     quiet_trainer(max_epochs=6, limit_val_batches=0).fit(module, datamodule=data)
-    return module.model.classifier.weight.detach()
+    return module.model.head.weight.detach()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-4), ("float16", 2e-3)])

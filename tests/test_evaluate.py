@@ -12,9 +12,10 @@ from conftest import write_images
 from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import Framing
 from bcnn.evaluate import USAGE, Options, evidence_pictures, logged_stages, main, predict_split
 from bcnn.model.network import BCNN
-from bcnn.model.weights import source_state_dict
+from bcnn.model.original import to_original
 from bcnn.options import command
 from bcnn.report.heatmap import Box
 from bcnn.report.page import MISTAKES, THUMBNAIL
@@ -26,9 +27,9 @@ CPU = torch.device("cpu")
 def model() -> BCNN:
     """Random weights that disagree about the toy images, with an order of classes of their own."""
     torch.manual_seed(0)
-    model = BCNN(["red", "blue", "green"], size=32)
-    model.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.nn.init.normal_(model.classifier.weight, std=30)
+    model = BCNN(["red", "blue", "green"], Framing(32))
+    model.backbone.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.nn.init.normal_(model.head.weight, std=30)
     return model
 
 
@@ -36,7 +37,7 @@ def model() -> BCNN:
 def checkpoint(model: BCNN, tmp_path: Path) -> Path:
     """As Lightning writes it."""
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    about = {"classes": model.classes, "size": model.size, "resize": model.resize, "stage": "last"}
+    about = {**model.description(), "stage": "last"}
     path = tmp_path / "run" / "last" / "best.ckpt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": state, "hyper_parameters": about}, path)
@@ -92,11 +93,11 @@ def test_the_source_pth_says_the_same(
 ) -> None:
     monkeypatch.setattr("bcnn.evaluate.evidence_pictures", lambda *_: {})  # slow at 448 px
     order = [1, 2, 0]  # it names no classes: they are the folder's, in their order
-    model.classifier.weight.data = model.classifier.weight.data[order]
-    model.classifier.bias.data = model.classifier.bias.data[order]
-    torch.save(source_state_dict(model), tmp_path / "bcnn.pth")
+    model.head.weight.data = model.head.weight.data[order]
+    model.head.bias.data = model.head.bias.data[order]
+    torch.save(to_original(model), tmp_path / "bcnn.pth")
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["size"] = 448  # the source's
+    content["hyper_parameters"]["framing"]["size"] = 448  # the source's
     torch.save(content, checkpoint)
     (images / "val" / "red").mkdir(parents=True)
     (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")

@@ -6,19 +6,19 @@ import torch.nn.functional as F
 from conftest import make_near_sighted
 from torch import Tensor, nn
 
+from bcnn.data.transforms import Framing
 from bcnn.model.evidence import evidence, shares
 from bcnn.model.network import BCNN
-from bcnn.model.pooling.bilinear import bilinear_descriptor
 
 
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     """In float64, with weights, biases and centering mean drawn at random."""
     torch.manual_seed(0)
-    model = BCNN(list("abcd"), size=64).double()
-    for tensor in (model.classifier.weight, model.classifier.bias):
+    model = BCNN(list("abcd"), Framing(64)).double()
+    for tensor in (model.head.weight, model.head.bias):
         nn.init.normal_(tensor)
-    model.centering.mean.normal_(std=0.003)
+    model.head.mean.normal_(std=0.003)
     return model
 
 
@@ -48,9 +48,9 @@ def test_a_share_is_the_due_part_of_the_logit_and_twice_the_gradient(
     model: BCNN, images: Tensor
 ) -> None:
     """By autograd through the descriptor: its weights on the locations scale each x_p x_pᵀ."""
-    maps = model.feature_maps(images).detach()
+    maps = model.backbone(images).detach()
     weights = torch.ones_like(maps[:, :1]).requires_grad_()
-    logits = model.logits(bilinear_descriptor(maps * weights.sqrt()))[torch.arange(3), TARGET]
+    logits = model.head(model.pooling(maps * weights.sqrt()))[torch.arange(3), TARGET]
     (gradient,) = torch.autograd.grad(logits.sum(), weights)
     norm = F.normalize(maps.sum(1).flatten(1) ** 2, p=1).view(gradient[:, 0].shape)
     expected = norm * logits.detach()[:, None, None] + 2 * gradient[:, 0]
@@ -84,7 +84,7 @@ def marked(label: int, generator: torch.Generator) -> tuple[Tensor, tuple[int, i
 
 def test_the_mark_that_decides_between_two_classes_is_found() -> None:
     torch.manual_seed(0)
-    model = BCNN(["red", "blue"], size=64)
+    model = BCNN(["red", "blue"], Framing(64))
     make_near_sighted(model)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(48) % 2
@@ -92,12 +92,12 @@ def test_the_mark_that_decides_between_two_classes_is_found() -> None:
     batch = torch.stack(images)
     with torch.no_grad():
         rows = model.descriptor(batch[:32])
-        model.center_on(rows.mean(dim=0))
+        model.head.center_on(rows.mean(dim=0))
         # Least squares on the rows: the weights are a combination of them.
         centered = rows - rows.mean(dim=0)
         signs = 1.0 - 2 * labels[:32]
         weight = torch.linalg.lstsq(centered, signs[:, None], driver="gelsd").solution[:, 0]
-        model.classifier.weight.copy_(torch.stack([weight, -weight]))
+        model.head.weight.copy_(torch.stack([weight, -weight]))
         held_out = batch[32:]
         assert (model(held_out).argmax(1) == labels[32:]).all()
     found = evidence(model, held_out, labels[32:], 1 - labels[32:]).flatten(1).argmax(dim=1)

@@ -20,9 +20,11 @@ from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn import export
-from bcnn.data.transforms import evaluation_transform, load_image
+from bcnn.data.decoding import load_image
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
-from bcnn.model.weights import load_model, save_model, source_state_dict
+from bcnn.model.original import to_original
+from bcnn.model.weights import load_model, save_model
 from bcnn.options import command
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
@@ -31,15 +33,17 @@ CLASSES = ["däisy", "iris, blue", "tulip"]
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(CLASSES, size=64, resize="keep")
+    model = BCNN(CLASSES, Framing(64, "keep"))
     preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
-    model.set_normalization(preset.mean, preset.std)
-    for layer in model.features:  # He's initialisation is for inputs of about 1, not of about 100
+    model.backbone.set_normalization(preset.mean, preset.std)
+    for (
+        layer
+    ) in model.backbone.features:  # He's initialisation is for inputs of about 1, not of about 100
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.bias, std=0.1)
-    nn.init.normal_(model.classifier.weight)
-    nn.init.normal_(model.classifier.bias)
-    model.centering.mean.normal_(std=0.003)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.head.bias)
+    model.head.mean.normal_(std=0.003)
     return model.eval()
 
 
@@ -116,7 +120,7 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
     capsys.readouterr()
     for path in photographs:
         classes, logits = classify(onnx_file, path)
-        image = evaluation_transform(64, "keep")(load_image(path))
+        image = Framing(64, "keep").evaluation()(load_image(path))
         with torch.no_grad():
             expected = model(image[None])[0]
         assert classes == CLASSES
@@ -178,16 +182,15 @@ def test_pth_works_in_the_source_network_under_the_source_normalisation(
 def test_pth_changes_no_weight_of_a_model_that_normalises_as_the_source(model: BCNN) -> None:
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()
     alike = copy.deepcopy(model)
-    alike.set_normalization(preset.mean, preset.std)
-    state = source_state_dict(alike)
-    for key, value in model.features.state_dict().items():
+    alike.backbone.set_normalization(preset.mean, preset.std)
+    state = to_original(alike)
+    for key, value in model.backbone.features.state_dict().items():
         assert torch.equal(state[f"features.{key}"], value)
 
 
 def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
     again = load_model(ckpt)
-    assert (again.classes, again.size, again.resize) == (CLASSES, 64, "keep")
-    assert again.crop_pct == model.crop_pct
+    assert again.description() == model.description()
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     with safe_open(ckpt, framework="pt") as file:
         assert all(isinstance(value, str) for value in file.metadata().values())
@@ -197,7 +200,7 @@ def test_a_file_that_computes_something_else_is_not_passed_over(
     ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(
-        export.FORMATS, "pth", (export.write_weights, lambda path: BCNN(CLASSES, size=64).eval())
+        export.FORMATS, "pth", (export.write_weights, lambda path: BCNN(CLASSES, Framing(64)).eval())
     )
     assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 1
     assert "not kept" in capsys.readouterr().err

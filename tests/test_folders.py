@@ -291,9 +291,7 @@ def test_classes_that_train_lacks(images: Path, split: str) -> None:
 
 def test_too_few_images_for_the_split_asked_for(tmp_path: Path) -> None:
     write_classes(tmp_path, cat=8, dog=2, eel=1)
-    with pytest.raises(
-        UserError, match=r"too few images of dog \(2\), eel \(1\).*3 different ones"
-    ):
+    with pytest.raises(UserError, match=r"too few images of dog \(2\), eel \(1\).*3 different ones"):
         set_up(tmp_path)
     with pytest.raises(UserError, match=r"too few images of eel \(1\): data.test_fraction=0.5 "):
         set_up(tmp_path, val_fraction=0, test_fraction=0.5)

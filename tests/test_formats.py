@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, features
 
 from bcnn.data.check import broken, cache_file, check, inspect, write_broken
+from bcnn.data.decoding import load_image
 from bcnn.data.formats import is_image
-from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
 
 LEFT, RIGHT = (200, 40, 60), (30, 90, 180)

@@ -38,8 +38,8 @@ def test_both_stages_train_and_agree_with_float32(
         overrides = [*short, f"trainer.precision={name}", f"output={tmp_path / name}"]
         assert run(configure(*toy(images, *overrides))) >= 0.8
         finals[name] = tmp_path / name
-    start = load_model(finals["32-true"] / "last" / "best.ckpt").features.state_dict()
-    mixed = load_model(finals[precision] / "last" / "best.ckpt").features.state_dict()
+    start = load_model(finals["32-true"] / "last" / "best.ckpt").backbone.features.state_dict()
+    mixed = load_model(finals[precision] / "last" / "best.ckpt").backbone.features.state_dict()
     assert all(torch.equal(start[key], mixed[key]) for key in start)  # frozen, in both
     batch = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     exact = logits(finals["32-true"] / "last" / "best.ckpt", batch)
@@ -55,5 +55,5 @@ def test_autocast_on_the_gpu_keeps_the_head_in_float32(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 64, 64, device="cuda")
     with torch.autocast("cuda", torch.float16), torch.no_grad():
         descriptor = model.descriptor(images)
-        assert descriptor.dtype == model.logits(descriptor).dtype == torch.float32
+        assert descriptor.dtype == model.head(descriptor).dtype == torch.float32
     torch.testing.assert_close(descriptor.norm(dim=1), torch.ones(2, device="cuda"))

@@ -1,5 +1,6 @@
 """The model as a library: `load_model(path).predict(images)`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ from PIL import Image
 from torch import nn
 
 from bcnn import load_model
-from bcnn.data.transforms import load_image
+from bcnn.data.decoding import load_image
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
-from bcnn.model.weights import source_state_dict
+from bcnn.model.original import to_original
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BCNN:
     """As `load_model` opens it, with a classifier that tells images apart."""
     torch.manual_seed(0)
     model = BCNN(list(COLOURS))
-    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.head.weight)
     path = tmp_path_factory.mktemp("weights") / "model.pth"
-    torch.save(source_state_dict(model), path)
+    torch.save(to_original(model), path)
     loaded = load_model(path, classes=list(COLOURS))
-    loaded.size = 32
+    loaded.framing = Framing(32)
     return loaded
 
 
@@ -41,7 +42,7 @@ def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, path
     assert (probabilities.std(dim=0) > 0).all()
     opened = [Image.open(path) for path in paths]
     torch.testing.assert_close(model.predict(opened), probabilities)
-    batch = torch.stack([model.transforms()(load_image(path)) for path in paths])
+    batch = torch.stack([model.framing.evaluation()(load_image(path)) for path in paths])
     assert batch.dtype == torch.uint8 and batch.shape[1:] == (3, 32, 32)
     torch.testing.assert_close(model.predict(batch), probabilities)
 
@@ -49,10 +50,10 @@ def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, path
 def test_the_crop_is_as_large_a_share_as_in_training(model: BCNN, tmp_path: Path) -> None:
     frame = Image.new("RGB", (64, 64), "red")
     frame.paste("blue", (8, 8, 56, 56))
-    whole = model.transforms()(frame)
-    model.crop_pct = 0.5
-    middle = model.transforms()(frame)
-    model.crop_pct = 1.0
+    whole = model.framing.evaluation()(frame)
+    model.framing = replace(model.framing, crop_pct=0.5)
+    middle = model.framing.evaluation()(frame)
+    model.framing = replace(model.framing, crop_pct=1.0)
     assert whole.shape == middle.shape == (3, 32, 32)
     assert whole[0].max() == 255 and middle[0].max() == 0
 

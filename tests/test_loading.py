@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from bcnn.benchmark.photographs import photograph
+from bcnn.data.decoding import MARGIN, load_image
 from bcnn.data.folder import ImageFolderData
-from bcnn.data.transforms import MARGIN, Resize, evaluation_transform, load_image
+from bcnn.data.transforms import Framing, Resize
 from bcnn.errors import UserError
 
 SIDE = 48
@@ -48,7 +49,7 @@ def test_the_crop_is_that_of_the_whole_image(
     picture: Image.Image, tmp_path: Path, resize: Resize, options: dict[str, Any]
 ) -> None:
     path = save(picture, tmp_path / "large.jpg", **options)
-    transform = evaluation_transform(SIDE, resize)
+    transform = Framing(SIDE, resize).evaluation()
     reduced, whole = load_image(path, SIDE), load_image(path)
     assert reduced.size < whole.size
     assert difference(transform(reduced), transform(whole)) < BOUND
@@ -62,7 +63,7 @@ def test_reduced_images_are_upright(picture: Image.Image, tmp_path: Path, orient
     path = save(picture, tmp_path / "turned.jpg", exif=exif)
     reduced, whole = load_image(path, SIDE), ImageOps.exif_transpose(Image.open(path))
     assert (reduced.width < reduced.height) == (orientation > 4)
-    transform = evaluation_transform(SIDE, "squash")
+    transform = Framing(SIDE, "squash").evaluation()
     assert difference(transform(reduced), transform(whole)) < BOUND
 
 
@@ -71,7 +72,7 @@ def test_reduced_images_are_rgb(picture: Image.Image, tmp_path: Path, mode: str)
     path = save(picture.convert(mode), tmp_path / "large.jpg")
     reduced, whole = load_image(path, SIDE), load_image(path)
     assert reduced.mode == whole.mode == "RGB" and reduced.size < whole.size
-    transform = evaluation_transform(SIDE, "keep")
+    transform = Framing(SIDE, "keep").evaluation()
     assert difference(transform(reduced), transform(whole)) < BOUND
 
 
@@ -97,6 +98,7 @@ def test_folders_load_reduced_images(
     sides = []
     monkeypatch.setattr("bcnn.data.folder.load_image", lambda path, side: sides.append(side) or picture)
     data = ImageFolderData(tmp_path, SIDE, crop_pct=0.75, num_workers=0)
+    data.step = 16
     data.train = samples
     for loader in (data.train_dataloader(), data.evaluation_dataloader(samples)):
         assert next(iter(loader))[0].shape == (1, 3, SIDE, SIDE)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
-from bcnn.model.weights import source_state_dict
+from bcnn.model.original import to_original
 
 
 class SourceNet(nn.Module):
@@ -39,20 +40,20 @@ class SourceNet(nn.Module):
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(["a", "b", "c"], size=32)
+    model = BCNN(["a", "b", "c"], Framing(32))
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
-    model.set_normalization(preset.mean, preset.std)
-    nn.init.normal_(model.classifier.weight)
-    nn.init.normal_(model.classifier.bias)
+    model.backbone.set_normalization(preset.mean, preset.std)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.head.bias)
     return model.double()
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 48, 64), (2, 3, 77, 33)])
 def test_logits_equal_the_source_network(model: BCNN, shape: tuple[int, ...]) -> None:
     source = SourceNet(3).double()
-    source.load_state_dict(source_state_dict(model))  # strict: same names, same shapes
+    source.load_state_dict(to_original(model))  # strict: same names, same shapes
     images = torch.rand(shape, dtype=torch.float64)
-    normalised = (images - model.mean) / model.std
+    normalised = (images - model.backbone.mean) / model.backbone.std
     torch.testing.assert_close(model(images), source(normalised), rtol=1e-10, atol=1e-12)
 
 

@@ -9,7 +9,6 @@ from test_descriptors import network, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.model.network import BCNN
-from bcnn.model.pooling.bilinear import bilinear_descriptor
 from bcnn.training.module import BCNNModule, warmup_cosine
 
 
@@ -25,12 +24,12 @@ def sgd(lr: float) -> object:
 
 def test_last_leaves_the_features_bit_for_bit_and_without_gradients() -> None:
     model = network()
-    before = copy.deepcopy(model.features.state_dict())
-    head = model.classifier.weight.clone()
+    before = copy.deepcopy(model.backbone.features.state_dict())
+    head = model.head.weight.clone()
     quiet_trainer(max_epochs=2).fit(BCNNModule(model, "last", sgd(1.0)), batches())
-    assert all(torch.equal(before[k], v) for k, v in model.features.state_dict().items())
-    assert all(p.grad is None for p in model.features.parameters())
-    assert not torch.equal(model.classifier.weight, head)
+    assert all(torch.equal(before[k], v) for k, v in model.backbone.features.state_dict().items())
+    assert all(p.grad is None for p in model.backbone.features.parameters())
+    assert not torch.equal(model.head.weight, head)
 
 
 def test_last_keeps_no_graph_through_the_features() -> None:
@@ -46,32 +45,36 @@ def test_last_keeps_no_graph_through_the_features() -> None:
         loss = torch.nn.functional.cross_entropy(module(images), labels)
     assert loss.requires_grad
     assert all(len(shape) <= 2 for shape in saved)  # no feature map among them
-    assert all(p.requires_grad is False for p in module.model.features.parameters())
+    assert all(p.requires_grad is False for p in module.model.backbone.features.parameters())
 
 
 def test_finetune_trains_every_layer() -> None:
     model = network()
-    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.head.weight)
     before = copy.deepcopy(model.state_dict())
     quiet_trainer(max_epochs=1).fit(BCNNModule(model, "finetune", sgd(1e-4)), batches())
     frozen = [k for k, v in model.state_dict().items() if torch.equal(before[k], v)]
-    assert frozen == ["mean", "std", "centering.mean"]
+    assert frozen == ["backbone.mean", "backbone.std", "head.mean"]
 
 
 def test_layers_under_the_first_opened_are_left_and_get_no_gradients() -> None:
     model = network()
-    torch.nn.init.normal_(model.classifier.weight)
-    before = copy.deepcopy(model.features.state_dict())
+    torch.nn.init.normal_(model.head.weight)
+    before = copy.deepcopy(model.backbone.features.state_dict())
     module = BCNNModule(model, "finetune", sgd(1e-4), open_from="conv5_2")
     quiet_trainer(max_epochs=1).fit(module, batches())
-    moved = [key for key, v in model.features.state_dict().items() if not torch.equal(before[key], v)]
+    moved = [
+        key
+        for key, v in model.backbone.features.state_dict().items()
+        if not torch.equal(before[key], v)
+    ]
     assert moved == ["26.weight", "26.bias", "28.weight", "28.bias"]
-    assert model.features[24].weight.grad is None
+    assert model.backbone.features[24].weight.grad is None
 
 
 def test_training_accuracy_is_that_of_all_images_of_each_epoch() -> None:
     model = network()
-    torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
     images, labels = batches().dataset.tensors
     right = (model(images).argmax(dim=1) == labels).float().mean()
     assert 0 < right < 1
@@ -86,7 +89,7 @@ def test_training_accuracy_is_that_of_all_images_of_each_epoch() -> None:
 def test_a_step_of_polyak_is_no_longer_than_loss_over_squared_gradient() -> None:
     def moved(polyak: float | None, lr: float) -> float:
         model = network()
-        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
         before = [p.detach().clone() for p in model.parameters()]
         module = BCNNModule(model, "finetune", lambda p: torch.optim.SGD(p, lr=lr), polyak=polyak)
         quiet_trainer(max_steps=1).fit(module, batches())
@@ -94,7 +97,7 @@ def test_a_step_of_polyak_is_no_longer_than_loss_over_squared_gradient() -> None
         return float(torch.nn.utils.get_total_norm(steps))
 
     model = network()
-    torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
     images, labels = next(iter(batches()))
     loss = torch.nn.functional.cross_entropy(model.train()(images), labels)
     loss.backward()
@@ -112,7 +115,7 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
 
     def gradients(maps: Callable[[BCNN], torch.Tensor]) -> tuple[list[torch.Tensor], int]:
         model = network().double()  # the root is steep near zero, and would magnify rounding
-        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
         weights = {p.data_ptr() for p in model.parameters()}
         kept = {}
 
@@ -122,18 +125,20 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model.logits(bilinear_descriptor(maps(model)))
+            logits = model.head(model.pooling(maps(model)))
         torch.nn.functional.cross_entropy(logits, labels).backward()
         return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
 
     def checkpointed(model: BCNN) -> torch.Tensor:
-        model.checkpointing = True
-        return model.feature_maps(images)
+        model.backbone.checkpointing = True
+        return model.backbone(images)
 
     plain, whole = gradients(
-        lambda model: model.features((images.double() / 255 - model.mean) / model.std)
+        lambda model: model.backbone.features(
+            (images.double() / 255 - model.backbone.mean) / model.backbone.std
+        )
     )
-    default, less = gradients(lambda model: model.feature_maps(images))
+    default, less = gradients(lambda model: model.backbone(images))
     recomputed, least = gradients(checkpointed)
     torch.testing.assert_close(default, plain, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-7)
@@ -143,8 +148,14 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
 
 def test_checkpoints_describe_themselves() -> None:
     module = BCNNModule(network(), "last")
-    images = {"classes": ["blue", "green", "red"], "size": 32, "resize": "keep", "crop_pct": 1.0}
-    assert dict(module.hparams) == {**images, "stage": "last"}
+    assert dict(module.hparams) == {
+        "backbone": {"name": "vgg16"},
+        "pooling": {"name": "bilinear"},
+        "framing": {"size": 32, "resize": "keep", "crop_pct": 1.0},
+        "classes": ["blue", "green", "red"],
+        "split": None,
+        "stage": "last",
+    }
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])

@@ -11,10 +11,11 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from bcnn.data.check import Finding, cache_file, check, inspect
+from bcnn.data.decoding import load_image, upright_rgb
 from bcnn.data.formats import files_below, images_below
 from bcnn.data.layout import Layout
 from bcnn.data.review import flat
-from bcnn.data.transforms import evaluation_transform, load_image, training_transform, upright_rgb
+from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 
 RAMP = np.arange(256).reshape(16, 16)
@@ -189,7 +190,7 @@ def test_the_middle_of_a_strip_is_as_that_of_the_whole(size: tuple[int, int], cr
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     whole = v2.Compose([v2.ToImage(), v2.Resize([round(32 / crop_pct)]), v2.CenterCrop(32)])(image)
-    ours = evaluation_transform(32, "keep", crop_pct)(image)
+    ours = Framing(32, "keep", crop_pct).evaluation()(image)
     difference = (whole.int() - ours.int()).abs()
     # Where the sides resized are whole numbers, nothing changes; else the middle moves a little.
     assert difference.max() <= (1 if 21 in size or crop_pct < 1 else 0)
@@ -199,7 +200,7 @@ def test_the_middle_of_a_strip_is_as_that_of_the_whole(size: tuple[int, int], cr
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_a_line_takes_the_memory_of_any_image(resize: str, scale: float | None) -> None:
     line = Image.new("RGB", (1, 3000), (255, 0, 0))
-    evaluate, train = evaluation_transform(448, resize), training_transform(448, resize, scale=scale)
+    evaluate, train = Framing(448, resize).evaluation(), Framing(448, resize).training(scale, 16, 32)
     for transform in (evaluate, train):
         resized = transform.transforms[1](v2.functional.to_image(line))
         assert resized.numel() < 10e6

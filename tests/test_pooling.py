@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcnn.model.pooling.bilinear import bilinear_descriptor, bilinear_pool, pack, packed_size, unpack
+from bcnn.model.pooling.bilinear import Bilinear, bilinear_pool, pack, packed_size, unpack
+
+
+def bilinear_descriptor(maps: Tensor) -> Tensor:
+    return Bilinear(maps.shape[1])(maps)
+
 
 SHAPES = [(1, 4, 2, 2), (3, 7, 5, 3), (2, 16, 1, 6)]
 

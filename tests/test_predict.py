@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from bcnn import load_model
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.options import command
 from bcnn.predict import USAGE, Options, main, predict_paths
@@ -23,8 +24,8 @@ CLASSES = [*COLOURS, "a class with a, comma"]
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = BCNN(CLASSES, size=32)
-    nn.init.normal_(model.classifier.weight)
+    model = BCNN(CLASSES, Framing(32))
+    nn.init.normal_(model.head.weight)
     path = tmp_path_factory.mktemp("weights") / "best.ckpt"
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": {"classes": CLASSES, "size": 32}}, path)

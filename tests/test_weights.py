@@ -9,25 +9,26 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VGG16_Weights
 
+from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import (
     TORCHVISION,
-    initialise_features,
+    initialise_backbone,
     load_model,
     save_model,
-    source_state_dict,
+    to_original,
 )
 
 
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(["x", "y"], size=64, resize="squash")
+    model = BCNN(["x", "y"], Framing(64, "squash"))
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-    model.set_normalization(preset.mean, preset.std)
-    nn.init.normal_(model.classifier.weight)
-    nn.init.normal_(model.classifier.bias)
+    model.backbone.set_normalization(preset.mean, preset.std)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.head.bias)
     return model
 
 
@@ -37,10 +38,8 @@ def same(a: BCNN, b: BCNN) -> bool:
 
 
 @pytest.mark.parametrize("name", ["bcnn_alllayer.pth", "model.safetensors"])
-def test_the_source_state_dict_comes_back_as_the_same_network(
-    model: BCNN, tmp_path: Path, name: str
-) -> None:
-    state = {key: value.contiguous() for key, value in source_state_dict(model).items()}
+def test_the_to_original_comes_back_as_the_same_network(model: BCNN, tmp_path: Path, name: str) -> None:
+    state = {key: value.contiguous() for key, value in to_original(model).items()}
     assert state["classifiers.0.weight"].shape == (2, 512**2)
     (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
     loaded = load_model(tmp_path / name)
@@ -52,12 +51,12 @@ def test_the_source_state_dict_comes_back_as_the_same_network(
 def test_a_full_width_classifier_that_is_not_symmetric_keeps_its_logits(
     model: BCNN, tmp_path: Path
 ) -> None:
-    state = source_state_dict(model)
+    state = to_original(model)
     matrix = torch.randn(2, 512, 512)
     state["classifiers.0.weight"] = matrix.flatten(1)
     torch.save(state, tmp_path / "bcnn_lastlayer.pth")
     loaded = load_model(tmp_path / "bcnn_lastlayer.pth")
-    symmetric = source_state_dict(loaded)["classifiers.0.weight"].view(2, 512, 512)
+    symmetric = to_original(loaded)["classifiers.0.weight"].view(2, 512, 512)
     torch.testing.assert_close(symmetric, (matrix + matrix.mT) / 2)
 
 
@@ -65,7 +64,7 @@ def test_a_full_width_classifier_that_is_not_symmetric_keeps_its_logits(
 def test_checkpoints_of_haomood_s_bilinear_cnn(
     model: BCNN, tmp_path: Path, wrapper: str | None
 ) -> None:
-    state = source_state_dict(model)
+    state = to_original(model)
     for kind in ("weight", "bias"):
         state[f"fc.{kind}"] = state.pop(f"classifiers.0.{kind}")
     state = {f"module.{key}": value for key, value in state.items()}  # trained on several GPUs
@@ -73,40 +72,42 @@ def test_checkpoints_of_haomood_s_bilinear_cnn(
     loaded = load_model(tmp_path / "vgg_16_epoch_24.pth")
     images = torch.rand(2, 3, 48, 64)
     with torch.no_grad():  # its forward pass, which adds 1e-5 under the root
-        maps = model.feature_maps(images).flatten(2)
+        maps = model.backbone(images).flatten(2)
         matrix = (maps @ maps.mT / maps.shape[2]).flatten(1)
         rows = nn.functional.normalize((matrix + 1e-5).sqrt())
         expected = rows @ state["module.fc.weight"].mT + state["module.fc.bias"]
         torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(model(images), expected, rtol=1e-2, atol=1e-2)
     save_model(loaded, tmp_path / "own.safetensors")
-    assert load_model(tmp_path / "own.safetensors").root == "plain"
+    assert load_model(tmp_path / "own.safetensors").pooling.options == {"root": "plain"}
 
 
 def test_own_state_dict_keeps_its_normalisation(model: BCNN, tmp_path: Path) -> None:
     other = BCNN(["x", "y"])
     other.load_state_dict(model.state_dict())
-    other.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    other.backbone.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     torch.save(other.state_dict(), tmp_path / "own.pth")
-    torch.testing.assert_close(load_model(tmp_path / "own.pth").mean, other.mean)
+    torch.testing.assert_close(load_model(tmp_path / "own.pth").backbone.mean, other.backbone.mean)
 
 
 def features_of(model: BCNN) -> dict[str, torch.Tensor]:
-    return {f"features.{k}": v.contiguous().clone() for k, v in model.features.state_dict().items()}
+    return {
+        f"features.{k}": v.contiguous().clone() for k, v in model.backbone.features.state_dict().items()
+    }
 
 
 def test_normalisation_comes_with_the_weights(model: BCNN, tmp_path: Path) -> None:
     path = tmp_path / "features.safetensors"
     save_file(features_of(model), path, metadata={"convention": "as IMAGENET1K_FEATURES"})
     named = BCNN(["x", "y"])
-    initialise_features(named, str(path))
-    torch.testing.assert_close(named.std, torch.full((3, 1, 1), 1 / 255))
-    torch.testing.assert_close(named.features[0].weight, model.features[0].weight)
+    initialise_backbone(named, str(path))
+    torch.testing.assert_close(named.backbone.std, torch.full((3, 1, 1), 1 / 255))
+    torch.testing.assert_close(named.backbone.features[0].weight, model.backbone.features[0].weight)
     save_file(features_of(model), path)
     with pytest.raises(UserError, match=r"model\.normalization"):
-        initialise_features(BCNN(["x", "y"]), str(path))
-    initialise_features(named, str(path), normalization="imagenet")
-    torch.testing.assert_close(named.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+        initialise_backbone(BCNN(["x", "y"]), str(path))
+    initialise_backbone(named, str(path), normalization="imagenet")
+    torch.testing.assert_close(named.backbone.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
 
 
 def test_torchvision_file_under_its_own_name_is_known(model: BCNN, tmp_path: Path) -> None:
@@ -114,8 +115,8 @@ def test_torchvision_file_under_its_own_name_is_known(model: BCNN, tmp_path: Pat
     # torchvision's is in the format from before zip files
     torch.save(features_of(model), path, _use_new_zipfile_serialization=False)
     loaded = BCNN(["x", "y"])
-    initialise_features(loaded, str(path))
-    torch.testing.assert_close(loaded.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    initialise_backbone(loaded, str(path))
+    torch.testing.assert_close(loaded.backbone.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> Path:
@@ -133,10 +134,10 @@ def test_download_is_checked_and_kept(
     served = (tmp_path / "plain.pth").rename(tmp_path / f"vgg16-{digest}.pth")
     kept = serve(monkeypatch, tmp_path, served.as_uri())
     loaded = BCNN(["x", "y"])
-    initialise_features(loaded, "imagenet")
-    torch.testing.assert_close(loaded.features[28].weight, model.features[28].weight)
+    initialise_backbone(loaded, "imagenet")
+    torch.testing.assert_close(loaded.backbone.features[28].weight, model.backbone.features[28].weight)
     served.unlink()
-    initialise_features(BCNN(["x", "y"]), "imagenet")  # from the copy that was kept
+    initialise_backbone(BCNN(["x", "y"]), "imagenet")  # from the copy that was kept
     assert [file.name for file in kept.iterdir()] == [served.name]
 
 
@@ -147,7 +148,7 @@ def test_a_download_that_fails_its_hash_is_refused_and_not_kept(
     served.write_bytes(b"half a file")
     kept = serve(monkeypatch, tmp_path, served.as_uri())
     with pytest.raises(UserError, match="put it at") as refusal:
-        initialise_features(BCNN(["x", "y"]), "imagenet")
+        initialise_backbone(BCNN(["x", "y"]), "imagenet")
     assert str(kept / served.name) in str(refusal.value)
     assert list(kept.iterdir()) == []
 
@@ -158,7 +159,7 @@ def test_without_internet_the_file_and_its_place_are_named(
     missing = (tmp_path / "offline" / "vgg16-397923af.pth").as_uri()
     kept = serve(monkeypatch, tmp_path, missing)
     with pytest.raises(UserError) as refusal:
-        initialise_features(BCNN(["x", "y"]), "imagenet")
+        initialise_backbone(BCNN(["x", "y"]), "imagenet")
     assert missing in str(refusal.value) and str(kept / "vgg16-397923af.pth") in str(refusal.value)
 
 
@@ -188,16 +189,16 @@ def test_files_of_other_networks_are_refused(model: BCNN, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no such file"):
         load_model(tmp_path / "missing.pth")
     torch.save(features_of(model), tmp_path / "features.pth")
-    with pytest.raises(UserError, match="no classifier"):
+    with pytest.raises(UserError, match="found none"):
         load_model(tmp_path / "features.pth")
-    state = source_state_dict(model)
+    state = to_original(model)
     state["classifiers.0.weight"] = torch.zeros(2, 4096)
     torch.save(state, tmp_path / "pooling.pth")
     with pytest.raises(UserError, match="another pooling"):
         load_model(tmp_path / "pooling.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "small.pth")
     with pytest.raises(UserError, match="VGG-16"):
-        initialise_features(BCNN(["x", "y"]), str(tmp_path / "small.pth"))
-    torch.save(source_state_dict(model), tmp_path / "two.pth")
+        initialise_backbone(BCNN(["x", "y"]), str(tmp_path / "small.pth"))
+    torch.save(to_original(model), tmp_path / "two.pth")
     with pytest.raises(UserError, match="2 classes, the images have 3"):
         load_model(tmp_path / "two.pth", classes=["a", "b", "c"])

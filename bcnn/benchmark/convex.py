@@ -12,7 +12,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.benchmark.harness import Options, measure, trainer
-from bcnn.model.network import BCNN, CHANNELS
+from bcnn.model.network import BCNN
+from bcnn.model.original import CHANNELS
 from bcnn.model.pooling.bilinear import packed_size
 from bcnn.store import VIEWS, DescriptorStore
 from bcnn.training.convex import ConvexModule

@@ -17,8 +17,9 @@ from torchvision.datasets.folder import pil_loader
 
 from bcnn.benchmark import photographs
 from bcnn.benchmark.harness import Options, measure
+from bcnn.data.decoding import load_image
 from bcnn.data.folder import ImageFolderData, ImageList
-from bcnn.data.transforms import evaluation_transform, load_image, training_transform
+from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model
 
@@ -74,7 +75,7 @@ def plain_pipeline(options: Options) -> dict[str, float]:
 
 def project_pipeline(options: Options) -> dict[str, float]:
     """As in training: reduced decoding, uint8 all the way; the model normalises, on its device."""
-    transform = training_transform(options.size, "keep")
+    transform = Framing(options.size).training()
     return _speed(ImageList(_samples(options), transform, options.size), options)
 
 
@@ -83,7 +84,7 @@ def decisions(options: Options) -> dict[str, float]:
     assert options.ckpt is not None
     device = options.torch_device
     model = load_model(options.ckpt).to(device).eval()
-    transform = evaluation_transform(options.size, model.resize)
+    transform = Framing(options.size, model.framing.resize).evaluation()
     reduced, changed, largest = 0, 0, 0.0
     for path, _ in track(_samples(options), "classifying", transient=True):
         whole, ours = load_image(path), load_image(path, options.size)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bcnn.benchmark.harness import Options, measure, now, seconds_an_image
 from bcnn.benchmark.source import source_loop
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.precision import AUTOCAST, fastest_precision
 from bcnn.training.module import BCNNModule
@@ -21,8 +22,8 @@ def checkpointed_step(options: Options) -> dict[str, float]:
 def project_step(options: Options, checkpointing: bool = False) -> dict[str, float]:
     """This project's finetune step, in the fastest precision of the device."""
     device = options.torch_device
-    model = BCNN([str(k) for k in range(options.classes)], options.size).to(device)
-    model.checkpointing = checkpointing
+    model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).to(device)
+    model.backbone.checkpointing = checkpointing
     module = BCNNModule(model, "finetune", centering=True).train()
     dtype = AUTOCAST.get(fastest_precision(device.type))
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)

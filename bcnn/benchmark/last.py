@@ -19,13 +19,14 @@ from bcnn.benchmark.source import SourceNet, source_loop
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.sets import Butterflies
 from bcnn.errors import UserError
-from bcnn.model.network import BCNN, CHANNELS
-from bcnn.model.weights import initialise_features
+from bcnn.model.network import BCNN
+from bcnn.model.original import CHANNELS
+from bcnn.model.weights import initialise_backbone
 from bcnn.precision import fastest_precision
 from bcnn.training.descriptors import DescriptorData
 from bcnn.training.module import BCNNModule
 
-BATCH = 64  # images a step over stored features, as in conf/stage/last.yaml
+BATCH = 64  # images a step over stored features, as in conf/last/sgd.yaml
 STEPS = 4  # that the cache is timed over
 
 
@@ -68,8 +69,8 @@ def descriptor_store(options: Options) -> dict[str, float]:
     `start` is what the fit takes beyond its epochs, were all as the warm ones.
     """
     folder = _folder(options)
-    model = BCNN(folder.classes, folder.size)
-    initialise_features(model, options.weights)
+    model = BCNN(folder.classes, folder.framing)
+    initialise_backbone(model, options.weights)
     data = DescriptorData(folder, model, fastest_precision(options.torch_device.type))
     sgd = partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=1e-5, fused=True)
     module = BCNNModule(model, "last", sgd)

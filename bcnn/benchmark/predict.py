@@ -14,6 +14,7 @@ from torch import Tensor
 from bcnn.benchmark.harness import Contender, Options, measure, now
 from bcnn.data.paths import find_images
 from bcnn.data.sets import Butterflies
+from bcnn.data.transforms import Framing
 from bcnn.export import read_onnx, write_onnx
 from bcnn.model.network import BCNN
 from bcnn.precision import AUTOCAST, fastest_precision
@@ -100,7 +101,7 @@ def _latency(predict: Callable[[Tensor], Tensor], options: Options) -> dict[str,
 
 
 def _model(options: Options) -> BCNN:
-    model = BCNN([str(k) for k in range(options.classes)], options.size).eval()
+    model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).eval()
     return model.to(options.torch_device)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn.benchmark.harness import Options, seconds_an_image
-from bcnn.model.network import CHANNELS
+from bcnn.model.original import CHANNELS
 
 
 class SourceNet(nn.Module):

@@ -19,11 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import track
 
+from bcnn.data.decoding import VERSION, load_image
 from bcnn.data.formats import open_image
-from bcnn.data.transforms import load_image
 from bcnn.errors import UserError
-
-VERSION = 2  # of what is remembered: one more wherever a `Finding` or the decoding becomes another
 
 State = tuple[int, int]  # size in bytes and time of change in ns: tell a file from its later versions
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from bcnn.data.check import broken, check, write_broken
+from bcnn.data.decoding import load_image
 from bcnn.data.layout import (
     Layout,
     Samples,
@@ -36,14 +37,7 @@ from bcnn.data.splits import (
     too_few,
 )
 from bcnn.data.subset import choose_classes
-from bcnn.data.transforms import (
-    MIN_SIZE,
-    Resize,
-    evaluation_transform,
-    load_image,
-    resized_side,
-    training_transform,
-)
+from bcnn.data.transforms import Framing, Resize
 from bcnn.errors import UserError
 
 Broken = Literal["stop", "skip"]
@@ -140,9 +134,8 @@ class ImageFolderData(L.LightningDataModule):
         self.places = [place for place in (root, list) if place is not None]
         # what messages call the set; a folder called 2024 comes as a number from a configuration
         self.root = Path(str(self.places[0]) if self.places else "").expanduser()
-        self.size = size
-        self.resize = resize
-        self.crop_pct = crop_pct
+        self.framing = Framing(size, resize, crop_pct)
+        self.step = self.least = 1  # of the sides of training images: what the backbone asks for
         self.train_scale = train_scale
         self.subset = classes
         self.val_fraction = val_fraction
@@ -220,12 +213,23 @@ class ImageFolderData(L.LightningDataModule):
     def _refuse_options(self) -> None:
         if len(self.places) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
-        if not isinstance(self.size, int) or self.size < MIN_SIZE:
-            raise UserError(f"data.size={self.size}: a whole number of pixels, {MIN_SIZE} at least")
-        if self.resize not in get_args(Resize):
-            raise UserError(f"data.resize={self.resize}: choose from {', '.join(get_args(Resize))}")
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(f"data.crop_pct={self.crop_pct}: a share from over 0 to 1")
+        numbers = {
+            "crop_pct": self.framing.crop_pct,
+            "train_scale": self.train_scale,
+            "val_fraction": self.val_fraction,
+            "test_fraction": self.test_fraction,
+            "num_workers": self.num_workers,
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, int | float | None):
+                raise UserError(f"data.{name}={value}: expected a number")
+        if not isinstance(self.framing.size, int) or self.framing.size < 1:
+            raise UserError(f"data.size={self.framing.size}: a whole number of pixels")
+        if self.framing.resize not in get_args(Resize):
+            choices = ", ".join(get_args(Resize))
+            raise UserError(f"data.resize={self.framing.resize}: choose from {choices}")
+        if not 0 < self.framing.crop_pct <= 1:
+            raise UserError(f"data.crop_pct={self.framing.crop_pct}: a share from over 0 to 1")
         if self.train_scale is not None and not 0 < self.train_scale <= 1:
             raise UserError(f"data.train_scale={self.train_scale}: a share from over 0 to 1, or null")
         if self.broken not in get_args(Broken):
@@ -264,7 +268,7 @@ class ImageFolderData(L.LightningDataModule):
         return WeightedRandomSampler(weights.tolist(), len(self.train))
 
     def train_dataloader(self) -> DataLoader:
-        transform = training_transform(self.size, self.resize, self.crop_pct, self.train_scale)
+        transform = self.framing.training(self.train_scale, self.step, self.least)
         return self._loader(self.train, transform, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -285,7 +289,7 @@ class ImageFolderData(L.LightningDataModule):
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
-        transform = evaluation_transform(self.size, self.resize, self.crop_pct)
+        transform = self.framing.evaluation()
         return self._loader(samples, transform, batch_size or self.batch_size, shuffle=False)
 
     def _loader(
@@ -297,7 +301,7 @@ class ImageFolderData(L.LightningDataModule):
     ) -> DataLoader:
         sampler = self.train_sampler() if shuffle else None
         return DataLoader(
-            ImageList(samples, transform, resized_side(self.size, self.crop_pct)),
+            ImageList(samples, transform, self.framing.side),
             batch_size=batch_size,
             shuffle=shuffle and sampler is None,
             sampler=sampler,

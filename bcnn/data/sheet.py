@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from bcnn.data.decoding import load_image
 from bcnn.data.layout import Samples
-from bcnn.data.transforms import load_image
 
 THUMB = 96  # px, side of an image's place
 CAPTION = 20  # px, height of the line above a class's images

@@ -1,212 +1,79 @@
-"""From a file to the uint8 tensor that the model takes."""
+"""From an upright image to the uint8 tensor that the model takes."""
 
 import math
-import re
-import struct
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from bcnn.data.formats import open_image
-from bcnn.errors import UserError
-
 Resize = Literal["keep", "squash"]
-
-MIN_SIZE = 32  # px; smaller images leave fewer than 2 × 2 locations after VGG-16's four pools
-
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this many times the side needed.
-# On 272 photographs of flowers, at the least that each allows: 1 changes the top-1 of four, 1.5 and 2
-# that of none.
-MARGIN = 1.5
 
 STRIP = 8  # an image over this many times as long as wide is cut before it is resized
 
-ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 
-# How the file's pixels come to lie upright, by the orientation.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def load_image(path: str | Path, side: int | None = None) -> Image.Image:
-    """An image of any of `bcnn.data.formats.FORMATS`, as `upright_rgb`.
+@dataclass(frozen=True)
+class Framing:
+    """How an image becomes the square that the network sees.
 
     Args:
-        path: of the file.
-        side: the short side in pixels that the image is going to be resized to. A JPEG of several
-            times that is then decoded at a fraction of its size. None: whole.
-
-    Raises:
-        UserError: the file cannot be decoded.
+        size: side of the square in pixels.
+        resize: the short side ("keep") or both sides ("squash") are resized, to `side`.
+        crop_pct: share of the resized side that the square takes, as in timm.
     """
-    try:
-        with open_image(path) as file:
-            if side is not None:
-                least = math.ceil(MARGIN * side)
-                file.draft(None, (least, least))  # Pillow's name for it; of JPEGs only
-            return upright_rgb(file)
-    except Exception as error:  # decoders raise whatever the bytes lead them into
-        raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
 
+    size: int = 448
+    resize: Resize = "keep"
+    crop_pct: float = 1.0
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """As its EXIF orientation says, as RGB in 0..255; transparency shows white.
+    def __str__(self) -> str:
+        return f"{self.size} px ({self.resize}, crop_pct {self.crop_pct:g})"
 
-    Grey of more than 8 bits or in floats is scaled so that white becomes 255. White is 1 where floats
-    do not exceed it, else the largest number of 8, 10, 12, 14 or 16 bits: the fewest that hold what
-    the file has, and what it says it may have.
+    @property
+    def side(self) -> int:
+        """The short side in pixels that an image is resized to: what decoding need not exceed."""
+        return round(self.size / self.crop_pct)
 
-    Raises:
-        ValueError: it cannot be told which value is white, or Pillow does not read all of the bits.
-    """
-    raw_modes = " ".join(str(tile.args) for tile in getattr(image, "tile", []))  # gone once decoded
-    image.load()
-    turn = TURNS.get(_orientation(image))
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bit_grey(image)
-    elif raw_modes:
-        _refuse_lost_bits(image, raw_modes)
-    if turn is None:
-        image = image.copy()
-    else:
-        image = image.transpose(turn)
-        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)  # or it would be turned again
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    def evaluation(self) -> v2.Compose:
+        """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
+        resized = _resize(self.side, self.resize)
+        return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(self.size)])
 
+    def training(self, scale: float | None = None, step: int = 1, least: int = 1) -> v2.Compose:
+        """Random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
 
-def training_transform(
-    size: int, resize: Resize, crop_pct: float = 1.0, scale: float | None = None
-) -> v2.Compose:
-    """Random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
+        Args:
+            scale: the least share of the image's area that a crop takes, of an aspect within 4:5 and
+                5:4, before it is resized to nine tenths of `size` (Szegedy et al., "Going deeper with
+                convolutions", CVPR 2015, §6). Parts of an image show things larger than evaluation
+                does, which the smaller side makes up for (Touvron et al., "Fixing the train-test
+                resolution discrepancy", NeurIPS 2019, §3).
+                None: the image is resized as in evaluation, and the crop is of that scale and size; of
+                an image over 8 times as long as wide, it is from the middle (`_ResizeShortSide`).
+            step: that the smaller side is a multiple of, in pixels: the stride of the maps.
+            least: side that it is not under: the smallest of the network.
+        """
+        crop: list[torch.nn.Module]
+        if scale is None:
+            crop = [_resize(self.side, self.resize), v2.RandomCrop(self.size)]
+        else:
+            side = max(least, step * round(0.9 * self.size / step))
+            crop = [v2.RandomResizedCrop(side, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
+            if self.resize == "squash":  # to a side of which the smallest crop need not be enlarged
+                crop.insert(0, _resize(math.ceil(side / math.sqrt(scale)), self.resize))
+        return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
 
-    Args:
-        size: side in pixels of the crops of evaluation.
-        resize: as in evaluation; "squash" makes the image square before it is cropped.
-        crop_pct: as in evaluation, where `scale` is None.
-        scale: the least share of the image's area that a crop takes, of an aspect within 4:5 and 5:4,
-            before it is resized to nine tenths of `size`, in whole steps of the maps, 16 px (Szegedy
-            et al., "Going deeper with convolutions", CVPR 2015, §6). Parts of an image show things
-            larger than evaluation does, which the smaller side makes up for (Touvron et al., "Fixing
-            the train-test resolution discrepancy", NeurIPS 2019, §3).
-            None: the image is resized as in evaluation, and the crop is of that scale and size; of an
-            image over 8 times as long as wide, it is from the middle (`_ResizeShortSide`).
-    """
-    crop: list[torch.nn.Module]
-    if scale is None:
-        crop = [_resize(resized_side(size, crop_pct), resize), v2.RandomCrop(size)]
-    else:
-        side = max(MIN_SIZE, 16 * round(0.9 * size / 16))
-        crop = [v2.RandomResizedCrop(side, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
-        if resize == "squash":  # to a side of which the smallest crop need not be enlarged
-            crop.insert(0, _resize(math.ceil(side / math.sqrt(scale)), resize))
-    return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
+    def crop(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Where `evaluation` looks on an image: left, top, right, bottom in its pixels.
 
-
-def evaluation_transform(size: int, resize: Resize, crop_pct: float = 1.0) -> v2.Compose:
-    """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
-    resized = _resize(resized_side(size, crop_pct), resize)
-    return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(size)])
-
-
-def resized_side(size: int, crop_pct: float = 1.0) -> int:
-    """The short side in pixels that crops of `size` are cut from."""
-    return round(size / crop_pct)
-
-
-def evaluation_crop(
-    width: int, height: int, resize: Resize, crop_pct: float = 1.0
-) -> tuple[float, float, float, float]:
-    """Where `evaluation_transform` looks on an image: left, top, right, bottom in its pixels.
-
-    The transform rounds to pixels of the resized image; this does not.
-    """
-    across, down = width * crop_pct, height * crop_pct
-    if resize == "keep":
-        across = down = min(across, down)
-    left, top = (width - across) / 2, (height - down) / 2
-    return left, top, left + across, top + down
-
-
-def _orientation(image: Image.Image) -> int:
-    """What the EXIF says, 1 where it says nothing or cannot be read."""
-    try:
-        return _exif_orientation(image.info.get("exif", b"")) or image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow raises whatever the bytes lead it into
-        return 1
-
-
-def _exif_orientation(exif: bytes) -> int:
-    """The orientation in the first directory, 0 without one; Pillow's reader stops at an odd tag."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = "<" if tiff.startswith(b"II") else ">"
-    integers = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i"}  # by EXIF's number of the type
-    try:
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
-            if tag == ORIENTATION and kind in integers:
-                return int(struct.unpack_from(f"{order}{integers[kind]}", tiff, entry + 8)[0])
-    except struct.error:  # it ends before
-        pass
-    return 0
-
-
-def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, np.float32)
-    low, high = float(values.min()), float(values.max())
-    real = image.mode == "F"
-    # A float a little above 1 may be the glare of an image in 0..1, which as 0..255 would be black.
-    if not 0 <= low <= high <= 65535 or (real and 1 < high < 16):
-        raise ValueError(
-            f"its values run from {low:g} to {high:g}, and which of them is white is not known: save "
-            "it with 8 bits a channel"
-        )
-    most = max(high, _largest_stated(image))
-    white = 1 if real and high <= 1 else next(2**n - 1 for n in (8, 10, 12, 14, 16) if most < 2**n)
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-
-
-def _largest_stated(image: Image.Image) -> int:
-    """The largest value that the file says a pixel can have, 0 where it says nothing."""
-    bits = _bits_per_sample(image)
-    if bits < 16:
-        return 2**bits - 1
-    largest = max(getattr(image, "tag_v2", {}).get(MAX_SAMPLE_VALUE, (0,)))
-    return int(largest) if largest <= 65535 else 0
-
-
-def _bits_per_sample(image: Image.Image) -> int:
-    """Of a TIFF, 0 of others."""
-    return int(max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (0,))))
-
-
-def _refuse_lost_bits(image: Image.Image, raw_modes: str) -> None:
-    """Of 16 bits a channel Pillow keeps the upper 8; of planes, as TIFF may have, it reads half."""
-    deep = re.search(";16[BLN]", raw_modes) is not None
-    channels = dict(zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True))
-    brightest = max(high for band, (_, high) in channels.items() if band not in "Aa")
-    if (deep and brightest < 64) or (not deep and _bits_per_sample(image) > 8):
-        raise ValueError(
-            "its 16 bits a channel cannot be read faithfully: save it with 8 bits a channel"
-        )
+        It rounds to pixels of the resized image; this does not.
+        """
+        across, down = width * self.crop_pct, height * self.crop_pct
+        if self.resize == "keep":
+            across = down = min(across, down)
+        left, top = (width - across) / 2, (height - down) / 2
+        return left, top, left + across, top + down
 
 
 def _resize(side: int, resize: Resize) -> torch.nn.Module:

@@ -1,35 +1,25 @@
-"""Which places of an image spoke for a class: the exact reading that a bilinear network allows.
+"""Which places of an image spoke for a class: the exact reading that a second-order pooling allows.
 
-The pooled matrix is a sum over the locations, G = (1/N) Σ_p x_p x_pᵀ, so whatever is linear in it falls
-apart into what each location brings. The descriptor d is G's signed root over its norm. An entry of d
-is shared out among the locations as that entry of G is, d_ij · x_pi x_pj / (N G_ij), and so is the
-product of d with a class's weights W. What is constant in a logit, the bias less the weights' product
-with the centering mean, is shared out as the squared norm is, 1 = Σ_ij |G_ij| / Σ_ij |G_ij|, and so is
-what the constant under the root brings. The shares then sum to the logit.
+Give every location a mass m_p, how much it counts in the pooling; it is 1. Pooled rows r are
+homogeneous in the masses: r(c·m) = c^degree · r(m). So by Euler's theorem, for any weights w on a row,
 
-How this stands to the gradient A = ∂logit/∂G: the norm makes the logit the same for G and 2G, so
-⟨A, G⟩ = 0 (Euler) and x_pᵀ A x_p / N alone sums to nothing. With n_p the location's part of the squared
-norm, a location's share is
+    Σ_p ∂(w·r)/∂m_p = degree · w·r      at m = 1,
 
-    n_p · logit + 2 x_pᵀ A x_p / N:
+and ∂(w·r)/∂m_p / degree is location p's share of w·r. A logit is w·r/‖r‖ + constant, the constant
+being the bias less the weights' product with the head's mean. The norm is held, and the constant is
+shared out as the squared norm is, r·r/‖r‖² = 1. One vector-Jacobian product through the pooling, with
+the cotangent w/‖r‖ + constant · r/‖r‖², gives all shares, and they sum to the logit.
 
-its due part of the whole, and how far it moved the logit from there; the 2 undoes the square root's
-degree of ½. For features ≥ 0, as relu5_3's are.
+A constant under a root is no location's: what it makes of a logit (next to nothing, for the signed
+root) is spread evenly. All-zero maps have zero shares.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bcnn.model.network import BCNN
-from bcnn.model.pooling.bilinear import ROOT_EPS, ROOTS, bilinear_pool, unpack
-
-SMALLEST = math.sqrt(ROOT_EPS)  # that a root is where it is not 0
 
 
-@torch.no_grad()
 def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
     """Each location's share of a logit, or of the difference of two.
 
@@ -39,34 +29,36 @@ def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None
         against: (batch,), the class whose logit is taken off: "why this and not that".
 
     Returns:
-        (batch, height // 16, width // 16), in float32 at least. Each map sums to
-        logits[target] - logits[against]; places above zero spoke for `target`. All-zero features have
-        zero shares.
+        (batch, h, w) of the backbone's maps, in float32 at least. Each map sums to
+        logits[target] - logits[against]; places above zero spoke for `target`.
     """
-    return shares(model, model.feature_maps(images), target, against)
+    with torch.no_grad():
+        maps = model.backbone(images)
+    return shares(model, maps, target, against)
 
 
-@torch.no_grad()
 def shares(model: BCNN, maps: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
-    """As `evidence`, from maps (batch, 512, h, w) → (batch, h, w): for several classes of one image."""
-    with torch.autocast(maps.device.type, enabled=False):
-        pooled = bilinear_pool(maps)
-        weight, constant = _linear(model, target)
+    """As `evidence`, from maps (batch, channels, h, w) → (batch, h, w)."""
+    # Tensors made in inference mode take no part in gradients; their copies do.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(maps.device.type, enabled=False),
+    ):
+        maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32)).clone()
+        weight, constant = model.head.linear(target)
         if against is not None:
-            other_weight, other_constant = _linear(model, against)
+            other_weight, other_constant = model.head.linear(against)
             weight, constant = weight - other_weight, constant - other_constant
-        root = ROOTS[model.root](pooled)
-        norm = root.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
-        x = maps.flatten(2).to(pooled.dtype)
-        matrix = unpack(weight.to(pooled.dtype)) / norm
-        by_location = ((matrix / root.abs().clamp_min(SMALLEST) @ x) * x).sum(dim=1) / x.shape[2]
-        logit = (matrix * root).sum(dim=(1, 2)) + constant.to(pooled.dtype)
-        norm_by_location = F.normalize(x.sum(dim=1) ** 2, p=1)
-        total = by_location + norm_by_location * (logit - by_location.sum(dim=1))[:, None]
-        return total.unflatten(1, maps.shape[2:])
-
-
-def _linear(model: BCNN, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image's class, the weights on the descriptor and what else is in the logit."""
-    weight = model.classifier.weight[target]
-    return weight, model.classifier.bias[target] - weight @ model.centering.mean
+        weight, constant = (part.detach().to(maps.dtype) for part in (weight, constant))
+        mass = maps.new_ones(len(maps), maps[0, 0].numel(), requires_grad=True)
+        rows = model.pooling.pool(maps, mass)
+        r = rows.detach()
+        norm = r.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        cotangent = weight / norm + constant[:, None] * r / norm**2
+        (gradient,) = torch.autograd.grad(rows, mass, cotangent)
+        total = gradient / model.pooling.degree
+        logit = (weight * r).sum(dim=1) / norm[:, 0] + constant
+        rest = (logit - total.sum(dim=1)) / total.shape[1]
+        total = total + (rest * r.any(dim=1))[:, None]
+    return total.unflatten(1, maps.shape[2:])

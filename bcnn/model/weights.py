@@ -5,6 +5,7 @@ Files are read without running code from them (`torch.load(weights_only=True)`, 
 
 import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,23 +17,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import VGG16_Weights
 
-from bcnn.data.splits import Split
+from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
-from bcnn.model.network import BCNN, CHANNELS
-from bcnn.model.pooling.bilinear import pack, unpack
+from bcnn.model.network import BCNN, DEFAULT, build
+from bcnn.model.original import from_original, is_original, to_original
 
 TORCHVISION = {
     "imagenet": VGG16_Weights.IMAGENET1K_V1,
     "imagenet_features": VGG16_Weights.IMAGENET1K_FEATURES,
 }
 
+# What the parts of the network were called in files of before they were three.
+RENAMED = {
+    "features.": "backbone.features.",
+    "centering.mean": "head.mean",
+    "classifier.": "head.",
+    "mean": "backbone.mean",
+    "std": "backbone.std",
+}
 
-# Names that others give to a classifier on the whole matrix, and the square root that they train it on.
-WIDE = {"classifiers.0": "signed", "fc": "plain"}
 
-
-def initialise_features(model: BCNN, weights: str, normalization: str | None = None) -> None:
-    """Fill the features of a new model and set the normalisation that belongs to them.
+def initialise_backbone(model: BCNN, weights: str, normalization: str | None = None) -> None:
+    """Fill the backbone of a new model and set the normalisation that belongs to its weights.
 
     Args:
         model: changed in place.
@@ -47,11 +53,11 @@ def initialise_features(model: BCNN, weights: str, normalization: str | None = N
         _normalize_like(model, "imagenet")
         return
     if weights in TORCHVISION:
-        tensors, metadata = _download(weights), {"weights": TORCHVISION[weights].name}
+        tensors, about = _renamed(_download(weights)), {"weights": TORCHVISION[weights].name}
     else:
-        tensors, metadata = _read(Path(weights))
-    _load_features(model, tensors, weights)
-    _set_normalization(model, tensors, metadata, normalization, weights)
+        tensors, about = _read(Path(weights))
+    _load(model, {key: v for key, v in tensors.items() if key.startswith("backbone.")}, weights)
+    _set_normalization(model, tensors, about, normalization, weights)
 
 
 def load_model(
@@ -68,44 +74,33 @@ def load_model(
     Args:
         path: the file.
         classes: names for the classes of a file that holds none (default: "0", "1", …).
-        normalization: as for `initialise_features`; files with the names of others mean "imagenet".
+        normalization: as for `initialise_backbone`; files with the names of others mean "imagenet".
 
     Raises:
         UserError: the file is missing, unreadable, or does not hold a bilinear CNN.
     """
-    tensors, metadata = _read(Path(path))
-    for name, root in WIDE.items():
-        if f"{name}.weight" in tensors and "centering.mean" not in tensors:
-            tensors = _pack_classifier(tensors, name, path)  # they start from torchvision's V1
-            metadata = {"weights": VGG16_Weights.IMAGENET1K_V1.name, "root": root, **metadata}
-    weight, bias = tensors.get("classifier.weight"), tensors.get("classifier.bias")
-    size = CHANNELS * (CHANNELS + 1) // 2
-    if weight is None or bias is None or weight.shape != (len(bias), size):
-        found = "no classifier" if weight is None else f"one of shape {tuple(weight.shape)}"
+    tensors, about = _read(Path(path))
+    weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
+    if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
+        found = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
         raise UserError(
-            f"{path} holds no bilinear CNN: expected a classifier of shape (classes, {size}), "
+            f"{path} holds no bilinear CNN: expected a classifier of shape (classes, width), "
             f"found {found}; features alone go to model.weights={path}"
         )
-    names = metadata.get("classes") or classes or [str(k) for k in range(len(bias))]
+    names = about.get("classes") or classes or [str(k) for k in range(len(bias))]
     if len(names) != len(bias):
         raise UserError(
             f"{path} was trained on {len(bias)} classes, the images have {len(names)}: "
             "train stage=last on these images first"
         )
-    model = BCNN(
-        names,
-        metadata.get("size", 448),
-        metadata.get("resize", "keep"),
-        metadata.get("crop_pct", 1.0),
-        Split.from_plain(metadata["split"]) if metadata.get("split") else None,
-        metadata.get("root", "signed"),
-    )
-    _load_features(model, tensors, path)
-    _set_normalization(model, tensors, metadata, normalization, path)
-    model.centering.mean.copy_(tensors.get("centering.mean", torch.zeros(size)))
-    with torch.no_grad():
-        model.classifier.weight.copy_(weight)
-        model.classifier.bias.copy_(bias)
+    model = build({**DEFAULT, "framing": {}, **about, "classes": names})
+    if model.pooling.width != weight.shape[1]:
+        raise UserError(
+            f"{path} holds no bilinear CNN: expected a classifier of shape (classes, "
+            f"{model.pooling.width}), found one of shape {tuple(weight.shape)}"
+        )
+    _load(model, tensors, path)
+    _set_normalization(model, tensors, about, normalization, path)
     return model.eval()
 
 
@@ -113,95 +108,59 @@ def save_model(model: BCNN, path: str | Path) -> None:
     """Write the model to a file that `load_model` opens.
 
     Args:
-        path: `.safetensors` holds the whole model, its description (`describe`) as metadata; `.pth` is
-            a state dict for the source's network (`source_state_dict`), without the classes' names.
+        path: `.safetensors` holds the whole model, with its description as metadata; `.pth` is a state
+            dict for the original's network (`to_original`), without the classes' names.
     """
     if Path(path).suffix == ".safetensors":
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        record = {"split": json.dumps(model.split.plain())} if model.split else {}
-        save_file(state, path, describe(model) | record)
+        save_file(state, path, describe(model) | {"bcnn": json.dumps(model.description())})
     else:
-        torch.save(source_state_dict(model), path)
+        torch.save(to_original(model), path)
 
 
 def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
-    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize`, `crop_pct` and
-    `root` are `BCNN`'s, and `preprocessing` says in words what they ask for.
+    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize` and `crop_pct` are
+    those of its framing, and `preprocessing` says in words what they ask for.
     """
-    size, side = model.size, model.resized_side
-    resized = f"short side to {side} px" if model.resize == "keep" else f"to {side} × {side} px"
+    framing = model.framing
+    size, side = framing.size, framing.side
+    resized = f"short side to {side} px" if framing.resize == "keep" else f"to {side} × {side} px"
     return {
         "classes": json.dumps(model.classes),
-        "size": str(size),
-        "resize": model.resize,
-        "crop_pct": str(model.crop_pct),
-        "root": model.root,
+        **{name: str(value) for name, value in asdict(framing).items()},
         "preprocessing": f"upright (EXIF), RGB, resized {resized} (bilinear, antialiased), centre crop "
         f"of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
 
 
-def source_state_dict(model: BCNN) -> dict[str, Tensor]:
-    """The model under the source's key names, its classifier in the 262,144-wide layout.
-
-    The source normalises images as torchvision's IMAGENET1K_V1 does. For a model that wants them
-    otherwise the first convolution makes up the difference, which is exact but at the outermost
-    pixels: there it reads padding, which is zero under either.
-    """
-    state = {f"features.{key}": value for key, value in model.features.state_dict().items()}
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-    mean, std = (torch.tensor(v).to(model.mean).view(3, 1, 1) for v in (preset.mean, preset.std))
-    first = state["features.0.weight"]
-    shift = (first * (mean - model.mean) / model.std).sum((1, 2, 3))
-    state["features.0.weight"] = first * (std / model.std)
-    state["features.0.bias"] = state["features.0.bias"] + shift
-    weight, bias = model.classifier.weight.detach(), model.classifier.bias.detach()
-    state["classifiers.0.weight"] = unpack(weight).flatten(1)
-    state["classifiers.0.bias"] = bias - weight @ model.centering.mean
-    return state
-
-
-def _pack_classifier(tensors: dict[str, Tensor], name: str, path: str | Path) -> dict[str, Tensor]:
-    """The tensors with the classifier `name` on the whole matrix under this project's name, packed."""
-    weight = tensors.pop(f"{name}.weight")
-    if weight.ndim != 2 or weight.shape[1] != CHANNELS**2:
-        raise UserError(
-            f"{path}: {name}.weight has shape {tuple(weight.shape)}, expected "
-            f"(classes, {CHANNELS**2}): it was trained with another pooling"
-        )
-    tensors["classifier.weight"] = pack(weight.float().view(-1, CHANNELS, CHANNELS))
-    tensors["classifier.bias"] = tensors.pop(f"{name}.bias", torch.zeros(len(weight)))
-    return tensors
-
-
-def _load_features(model: BCNN, tensors: dict[str, Tensor], source: str | Path) -> None:
-    prefix = "features."
-    wanted = {
-        key: tensors[prefix + key] for key in model.features.state_dict() if prefix + key in tensors
-    }
+def _load(model: BCNN, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Take over the tensors of the model's names; those of the backbone have to be there."""
+    own = model.state_dict()
+    found = {key: value for key, value in tensors.items() if key in own}
+    missing = [key for key in own if key.startswith("backbone.features") and key not in found]
     try:
-        model.features.load_state_dict(wanted)
-    except RuntimeError as error:
+        model.load_state_dict(found, strict=False)
+    except RuntimeError:
+        missing = ["another shape"]
+    if missing:
         raise UserError(
             f"{source} does not hold the features of VGG-16 (features.0.weight … features.28.bias)"
-        ) from error
+        )
 
 
 def _set_normalization(
     model: BCNN,
     tensors: dict[str, Tensor],
-    metadata: dict[str, Any],
+    about: dict[str, Any],
     normalization: str | None,
     source: str | Path,
 ) -> None:
     """Find the normalisation in the file (mean and std, or the name of torchvision's weights)."""
-    if "mean" in tensors and "std" in tensors:
-        model.mean.copy_(tensors["mean"])
-        model.std.copy_(tensors["std"])
+    if "backbone.mean" in tensors and "backbone.std" in tensors:
         return
-    said = " ".join(str(value) for value in metadata.values())
+    said = " ".join(str(value) for value in about.values())
     named = [
         key
         for key, enum in TORCHVISION.items()
@@ -219,7 +178,7 @@ def _set_normalization(
 
 def _normalize_like(model: BCNN, name: str) -> None:
     preset = TORCHVISION[name].transforms()
-    model.set_normalization(preset.mean, preset.std)
+    model.backbone.set_normalization(preset.mean, preset.std)
 
 
 def _download(name: str) -> dict[str, Tensor]:
@@ -248,17 +207,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, _parse(file.metadata() or {})
+                return _understood(tensors, file.metadata() or {}, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes lead the unpickler into whatever there is
         raise UserError(
             f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
         ) from error
-    metadata = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     tensors = _state_dict(content)
     if not tensors:
         raise UserError(f"{path} is not a state dict: expected tensors by name")
-    return tensors, dict(metadata)
+    return _understood(tensors, content.get("hyper_parameters", {}), path)
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
@@ -273,15 +231,34 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
         wrapped = map(content.get, ("state_dict", "model_state_dict", "model", "net"))
         return next(filter(None, map(_state_dict, wrapped)), {})
     for prefix in ("module.", "model."):
-        if content and all(key.startswith(prefix) for key in content):
-            return _state_dict({key.removeprefix(prefix): v for key, v in content.items()})
+        inside = {key.removeprefix(prefix): v for key, v in content.items() if key.startswith(prefix)}
+        if inside:  # beside the network, a module may hold the weights of a loss
+            return _state_dict(inside)
     return dict(content)
 
 
-def _parse(metadata: dict[str, str]) -> dict[str, Any]:
-    """Undo `describe` where the metadata are its own."""
-    if not {"classes", "size", "resize", "crop_pct"} <= metadata.keys():
-        return dict(metadata)
-    numbers = {"size": int(metadata["size"]), "crop_pct": float(metadata["crop_pct"])}
-    split = {"split": json.loads(metadata["split"])} if "split" in metadata else {}
-    return {**metadata, **numbers, **split, "classes": json.loads(metadata["classes"])}
+def _understood(
+    tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors under today's names, and what the file says of itself as `BCNN.description` does."""
+    about = dict(metadata)
+    if "bcnn" in metadata:
+        about = json.loads(metadata["bcnn"])
+    elif {"classes", "size"} <= metadata.keys():  # of before, where all of it was flat
+        classes, split = (metadata.get(name) for name in ("classes", "split"))
+        size, crop_pct = int(metadata["size"]), float(metadata.get("crop_pct", 1.0))
+        about["framing"] = asdict(Framing(size, metadata.get("resize", "keep"), crop_pct))
+        about["classes"] = json.loads(classes) if isinstance(classes, str) else classes
+        about["split"] = json.loads(split) if isinstance(split, str) else split
+    if is_original(tensors):
+        tensors, said = from_original(tensors, path)
+        about = {**said, **about}
+    return _renamed(tensors), about
+
+
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of before as today's."""
+    return {
+        next((new + key[len(old) :] for old, new in RENAMED.items() if key.startswith(old)), key): value
+        for key, value in tensors.items()
+    }

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from bcnn.data.transforms import load_image
+from bcnn.data.decoding import load_image
 from bcnn.report.metrics import NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion

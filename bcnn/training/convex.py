@@ -69,7 +69,7 @@ class ConvexModule(BCNNModule):
         self.targets = torch.tensor(labels, device=device)
         sums = [block.sum(dim=0) for block in self._blocks(device)]
         mean = torch.stack(sums).sum(dim=0) / len(self.rows)
-        self.model.to(device).center_on(mean)
+        self.model.to(device).head.center_on(mean)
         self.loss.to(device).double()
         gram = gram_matrix(self.data, self.rows, mean).double()
         self.factor = cholesky(gram)
@@ -120,11 +120,11 @@ class ConvexModule(BCNNModule):
     def _write_classifier(self) -> None:
         """W = αᵀX, a block of rows at a time."""
         alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
-        weight = torch.zeros_like(self.model.classifier.weight)
+        weight = torch.zeros_like(self.model.head.weight)
         for part, block in zip(alpha.split(BLOCK), self._blocks(weight.device), strict=True):
-            weight.addmm_(part.mT, block.sub_(self.model.centering.mean))
-        self.model.classifier.weight.copy_(weight)
-        self.model.classifier.bias.copy_(self.bias)
+            weight.addmm_(part.mT, block.sub_(self.model.head.mean))
+        self.model.head.weight.copy_(weight)
+        self.model.head.bias.copy_(self.bias)
 
     def _blocks(self, device: torch.device) -> Iterator[Tensor]:
         for start in range(0, len(self.rows), BLOCK):

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from rich.progress import (
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bcnn.data.decoding import MARGIN, VERSION
 from bcnn.data.folder import ImageFolderData
-from bcnn.data.transforms import MARGIN
-from bcnn.model.network import BCNN
-from bcnn.model.pooling.bilinear import packed_size
+from bcnn.model.network import BCNN, DEFAULT
 from bcnn.precision import AUTOCAST
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
 
@@ -55,23 +55,21 @@ class DescriptorData(L.LightningDataModule):
         self._ready = False
         self._batch = np.empty((0, 0))
         identity = {
-            "features": _hash_features(model),
+            "features": _hash_backbone(model),
             "images": _hash_files(self.paths),
-            "size": images.size,
-            "resize": images.resize,
-            "crop_pct": images.crop_pct,
-            "decoding": f"JPEGs reduced to no less than {MARGIN} times the side",
+            **asdict(images.framing),
+            "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }
-        if model.root != "signed":  # which stores of before do not name
-            identity["root"] = model.root
+        if model.chosen != DEFAULT:  # which stores of before do not name
+            identity |= model.chosen
         self.store = DescriptorStore(
             identity,
             len(self.paths),
-            packed_size(model.features[-2].out_channels),
+            model.pooling.width,
             dtype,
-            about=f"{images.root.resolve()} at {images.size} px ({images.resize}), {precision}",
+            about=f"{images.root.resolve()} at {images.framing}, {precision}",
         )
 
     def setup(self, stage: str | None = None) -> None:
@@ -194,10 +192,11 @@ class _Rows(Dataset[tuple[Tensor, Tensor]]):
         return rows, self.labels[indices]
 
 
-def _hash_features(model: BCNN) -> str:
+def _hash_backbone(model: BCNN) -> str:
     digest = hashlib.sha256()
-    for tensor in (*model.features.state_dict().values(), model.mean, model.std):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    state = model.backbone.state_dict()
+    for name in sorted(state, key=lambda name: name in ("mean", "std")):  # the order of older stores
+        digest.update(state[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

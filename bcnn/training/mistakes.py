@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bcnn.errors import UserError
-from bcnn.model.network import LAYERS
+from bcnn.model.network import make_backbone, make_pooling
 from bcnn.precision import AUTOCAST, chosen_precision
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
@@ -56,6 +56,8 @@ class Model:
 
     weights: str
     normalization: str | None
+    backbone: Any
+    pooling: Any
 
 
 @dataclass
@@ -122,6 +124,7 @@ def refuse_mistakes(cfg: DictConfig) -> None:
         _refuse_fields(part, cfg[part], kind)
     _refuse_calls(cfg)
     _refuse_values(cfg)
+    _refuse_network(cfg)
     _refuse_ckpt(cfg, stages)
     _refuse_trainer(cfg, stages)
     _refuse_output(Path(cfg.output), stages)
@@ -174,7 +177,7 @@ def _refuse_values(cfg: DictConfig) -> None:
             if options.get(name, 1) < 1:
                 raise UserError(f"{part}.{name}={options[name]}: 1 at least")
         try:
-            instantiate(options.loss)()
+            instantiate(options.loss)()(torch.zeros(2, 3), torch.tensor([0, 1]))
             if "optimizer" in options:
                 optimizer = instantiate(options.optimizer)([torch.zeros(1, requires_grad=True)])
                 if options.scheduler is not None:
@@ -192,10 +195,23 @@ def _refuse_values(cfg: DictConfig) -> None:
             "or more (for larger steps in little memory, with finetune.accumulate), or "
             "finetune.centering=false"
         )
-    if cfg.finetune.open_from not in (None, *LAYERS):
+
+
+def _refuse_network(cfg: DictConfig) -> None:
+    """What the network will not take, found by making one without memory for its weights."""
+    with torch.device("meta"):
+        backbone = make_backbone(**cfg.model.backbone)
+        make_pooling(backbone.channels, **cfg.model.pooling)
+    if cfg.finetune.open_from not in (None, *backbone.layers):
         raise UserError(
-            f"finetune.open_from={cfg.finetune.open_from}: choose a layer from {', '.join(LAYERS)}, "
-            "or null"
+            f"finetune.open_from={cfg.finetune.open_from}: choose a layer from "
+            f"{', '.join(backbone.layers)}, or null"
+        )
+    size = cfg.data.size
+    if not isinstance(size, int) or size < backbone.smallest or size % backbone.multiple:
+        multiple = f", a multiple of {backbone.multiple}" if backbone.multiple > 1 else ""
+        raise UserError(
+            f"data.size={size}: a whole number of pixels, {backbone.smallest} at least{multiple}"
         )
 
 

@@ -31,12 +31,12 @@ class BCNNModule(L.LightningModule):
             `ReduceLROnPlateau`, stepped after every epoch; None keeps the rate constant.
         loss: (logits, labels) → loss in training, by default cross-entropy, which is what validation
             and test report.
-        centering: in training, take the batch's mean off the descriptors (see `Centering`).
+        centering: in training, take the batch's mean off the descriptors (see `Head`).
         polyak: c of the stochastic Polyak step size: a step is at most loss / (c·‖gradient‖²) long, in
             units of the gradient; None sets no limit. With momentum m, c = 0.5 / (1 - m) is the
             paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
             Polyak Step-size for SGD", AISTATS 2021, §3).
-        open_from: the first layer that "finetune" trains (see `BCNN.open_from`).
+        open_from: the first layer that "finetune" trains (see `Backbone.open_from`).
 
     Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
     (batch, 131328) that skip the features.
@@ -60,22 +60,17 @@ class BCNNModule(L.LightningModule):
         self.scheduler = scheduler
         self.loss = loss or nn.CrossEntropyLoss()
         if stage == "finetune":
-            model.open_from(open_from)
+            model.backbone.open_from(open_from)
         else:
-            model.features.requires_grad_(False)
-        model.centering.batch_mean = centering
+            model.backbone.requires_grad_(False)
+        model.head.batch_mean = centering
         self.polyak = polyak
         self._losses: list[Tensor] = []  # of the batches since the last step
         # Written into every checkpoint, so that nothing else is needed to use one.
         self.save_hyperparameters(
             {
-                "classes": model.classes,
-                "size": model.size,
-                "resize": model.resize,
-                "crop_pct": model.crop_pct,
-                "root": model.root,
+                **model.description(),
                 "stage": stage,
-                "split": model.split.plain() if model.split else None,
             },
             logger=False,  # loggers are told the whole configuration, under the same names
         )
@@ -90,14 +85,14 @@ class BCNNModule(L.LightningModule):
     def forward(self, inputs: Tensor) -> Tensor:
         """Images or descriptors → logits (batch, classes)."""
         if inputs.ndim == 2:
-            return self.model.logits(inputs)
+            return self.model.head(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "finetune"):
             descriptors = self.model.descriptor(inputs)
-        return self.model.logits(descriptors)
+        return self.model.head(descriptors)
 
     def on_train_start(self) -> None:
-        if self.model.centering.batch_mean:
-            self.model.center_on(self._mean_descriptor())
+        if self.model.head.batch_mean:
+            self.model.head.center_on(self._mean_descriptor())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         cross_entropy, logits = self._measure("train", self.train_metrics, batch)
@@ -128,8 +123,8 @@ class BCNNModule(L.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:
-        if self.model.centering.batch_mean and self.trainer.state.fn == "fit":
-            self.model.centering.mean.copy_(self._mean_descriptor())
+        if self.model.head.batch_mean and self.trainer.state.fn == "fit":
+            self.model.head.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._measure("val", self.val_metrics, batch)
@@ -157,7 +152,7 @@ class BCNNModule(L.LightningModule):
         A running mean would lag behind the weights, whose every step moves it: Wu & Johnson,
         "Rethinking 'Batch' in BatchNorm", 2021, §3 ("precise BN").
         """
-        total = torch.zeros_like(self.model.centering.mean)
+        total = torch.zeros_like(self.model.head.mean)
         count = 0
         for images, _ in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():

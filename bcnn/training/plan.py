@@ -13,7 +13,7 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
-from bcnn.model.weights import initialise_features, load_model
+from bcnn.model.weights import initialise_backbone, load_model
 from bcnn.store import VIEWS, stores_dir
 from bcnn.training.convex import MAX_ROWS, ConvexModule
 from bcnn.training.descriptors import DescriptorData
@@ -29,8 +29,8 @@ def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
         UserError: the weights cannot be had, or `ckpt` was trained on other classes.
     """
     if cfg.ckpt is None:
-        model = BCNN(images.classes, images.size, images.resize, images.crop_pct)
-        initialise_features(model, cfg.model.weights, cfg.model.normalization)
+        model = BCNN(images.classes, images.framing, cfg.model.backbone, cfg.model.pooling)
+        initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
         model.split = images.split
         return model
     model = load_model(cfg.ckpt, images.classes, cfg.model.normalization)
@@ -39,12 +39,9 @@ def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
             f"{cfg.ckpt} was trained on other classes than {images.root} holds "
             f"({_difference(model.classes, images.classes)}): train stage=last on them first"
         )
-    before, now = (
-        f"{that.size} px ({that.resize}, crop_pct {that.crop_pct:g})" for that in (model, images)
-    )
-    if before != now:
-        say(f"{cfg.ckpt} was trained at {before}; going on at {now}")
-    model.size, model.resize, model.crop_pct = images.size, images.resize, images.crop_pct
+    if model.framing != images.framing:
+        say(f"{cfg.ckpt} was trained at {model.framing}; going on at {images.framing}")
+    model.framing = images.framing
     if model.split is None:
         say(
             f"{cfg.ckpt} has no record of the images it was trained on: some may be among those that "
@@ -97,7 +94,7 @@ def plan(
         )
     steps = {"optimizer": instantiate(options.optimizer), "scheduler": scheduler, "loss": loss}
     if name == "finetune":
-        model.checkpointing = options.checkpointing
+        model.backbone.checkpointing = options.checkpointing
         tuning = {key: options[key] for key in ("centering", "polyak", "open_from")}
         return BCNNModule(model, "finetune", **steps, **tuning), images, limits
     if not options.store:

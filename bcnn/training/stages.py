@@ -66,6 +66,7 @@ def run(cfg: DictConfig) -> float:
     images.setup()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(cfg, images)
+    images.step, images.least = model.backbone.stride, model.backbone.smallest
     say(
         f"{images.root}: {len(images.classes)} classes ({listed(images.classes, 3)}), "
         f"{len(images.train)} images to train on, {len(images.val)} to validate, "

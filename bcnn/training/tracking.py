@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from bcnn.data.transforms import load_image
+from bcnn.data.decoding import load_image
 from bcnn.report.predictions import Predictions
 
 PHOTOGRAPHS = 100  # in the table of predictions

@@ -1,16 +1,16 @@
-"""Bilinear pooling and its normalisations: pure functions, tensors in and tensors out.
+"""Bilinear pooling with the signed square root.
 
-An image's *descriptor* is its pooled, square-rooted and L2-normalised feature matrix. With symmetric
-features that matrix is symmetric, so only the upper triangle is kept ("packed"), the entries off the
-diagonal scaled by √2. This is an orthonormal change of coordinates: inner products, hence norms,
-logits and the trajectory of SGD with momentum and weight decay, stay as they are.
+With symmetric features the pooled matrix is symmetric, so only the upper triangle is kept ("packed"),
+the entries off the diagonal scaled by √2. This is an orthonormal change of coordinates: inner
+products, hence norms, logits and the path of SGD with momentum and weight decay, stay as they are.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from bcnn.model.pooling import Pooling
 
 ROOT_EPS = 1e-10  # under the square root, as in the source
 
@@ -20,20 +20,22 @@ def packed_size(channels: int) -> int:
     return channels * (channels + 1) // 2
 
 
-def bilinear_pool(features: Tensor) -> Tensor:
+def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
     """Mean over the locations of the outer product of the features with themselves.
 
     Args:
-        features: (batch, channels, height, width).
+        maps: (batch, channels, height, width).
+        mass: (batch, height · width), how much each location counts; None: 1.
 
     Returns:
-        (batch, channels, channels), in float32 at least: squares of float16 activations overflow.
+        (batch, channels, channels), in float32 at least.
 
     Source: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, §3.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        x = features.flatten(2).to(torch.promote_types(features.dtype, torch.float32))
-        return (x @ x.mT).div_(x.shape[2])
+    with torch.autocast(maps.device.type, enabled=False):
+        x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+        weighted = x if mass is None else x * mass[:, None]
+        return (weighted @ x.mT).div_(x.shape[2])
 
 
 def signed_sqrt(x: Tensor) -> Tensor:
@@ -49,21 +51,29 @@ def plain_sqrt(x: Tensor) -> Tensor:
 ROOTS = {"signed": signed_sqrt, "plain": plain_sqrt}
 
 
-def bilinear_descriptor(features: Tensor, root: str = "signed") -> Tensor:
-    """Pool, keep the upper triangle, take square roots, and L2-normalise.
+class Bilinear(Pooling):
+    """The upper triangle of the pooled matrix, packed, and the square roots of its entries.
 
     Args:
-        features: (batch, channels, height, width), of any floating type, under any autocast.
+        channels: of the maps.
         root: one of `ROOTS`.
-
-    Returns:
-        (batch, channels·(channels + 1)/2), rows of unit length (all-zero features: a zero row), in
-        float32 at least.
     """
-    pooled = bilinear_pool(features)
-    with torch.autocast(features.device.type, enabled=False):
+
+    degree = 0.5
+
+    def __init__(self, channels: int, root: str = "signed") -> None:
+        super().__init__(channels)
+        self.root = root
+        self.width = packed_size(channels)
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"root": self.root}
+
+    def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
+        pooled = bilinear_pool(maps, mass)
         index, scale = _upper_triangle(pooled)
-        return F.normalize(ROOTS[root](pooled.flatten(1).index_select(1, index)) * scale)
+        return ROOTS[self.root](pooled.flatten(1).index_select(1, index)) * scale
 
 
 def pack(matrix: Tensor) -> Tensor:

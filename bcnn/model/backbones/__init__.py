@@ -1,0 +1,77 @@
+"""Backbones: normalised images in, maps of local features out. A file each; its name is the choice."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """What the network asks of its features.
+
+    A subclass says, as attributes of the class or of the instance:
+        channels: of its maps.
+        stride: pixels from one location to the next.
+        smallest: side in pixels of the smallest image that leaves 2 × 2 locations.
+        multiple: that the sides of images have to be of, 1 for convolutions.
+        layers: names that `open_from` takes, from the first up.
+    and implements `maps` and `open_from`. Images are normalised here, with the mean and standard
+    deviation that the weights were trained with, so the two cannot be mispaired.
+    """
+
+    channels: int
+    stride: int
+    smallest: int
+    multiple: int = 1
+    layers: tuple[str, ...] = ()
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpointing = False  # of activations: less memory in training, more time
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the per-channel mean and standard deviation of images in 0..1."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps of images.
+
+        Args:
+            images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
+
+        Returns:
+            (batch, channels, height // stride, width // stride).
+
+        Raises:
+            ValueError: images of another shape, too small, or of sides that are no multiple.
+        """
+        sides = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != 3 or min(sides) < self.smallest:
+            raise ValueError(
+                "expected images of shape (batch, 3, height, width) with sides of at least "
+                f"{self.smallest} px, got {tuple(images.shape)}"
+            )
+        if any(side % self.multiple for side in sides):
+            raise ValueError(
+                f"expected sides that are multiples of {self.multiple} px, got {tuple(sides)}"
+            )
+        x = images.to(self.mean.dtype)
+        if not images.is_floating_point():
+            x = x / 255
+        return self.maps((x - self.mean) / self.std)
+
+    def initialise(self) -> None:
+        """Draw weights to train from without any that are trained; as the layers come, by default."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Normalised images → maps, as `forward`."""
+        raise NotImplementedError
+
+    def open_from(self, name: str | None) -> None:
+        """Train the layers from `name` (one of `layers`) up, or all of them (None)."""
+        raise NotImplementedError
