@@ -59,6 +59,11 @@ def test_each_lift_is_added_to_the_matrix_itself() -> None:
     torch.testing.assert_close(factor @ factor.mT, lifted, rtol=0, atol=1e-11)
 
 
+def test_a_matrix_that_no_lift_can_mend() -> None:
+    with pytest.raises(ValueError, match="semi-definite"):
+        cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
+
+
 def test_rows_that_are_not_finite(rows: Tensor) -> None:
     rows[3, 4] = torch.nan
     with pytest.raises(UserError, match="not finite"):
@@ -71,7 +76,9 @@ def test_repeated_rows_are_no_obstacle(rows: Tensor) -> None:
     assert torch.equal(solution.logits.argmax(1), LABELS)
 
 
-def test_solution_is_that_of_scikit_learn(rows: Tensor) -> None:
+@pytest.mark.parametrize("width", [90, 40, 20])  # fewer rows than columns, as many, more
+def test_solution_is_that_of_scikit_learn(rows: Tensor, width: int) -> None:
+    rows = rows[:, :width]
     problem = ConvexProblem(rows, LABELS, CLASSES)
     problem.solve(1e-2)
     solution = problem.solve(L2)

@@ -3,7 +3,8 @@
 Mean cross-entropy + λ/2·‖W‖² is convex in the classifier W, and by the representer theorem its
 solution is a combination of the training rows X: W = αᵀX. With K = XXᵀ = LLᵀ (Cholesky) and θ = Lᵀα
 the logits of the rows are Lθ and ‖W‖² = ‖θ‖², so all that is left of a row's many columns is L (rows ×
-rows), and L-BFGS on θ takes the same steps as on W itself.
+rows), and L-BFGS on θ takes the same steps as on W itself. Where there are more rows than columns, X
+is smaller than L and takes its place, and θ is Wᵀ.
 
 The rows' mean is taken off them first, the bias being free to make up for it: descriptors are much
 alike, and what they share would drown the differences in rounding and make the problem badly
@@ -80,8 +81,16 @@ class ConvexProblem:
         starts = range(0, len(rows), BLOCK)
         sums = [rows[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
         self.mean = torch.stack(sums).sum(dim=0) / len(rows)
-        self.factor = cholesky(gram_matrix(rows, self.mean).double())
-        self.theta = self.factor.new_zeros(len(rows), classes).requires_grad_()
+        if not self.mean.isfinite().all():
+            raise UserError(
+                "the descriptors hold values that are not finite: is the weights' file damaged?"
+            )
+        self.primal = len(rows) > len(self.mean)
+        if self.primal:
+            self.factor = torch.cat([_centred(rows, i, self.mean).double() for i in starts])
+        else:
+            self.factor = cholesky(gram_matrix(rows, self.mean).double())
+        self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
         self.bias = self.factor.new_zeros(classes).requires_grad_()
         self.optimizer = torch.optim.LBFGS(
             [self.theta, self.bias],
@@ -125,6 +134,8 @@ class ConvexProblem:
 
     def _weight(self) -> Tensor:
         """W = αᵀX, a block of rows at a time."""
+        if self.primal:
+            return self.theta.mT.float()
         alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
         weight = self.mean.new_zeros(alpha.shape[1], len(self.mean))
         for i in range(0, len(alpha), BLOCK):
@@ -139,7 +150,7 @@ def cholesky(gram: Tensor) -> Tensor:
     as little as lifts them above it is added to the diagonal, from a millionth of its mean.
 
     Raises:
-        UserError: the matrix holds values that are not finite.
+        ValueError: the matrix is not positive semi-definite, nor nearly.
     """
     mean, diagonal = gram.diagonal().mean(), gram.diagonal().clone()
     for share in (1e-6, 1e-5, 1e-4, 1e-3):
@@ -147,7 +158,7 @@ def cholesky(gram: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             return factor
-    raise UserError("the descriptors hold values that are not finite: is the weights' file damaged?")
+    raise ValueError("the matrix is not positive semi-definite")
 
 
 def gram_matrix(rows: Rows, mean: Tensor) -> Tensor:
