@@ -1,5 +1,7 @@
-"""The convex solver, against other ways to the same optimum."""
+"""The convex solver, against other ways to the same optimum, and the module around it."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,100 +10,190 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from test_descriptors import build, folder_data, network, quiet_trainer
+from torch import Tensor, nn
 
-from bcnn import convex
-from bcnn.store import VIEWS
-from bcnn.training.convex import ConvexModule, cholesky, gram_matrix
+from bcnn.errors import UserError
+from bcnn.training import solver
+from bcnn.training.convex import ConvexModule
 from bcnn.training.descriptors import DescriptorData
+from bcnn.training.solver import ConvexProblem, cholesky, gram_matrix
 
 L2 = 1e-3
+CLASSES = 3
 
 
-def solve(data: DescriptorData, l2: list[float]) -> ConvexModule:
-    module = ConvexModule(data.model, data, l2)
-    quiet_trainer(max_epochs=len(l2), limit_train_batches=1).fit(module, datamodule=data)
-    return module
+@pytest.fixture
+def rows() -> Tensor:
+    """40 rows of unit length that are much alike, of three classes in turn."""
+    generator = torch.Generator().manual_seed(0)
+    noise, means = torch.randn(40, 90, generator=generator), torch.randn(3, 90, generator=generator)
+    return F.normalize(5 + means.repeat(14, 1)[:40] + noise)
 
 
-def problem(root: Path) -> tuple[DescriptorData, torch.Tensor, torch.Tensor]:
-    """The store, its training rows (both views) in float64, and their labels."""
-    folder = folder_data(root, val_fraction=0)
-    data = build(DescriptorData(folder, network(), "32-true"))
-    first = data.rows(folder.train)
-    rows = data.read([row + view for view in range(VIEWS) for row in first]).double()
-    return data, rows, torch.tensor([label for _, label in folder.train] * VIEWS)
+LABELS = torch.arange(40) % CLASSES
 
 
-def objective(rows: torch.Tensor, labels: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> float:
-    return (F.cross_entropy(rows @ w.mT + b, labels) + L2 / 2 * w.square().sum()).item()
+def objective(rows: Tensor, weight: Tensor, bias: Tensor, loss: nn.Module, l2: float = L2) -> Tensor:
+    return loss(rows @ weight.mT + bias, LABELS) + l2 / 2 * weight.square().sum()
 
 
-def test_gram_matrix_in_blocks(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, rows, _ = problem(images)
-    monkeypatch.setattr(convex, "BLOCK", 7)
-    samples = data.images.train
-    indices = [row + view for view in range(VIEWS) for row in data.rows(samples)]
-    mean = rows.mean(0)
-    gram = gram_matrix(data, indices, mean.float())
-    centred = rows - mean
-    torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-8)
+def test_gram_matrix_in_blocks(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "BLOCK", 7)
+    gram = gram_matrix(rows.half(), rows.half().float().mean(0))
+    centred = rows.half().double() - rows.half().double().mean(0)
+    torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-6)
 
 
 def test_factor_of_a_matrix_that_rounding_left_indefinite() -> None:
     rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))  # rank 8 of 60
     gram = (rows @ rows.mT).double()
     assert torch.linalg.eigvalsh(gram).min() < 0
-    factor = cholesky(gram)
+    factor = cholesky(gram.clone())
     assert (factor @ factor.mT - gram).norm() / gram.norm() < 1e-5
 
 
-def test_repeated_images_are_no_obstacle(images: Path) -> None:
-    for path in sorted((images / "train").glob("*/*.png")):
-        path.write_bytes((path.parent / "0.png").read_bytes())
-    data, _, _ = problem(images)
-    module = solve(data, [L2])
-    assert torch.isfinite(module.model.head.weight).all()
-    assert module.trainer.callback_metrics["train_top1"] == 1
+def test_each_lift_is_added_to_the_matrix_itself() -> None:
+    gram = torch.tensor([[1.0, 1 + 5e-5], [1 + 5e-5, 1.0]], dtype=torch.float64)  # needs the third
+    lifted = gram + 1e-4 * torch.eye(2, dtype=torch.float64)
+    factor = cholesky(gram.clone())
+    torch.testing.assert_close(factor @ factor.mT, lifted, rtol=0, atol=1e-11)
 
 
-def test_solution_is_that_of_scikit_learn(images: Path) -> None:
-    data, rows, labels = problem(images)
-    model = solve(data, [1e-2, L2]).model
-    weight = model.head.weight.detach().double()
-    bias = model.head.bias.detach().double() - weight @ model.head.mean.double()
-    reference = LogisticRegression(C=1 / (L2 * len(rows)), tol=1e-10, max_iter=10_000)
-    reference.fit(rows.numpy(), labels.numpy())
-    expected = objective(
-        rows, labels, torch.tensor(reference.coef_), torch.tensor(reference.intercept_)
-    )
-    assert objective(rows, labels, weight, bias) == pytest.approx(expected, rel=1e-5)
+def test_a_matrix_that_no_lift_can_mend() -> None:
+    with pytest.raises(ValueError, match="semi-definite"):
+        cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
+
+
+def test_rows_that_are_not_finite(rows: Tensor) -> None:
+    rows[3, 4] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        ConvexProblem(rows, LABELS, CLASSES)
+
+
+def test_repeated_rows_are_no_obstacle(rows: Tensor) -> None:
+    solution = ConvexProblem(rows[:3].repeat(14, 1)[:40], LABELS, CLASSES).solve(L2)
+    assert torch.isfinite(solution.weight).all()
+    assert torch.equal(solution.logits.argmax(1), LABELS)
+
+
+@pytest.mark.parametrize("width", [90, 40, 20])  # fewer rows than columns, as many, more
+def test_solution_is_that_of_scikit_learn(rows: Tensor, width: int) -> None:
+    rows = rows[:, :width]
+    problem = ConvexProblem(rows, LABELS, CLASSES)
+    problem.solve(1e-2)
+    solution = problem.solve(L2)
+    weight = solution.weight.double()
+    bias = solution.bias.double() - weight @ problem.mean.double()
+    x = rows.double()
+    reference = LogisticRegression(C=1 / (L2 * len(x)), tol=1e-10, max_iter=10_000)
+    reference.fit(x.numpy(), LABELS.numpy())
+    coefficients, intercepts = map(torch.tensor, (reference.coef_, reference.intercept_))
+    loss = nn.CrossEntropyLoss()
+    expected = objective(x, coefficients, intercepts, loss).item()
+    assert objective(x, weight, bias, loss).item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=2e-3 * np.abs(weight).max())
 
 
-def test_solution_is_that_of_many_small_steps(images: Path) -> None:
-    data, rows, labels = problem(images)
-    head = solve(data, [L2]).model.head
-    weight = torch.zeros(3, rows.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    sgd = torch.optim.SGD([weight, bias], lr=3.0, momentum=0.9)
+def test_solution_is_that_of_many_small_steps(rows: Tensor) -> None:
+    """In float64, of another loss than the plain one, whose module the solver leaves as it is."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
+    solution = ConvexProblem(rows, LABELS, CLASSES, loss).solve(L2)
+    assert loss.weight is not None and loss.weight.dtype == torch.float32
+    x = rows.double() - rows.double().mean(0)
+    weight = torch.zeros(CLASSES, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
+    loss.double()
+    sgd = torch.optim.SGD([weight, bias], lr=8.0, momentum=0.95)
     for _ in range(500):
         sgd.zero_grad()
-        loss = F.cross_entropy(rows @ weight.mT + bias, labels) + L2 / 2 * weight.square().sum()
-        loss.backward()
+        objective(x, weight, bias, loss).backward()
         sgd.step()
-    error = (head.weight.double() - weight).norm() / weight.norm()
-    assert error < 1e-3
+    assert (solution.weight - weight).norm() / weight.norm() < 1e-3
+    torch.testing.assert_close(solution.logits, x @ weight.mT + bias, rtol=0, atol=1e-3)
+    torch.testing.assert_close(solution.loss, loss(x @ weight.mT + bias, LABELS), rtol=1e-4, atol=0)
 
 
-def test_the_path_reports_each_optimum(images: Path) -> None:
-    data, _, _ = problem(images)
-    module = ConvexModule(data.model, data, [1e-2, 1e-4, 1e-6])
+def test_solution_is_that_of_the_formulas_as_they_stand(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without blocks, and with the lift as a multiple of the identity."""
+    monkeypatch.setattr(solver, "BLOCK", 16)
+    before = rows.clone()
+    problem = ConvexProblem(rows, LABELS, CLASSES)
+    centred = rows - rows.mean(0)
+    gram = (centred @ centred.mT).double()
+    lift = 1e-6 * gram.diagonal().mean() + 1e-12
+    factor = torch.linalg.cholesky(gram + lift * torch.eye(40, dtype=torch.float64))
+    theta = torch.zeros(40, CLASSES, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
+    for l2 in (1e-2, L2):
+        lbfgs = torch.optim.LBFGS(
+            [theta, bias],
+            max_iter=1000,
+            history_size=30,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure(l2: float = l2, lbfgs: torch.optim.LBFGS = lbfgs) -> Tensor:
+            lbfgs.zero_grad()
+            value = objective(factor, theta.mT, bias, nn.CrossEntropyLoss(), l2)
+            value.backward()
+            return value
+
+        lbfgs.step(closure)
+        solution = problem.solve(l2)
+        weight = torch.linalg.solve(factor.mT, theta.detach()).float().mT @ centred
+        torch.testing.assert_close(solution.weight, weight, rtol=0, atol=1e-4 * weight.abs().max())
+        torch.testing.assert_close(solution.bias, bias.detach().float(), rtol=0, atol=1e-4)
+    assert torch.equal(rows, before)
+
+
+def test_a_device_without_float64_leaves_the_work_to_the_cpu(rows: Tensor) -> None:
+    problem = ConvexProblem(rows, LABELS, CLASSES, device="mps")
+    assert problem.mean.device.type == problem.factor.device.type == "cpu"
+
+
+def descriptors(root: Path) -> DescriptorData:
+    return build(DescriptorData(folder_data(root, val_fraction=0), network(), "32-true"))
+
+
+def test_the_path_leads_through_each_optimum(images: Path) -> None:
+    data = descriptors(images)
+    rows, labels = data.views(data.images.train)
+    module = ConvexModule(data.model, rows, labels, [1e-2, 1e-4, 1e-6])
+    problem = ConvexProblem(rows[:], labels, CLASSES)  # of a tensor
     seen: list[dict[str, float]] = []
-    module.on_train_epoch_end = lambda: seen.append(  # type: ignore[method-assign]
-        {key: value.item() for key, value in module.trainer.callback_metrics.items()}
-    )
-    quiet_trainer(max_epochs=3, limit_train_batches=1).fit(module, datamodule=data)
+
+    def look() -> None:
+        seen.append({key: value.item() for key, value in module.trainer.callback_metrics.items()})
+        solution = problem.solve(module.l2[module.current_epoch])
+        assert torch.equal(module.model.head.weight, solution.weight)
+        assert torch.equal(module.model.head.bias, solution.bias)
+        logits = module.model.logits(rows[:])  # by way of the model's own centering
+        torch.testing.assert_close(logits, solution.logits.float(), rtol=1e-3, atol=2e-3)
+        assert module.train_metrics.compute()["train_top1"] == 1
+
+    module.on_train_epoch_end = look  # type: ignore[method-assign]
+    trainer = quiet_trainer(max_epochs=3, limit_train_batches=1)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 3  # without steps there are no checkpoints
     assert [entry["l2"] for entry in seen] == pytest.approx([1e-2, 1e-4, 1e-6])
     losses = [entry["train_loss"] for entry in seen]
     assert losses[0] > 5 * losses[1] > 25 * losses[2]
     assert all(entry["gradient_norm"] < 1e-5 for entry in seen)
+
+
+def test_the_problem_s_memory_is_free_after_the_fit(images: Path) -> None:
+    data = descriptors(images)
+    module = ConvexModule(data.model, *data.views(data.images.train), [L2])
+    held: list[weakref.ref[Tensor]] = []
+    module.on_train_end = lambda: held.extend(  # type: ignore[method-assign]
+        weakref.ref(tensor) for tensor in (module.problem.factor, module.problem.theta)
+    )
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1)
+    trainer.fit(module, datamodule=data)
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    trainer.test(module, datamodule=data, verbose=False)  # needs none of it

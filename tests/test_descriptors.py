@@ -13,7 +13,7 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
-from bcnn.training.descriptors import DescriptorData
+from bcnn.training.descriptors import DescriptorData, StoredRows
 from bcnn.training.module import BCNNModule
 
 
@@ -69,7 +69,7 @@ def test_rows_are_the_descriptors_of_the_crop_and_its_mirror_image(images: Path)
             views = model.descriptor(batch), model.descriptor(batch.flip(-1))
         first = data.rows(split)
         for view, expected in enumerate(views):
-            found = data.read([row + view for row in first])
+            found = StoredRows(data.store, [row + view for row in first])[:]
             # of a unit row, whose entries are about 0.003; float16 is in steps of 6e-8 near zero
             torch.testing.assert_close(found.float(), expected, rtol=2**-11, atol=3e-8)
 
@@ -147,7 +147,7 @@ def test_training_draws_both_views_and_validation_only_the_first(images: Path) -
         seen |= {row.numpy().tobytes() for row in rows}
     assert len(seen) == len(folder.train) * VIEWS
     rows, labels = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
-    torch.testing.assert_close(rows, data.read(data.rows(folder.val)), rtol=0, atol=0)
+    torch.testing.assert_close(rows, StoredRows(data.store, data.rows(folder.val))[:], rtol=0, atol=0)
     assert labels.tolist() == [label for _, label in folder.val]
 
 
@@ -155,14 +155,14 @@ def test_damage_is_said_and_computed_again(
     images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = build(DescriptorData(folder_data(images), network(), "32-true"))
-    intact = data.read(range(48))
+    intact = StoredRows(data.store, range(48))[:]
     chunk = sorted(data.store.folder.glob("*.rows"))[1]
     chunk.write_bytes(chunk.read_bytes()[:-2])
     counts = forward_images(monkeypatch)
     again = build(DescriptorData(folder_data(images), network(), "32-true"))
     assert "1 damaged" in capsys.readouterr().out
     assert sum(counts) == 8 * VIEWS  # the second chunk: 24 images less a chunk of 16
-    assert torch.equal(again.read(range(48)), intact)
+    assert torch.equal(StoredRows(again.store, range(48))[:], intact)
 
 
 def _build_in_process(root: Path, queue: multiprocessing.Queue) -> None:

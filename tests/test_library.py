@@ -12,6 +12,7 @@ from torch import nn
 from bcnn import load_model
 from bcnn.data.decoding import load_image
 from bcnn.errors import UserError
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 

@@ -2,22 +2,17 @@
 
 import time
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
-from torch.utils.data import DataLoader, TensorDataset
 
-from bcnn.benchmark.harness import Options, measure, trainer
-from bcnn.model.network import BCNN
+from bcnn.benchmark.harness import Options, measure, now
 from bcnn.model.original import CHANNELS
 from bcnn.model.pooling.bilinear import packed_size
 from bcnn.store import VIEWS, DescriptorStore
-from bcnn.training.convex import ConvexModule
-from bcnn.training.descriptors import DescriptorData
+from bcnn.training.descriptors import StoredRows
+from bcnn.training.solver import ConvexProblem
 
 
 def convex_solver(options: Options) -> dict[str, float]:
@@ -27,18 +22,13 @@ def convex_solver(options: Options) -> dict[str, float]:
     store.open()
     generator = np.random.default_rng(0)
     for chunk in range(store.chunk_count):
-        rows = generator.random((len(store.chunk_images(chunk)) * VIEWS, width), np.float32)
-        store.write(chunk, rows / np.linalg.norm(rows, axis=1, keepdims=True))
-    data: Any = SimpleNamespace(  # as much of a DescriptorData as the solver reads
-        images=SimpleNamespace(train=[(str(i), i % options.classes) for i in range(count)]),
-        rows=lambda samples: [VIEWS * int(name) for name, _ in samples],
-        read=partial(DescriptorData.read, SimpleNamespace(store=store)),  # type: ignore[arg-type]
-    )
-    model = BCNN([str(k) for k in range(options.classes)])
-    fit = trainer(options, max_epochs=1, limit_train_batches=1, precision="32-true")
+        content = generator.random((len(store.chunk_images(chunk)) * VIEWS, width), np.float32)
+        store.write(chunk, content / np.linalg.norm(content, axis=1, keepdims=True))
+    rows = StoredRows(store, range(count * VIEWS))
+    labels = torch.arange(count * VIEWS) // VIEWS % options.classes
     start = time.perf_counter()
-    fit.fit(ConvexModule(model, data, [1e-6]), DataLoader(TensorDataset(torch.zeros(1))))
-    return {"seconds": time.perf_counter() - start}
+    ConvexProblem(rows, labels, options.classes, device=options.torch_device).solve(1e-6)
+    return {"seconds": now(options.torch_device) - start}
 
 
 def table(options: Options) -> Table:

@@ -105,12 +105,11 @@ class DescriptorData(L.LightningDataModule):
         """Where the store has these images' descriptors (their mirror images' come next)."""
         return [self._position[path] * VIEWS for path, _ in samples]
 
-    def read(self, rows: Sequence[int], out: np.ndarray | None = None) -> Tensor:
-        """Descriptors (len(rows), 131328) in the dtype on disk, in `out` where it is given."""
-        if out is None:
-            out = np.empty((len(rows), self.store.width), self.store.dtype)
-        self.store.read(rows, out)
-        return torch.from_numpy(out)
+    def views(self, samples: Sequence[tuple[str, int]]) -> tuple["StoredRows", Tensor]:
+        """Every view of these images, to be read once the store is set up, and their labels."""
+        rows = [first + view for view in range(VIEWS) for first in self.rows(samples)]
+        labels = torch.tensor([label for _, label in samples] * VIEWS)
+        return StoredRows(self.store, rows), labels
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Row numbers → descriptors, where the next batch's will be too.
@@ -120,7 +119,9 @@ class DescriptorData(L.LightningDataModule):
         rows, labels = batch
         if len(self._batch) < len(rows):
             self._batch = np.empty((len(rows), self.store.width), self.store.dtype)
-        return self.read(rows.tolist(), self._batch[: len(rows)]), labels
+        out = self._batch[: len(rows)]
+        self.store.read(rows.tolist(), out)
+        return torch.from_numpy(out), labels
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
         sampler = self.images.train_sampler() if shuffle else None
@@ -172,6 +173,23 @@ class DescriptorData(L.LightningDataModule):
                 done = progress.tasks[task]
                 progress.advance(task, len(images))
                 progress.update(task, rate=done.completed / max(done.elapsed or 0, 1e-9))
+
+
+class StoredRows:
+    """Rows of a store by index, read when a slice of them is asked for, in the dtype on disk."""
+
+    def __init__(self, store: DescriptorStore, indices: Sequence[int]) -> None:
+        self.store = store
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        indices = self.indices[part]
+        out = np.empty((len(indices), self.store.width), self.store.dtype)
+        self.store.read(indices, out)
+        return torch.from_numpy(out)
 
 
 class _Rows(Dataset[tuple[Tensor, Tensor]]):

@@ -15,9 +15,10 @@ from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import initialise_backbone, load_model
 from bcnn.store import VIEWS, stores_dir
-from bcnn.training.convex import MAX_ROWS, ConvexModule
+from bcnn.training.convex import ConvexModule
 from bcnn.training.descriptors import DescriptorData
 from bcnn.training.module import BCNNModule, reduce_on_plateau
+from bcnn.training.solver import MAX_ROWS
 
 say = rank_zero_only(print)
 
@@ -84,7 +85,7 @@ def plan(
         _refuse_full_disk(data)
         # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
         limits = {"max_epochs": len(options.l2), "limit_train_batches": 1, "precision": "32-true"}
-        return ConvexModule(model, data, options.l2, loss), data, limits
+        return ConvexModule(model, *data.views(images.train), options.l2, loss), data, limits
     limits = {"max_epochs": options.epochs, "accumulate_grad_batches": options.accumulate}
     scheduler = instantiate(options.scheduler)
     if getattr(scheduler, "func", None) is reduce_on_plateau and not images.val:

@@ -1,0 +1,182 @@
+"""Multinomial logistic regression solved to its optimum in the span of its rows.
+
+Mean cross-entropy + λ/2·‖W‖² is convex in the classifier W, and by the representer theorem its
+solution is a combination of the training rows X: W = αᵀX. With K = XXᵀ = LLᵀ (Cholesky) and θ = Lᵀα
+the logits of the rows are Lθ and ‖W‖² = ‖θ‖², so all that is left of a row's many columns is L (rows ×
+rows), and L-BFGS on θ takes the same steps as on W itself. Where there are more rows than columns, X
+is smaller than L and takes its place, and θ is Wᵀ.
+
+The rows' mean is taken off them first, the bias being free to make up for it: descriptors are much
+alike, and what they share would drown the differences in rounding and make the problem badly
+conditioned.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from bcnn.errors import UserError
+
+# rows × rows in float64, twice, is 2.3 GB at this many: 6,000 images in two views
+MAX_ROWS = 12_000
+
+BLOCK = 512  # rows in memory at a time: 0.27 GB in float32
+
+
+class Rows(Protocol):
+    """A matrix (rows, width) of which slices of rows are asked for: a tensor, or one on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
+class Solution(NamedTuple):
+    """The optimum for one λ: logits = (rows - mean) @ weight.mT + bias."""
+
+    weight: Tensor  # (classes, width) in float32
+    bias: Tensor  # (classes,) in float32
+    loss: Tensor  # without λ/2·‖weight‖²; float64, as are the rest
+    gradient_norm: Tensor
+    logits: Tensor  # (rows, classes)
+
+
+class ConvexProblem:
+    """Rows and their labels, made ready to be solved for one λ after the other.
+
+    Args:
+        rows: (rows, width), of any floating type; read in blocks of `BLOCK`, time and again.
+        labels: (rows,), in 0..classes - 1.
+        classes: how many.
+        loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
+        tolerance: largest entry of the gradient at which a solution counts as converged.
+        device: to compute on.
+
+    Attributes:
+        mean: of the rows, (width,) in float32.
+        optimizer: L-BFGS on θ and the bias.
+
+    Raises:
+        UserError: the rows hold values that are not finite.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        labels: Tensor,
+        classes: int,
+        loss: nn.Module | None = None,
+        tolerance: float = 1e-7,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if torch.device(device).type == "mps":  # which has no float64
+            device = "cpu"
+        self.rows = rows
+        self.labels = labels.to(device)
+        self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(device, torch.float64)
+        starts = range(0, len(rows), BLOCK)
+        sums = [rows[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
+        self.mean = torch.stack(sums).sum(dim=0) / len(rows)
+        if not self.mean.isfinite().all():
+            raise UserError(
+                "the descriptors hold values that are not finite: is the weights' file damaged?"
+            )
+        self.primal = len(rows) > len(self.mean)
+        if self.primal:
+            self.factor = torch.cat([_centred(rows, i, self.mean).double() for i in starts])
+        else:
+            self.factor = cholesky(gram_matrix(rows, self.mean).double())
+        self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
+        self.bias = self.factor.new_zeros(classes).requires_grad_()
+        self.optimizer = torch.optim.LBFGS(
+            [self.theta, self.bias],
+            max_iter=1000,
+            history_size=30,
+            tolerance_grad=tolerance,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+    def solve(
+        self, l2: float, step: Callable[[Callable[[], Tensor]], object] | None = None
+    ) -> Solution:
+        """The optimum for λ = `l2`, from the last one solved for: go from strong to weak.
+
+        Args:
+            l2: λ.
+            step: in the place of `optimizer.step`, for a trainer that counts steps.
+        """
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            logits = self.factor @ self.theta + self.bias
+            value: Tensor = self.loss(logits, self.labels) + l2 / 2 * self.theta.square().sum()
+            value.backward()
+            return value
+
+        (step or self.optimizer.step)(closure)
+        self.optimizer.state.clear()  # the curvature seen on this λ's problem misleads on the next
+        closure()  # for the gradient at the solution
+        gradients = [p.grad for p in (self.theta, self.bias) if p.grad is not None]
+        with torch.no_grad():
+            logits = self.factor @ self.theta + self.bias
+            return Solution(
+                self._weight(),
+                self.bias.float(),
+                self.loss(logits, self.labels),
+                nn.utils.get_total_norm(gradients),
+                logits,
+            )
+
+    def _weight(self) -> Tensor:
+        """W = αᵀX, a block of rows at a time."""
+        if self.primal:
+            return self.theta.mT.float()
+        alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
+        weight = self.mean.new_zeros(alpha.shape[1], len(self.mean))
+        for i in range(0, len(alpha), BLOCK):
+            weight.addmm_(alpha[i : i + BLOCK].mT, _centred(self.rows, i, self.mean))
+        return weight
+
+
+def cholesky(gram: Tensor) -> Tensor:
+    """Lower factor of a positive semi-definite matrix (n, n) in float64, whose diagonal it changes.
+
+    Rows that repeat, and float32's rounding of the products, leave eigenvalues about or under zero;
+    as little as lifts them above it is added to the diagonal, from a millionth of its mean.
+
+    Raises:
+        ValueError: the matrix is not positive semi-definite, nor nearly.
+    """
+    mean, diagonal = gram.diagonal().mean(), gram.diagonal().clone()
+    for share in (1e-6, 1e-5, 1e-4, 1e-3):
+        gram.diagonal().copy_(diagonal + (share * mean + 1e-12))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not failed:
+            return factor
+    raise ValueError("the matrix is not positive semi-definite")
+
+
+def gram_matrix(rows: Rows, mean: Tensor) -> Tensor:
+    """Inner products of the rows less `mean` (width,): (len(rows), len(rows)), in float32.
+
+    Two blocks of rows are in memory at a time, so only the result grows with their number.
+    """
+    gram = mean.new_empty(len(rows), len(rows))
+    for i in track(range(0, len(rows), BLOCK), "Gram matrix", transient=True):
+        left = _centred(rows, i, mean)
+        for j in range(0, i + 1, BLOCK):
+            right = left if i == j else _centred(rows, j, mean)
+            product = left @ right.mT
+            gram[i : i + BLOCK, j : j + BLOCK] = product
+            gram[j : j + BLOCK, i : i + BLOCK] = product.mT
+    return gram
+
+
+def _centred(rows: Rows, start: int, mean: Tensor) -> Tensor:
+    """The block of rows that begins at `start`, less `mean`."""
+    return rows[start : start + BLOCK].to(mean, copy=True).sub_(mean)
