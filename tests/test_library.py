@@ -11,8 +11,8 @@ from torch import nn
 
 from bcnn import load_model
 from bcnn.data.decoding import load_image
-from bcnn.errors import UserError
 from bcnn.data.transforms import Framing
+from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 
