@@ -14,8 +14,9 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
 from bcnn.model.original import to_original
 from bcnn.model.weights import load_model
+from bcnn.training.callbacks import no_worse
 from bcnn.training.module import BCNNModule
-from bcnn.training.stages import _no_worse, run
+from bcnn.training.stages import run
 
 SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
 
@@ -175,7 +176,7 @@ def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
 def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
     final: float, start: float, best: float, images: int, keeps: bool
 ) -> None:
-    assert _no_worse(final, start, best, images) is keeps
+    assert no_worse(final, start, best, images) is keeps
 
 
 def test_a_loss_that_is_no_number_ends_training(

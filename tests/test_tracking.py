@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
-from bcnn import tracking
+from bcnn.training import tracking
 from bcnn.report.predictions import Predictions
-from bcnn.training.tracking import log_configuration, log_predictions
+from bcnn.training.tracking import log_configuration, log_results
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_confusion_and_the_hardest_photographs(
 ) -> None:
     monkeypatch.setattr(tracking, "PHOTOGRAPHS", 4)
     monkeypatch.setattr(tracking, "THUMBNAIL", 24)
-    log_predictions([logger], predictions)
+    log_results([logger], {"test_top1": 0.5}, predictions)
     cells = table(tmp_path / "run", "confusion")["data"]
     assert cells == [
         ["blue", "blue", 2],
@@ -119,8 +119,8 @@ def test_other_loggers_are_told_the_configuration_alone(
     logger = CSVLogger(tmp_path / "csv", name="", version="")
     cfg = configure(*toy(tmp_path, f"output={tmp_path}"))
     log_configuration([logger], cfg, "finetune")
-    log_predictions([logger], predictions)
+    log_results([logger], {"test_top1": 0.5}, predictions)
     logger.save()
     kept = OmegaConf.load(tmp_path / "csv" / "hparams.yaml")
     assert (kept.stage, kept.data.root) == ("finetune", str(tmp_path))
-    assert [path.name for path in (tmp_path / "csv").iterdir()] == ["hparams.yaml"]
+    assert "confusion" not in (tmp_path / "csv" / "metrics.csv").read_text()

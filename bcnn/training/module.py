@@ -123,7 +123,8 @@ class BCNNModule(L.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:
-        if self.model.head.batch_mean and self.trainer.state.fn == "fit":
+        training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if self.model.head.batch_mean and training:
             self.model.head.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

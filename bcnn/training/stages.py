@@ -1,6 +1,5 @@
 """Run the stages that a configuration names, each from the best weights of the one before."""
 
-import copy
 import math
 import shlex
 import shutil
@@ -9,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,10 +26,10 @@ from bcnn.options import literal
 from bcnn.precision import chosen_precision
 from bcnn.report import Predictions, plot_curves
 from bcnn.report.metrics import headline
-from bcnn.training.guard import CollapseGuard
+from bcnn.training.callbacks import CollapseGuard, KeepEpoch
 from bcnn.training.mistakes import STAGES, refuse_mistakes
 from bcnn.training.plan import build_model, plan
-from bcnn.training.tracking import log_configuration, log_predictions
+from bcnn.training.tracking import close, log_configuration, log_results
 
 say = rank_zero_only(print)
 
@@ -42,7 +41,7 @@ class Result:
     stage: str
     checkpoint: Path
     metrics: dict[str, float]
-    predictions: Predictions | None  # of the test images, or of those to validate; on rank zero
+    predictions: Predictions | None = None  # of test or validation images; on rank zero
     failure: str = ""
 
 
@@ -87,126 +86,117 @@ def run(cfg: DictConfig) -> float:
 
 
 def run_stage(
-    cfg: DictConfig, stage: str, images: ImageFolderData, model: BCNN, origin: Path | None
+    cfg: DictConfig, name: str, images: ImageFolderData, model: BCNN, origin: Path | None
 ) -> Result:
     """Train one stage, leave its best weights in `model`, and test them.
 
     Args:
         cfg: the whole configuration.
-        stage: its name.
+        name: of the stage; its options are at `cfg[name]`.
         images: set up already.
         model: the weights to start from; changed in place.
         origin: the file that holds these weights, if any.
     """
-    say(f"\nstage {stage}")
-    folder = Path(cfg.output) / stage
-    options = cfg[stage]
-    precision = chosen_precision(cfg.trainer)
-    images.batch_size = options.get("batch_size", images.batch_size)
-    module, data, limits = plan(stage, options, images, model, precision)
-    validates = len(images.val) > 0
-    best = ModelCheckpoint(
-        folder,
-        filename="best" if validates else "last",
-        # Of a hundred images, top-1 sees the one that just changed sides; the loss sees them all.
-        monitor="val_loss" if validates else None,
-        save_weights_only=True,
-    )
-    loggers = [instantiate(logger, save_dir=folder) for logger in (cfg.get("logger") or {}).values()]
-    bars = [RichProgressBar()] if cfg.trainer.get("enable_progress_bar", True) else []
+    say(f"\nstage {name}")
+    folder, precision = Path(cfg.output) / name, chosen_precision(cfg.trainer)
+    images.batch_size = cfg[name].get("batch_size", images.batch_size)
+    module, data, limits = plan(name, cfg[name], images, model, precision)
+    keep = KeepEpoch(folder, len(images.val))
+    loggers = [instantiate(each, save_dir=folder) for each in (cfg.get("logger") or {}).values()]
     settings = {
+        "callbacks": [keep, *_callbacks(cfg, name, images, keep)],
+        "logger": loggers,
+        "precision": precision,
         "default_root_dir": folder,
-        "num_sanity_val_steps": 0,
+        "num_sanity_val_steps": -1 if name == "finetune" and images.val else 0,  # what it starts from
         "enable_model_summary": False,
+        **limits,
     }
-    evaluator = instantiate(
-        cfg.trainer,
-        precision=precision,
-        callbacks=bars,
-        logger=False,
-        enable_checkpointing=False,
-        **settings,
-    )
-
-    def validate() -> dict[str, float]:
-        if not validates:
-            return {}
-        return dict(evaluator.validate(module, datamodule=data, verbose=False)[0])
-
-    log_configuration(loggers, cfg, stage)
-    start = validate() if stage == "finetune" else {}
-    for logger in loggers:
-        logger.log_metrics(start, step=0)
-    watching: list[L.Callback] = [best, *bars, *map(instantiate, (cfg.get("callbacks") or {}).values())]
-    advice = ""
-    if "optimizer" in options:
-        advice = f"try {stage}.optimizer.lr={options.optimizer.lr / 10:g}"
-        watching.append(CollapseGuard(len(images.classes), start.get("val_top1"), advice))
-    if loggers:
-        watching.append(LearningRateMonitor("step"))
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=watching,
-        logger=loggers,
-        **{"precision": precision, **limits, **settings},
-    )
-    module.train()  # Lightning keeps the mode that it finds
-    trainer.fit(module, datamodule=data)
-    checkpoint, failure = Path(best.best_model_path), ""
-    final = {key: float(trainer.callback_metrics[key]) for key in start}  # of the last epoch
-    weights = copy.deepcopy(model.state_dict())
-    model.load_state_dict(load_model(checkpoint).state_dict())
-    metrics = validate()
-    if start and _no_worse(final["val_top1"], start["val_top1"], metrics["val_top1"], len(images.val)):
-        model.load_state_dict(weights)
-        metrics = final
-        trainer.save_checkpoint(checkpoint, weights_only=True)
-    # Worse is less often right and less sure of it: one image of few can go either way, and label
-    # smoothing's probabilities have the larger loss however right they are. Also where both are nan.
-    right = start and metrics["val_top1"] >= start["val_top1"]
-    if start and origin and not (right or metrics["val_loss"] <= start["val_loss"]):
-        failure = (
-            f"stage {stage} ended worse than it started (validation top-1 at best "
-            f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {advice}"
-        )
-        say(f"no epoch of this stage was better than its start: keeping {origin}")
-        checkpoint, metrics = origin, start
-        start_model = load_model(origin, images.classes, cfg.model.normalization)
-        model.load_state_dict(start_model.state_dict())
-    predictions = None
-    samples = images.test or images.val
-    if trainer.is_global_zero and samples:
-        loader = data.test_dataloader() if images.test else data.val_dataloader()
-        batches = (data.on_before_batch_transfer(batch, 0) for batch in loader)
-        device = trainer.strategy.root_device
-        predictions = predict_split(model, samples, batches, device, precision)
-        if images.test:
-            figures = headline(predictions)
-            names = {"test_top1": "top1", "test_top5": "top5", "test_loss": "nll"}
-            metrics |= {key: figures[name].value for key, name in names.items()}
-        log_predictions(loggers, predictions)
-    for logger in loggers:
-        logger.log_metrics({key: v for key, v in metrics.items() if key.startswith("test")})
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # the next stage is a run of its own
+    trainer = instantiate(cfg.trainer, **settings)
+    log_configuration(loggers, cfg, name)
+    try:
+        module.train()  # Lightning keeps the mode that it finds
+        trainer.fit(module, datamodule=data)
+        result = _kept(cfg, name, images, model, keep, origin)
+        if trainer.is_global_zero:
+            device = trainer.strategy.root_device
+            result.predictions = _predictions(images, data, model, device, precision)
+            result.metrics |= _test_figures(result.predictions if images.test else None)
+            log_results(loggers, result.metrics, result.predictions)
+    finally:
+        close(loggers)
     if trainer.is_global_zero and (folder / "metrics.csv").is_file():
         plot_curves(folder / "metrics.csv", folder / "curves.png")
     trainer.strategy.barrier()
-    return Result(stage, checkpoint, metrics, predictions, failure)
+    return result
 
 
-def _no_worse(final: float, start: float, best: float, images: int) -> bool:
-    """Whether a finetune keeps its last epoch, whose steps were the smallest, or its best one.
+def _callbacks(
+    cfg: DictConfig, name: str, images: ImageFolderData, keep: KeepEpoch
+) -> list[L.Callback]:
+    """What watches a stage beside the one that keeps its weights."""
+    found: list[L.Callback] = [*map(instantiate, (cfg.get("callbacks") or {}).values())]
+    if cfg.trainer.get("enable_progress_bar", True):
+        found.append(RichProgressBar())
+    if cfg.get("logger"):
+        found.append(LearningRateMonitor("step"))
+    if "optimizer" in cfg[name]:
+        found.append(CollapseGuard(len(images.classes), keep, _advice(cfg, name)))
+    return found
 
-    The best of several epochs is so by luck as well: on few images it can be one of the first, of
-    large steps and a lower test accuracy. The last is kept unless its validation accuracy is under
-    that of the start, or under that of the best by more than a standard error (the rule of Breiman et
-    al., "Classification and Regression Trees", 1984, §3.4.3); with two right and two wrong added, since
-    all right would else have none (Agresti & Coull, The American Statistician 52, 1998).
-    """
-    share = (best * images + 2) / (images + 4)
-    return final >= max(start, best - math.sqrt(share * (1 - share) / (images + 4)))
+
+def _kept(
+    cfg: DictConfig,
+    name: str,
+    images: ImageFolderData,
+    model: BCNN,
+    keep: KeepEpoch,
+    origin: Path | None,
+) -> Result:
+    """Leave in `model` what the stage ends with: its own weights or, if they are worse, its start's."""
+    start, metrics = keep.start, keep.metrics
+    # Worse is less often right and less sure of it: one image of few can go either way, and label
+    # smoothing's probabilities have the larger loss however right they are. Also where both are nan.
+    right = not start or metrics["val_top1"] >= start["val_top1"]
+    if right or metrics["val_loss"] <= start["val_loss"] or origin is None:
+        checkpoint = Path(keep.best_model_path)
+        model.load_state_dict(load_model(checkpoint).state_dict())
+        return Result(name, checkpoint, dict(metrics))
+    say(f"no epoch of this stage was better than its start: keeping {origin}")
+    model.load_state_dict(load_model(origin, images.classes, cfg.model.normalization).state_dict())
+    failure = (
+        f"stage {name} ended worse than it started (validation top-1 at best "
+        f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {_advice(cfg, name)}"
+    )
+    return Result(name, origin, dict(start), failure=failure)
+
+
+def _predictions(
+    images: ImageFolderData,
+    data: L.LightningDataModule,
+    model: BCNN,
+    device: torch.device,
+    precision: str,
+) -> Predictions | None:
+    """Of the test images, or of those to validate where there are none."""
+    samples = images.test or images.val
+    if not samples:
+        return None
+    loader = data.test_dataloader() if images.test else data.val_dataloader()
+    batches = (data.on_before_batch_transfer(batch, 0) for batch in loader)
+    return predict_split(model, samples, batches, device, precision)
+
+
+def _test_figures(predictions: Predictions | None) -> dict[str, float]:
+    if predictions is None:
+        return {}
+    figures = headline(predictions)
+    names = {"test_top1": "top1", "test_top5": "top5", "test_loss": "nll"}
+    return {key: figures[name].value for key, name in names.items()}
+
+
+def _advice(cfg: DictConfig, name: str) -> str:
+    return f"try {name}.optimizer.lr={cfg[name].optimizer.lr / 10:g}"
 
 
 @rank_zero_only

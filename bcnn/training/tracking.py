@@ -1,6 +1,6 @@
 """What loggers are told beyond the curves: the configuration; and wandb, what became of the images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import wandb
@@ -25,13 +25,24 @@ def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: str) ->
 
 
 @rank_zero_only
-def log_predictions(loggers: Iterable[Logger], predictions: Predictions) -> None:
-    """To wandb: the confusion matrix, and the photographs whose true class got least probability."""
+def log_results(
+    loggers: Iterable[Logger], metrics: Mapping[str, float], predictions: Predictions | None
+) -> None:
+    """The test figures; to wandb also the confusion matrix, and the photographs that it is least right
+    about: those whose true class got least probability."""
     for logger in loggers:
-        if not isinstance(logger, WandbLogger):
-            continue
-        logger.log_metrics({"confusion": _confusion(predictions)})
-        logger.log_table("predictions", columns=COLUMNS, data=_hardest(predictions))
+        if predictions and isinstance(logger, WandbLogger):
+            logger.log_metrics({"confusion": _confusion(predictions)})
+            logger.log_table("predictions", columns=COLUMNS, data=_hardest(predictions))
+        logger.log_metrics({key: v for key, v in metrics.items() if key.startswith("test")})
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """Let every logger write what it has; a stage's wandb run ends with the stage."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _confusion(predictions: Predictions) -> Any:

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bcnn.training.guard import CollapseGuard
+from bcnn.training.callbacks import CollapseGuard
 
 
-def said(loss: float, top1: float = math.nan, start: float | None = None) -> tuple[str, bool]:
+def said(loss: float, top1: float = math.nan, start: float = 0.0) -> tuple[str, bool]:
     """What the guard prints at the end of an epoch, and whether it ends training."""
     lines: list[str] = []
     trainer = SimpleNamespace(
@@ -18,7 +18,8 @@ def said(loss: float, top1: float = math.nan, start: float | None = None) -> tup
         should_stop=False,
         print=lines.append,
     )
-    CollapseGuard(10, start, "try less").on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+    keep = SimpleNamespace(start={"val_top1": start})
+    CollapseGuard(10, keep, "try less").on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
     return "".join(lines), trainer.should_stop
 
 
