@@ -21,6 +21,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn import export
 from bcnn.data.transforms import evaluation_transform, load_image
+from bcnn.model.export import FORMATS, write_weights
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model, save_model, source_state_dict
 from bcnn.options import command
@@ -196,9 +197,7 @@ def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
 def test_a_file_that_computes_something_else_is_not_passed_over(
     ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(
-        export.FORMATS, "pth", (export.write_weights, lambda path: BCNN(CLASSES, size=64).eval())
-    )
+    monkeypatch.setitem(FORMATS, "pth", (write_weights, lambda path: BCNN(CLASSES, size=64).eval()))
     assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 1
     assert "not kept" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -217,7 +216,7 @@ def test_mistakes_are_told_and_nothing_is_replaced(
     ):
         assert run(f"ckpt={ckpt}", *words) == 1
         assert sentence in capsys.readouterr().err
-    monkeypatch.setattr(export, "find_spec", lambda package: None)
+    monkeypatch.setattr("bcnn.model.export.find_spec", lambda package: None)
     assert run(f"ckpt={ckpt}", f"output={tmp_path / 'new.onnx'}") == 1
     assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
     assert (tmp_path / "mine.onnx").read_text() == "precious"
