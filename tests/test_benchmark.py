@@ -9,7 +9,8 @@ from rich.console import Console
 from torchvision.models import VGG16_Weights
 
 from bcnn.benchmark import data, photographs, predict
-from bcnn.benchmark.harness import Contender, Options
+from bcnn.benchmark.harness import Contender
+from bcnn.benchmark.options import Options
 from bcnn.benchmark.source import SourceNet
 from bcnn.model.network import BCNN
 from bcnn.model.weights import source_state_dict

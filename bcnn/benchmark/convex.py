@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from bcnn.benchmark.harness import Options, measure, trainer
+from bcnn.benchmark.harness import measure, title, trainer
+from bcnn.benchmark.options import Options
 from bcnn.model.network import BCNN, CHANNELS
 from bcnn.model.pooling.bilinear import packed_size
 from bcnn.store import VIEWS, DescriptorStore
@@ -42,7 +43,7 @@ def convex_solver(options: Options) -> dict[str, float]:
 
 def table(options: Options) -> Table:
     """A line for each number of rows."""
-    table = Table("rows", "seconds", "memory", title=options.title)
+    table = Table("rows", "seconds", "memory", title=title(options))
     for rows in options.rows:
         row = measure(convex_solver, replace(options, images=rows // VIEWS))
         table.add_row(str(rows), f"{row['seconds']:.1f}", f"{row['peak'] / 1e9:.2f} GB")
