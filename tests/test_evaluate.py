@@ -12,7 +12,9 @@ from conftest import write_images
 from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.evaluate import USAGE, Options, evidence_pictures, logged_stages, main, predict_split
+from bcnn.evaluate import USAGE, Options, main
+from bcnn.evaluation import evidence_pictures, logged_stages
+from bcnn.inference import predict_split
 from bcnn.model.network import BCNN
 from bcnn.model.weights import source_state_dict
 from bcnn.options import command
@@ -45,7 +47,7 @@ def checkpoint(model: BCNN, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bcnn.evaluate.fastest_precision", lambda: "32-true")
+    monkeypatch.setattr("bcnn.precision.fastest_precision", lambda: "32-true")
 
 
 def evaluate(*words: str) -> int:
@@ -90,7 +92,7 @@ def test_files_agree_with_each_other_and_with_the_model(
 def test_the_source_pth_says_the_same(
     checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.evaluate.evidence_pictures", lambda *_: {})  # slow at 448 px
+    monkeypatch.setattr("bcnn.evaluation.evidence_pictures", lambda *_: {})  # slow at 448 px
     order = [1, 2, 0]  # it names no classes: they are the folder's, in their order
     model.classifier.weight.data = model.classifier.weight.data[order]
     model.classifier.bias.data = model.classifier.bias.data[order]
@@ -125,7 +127,7 @@ def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> 
 def test_evidence_of_mistakes_is_the_logits_of_both_classes(
     model: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.explain.fastest_precision", lambda _: "32-true")
+    monkeypatch.setattr("bcnn.inference.fastest_precision", lambda _: "32-true")
     drawn: list[float] = []
 
     def note(picture: Image.Image, box: Box, shares: np.ndarray, limit: float) -> Image.Image:
@@ -133,7 +135,7 @@ def test_evidence_of_mistakes_is_the_logits_of_both_classes(
         drawn.append(float(shares.sum()))
         return picture
 
-    monkeypatch.setattr("bcnn.evaluate.overlay", note)
+    monkeypatch.setattr("bcnn.evaluation.overlay", note)
     data = ImageFolderData(images, size=32, num_workers=0)
     data.setup()
     predictions = predict_split(model, data.test, data.test_dataloader(), CPU, "32-true")

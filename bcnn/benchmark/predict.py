@@ -15,10 +15,10 @@ from bcnn.benchmark.harness import Contender, measure, now, title, torch_device
 from bcnn.benchmark.options import Options
 from bcnn.data.paths import find_images
 from bcnn.data.sets import Butterflies
+from bcnn.inference import predict_paths
 from bcnn.model.export import read_onnx, write_onnx
 from bcnn.model.network import BCNN
 from bcnn.precision import AUTOCAST, fastest_precision
-from bcnn.predict import predict_paths
 
 REPEATS = 10  # of one image
 

@@ -20,13 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
-from bcnn.evaluate import logged_stages, predict_split, write_results
+from bcnn.evaluation import logged_stages, write_results
+from bcnn.inference import predict_split
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.options import literal
 from bcnn.precision import chosen_precision
-from bcnn.report import Predictions, plot_curves
 from bcnn.report.metrics import headline
+from bcnn.report.plots import plot_curves
+from bcnn.report.predictions import Predictions
 from bcnn.training.guard import CollapseGuard
 from bcnn.training.mistakes import STAGES, refuse_mistakes
 from bcnn.training.plan import build_model, plan
