@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build, folder_data, network, quiet_trainer
 from sklearn.linear_model import LogisticRegression
-from test_descriptors import build, folder_data, network, quiet_trainer
 
-from bcnn import convex
 from bcnn.store import VIEWS
+from bcnn.training import convex
 from bcnn.training.convex import ConvexModule, cholesky, gram_matrix
 from bcnn.training.descriptors import DescriptorData
 
