@@ -4,23 +4,18 @@ import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from bcnn.data.decoding import load_image
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
-from bcnn.model.evidence import shares
-from bcnn.model.network import BCNN
-from bcnn.model.weights import load_model
 from bcnn.options import command
-from bcnn.precision import AUTOCAST, fastest_precision
-from bcnn.report.heatmap import Box, evidence_figure
+
+if TYPE_CHECKING:
+    from bcnn.inference import Explanation
+    from bcnn.model.network import BCNN
 
 USAGE = """
 Which places of photographs spoke for the answer: a figure each, as PNG.
@@ -51,94 +46,16 @@ class Options:
     output: Path = Path("explanations")
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What spoke for a class on one photograph.
-
-    Args:
-        photograph: upright, RGB.
-        probabilities: (classes,).
-        target: the class explained.
-        against: the class that it is compared with.
-        evidence: (h, w), shares of the target's logit; see `bcnn.model.evidence`.
-        contrast: (h, w), shares of the target's logit less the other's.
-        crop: what the network saw of the photograph, in its pixels.
-        box: what the shares cover: the crop, but for the pixels that its size has over whole locations.
-    """
-
-    photograph: Image.Image
-    probabilities: Tensor
-    target: int
-    against: int
-    evidence: Tensor
-    contrast: Tensor
-    crop: Box
-    box: Box
-
-
-@torch.no_grad()
-def explain(
-    model: BCNN, photograph: Image.Image, target: int | None = None, against: int | None = None
-) -> Explanation:
-    """Explain the answer to a photograph, in the fastest precision of the model's device.
-
-    Args:
-        model: as `load_model` returns it, on any device.
-        photograph: upright, RGB, as `load_image` returns it.
-        target: the class to explain; None: the likeliest.
-        against: the class to compare it with; None: the likeliest other one.
-    """
-    device = model.head.bias.device
-    dtype = AUTOCAST.get(fastest_precision(device.type))
-    images = model.framing.evaluation()(photograph)[None].to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        maps = model.backbone(images)
-        logits = model.head(model.pooling(maps))[0]
-    likeliest = logits.argsort(descending=True).tolist()
-    target = likeliest[0] if target is None else target
-    if against is None:
-        against = next(label for label in likeliest if label != target)
-    this, that = (torch.tensor([label], device=device) for label in (target, against))
-    left, top, right, bottom = crop = model.framing.crop(*photograph.size)
-    stride, size = model.backbone.stride, model.framing.size
-    across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
-    return Explanation(
-        photograph=photograph,
-        probabilities=logits.softmax(dim=0).cpu(),
-        target=target,
-        against=against,
-        evidence=shares(model, maps, this)[0].cpu(),
-        contrast=shares(model, maps, this, that)[0].cpu(),
-        crop=crop,
-        box=(left, top, left + (right - left) * across, top + (bottom - top) * down),
-    )
-
-
-def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
-    """The figure of an explanation; `name` stands over it, with the likeliest classes."""
-    this, that = classes[explanation.target], classes[explanation.against]
-    top = explanation.probabilities.topk(min(3, len(classes)))
-    likeliest = ", ".join(
-        f"{classes[label]} {share:.1%}"
-        for label, share in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    )
-    maps = [
-        (f"for {this}\n{explanation.evidence.sum():+.2f} logits", explanation.evidence.numpy()),
-        (
-            f"for {this},\nagainst {that}: {explanation.contrast.sum():+.2f} logits",
-            explanation.contrast.numpy(),
-        ),
-    ]
-    return evidence_figure(
-        explanation.photograph, explanation.crop, explanation.box, f"{name}\n{likeliest}", maps
-    )
-
-
 def main(options: Options) -> int:
     """Draw a figure for every photograph that can be read."""
+    # torch takes seconds that --help need not wait for
+    from bcnn.data.decoding import load_image
+    from bcnn.inference import draw, explain
+    from bcnn.model.weights import load_model
+    from bcnn.precision import best_device
+
     paths = find_images(options.paths)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(options.ckpt).to(device)
+    model = load_model(options.ckpt).to(best_device())
     target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
     if target is not None and target == against:
         raise UserError(f"against={options.against}: choose another class than target")
@@ -162,7 +79,7 @@ def main(options: Options) -> int:
     return int(failed > 0)
 
 
-def _label(model: BCNN, name: str, option: str) -> int | None:
+def _label(model: "BCNN", name: str, option: str) -> int | None:
     if len(model.classes) < 2:
         raise UserError(f"the model knows one class only ({model.classes[0]}): nothing to explain")
     if not name:
@@ -173,7 +90,7 @@ def _label(model: BCNN, name: str, option: str) -> int | None:
     return model.classes.index(name)
 
 
-def _answer(explanation: Explanation, classes: list[str]) -> str:
+def _answer(explanation: "Explanation", classes: list[str]) -> str:
     this, that = (
         f"{classes[label]} {explanation.probabilities[label]:.1%}"
         for label in (explanation.target, explanation.against)

@@ -1,5 +1,7 @@
 """Lightning's names for mixed precision, and which of them a device is built for."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from omegaconf import DictConfig
 
@@ -19,6 +21,24 @@ def fastest_precision(accelerator: str = "auto") -> str:
     on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16-mixed" if on_cpu and native else "32-true"
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one, be it NVIDIA's or Apple's, and the CPU otherwise."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str | None = None) -> AbstractContextManager[object]:
+    """What computes in a precision on a device.
+
+    Args:
+        device: of the tensors.
+        precision: Lightning's name; None: the fastest of the device.
+    """
+    dtype = AUTOCAST.get(precision or fastest_precision(device.type))
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def chosen_precision(trainer: DictConfig) -> str:

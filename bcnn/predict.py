@@ -1,29 +1,20 @@
-"""The likeliest classes of photographs, from the command line or as a library."""
+"""The likeliest classes of photographs: the command."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from bcnn.data.decoding import load_image
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
-from bcnn.model.network import BCNN
-from bcnn.model.weights import load_model
 from bcnn.options import command
-from bcnn.precision import AUTOCAST, fastest_precision
-from bcnn.report.rows import FORMATS, Prediction
+from bcnn.report.rows import FORMATS
 
 USAGE = """
 The likeliest classes of photographs, and their probabilities.
@@ -57,80 +48,16 @@ class Options:
     workers: int | None = None
 
 
-def predict_paths(
-    model: BCNN, paths: Sequence[str], top: int = 5, batch: int = 16, workers: int | None = None
-) -> Iterator[Prediction]:
-    """Predictions of photographs in their order, in the fastest precision of the model's device.
-
-    Holds a few batches at a time, however long the list is.
-
-    Args:
-        model: as `load_model` returns it, on any device.
-        top: number of classes a photograph, at most all.
-        batch: photographs that pass the network together.
-        workers: processes that decode; None: one a core, 8 at most.
-    """
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1)
-    device = model.head.bias.device
-    dtype = AUTOCAST.get(fastest_precision(device.type))
-    loader = DataLoader(
-        _Photographs(paths, model.framing.evaluation(), model.framing.side),
-        batch_size=batch,
-        num_workers=workers if len(paths) > batch else 0,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-    )
-    for names, errors, images in loader:
-        if images is not None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                probabilities = model.predict(images)
-            likeliest = probabilities.topk(min(top, len(model.classes)))
-            found = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-        for path, error in zip(names, errors, strict=True):
-            if error:
-                yield Prediction(path, error=error)
-            else:
-                indices, values = next(found)
-                yield Prediction(path, [model.classes[k] for k in indices], values)
-
-
-class _Photographs(Dataset[tuple[str, str, Tensor | None]]):
-    """(path, error, image): a photograph that cannot be read has an error and no image."""
-
-    def __init__(
-        self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor], side: int
-    ) -> None:
-        self.paths = paths
-        self.transform = transform
-        self.side = side
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, str, Tensor | None]:
-        path = self.paths[index]
-        try:
-            return path, "", self.transform(load_image(path, self.side)).as_subclass(Tensor)
-        except Exception as error:  # whatever a decoder raises, the other photographs go on
-            return path, str(error) or repr(error), None
-
-
-def _collate(
-    items: list[tuple[str, str, Tensor | None]],
-) -> tuple[list[str], list[str], Tensor | None]:
-    """Images that could be read as one tensor (batch, 3, size, size); None if there are none."""
-    images = [image for _, _, image in items if image is not None]
-    names, errors = [name for name, _, _ in items], [error for _, error, _ in items]
-    return names, errors, torch.stack(images) if images else None
-
-
 def main(options: Options) -> int:
     """Predict, and write a row a photograph."""
+    # torch takes seconds that --help need not wait for
+    from bcnn.inference import predict_paths
+    from bcnn.model.weights import load_model
+    from bcnn.precision import best_device
+
     _check(options)
     paths = find_images(options.paths)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(options.ckpt).to(device)
+    model = load_model(options.ckpt).to(best_device())
     top = min(options.top, len(model.classes))
     failed, start = 0, time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""Toy image folders, and the two ways to run the program: as a command, and in this process."""
+"""Toy image folders, networks, trainers; the program as a command, and in this process."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
+from bcnn.training.descriptors import DescriptorData
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
@@ -42,6 +46,21 @@ def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] 
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
+def write(path: Path, seed: int = 0) -> None:
+    """One image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_classes(root: Path, **counts: int) -> None:
+    """Class folders of so many images of noise each, no two alike."""
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            write(root / name / f"{index}.png", seed=1000 * label + index)
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """An image folder of three easy classes: 6 training and 2 test images each."""
@@ -63,6 +82,44 @@ def toy(images: Path, *overrides: str) -> list[str]:
         "trainer.precision=32-true",
         *overrides,
     ]
+
+
+def set_up(root: Path | None = None, **options: object) -> ImageFolderData:
+    """The data of a folder, ready."""
+    data = ImageFolderData(root, **{"size": 32, "num_workers": 0, **options})  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+def folder_data(root: Path, **options: object) -> ImageFolderData:
+    """The data of `images`, a third of it for validation."""
+    return set_up(root, **{"val_fraction": 0.34, **options})
+
+
+def network(seed: int = 0) -> BCNN:
+    """Of random weights, for `images`."""
+    torch.manual_seed(seed)
+    return BCNN(["blue", "green", "red"], Framing(32))
+
+
+def quiet_trainer(**options: object) -> L.Trainer:
+    """A trainer that writes and prints nothing."""
+    defaults: dict[str, object] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def build(data: DescriptorData) -> DescriptorData:
+    """The data with its descriptors computed."""
+    data.trainer = quiet_trainer()
+    data.setup()
+    return data
 
 
 def make_near_sighted(model: BCNN) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 from torchvision.models import VGG16_Weights
 
 from bcnn.benchmark import data, photographs, predict
-from bcnn.benchmark.harness import Contender, Options
+from bcnn.benchmark.harness import Contender
+from bcnn.benchmark.options import Options
 from bcnn.benchmark.source import SourceNet
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
@@ -24,7 +25,7 @@ def test_the_source_s_network_is_the_same_function() -> None:
     source = SourceNet(2).double()
     source.load_state_dict(to_original(model))
     images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
-    normalised = (images - model.mean) / model.std
+    normalised = (images - model.backbone.mean) / model.backbone.std
     torch.testing.assert_close(source(normalised), model(images), rtol=1e-10, atol=1e-12)
 
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import ROOT, Run, toy
 from PIL import Image
 
+VERBS = ("data", "predict", "evaluate", "explain", "export", "store", "benchmark")
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
 
 
@@ -162,6 +164,15 @@ def test_help_names_the_groups_and_their_choices(train: Run) -> None:
     assert run.returncode == 0
     assert "last: convex, original, sgd" in run.stdout
     assert "data: aircraft, butterflies, cars" in run.stdout
+
+
+@pytest.mark.parametrize("command", [[str(ROOT / "train.py")], *(["-m", f"bcnn.{v}"] for v in VERBS)])
+def test_help_waits_for_no_heavy_import(python: Run, command: list[str]) -> None:
+    run = python("-X", "importtime", *command, "--help", PYTHONPATH=str(ROOT))
+    assert run.returncode == 0 and run.stdout
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert "bcnn.options" in imported
+    assert not imported & {"torch", "torchvision", "lightning", "matplotlib", "scipy"}
 
 
 def test_stores_are_listed_by_command(python: Run, stores: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, write, write_classes
 from PIL import Image
-from test_folders import write, write_classes
 
 from bcnn.data.__main__ import USAGE, Options, main
 from bcnn.data.sheet import contact_sheet

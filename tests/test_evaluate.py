@@ -13,7 +13,9 @@ from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.transforms import Framing
-from bcnn.evaluate import USAGE, Options, evidence_pictures, logged_stages, main, predict_split
+from bcnn.evaluate import USAGE, Options, main
+from bcnn.evaluation import evidence_pictures, logged_stages
+from bcnn.inference import predict_split
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 from bcnn.options import command
@@ -37,7 +39,7 @@ def model() -> BCNN:
 def checkpoint(model: BCNN, tmp_path: Path) -> Path:
     """As Lightning writes it."""
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    about = {**model.description(), "stage": "last"}
+    about = {"classes": model.classes, "size": model.size, "resize": model.resize, "stage": "last"}
     path = tmp_path / "run" / "last" / "best.ckpt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": state, "hyper_parameters": about}, path)
@@ -46,7 +48,7 @@ def checkpoint(model: BCNN, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bcnn.evaluate.fastest_precision", lambda: "32-true")
+    monkeypatch.setattr("bcnn.precision.fastest_precision", lambda: "32-true")
 
 
 def evaluate(*words: str) -> int:
@@ -91,13 +93,13 @@ def test_files_agree_with_each_other_and_with_the_model(
 def test_the_source_pth_says_the_same(
     checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.evaluate.evidence_pictures", lambda *_: {})  # slow at 448 px
+    monkeypatch.setattr("bcnn.evaluation.evidence_pictures", lambda *_: {})  # slow at 448 px
     order = [1, 2, 0]  # it names no classes: they are the folder's, in their order
     model.head.weight.data = model.head.weight.data[order]
     model.head.bias.data = model.head.bias.data[order]
     torch.save(to_original(model), tmp_path / "bcnn.pth")
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["framing"]["size"] = 448  # the source's
+    content["hyper_parameters"]["size"] = 448  # the source's
     torch.save(content, checkpoint)
     (images / "val" / "red").mkdir(parents=True)
     (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")
@@ -126,7 +128,7 @@ def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> 
 def test_evidence_of_mistakes_is_the_logits_of_both_classes(
     model: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.explain.fastest_precision", lambda _: "32-true")
+    monkeypatch.setattr("bcnn.inference.fastest_precision", lambda _: "32-true")
     drawn: list[float] = []
 
     def note(picture: Image.Image, box: Box, shares: np.ndarray, limit: float) -> Image.Image:
@@ -134,7 +136,7 @@ def test_evidence_of_mistakes_is_the_logits_of_both_classes(
         drawn.append(float(shares.sum()))
         return picture
 
-    monkeypatch.setattr("bcnn.evaluate.overlay", note)
+    monkeypatch.setattr("bcnn.evaluation.overlay", note)
     data = ImageFolderData(images, size=32, num_workers=0)
     data.setup()
     predictions = predict_split(model, data.test, data.test_dataloader(), CPU, "32-true")

@@ -8,7 +8,7 @@ import torch
 from conftest import make_near_sighted
 from PIL import Image
 
-from bcnn import explain
+from bcnn import explain, inference
 from bcnn.data.transforms import Framing, Resize
 from bcnn.model.network import BCNN
 from bcnn.model.weights import save_model
@@ -80,7 +80,7 @@ def test_the_mark_is_coloured_on_the_photograph(
     model: BCNN, size: tuple[int, int], mark: tuple[int, int, int, int], target: int
 ) -> None:
     photograph = marked(size, mark, (RED, BLUE)[target])
-    found = explain.explain(model, photograph, against=1 - target)
+    found = inference.explain(model, photograph, against=1 - target)
     assert found.target == target
     picture = overlay(photograph, found.box, found.contrast.numpy(), float(found.contrast.max()))
     pixels = np.asarray(picture).astype(float)
@@ -92,7 +92,7 @@ def test_the_mark_is_coloured_on_the_photograph(
 
 def test_the_maps_sum_to_the_logits(model: BCNN) -> None:
     photograph = marked((90, 80), (30, 30, 60, 60), RED)
-    found = explain.explain(model, photograph, target=2)
+    found = inference.explain(model, photograph, target=2)
     assert (found.target, found.against) == (2, 0) and found.contrast.shape == (4, 4)
     assert found.crop == (5, 0, 85, 80)
     assert found.box == pytest.approx((5, 0, 5 + 80 * 64 / 72, 80 * 64 / 72))

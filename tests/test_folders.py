@@ -3,36 +3,16 @@
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import write_images
+from conftest import set_up, write, write_classes, write_images
 from PIL import Image
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
 
 
-def set_up(root: Path | None = None, **options: object) -> ImageFolderData:
-    data = ImageFolderData(root, size=32, num_workers=0, **options)  # type: ignore[arg-type]
-    data.setup()
-    return data
-
-
 def lengths(data: ImageFolderData) -> tuple[int, int, int]:
     return len(data.train), len(data.val), len(data.test)
-
-
-def write(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 48, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def write_classes(root: Path, **counts: int) -> None:
-    for label, (name, count) in enumerate(counts.items()):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            write(root / name / f"{index}.png", seed=1000 * label + index)
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Valid"])

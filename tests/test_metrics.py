@@ -16,7 +16,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from bcnn.report import write_figures
+from bcnn.report.files import write_figures
 from bcnn.report.metrics import calibration, headline, per_class, proportion, shown, weighted_proportion
 from bcnn.report.predictions import Predictions
 

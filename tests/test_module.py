@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_descriptors import network, quiet_trainer
+from conftest import network, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.model.network import BCNN

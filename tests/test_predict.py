@@ -14,9 +14,10 @@ from torch import nn
 
 from bcnn import load_model
 from bcnn.data.transforms import Framing
+from bcnn.inference import predict_paths
 from bcnn.model.network import BCNN
 from bcnn.options import command
-from bcnn.predict import USAGE, Options, main, predict_paths
+from bcnn.predict import USAGE, Options, main
 
 CLASSES = [*COLOURS, "a class with a, comma"]
 
@@ -117,7 +118,7 @@ def test_whatever_a_decoder_raises_is_told_in_its_row(
             raise MemoryError
         return Image.new("RGB", (32, 32))
 
-    monkeypatch.setattr("bcnn.predict.load_image", load)
+    monkeypatch.setattr("bcnn.inference.load_image", load)
     rows = predict_paths(load_model(ckpt), ["a", "b", "c"], workers=0)
     assert [row.error for row in rows] == ["", "MemoryError()", ""]
 

@@ -16,10 +16,10 @@ from conftest import COLOURS, write_images
 from matplotlib import rc_context
 from PIL import Image
 
-from bcnn.report import Predictions, plot_curves, write_report
 from bcnn.report.heatmap import evidence_figure
-from bcnn.report.page import MISTAKES, confused_pairs, confusion_order
-from bcnn.report.plots import curves_svg
+from bcnn.report.page import MISTAKES, confused_pairs, confusion_order, write_report
+from bcnn.report.plots import curves_svg, plot_curves
+from bcnn.report.predictions import Predictions
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]

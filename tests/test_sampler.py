@@ -5,8 +5,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from conftest import set_up, write_classes
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from test_folders import set_up, write_classes
 from torch.utils.data import SequentialSampler, WeightedRandomSampler
 
 from bcnn.data.folder import ImageFolderData

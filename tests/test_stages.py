@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, toy, write_images
-from test_descriptors import quiet_trainer
+from conftest import configure, quiet_trainer, toy, write_images
 from torch import Tensor
 
 from bcnn.data.folder import ImageFolderData

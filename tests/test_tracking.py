@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
-from bcnn.training import tracking
 from bcnn.report.predictions import Predictions
+from bcnn.training import tracking
 from bcnn.training.tracking import log_configuration, log_results
 
 

@@ -1,13 +1,11 @@
 """The benchmark's command: its options, and which part they ask for."""
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 
 from rich.console import Console
-from rich.table import Table
 
-from bcnn.benchmark import convex, data, finetune, last, predict
-from bcnn.benchmark.harness import Options
+from bcnn.benchmark.options import Options
 from bcnn.errors import UserError
 from bcnn.options import command
 
@@ -36,20 +34,16 @@ python -m bcnn.benchmark [OPTION=VALUE ...]
   ckpt=PATH        for stage=data: does reduced decoding change this model's answers?
 """
 
-PARTS: dict[str, Callable[[Options], Table]] = {
-    "last": last.table,
-    "finetune": finetune.table,
-    "convex": convex.table,
-    "predict": predict.table,
-    "data": data.table,
-}
+PARTS = ("last", "finetune", "convex", "predict", "data")  # a module each
 
 
 def main(options: Options) -> int:
     """Measure, and print a table."""
     if options.stage not in PARTS:
         raise UserError(f"stage={options.stage}: choose from {', '.join(PARTS)}")
-    Console(markup=False, emoji=False).print(PARTS[options.stage](options))
+    # torch takes seconds that --help need not wait for
+    part = import_module(f"bcnn.benchmark.{options.stage}")
+    Console(markup=False, emoji=False).print(part.table(options))
     return 0
 
 

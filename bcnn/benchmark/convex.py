@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from bcnn.benchmark.harness import Options, measure, now
+from bcnn.benchmark.harness import measure, now, title, torch_device
+from bcnn.benchmark.options import Options
 from bcnn.model.original import CHANNELS
 from bcnn.model.pooling.bilinear import packed_size
 from bcnn.store import VIEWS, DescriptorStore
@@ -27,13 +28,13 @@ def convex_solver(options: Options) -> dict[str, float]:
     rows = StoredRows(store, range(count * VIEWS))
     labels = torch.arange(count * VIEWS) // VIEWS % options.classes
     start = time.perf_counter()
-    ConvexProblem(rows, labels, options.classes, device=options.torch_device).solve(1e-6)
-    return {"seconds": now(options.torch_device) - start}
+    ConvexProblem(rows, labels, options.classes, device=torch_device(options)).solve(1e-6)
+    return {"seconds": now(torch_device(options)) - start}
 
 
 def table(options: Options) -> Table:
     """A line for each number of rows."""
-    table = Table("rows", "seconds", "memory", title=options.title)
+    table = Table("rows", "seconds", "memory", title=title(options))
     for rows in options.rows:
         row = measure(convex_solver, replace(options, images=rows // VIEWS))
         table.add_row(str(rows), f"{row['seconds']:.1f}", f"{row['peak'] / 1e9:.2f} GB")

@@ -16,7 +16,8 @@ from torchvision import transforms as v1
 from torchvision.datasets.folder import pil_loader
 
 from bcnn.benchmark import photographs
-from bcnn.benchmark.harness import Options, measure
+from bcnn.benchmark.harness import measure, torch_device
+from bcnn.benchmark.options import Options
 from bcnn.data.decoding import load_image
 from bcnn.data.folder import ImageFolderData, ImageList
 from bcnn.data.transforms import Framing
@@ -82,7 +83,7 @@ def project_pipeline(options: Options) -> dict[str, float]:
 def decisions(options: Options) -> dict[str, float]:
     """What reduced decoding does to a trained model's answers, in float32."""
     assert options.ckpt is not None
-    device = options.torch_device
+    device = torch_device(options)
     model = load_model(options.ckpt).to(device).eval()
     transform = Framing(options.size, model.framing.resize).evaluation()
     reduced, changed, largest = 0, 0, 0.0

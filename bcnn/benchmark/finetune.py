@@ -6,11 +6,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bcnn.benchmark.harness import Options, measure, now, seconds_an_image
+from bcnn.benchmark.harness import measure, now, seconds_an_image, title, torch_device
+from bcnn.benchmark.options import Options
 from bcnn.benchmark.source import source_loop
 from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
-from bcnn.precision import AUTOCAST, fastest_precision
+from bcnn.precision import autocast
 from bcnn.training.module import BCNNModule
 
 
@@ -21,16 +22,15 @@ def checkpointed_step(options: Options) -> dict[str, float]:
 
 def project_step(options: Options, checkpointing: bool = False) -> dict[str, float]:
     """This project's finetune step, in the fastest precision of the device."""
-    device = options.torch_device
+    device = torch_device(options)
     model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).to(device)
     model.backbone.checkpointing = checkpointing
     module = BCNNModule(model, "finetune", centering=True).train()
-    dtype = AUTOCAST.get(fastest_precision(device.type))
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 
     def step(images: Tensor, labels: Tensor) -> None:
         sgd.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with autocast(device):
             loss = F.cross_entropy(module(images), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -43,7 +43,7 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
 def table(options: Options) -> Table:
     """The two side by side, and how near ours comes to the device's limit."""
     source, ours, less = (measure(c, options) for c in (source_loop, project_step, checkpointed_step))
-    table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=options.title)
+    table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=title(options))
     rows = {"source's": source, "this project's": ours, "with checkpointing": less}
     for label, row in rows.items():
         table.add_row(

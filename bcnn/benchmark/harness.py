@@ -1,4 +1,4 @@
-"""What every part measures with: the options, a process for each contender, clocks, random images."""
+"""What every part measures with: a process for each contender, clocks, random images."""
 
 import logging
 import os
@@ -9,9 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,40 +17,24 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bcnn.benchmark.options import Options
 from bcnn.store import stores_dir
 
-
-@dataclass
-class Options:
-    """What to measure: see the command's usage."""
-
-    stage: str = "last"
-    device: str = "auto"
-    size: int = 448
-    batch: int = 8
-    images: int = 32
-    classes: int = 17
-    rows: list[int] = field(default_factory=lambda: [500, 1000, 2000])
-    epochs: int = 55
-    root: Path | None = None
-    weights: str = "random"
-    ckpt: Path | None = None
-
-    @property
-    def torch_device(self) -> torch.device:
-        cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
-        return torch.device("cuda" if cuda else "cpu")
-
-    @property
-    def title(self) -> str:
-        """Of the tables: the device and the work."""
-        name = f"CPU, {torch.get_num_threads()} threads"
-        if self.torch_device.type == "cuda":
-            name = torch.cuda.get_device_name()
-        return f"{name}; {self.size} px, batch {self.batch}, {self.classes} classes"
-
-
 Contender = Callable[[Options], dict[str, float]]
+
+
+def torch_device(options: Options) -> torch.device:
+    """That `device` names."""
+    cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def title(options: Options) -> str:
+    """Of the tables: the device and the work."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if torch_device(options).type == "cuda":
+        name = torch.cuda.get_device_name()
+    return f"{name}; {options.size} px, batch {options.batch}, {options.classes} classes"
 
 
 def measure(contender: Contender, options: Options) -> dict[str, float]:
@@ -74,7 +56,7 @@ def _in_process(contender: Contender, options: Options, stores: str) -> dict[str
     os.environ["BCNN_STORES"] = stores
     before = _resident()
     result = contender(options)
-    cuda = options.torch_device.type == "cuda"
+    cuda = torch_device(options).type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else _resident() - before
     return {**result, "peak": float(peak)}
 
@@ -94,7 +76,7 @@ def now(device: torch.device) -> float:
 
 def random_batches(options: Options) -> Iterator[tuple[Tensor, Tensor]]:
     """`options.images` images of noise and their labels, `options.batch` at a time."""
-    device = options.torch_device
+    device = torch_device(options)
     for start in range(0, options.images, options.batch):
         count = min(options.batch, options.images - start)
         images = torch.rand(count, 3, options.size, options.size, device=device)
@@ -105,10 +87,10 @@ def seconds_an_image(step: Callable[[Tensor, Tensor], None], options: Options) -
     """Of a training step on (images, labels)."""
     batches = list(random_batches(options))
     step(*batches[0])  # the first allocates
-    start = now(options.torch_device)
+    start = now(torch_device(options))
     for images, labels in batches:
         step(images, labels)
-    return (now(options.torch_device) - start) / options.images
+    return (now(torch_device(options)) - start) / options.images
 
 
 def trainer(options: Options, **arguments: Any) -> L.Trainer:
@@ -116,7 +98,7 @@ def trainer(options: Options, **arguments: Any) -> L.Trainer:
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return L.Trainer(
-        accelerator=options.torch_device.type,
+        accelerator=torch_device(options).type,
         devices=1,
         logger=False,
         enable_checkpointing=False,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from bcnn.benchmark.harness import Options, measure, now, random_batches, trainer
+from bcnn.benchmark.harness import measure, now, random_batches, title, torch_device, trainer
+from bcnn.benchmark.options import Options
 from bcnn.benchmark.source import SourceNet, source_loop
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.sets import Butterflies
@@ -32,7 +33,7 @@ STEPS = 4  # that the cache is timed over
 
 def relu5_3_cache(options: Options) -> dict[str, float]:
     """Float32 maps of relu5_3 on disk, pooled and classified anew in every epoch."""
-    device = options.torch_device
+    device = torch_device(options)
     net = SourceNet(options.classes).to(device)
     sgd = torch.optim.SGD(net.classifiers.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-5)
     side = options.size // 16
@@ -71,7 +72,7 @@ def descriptor_store(options: Options) -> dict[str, float]:
     folder = _folder(options)
     model = BCNN(folder.classes, folder.framing)
     initialise_backbone(model, options.weights)
-    data = DescriptorData(folder, model, fastest_precision(options.torch_device.type))
+    data = DescriptorData(folder, model, fastest_precision(torch_device(options).type))
     sgd = partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=1e-5, fused=True)
     module = BCNNModule(model, "last", sgd)
     clock = _EpochClock()
@@ -120,7 +121,7 @@ def table(options: Options) -> Table:
     cache = measure(relu5_3_cache, options)
     source = measure(source_loop, options)
     images, epochs = ours["images"], options.epochs
-    table = Table(title=options.title)
+    table = Table(title=title(options))
     for heading in ("stage last", "once", "an epoch", "in all", "faster", "an image", "memory"):
         table.add_column(heading, justify="left" if heading == "stage last" else "right")
     for label, row in (("source *", source), ("cache *", cache), ("store", ours)):

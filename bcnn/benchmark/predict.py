@@ -11,14 +11,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bcnn.benchmark.harness import Contender, Options, measure, now
+from bcnn.benchmark.harness import Contender, measure, now, title, torch_device
+from bcnn.benchmark.options import Options
 from bcnn.data.paths import find_images
 from bcnn.data.sets import Butterflies
 from bcnn.data.transforms import Framing
-from bcnn.export import read_onnx, write_onnx
+from bcnn.inference import predict_paths
+from bcnn.model.export import read_onnx, write_onnx
 from bcnn.model.network import BCNN
-from bcnn.precision import AUTOCAST, fastest_precision
-from bcnn.predict import predict_paths
+from bcnn.precision import autocast, fastest_precision
 
 REPEATS = 10  # of one image
 
@@ -27,19 +28,19 @@ def plain_loop(options: Options) -> dict[str, float]:
     """Photographs one after the other, decoded in this process, in float32."""
     model, paths = _model(options), _paths(options)
     model.predict(paths[0])  # the first allocates
-    start = now(options.torch_device)
+    start = now(torch_device(options))
     for path in paths:
         model.predict(path).cpu()
-    return {"seconds": (now(options.torch_device) - start) / len(paths)}
+    return {"seconds": (now(torch_device(options)) - start) / len(paths)}
 
 
 def command_loop(options: Options) -> dict[str, float]:
     """That of `python -m bcnn.predict`: batches, processes that decode, the fastest precision."""
     model, paths = _model(options), _paths(options)
     list(predict_paths(model, paths[: options.batch], batch=options.batch, workers=0))
-    start = now(options.torch_device)
+    start = now(torch_device(options))
     list(predict_paths(model, paths, batch=options.batch))
-    return {"seconds": (now(options.torch_device) - start) / len(paths)}
+    return {"seconds": (now(torch_device(options)) - start) / len(paths)}
 
 
 def one_image(options: Options) -> dict[str, float]:
@@ -49,10 +50,8 @@ def one_image(options: Options) -> dict[str, float]:
 
 def one_image_fastest(options: Options) -> dict[str, float]:
     """PyTorch in the fastest precision of the device."""
-    model, device = _model(options), options.torch_device
-    dtype = AUTOCAST.get(fastest_precision(device.type))
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        return _latency(model.predict, options)
+    with autocast(torch_device(options)):
+        return _latency(_model(options).predict, options)
 
 
 def one_image_onnx(options: Options) -> dict[str, float]:
@@ -65,10 +64,10 @@ def one_image_onnx(options: Options) -> dict[str, float]:
 
 def table(options: Options) -> Table:
     """The loops side by side, then the runtimes for one image."""
-    table = Table("predict", "s an image", "images/s", "faster", "memory", title=options.title)
+    table = Table("predict", "s an image", "images/s", "faster", "memory", title=title(options))
     runtimes: list[tuple[str, Contender]] = [
         ("one image, float32", one_image),
-        (f"one image, {fastest_precision(options.torch_device.type)}", one_image_fastest),
+        (f"one image, {fastest_precision(torch_device(options).type)}", one_image_fastest),
     ]
     if find_spec("onnxruntime"):
         runtimes.append(("one image, ONNX Runtime", one_image_onnx))
@@ -94,15 +93,15 @@ def _latency(predict: Callable[[Tensor], Tensor], options: Options) -> dict[str,
     predict(image)
     seconds = []
     for _ in range(REPEATS):
-        start = now(options.torch_device)
+        start = now(torch_device(options))
         predict(image).cpu()
-        seconds.append(now(options.torch_device) - start)
+        seconds.append(now(torch_device(options)) - start)
     return {"seconds": median(seconds)}
 
 
 def _model(options: Options) -> BCNN:
     model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).eval()
-    return model.to(options.torch_device)
+    return model.to(torch_device(options))
 
 
 def _paths(options: Options) -> list[str]:

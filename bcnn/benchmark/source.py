@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from bcnn.benchmark.harness import Options, seconds_an_image
+from bcnn.benchmark.harness import seconds_an_image, torch_device
+from bcnn.benchmark.options import Options
 from bcnn.model.original import CHANNELS
 
 
@@ -28,7 +29,7 @@ class SourceNet(nn.Module):
 
 def source_loop(options: Options) -> dict[str, float]:
     """Its step in both stages: `last` freezes nothing, so every layer is passed both ways."""
-    net = SourceNet(options.classes).to(options.torch_device)
+    net = SourceNet(options.classes).to(torch_device(options))
     sgd = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 
     def step(images: Tensor, labels: Tensor) -> None:

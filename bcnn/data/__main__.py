@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from bcnn.data.check import Finding, broken, check, write_broken
 from bcnn.data.layout import Layout, mistakes, read_folder, read_list
-from bcnn.data.review import duplicates, flat, imbalance
-from bcnn.data.sheet import contact_sheet
 from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.errors import UserError
 from bcnn.options import command
+
+if TYPE_CHECKING:
+    from bcnn.data.check import Finding
 
 MOST_BROKEN = 20  # lines about broken files; the file that lists them has all
 
@@ -51,6 +52,11 @@ class Options:
 
 def main(options: Options) -> int:
     """Print the report and write the contact sheet."""
+    # torch takes seconds that --help need not wait for
+    from bcnn.data.check import broken, check, write_broken
+    from bcnn.data.review import duplicates, flat, imbalance
+    from bcnn.data.sheet import contact_sheet
+
     if len(options.paths) != 1:
         raise UserError("name one folder or list of images: see --help")
     fractions = options.val_fraction, options.test_fraction
@@ -102,12 +108,12 @@ def _counts(layout: Layout, drawn: Layout, reasons: Mapping[str, str]) -> Table:
     return table
 
 
-def _formats(findings: Mapping[str, Finding]) -> str:
+def _formats(findings: Mapping[str, "Finding"]) -> str:
     formats = Counter(finding.format for finding in findings.values() if not finding.error)
     return "formats: " + ", ".join(f"{count} {name}" for name, count in formats.most_common())
 
 
-def _sizes(findings: Mapping[str, Finding]) -> str:
+def _sizes(findings: Mapping[str, "Finding"]) -> str:
     intact = [finding for finding in findings.values() if not finding.error]
     sides = sorted(min(f.width, f.height) for f in intact)
     largest = max(intact, key=lambda f: f.width * f.height)

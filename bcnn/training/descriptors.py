@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from bcnn.data.decoding import MARGIN, VERSION
 from bcnn.data.folder import ImageFolderData
 from bcnn.model.network import BCNN, DEFAULT
-from bcnn.precision import AUTOCAST
+from bcnn.precision import autocast
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
 
 
@@ -153,7 +153,6 @@ class DescriptorData(L.LightningDataModule):
         # Chunks are whole but for the very last one, so a batch of CHUNK images is one chunk.
         loader = self.images.evaluation_dataloader(samples, batch_size=CHUNK)
         model = self.model.to(device)
-        dtype = AUTOCAST.get(self.precision)
         progress = Progress(
             TextColumn("descriptors"),
             BarColumn(),
@@ -166,7 +165,7 @@ class DescriptorData(L.LightningDataModule):
             task = progress.add_task("", total=len(samples), rate=0.0)
             for chunk, (images, _) in zip(chunks, loader, strict=True):
                 images = images.to(device)
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with autocast(device, self.precision):
                     views = [model.descriptor(images), model.descriptor(images.flip(-1))]
                 rows = torch.stack(views, dim=1).flatten(0, 1)
                 self.store.write(chunk, rows.cpu().numpy())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -19,13 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
-from bcnn.evaluate import logged_stages, predict_split, write_results
+from bcnn.evaluation import logged_stages, write_results
+from bcnn.inference import predict_split
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.options import literal
 from bcnn.precision import chosen_precision
-from bcnn.report import Predictions, plot_curves
 from bcnn.report.metrics import headline
+from bcnn.report.plots import plot_curves
+from bcnn.report.predictions import Predictions
 from bcnn.training.callbacks import CollapseGuard, KeepEpoch
 from bcnn.training.mistakes import STAGES, refuse_mistakes
 from bcnn.training.plan import build_model, plan
@@ -119,8 +120,8 @@ def run_stage(
         trainer.fit(module, datamodule=data)
         result = _kept(cfg, name, images, model, keep, origin)
         if trainer.is_global_zero:
-            device = trainer.strategy.root_device
-            result.predictions = _predictions(images, data, model, device, precision)
+            model.to(trainer.strategy.root_device)
+            result.predictions = _predictions(images, data, model, precision)
             result.metrics |= _test_figures(result.predictions if images.test else None)
             log_results(loggers, result.metrics, result.predictions)
     finally:
@@ -172,11 +173,7 @@ def _kept(
 
 
 def _predictions(
-    images: ImageFolderData,
-    data: L.LightningDataModule,
-    model: BCNN,
-    device: torch.device,
-    precision: str,
+    images: ImageFolderData, data: L.LightningDataModule, model: BCNN, precision: str
 ) -> Predictions | None:
     """Of the test images, or of those to validate where there are none."""
     samples = images.test or images.val
@@ -184,7 +181,7 @@ def _predictions(
         return None
     loader = data.test_dataloader() if images.test else data.val_dataloader()
     batches = (data.on_before_batch_transfer(batch, 0) for batch in loader)
-    return predict_split(model, samples, batches, device, precision)
+    return predict_split(model, samples, batches, precision)
 
 
 def _test_figures(predictions: Predictions | None) -> dict[str, float]:

@@ -1,0 +1,128 @@
+"""What evaluation writes and prints: the report with its evidence, figures, tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bcnn.data.decoding import load_image
+from bcnn.data.folder import ImageFolderData
+from bcnn.data.splits import choose
+from bcnn.errors import UserError
+from bcnn.inference import explain
+from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model
+from bcnn.report.files import write_figures
+from bcnn.report.heatmap import overlay
+from bcnn.report.metrics import NAMES, headline, per_class, shown
+from bcnn.report.page import MISTAKES, THUMBNAIL, Evidence, write_report
+from bcnn.report.predictions import Predictions
+
+STAGES = ("last", "finetune")
+
+
+def open_split(
+    ckpt: Path, images: Path, split: str
+) -> tuple[ImageFolderData, list[tuple[str, int]], BCNN]:
+    """The images and the model, and the split's samples with the labels that the model uses."""
+    place = {"list" if images.is_file() else "root": images}
+    data = ImageFolderData(**place, broken="skip")  # type: ignore[arg-type]
+    layout = data.labelled()
+    names = sorted({layout.classes[label] for _, label in layout.samples})
+    model = load_model(ckpt, names)
+    data.framing = model.framing
+    unknown = sorted(set(names) - set(model.classes))
+    if unknown:
+        raise UserError(
+            f"{images} holds classes that {ckpt} does not know: {', '.join(unknown)}; "
+            "remove their folders, or name them as in training"
+        )
+    samples, said = choose(layout, data.content, model.split, split)
+    for sentence in said:
+        print(sentence)
+    if not samples:
+        raise UserError(f"{images} has no images for split={split}: choose another split")
+    return data, [(path, model.classes.index(layout.classes[k])) for path, k in samples], model
+
+
+def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Evidence]:
+    """What spoke for the wrong class, and for the right one, in the mistakes that the report shows.
+
+    Both pictures of an image have one scale of colours.
+
+    Args:
+        model: whose predictions these are, in evaluation mode, on any device.
+    """
+    pictures: dict[int, Evidence] = {}
+    mistakes = predictions.confident_mistakes(MISTAKES)
+    for index in track(mistakes, "explaining", console=Console(stderr=True), transient=True):
+        photograph = load_image(predictions.paths[index], model.framing.side)
+        called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
+        found = explain(model, photograph, called, against=truth)
+        maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]
+        limit = max(float(abs(shares).max()) for shares in maps) or 1.0
+        small = photograph.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        scale = small.width / photograph.width
+        left, top, right, bottom = (edge * scale for edge in found.box)
+        wrong, right_one = (overlay(small, (left, top, right, bottom), m, limit) for m in maps)
+        pictures[index] = (wrong, right_one)
+    return pictures
+
+
+def write_results(
+    folder: Path,
+    model: BCNN,
+    predictions: Predictions,
+    title: str,
+    stages: Sequence[tuple[str, Path]],
+    configuration: str,
+) -> Path:
+    """The report and the files of figures.
+
+    Args:
+        folder: made where there is none.
+        model: whose predictions these are; its mistakes are explained.
+        predictions: as `predict_split` returns them.
+        title: of the report.
+        stages: as for `write_report`.
+        configuration: shown in the report as it is.
+
+    Returns:
+        The report.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_figures(folder, predictions)
+    report = folder / "report.html"
+    evidence = evidence_pictures(model, predictions)
+    write_report(report, predictions, title, stages, evidence, configuration)
+    return report
+
+
+def logged_stages(checkpoint: Path) -> list[tuple[str, Path]]:
+    """Names and metrics.csv of the stages that led to a checkpoint, as its run left them beside it."""
+    stage, run = checkpoint.parent.name, checkpoint.parent.parent
+    before = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else ()
+    logs = [(name, run / name / "metrics.csv") for name in before]
+    return [(name, path) for name, path in logs if path.is_file()]
+
+
+def headline_table(predictions: Predictions, title: str) -> Table:
+    """The figures of the whole, with their intervals."""
+    table = Table("", "", "95 % interval", title=f"{title}: {len(predictions.paths)} images")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for name, figure in headline(predictions).items():
+        table.add_row(NAMES[name], *shown(name, figure))
+    return table
+
+
+def weakest_table(predictions: Predictions, count: int = 5) -> Table:
+    """The classes of the lowest recall."""
+    table = Table("class", "images", "recall", "precision", title="weakest classes")
+    present = [row for row in per_class(predictions) if row.images]
+    for row in sorted(present, key=lambda row: row.recall.value)[:count]:
+        precision = f"{row.precision.value:.1%}" if row.predicted else "–"
+        table.add_row(row.name, str(row.images), f"{row.recall.value:.1%}", precision)
+    return table

@@ -1,0 +1,209 @@
+"""What a trained model makes of photographs: their likeliest classes, and what spoke for them."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bcnn.data.decoding import load_image
+from bcnn.data.transforms import Framing
+from bcnn.model.evidence import shares
+from bcnn.model.network import BCNN
+from bcnn.precision import autocast
+from bcnn.report.heatmap import Box, evidence_figure
+from bcnn.report.predictions import Predictions
+from bcnn.report.rows import Prediction
+
+
+@torch.no_grad()
+def probabilities(model: BCNN, inputs: Tensor, precision: str | None = None) -> Tensor:
+    """Class probabilities of images or stored rows: the one place where a trained model sees any.
+
+    Args:
+        model: on any device.
+        inputs: images as a backbone takes them, or rows (batch, width).
+        precision: Lightning's name; None: the fastest of the model's device.
+
+    Returns:
+        (batch, classes), in float32, on the CPU.
+    """
+    device = _device(model)
+    with autocast(device, precision):
+        x = inputs.to(device)
+        logits: Tensor = model.head(x) if x.ndim == 2 else model(x)
+    return logits.float().softmax(dim=1).cpu()
+
+
+def predict_paths(
+    model: BCNN, paths: Sequence[str], top: int = 5, batch: int = 16, workers: int | None = None
+) -> Iterator[Prediction]:
+    """Predictions of photographs in their order, in the fastest precision of the model's device.
+
+    Holds a few batches at a time, however long the list is.
+
+    Args:
+        model: as `load_model` returns it, on any device.
+        top: number of classes a photograph, at most all.
+        batch: photographs that pass the network together.
+        workers: processes that decode; None: one a core, 8 at most.
+    """
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    loader = DataLoader(
+        _Photographs(paths, model.framing),
+        batch_size=batch,
+        num_workers=workers if len(paths) > batch else 0,
+        collate_fn=_collate,
+        pin_memory=_device(model).type == "cuda",
+    )
+    for names, errors, images in loader:
+        if images is not None:
+            likeliest = probabilities(model, images).topk(min(top, len(model.classes)))
+            found = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        for path, error in zip(names, errors, strict=True):
+            if error:
+                yield Prediction(path, error=error)
+            else:
+                indices, values = next(found)
+                yield Prediction(path, [model.classes[k] for k in indices], values)
+
+
+def predict_split(
+    model: BCNN,
+    samples: Sequence[tuple[str, int]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str | None = None,
+) -> Predictions:
+    """The model's class probabilities for labelled images, with a progress bar.
+
+    Args:
+        model: on any device; left in evaluation mode.
+        samples: (path, label) of the images, in the order of `batches`.
+        batches: of (inputs, labels); inputs are images, or stored rows, which skip the backbone.
+        precision: Lightning's name; None: the fastest of the device.
+    """
+    model.eval()
+    shown = track(batches, "predicting", console=Console(stderr=True), transient=True)
+    parts = [probabilities(model, inputs, precision) for inputs, _ in shown]
+    paths, labels = zip(*samples, strict=True)
+    return Predictions(model.classes, list(paths), torch.tensor(labels), torch.cat(parts))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What spoke for a class on one photograph.
+
+    Args:
+        photograph: upright, RGB.
+        probabilities: (classes,).
+        target: the class explained.
+        against: the class that it is compared with.
+        evidence: (h, w), shares of the target's logit; see `bcnn.model.evidence`.
+        contrast: (h, w), shares of the target's logit less the other's.
+        crop: what the network saw of the photograph, in its pixels.
+        box: what the shares cover: the crop, but for the pixels that its size has over whole locations.
+    """
+
+    photograph: Image.Image
+    probabilities: Tensor
+    target: int
+    against: int
+    evidence: Tensor
+    contrast: Tensor
+    crop: Box
+    box: Box
+
+
+@torch.no_grad()
+def explain(
+    model: BCNN, photograph: Image.Image, target: int | None = None, against: int | None = None
+) -> Explanation:
+    """Explain the answer to a photograph, in the fastest precision of the model's device.
+
+    Args:
+        model: as `load_model` returns it, on any device.
+        photograph: upright, RGB, as `load_image` returns it.
+        target: the class to explain; None: the likeliest.
+        against: the class to compare it with; None: the likeliest other one.
+    """
+    device = _device(model)
+    with autocast(device):
+        maps = model.backbone(model.framing.evaluation()(photograph)[None].to(device))
+        logits = model.head(model.pooling(maps))[0]
+    likeliest = logits.argsort(descending=True).tolist()
+    target = likeliest[0] if target is None else target
+    if against is None:
+        against = next(label for label in likeliest if label != target)
+    this, that = (torch.tensor([label], device=device) for label in (target, against))
+    left, top, right, bottom = crop = model.framing.crop(*photograph.size)
+    stride, size = model.backbone.stride, model.framing.size
+    across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
+    return Explanation(
+        photograph=photograph,
+        probabilities=logits.softmax(dim=0).cpu(),
+        target=target,
+        against=against,
+        evidence=shares(model, maps, this)[0].cpu(),
+        contrast=shares(model, maps, this, that)[0].cpu(),
+        crop=crop,
+        box=(left, top, left + (right - left) * across, top + (bottom - top) * down),
+    )
+
+
+def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
+    """The figure of an explanation; `name` stands over it, with the likeliest classes."""
+    this, that = classes[explanation.target], classes[explanation.against]
+    top = explanation.probabilities.topk(min(3, len(classes)))
+    likeliest = ", ".join(
+        f"{classes[label]} {share:.1%}"
+        for label, share in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    )
+    maps = [
+        (f"for {this}\n{explanation.evidence.sum():+.2f} logits", explanation.evidence.numpy()),
+        (
+            f"for {this},\nagainst {that}: {explanation.contrast.sum():+.2f} logits",
+            explanation.contrast.numpy(),
+        ),
+    ]
+    return evidence_figure(
+        explanation.photograph, explanation.crop, explanation.box, f"{name}\n{likeliest}", maps
+    )
+
+
+def _device(model: BCNN) -> torch.device:
+    return model.head.bias.device
+
+
+class _Photographs(Dataset[tuple[str, str, Tensor | None]]):
+    """(path, error, image): a photograph that cannot be read has an error and no image."""
+
+    def __init__(self, paths: Sequence[str], framing: Framing) -> None:
+        self.paths = paths
+        self.transform = framing.evaluation()
+        self.side = framing.side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, str, Tensor | None]:
+        path = self.paths[index]
+        try:
+            return path, "", self.transform(load_image(path, self.side)).as_subclass(Tensor)
+        except Exception as error:  # whatever a decoder raises, the other photographs go on
+            return path, str(error) or repr(error), None
+
+
+def _collate(
+    items: list[tuple[str, str, Tensor | None]],
+) -> tuple[list[str], list[str], Tensor | None]:
+    """Images that could be read as one tensor (batch, 3, size, size); None if there are none."""
+    images = [image for _, _, image in items if image is not None]
+    names, errors = [name for name, _, _ in items], [error for _, error, _ in items]
+    return names, errors, torch.stack(images) if images else None
