@@ -37,7 +37,8 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
         sgd.step()
 
     seconds = seconds_an_image(step, options)
-    return {"epoch": seconds, "rate": _matrix_rate(device, dtype or torch.float32)}
+    dtype = AUTOCAST.get(fastest_precision(device.type), torch.float32)
+    return {"epoch": seconds, "rate": _matrix_rate(device, dtype)}
 
 
 def table(options: Options) -> Table:
