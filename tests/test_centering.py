@@ -89,6 +89,7 @@ def test_rows_of_any_width(width: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_the_centre_of_a_finetuned_checkpoint_is_that_of_its_own_weights(
     images: Path, tmp_path: Path
 ) -> None:
