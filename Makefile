@@ -7,8 +7,10 @@ BIN := .venv/bin
 train: .venv/ready
 	$(BIN)/python train.py experiment=quick
 
+# A process a core, of one thread each: threads that share a core wait for each other.
+# While you edit: .venv/bin/pytest -m "not slow"
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu

@@ -29,6 +29,7 @@ def test_the_source_s_network_is_the_same_function() -> None:
     torch.testing.assert_close(source(normalised), model(images), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["last", "finetune", "convex"])
 def test_each_part_prints_its_table(python: Run, images: object, stage: str) -> None:
     options = ["size=32", "batch=2", "images=4", "classes=3", "epochs=2", "rows=[40]"]

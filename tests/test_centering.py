@@ -72,6 +72,7 @@ def test_evaluation_takes_the_same_mean_off_every_row() -> None:
     torch.testing.assert_close(centering(torch.rand(2, 3)), torch.tensor([1.0, 2.0, 3.0]))
 
 
+@pytest.mark.slow
 def test_the_centre_of_a_finetuned_checkpoint_is_that_of_its_own_weights(
     images: Path, tmp_path: Path
 ) -> None:

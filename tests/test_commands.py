@@ -22,6 +22,7 @@ def next_command(printed: str) -> list[str]:
     return shlex.split(line.removeprefix("next: "))
 
 
+@pytest.mark.slow
 def test_last_then_the_command_that_it_prints(
     train: Run, python: Run, images: Path, tmp_path: Path
 ) -> None:
@@ -39,6 +40,7 @@ def test_last_then_the_command_that_it_prints(
     assert "Traceback" not in last.stderr + finetune.stderr
 
 
+@pytest.mark.slow
 def test_sweep_over_rates_shares_the_store(
     train: Run, images: Path, tmp_path: Path, stores: Path
 ) -> None:
@@ -49,6 +51,7 @@ def test_sweep_over_rates_shares_the_store(
     assert len(checkpoints) == 3 and all(Path(path).is_file() for path in checkpoints)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_take_the_sweep_with_it(
     train: Run, images: Path, tmp_path: Path
 ) -> None:
@@ -60,6 +63,7 @@ def test_a_job_that_fails_does_not_take_the_sweep_with_it(
     assert "32 at least" in ending and "/1: " not in ending
 
 
+@pytest.mark.slow
 def test_the_next_command_runs_from_a_folder_of_any_name(images: Path, tmp_path: Path) -> None:
     here = tmp_path / "a=b (1), 'c'"
     here.mkdir()
@@ -76,6 +80,7 @@ def test_the_next_command_runs_from_a_folder_of_any_name(images: Path, tmp_path:
         assert rate == (1e-5 if not epochs else 1e-6)
 
 
+@pytest.mark.slow
 def test_labels_that_mean_nothing_score_the_same_in_training_and_in_evaluation(
     train: Run, python: Run, tmp_path: Path
 ) -> None:
@@ -105,12 +110,14 @@ def test_labels_that_mean_nothing_score_the_same_in_training_and_in_evaluation(
     assert json.loads((tmp_path / "c" / "figures.json").read_text())["top1"] == trained["top1"]
 
 
+@pytest.mark.slow
 def test_experiment_original(train: Run, images: Path) -> None:
     options = [*FINETUNE, "experiment=original", "last.epochs=1"]
     run = train(*toy(images, *options))
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_tensorboard_need_no_account(
     train: Run, images: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +133,7 @@ def test_wandb_offline_and_tensorboard_need_no_account(
     )
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, stores: Path) -> None:
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *FINETUNE]
     run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
@@ -135,6 +143,7 @@ def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, st
     assert sorted(chunks) == ["000000", "000001"]
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
     for overrides in (
         ["data=folder", "data.root=nowhere"],
@@ -149,6 +158,7 @@ def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
+@pytest.mark.slow
 def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
     (images / "train" / "red" / "0.png").write_text("not a photograph")
     (images / "test" / "blue" / "1.png").write_bytes(b"")

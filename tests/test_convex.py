@@ -64,6 +64,7 @@ def test_repeated_images_are_no_obstacle(images: Path) -> None:
     assert module.trainer.callback_metrics["train_top1"] == 1
 
 
+@pytest.mark.slow
 def test_solution_is_that_of_scikit_learn(images: Path) -> None:
     data, rows, labels = problem(images)
     model = solve(data, [1e-2, L2]).model
@@ -78,6 +79,7 @@ def test_solution_is_that_of_scikit_learn(images: Path) -> None:
     np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=2e-3 * np.abs(weight).max())
 
 
+@pytest.mark.slow
 def test_solution_is_that_of_many_small_steps(images: Path) -> None:
     data, rows, labels = problem(images)
     head = solve(data, [L2]).model.classifier

@@ -116,6 +116,7 @@ def test_names_come_out_whole_on_a_terminal_that_lacks_their_letters(
         assert row(printed, name) == [name, "7", "1", "2"]
 
 
+@pytest.mark.slow
 def test_help_and_a_report_from_the_command_line(python: Run, images: Path) -> None:
     run = python("-m", "bcnn.data", str(images), PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr

@@ -147,6 +147,7 @@ def _build_in_process(root: Path, queue: multiprocessing.Queue) -> None:
     queue.put(sum(counts))
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_once_one_builds_and_the_other_uses_it(images: Path) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

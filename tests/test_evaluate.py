@@ -59,6 +59,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_files_agree_with_each_other_and_with_the_model(
     checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +90,7 @@ def test_files_agree_with_each_other_and_with_the_model(
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), expected)
 
 
+@pytest.mark.slow
 def test_the_source_pth_says_the_same(
     checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_whatever_labelled_images_there_are(
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_list_is_evaluated_as_its_folder_is(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     lines = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(images.glob("*/*/*.png"))]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]))

@@ -26,6 +26,7 @@ def metrics(text: str, stage: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(stage)]
 
 
+@pytest.mark.slow
 def test_both_stages_train_test_and_hand_over(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,6 +42,7 @@ def test_both_stages_train_test_and_hand_over(
     assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
 
 
+@pytest.mark.slow
 def test_first_validation_of_finetune_is_the_last_of_last_exactly_in_float32(
     images: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +63,7 @@ def test_first_validation_of_finetune_is_the_last_of_last_exactly_in_float32(
         assert value("b/finetune", 0, key) == value("a/last", -1, key)
 
 
+@pytest.mark.slow
 def test_finetune_after_last_alone_is_the_second_half_of_both(images: Path, tmp_path: Path) -> None:
     run(configure(*toy(images, *SHORT, f"output={tmp_path / 'both'}")))
     start = tmp_path / "both" / "last" / "best.ckpt"
@@ -71,6 +74,7 @@ def test_finetune_after_last_alone_is_the_second_half_of_both(images: Path, tmp_
     assert all(torch.equal(both[key], alone[key]) for key in both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["last=sgd", "last.store=false", "last.epochs=2"]])
 def test_the_same_run_twice_gives_the_same_bits(
     images: Path, tmp_path: Path, options: list[str]
@@ -83,12 +87,14 @@ def test_the_same_run_twice_gives_the_same_bits(
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
 
 
+@pytest.mark.slow
 def test_sgd_from_the_store_learns_what_the_convex_solver_learns(images: Path, tmp_path: Path) -> None:
     for solver in ("sgd", "convex"):
         options = ["stage=last", f"last={solver}", f"output={tmp_path / solver}"]
         assert run(configure(*toy(images, *options))) >= 0.8
 
 
+@pytest.mark.slow
 def test_without_validation_the_last_epoch_is_kept(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +104,7 @@ def test_without_validation_the_last_epoch_is_kept(
     assert "test: top-1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_test_folder_validation_alone_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +116,7 @@ def test_without_a_test_folder_validation_alone_is_reported(
     assert "test: top-1" not in printed
 
 
+@pytest.mark.slow
 def test_finetune_from_the_source_state_dict(images: Path, tmp_path: Path) -> None:
     run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}")))
     trained = load_model(tmp_path / "a" / "last" / "best.ckpt")
@@ -125,6 +133,7 @@ def finetune_of(images: Path, tmp_path: Path, *options: str) -> list[str]:
     return toy(images, "stage=finetune", "finetune=original", start, *short, *options)
 
 
+@pytest.mark.slow
 def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +148,7 @@ def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
 
 
+@pytest.mark.slow
 def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
