@@ -39,7 +39,7 @@ def model() -> BCNN:
 def checkpoint(model: BCNN, tmp_path: Path) -> Path:
     """As Lightning writes it."""
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    about = {"classes": model.classes, "size": model.size, "resize": model.resize, "stage": "last"}
+    about = {**model.description(), "stage": "last"}
     path = tmp_path / "run" / "last" / "best.ckpt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": state, "hyper_parameters": about}, path)
@@ -101,7 +101,7 @@ def test_the_source_pth_says_the_same(
     model.head.bias.data = model.head.bias.data[order]
     torch.save(to_original(model), tmp_path / "bcnn.pth")
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["size"] = 448  # the source's
+    content["hyper_parameters"]["framing"]["size"] = 448  # the source's
     torch.save(content, checkpoint)
     (images / "val" / "red").mkdir(parents=True)
     (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")
@@ -119,10 +119,10 @@ def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> 
     data = ImageFolderData(images, size=32, num_workers=0)
     data.setup()
     loader = data.test_dataloader()
-    by_images = predict_split(model, data.test, loader, CPU, "32-true")
+    by_images = predict_split(model, data.test, loader, "32-true")
     with torch.no_grad():
         descriptors = [(model.descriptor(batch), labels) for batch, labels in loader]
-    by_descriptors = predict_split(model, data.test, descriptors, CPU, "32-true")
+    by_descriptors = predict_split(model, data.test, descriptors, "32-true")
     torch.testing.assert_close(by_images.probabilities, by_descriptors.probabilities)
     assert by_images.paths == [path for path, _ in data.test]
 
@@ -141,7 +141,7 @@ def test_evidence_of_mistakes_is_the_logits_of_both_classes(
     monkeypatch.setattr("bcnn.evaluation.overlay", note)
     data = ImageFolderData(images, size=32, num_workers=0)
     data.setup()
-    predictions = predict_split(model, data.test, data.test_dataloader(), CPU, "32-true")
+    predictions = predict_split(model, data.test, data.test_dataloader(), "32-true")
     mistakes = predictions.confident_mistakes(MISTAKES)
     assert mistakes and list(evidence_pictures(model, predictions)) == mistakes
     with torch.no_grad():

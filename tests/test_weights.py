@@ -79,7 +79,10 @@ def test_checkpoints_of_haomood_s_bilinear_cnn(
         torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(model(images), expected, rtol=1e-2, atol=1e-2)
     save_model(loaded, tmp_path / "own.safetensors")
-    assert load_model(tmp_path / "own.safetensors").pooling.options == {"root": "plain"}
+    assert load_model(tmp_path / "own.safetensors").chosen["pooling"] == {
+        "name": "bilinear",
+        "root": "plain",
+    }
 
 
 def test_own_state_dict_keeps_its_normalisation(model: BCNN, tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_files_of_other_networks_are_refused(model: BCNN, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="another pooling"):
         load_model(tmp_path / "pooling.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "small.pth")
-    with pytest.raises(UserError, match="VGG-16"):
+    with pytest.raises(UserError, match="does not hold the features of vgg16"):
         initialise_backbone(BCNN(["x", "y"]), str(tmp_path / "small.pth"))
     torch.save(to_original(model), tmp_path / "two.pth")
     with pytest.raises(UserError, match="2 classes, the images have 3"):

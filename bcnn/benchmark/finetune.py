@@ -11,7 +11,7 @@ from bcnn.benchmark.options import Options
 from bcnn.benchmark.source import source_loop
 from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
-from bcnn.precision import autocast
+from bcnn.precision import AUTOCAST, autocast, fastest_precision
 from bcnn.training.module import BCNNModule
 
 

@@ -37,6 +37,9 @@ RENAMED = {
 }
 
 
+NORMALIZATION = {"backbone.mean", "backbone.std"}
+
+
 def initialise_backbone(model: BCNN, weights: str, normalization: str | None = None) -> None:
     """Fill the backbone of a new model and set the normalisation that belongs to its weights.
 
@@ -52,6 +55,8 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
     if weights == "random":
         _normalize_like(model, "imagenet")
         return
+    if weights in TORCHVISION and model.chosen["backbone"] != {"name": "vgg16"}:
+        raise UserError(f"model.weights={weights} is of VGG-16: give a file, or random")
     if weights in TORCHVISION:
         tensors, about = _renamed(_download(weights)), {"weights": TORCHVISION[weights].name}
     else:
@@ -138,16 +143,18 @@ def describe(model: BCNN) -> dict[str, str]:
 def _load(model: BCNN, tensors: dict[str, Tensor], source: str | Path) -> None:
     """Take over the tensors of the model's names; those of the backbone have to be there."""
     own = model.state_dict()
-    found = {key: value for key, value in tensors.items() if key in own}
-    missing = [key for key in own if key.startswith("backbone.features") and key not in found]
-    try:
-        model.load_state_dict(found, strict=False)
-    except RuntimeError:
-        missing = ["another shape"]
-    if missing:
+    wrong = [
+        name
+        for name, tensor in own.items()
+        if (name.startswith("backbone.") and name not in NORMALIZATION and name not in tensors)
+        or (name in tensors and tensors[name].shape != tensor.shape)
+    ]
+    if wrong:
         raise UserError(
-            f"{source} does not hold the features of VGG-16 (features.0.weight … features.28.bias)"
+            f"{source} does not hold the features of {model.chosen['backbone']['name']}: "
+            f"{wrong[0]} is missing, or of another shape"
         )
+    model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
 
 
 def _set_normalization(
@@ -158,7 +165,7 @@ def _set_normalization(
     source: str | Path,
 ) -> None:
     """Find the normalisation in the file (mean and std, or the name of torchvision's weights)."""
-    if "backbone.mean" in tensors and "backbone.std" in tensors:
+    if tensors.keys() >= NORMALIZATION:
         return
     said = " ".join(str(value) for value in about.values())
     named = [

@@ -19,11 +19,6 @@ class Pooling(nn.Module):
         super().__init__()
         self.channels = channels
 
-    @property
-    def options(self) -> dict[str, object]:
-        """What a file has to say to make another of it, beside its name."""
-        return {}
-
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         """Rows before they are made of unit length.
 

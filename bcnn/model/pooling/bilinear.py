@@ -66,10 +66,6 @@ class Bilinear(Pooling):
         self.root = root
         self.width = packed_size(channels)
 
-    @property
-    def options(self) -> dict[str, object]:
-        return {"root": self.root}
-
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         pooled = bilinear_pool(maps, mass)
         index, scale = _upper_triangle(pooled)
