@@ -132,5 +132,5 @@ def test_what_there_is_not_is_said() -> None:
         make_pooling(5, "os")
     with pytest.raises(UserError, match="there is no backbone vgg61: choose from vgg16"):
         make_backbone("vgg61")
-    with pytest.raises(UserError, match="the pooling bilinear: .*power"):
+    with pytest.raises(UserError, match=r"the pooling bilinear: .*power"):
         make_pooling(5, "bilinear", power=3)

@@ -22,8 +22,6 @@ from bcnn.options import command
 from bcnn.report.heatmap import Box
 from bcnn.report.page import MISTAKES, THUMBNAIL
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def model() -> BCNN:
@@ -48,7 +46,7 @@ def checkpoint(model: BCNN, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bcnn.precision.fastest_precision", lambda: "32-true")
+    monkeypatch.setattr("bcnn.precision.fastest_precision", lambda *_: "32-true")
 
 
 def evaluate(*words: str) -> int:
@@ -130,7 +128,6 @@ def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> 
 def test_evidence_of_mistakes_is_the_logits_of_both_classes(
     model: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.inference.fastest_precision", lambda _: "32-true")
     drawn: list[float] = []
 
     def note(picture: Image.Image, box: Box, shares: np.ndarray, limit: float) -> Image.Image:
