@@ -11,18 +11,18 @@ from torchvision.models import VGG16_Weights
 from bcnn.benchmark import data, photographs, predict
 from bcnn.benchmark.harness import Contender
 from bcnn.benchmark.options import Options
-from bcnn.benchmark.source import SourceNet
+from bcnn.benchmark.original import OriginalNet
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 
 
-def test_the_source_s_network_is_the_same_function() -> None:
+def test_the_original_s_network_is_the_same_function() -> None:
     torch.manual_seed(0)
     model = BCNN(["a", "b"]).double()
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the original's
     model.backbone.set_normalization(preset.mean, preset.std)
     torch.nn.init.normal_(model.head.weight)
-    source = SourceNet(2).double()
+    source = OriginalNet(2).double()
     source.load_state_dict(to_original(model))
     images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
     normalised = (images - model.backbone.mean) / model.backbone.std

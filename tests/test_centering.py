@@ -109,7 +109,7 @@ def test_stage_last_leaves_the_centre() -> None:
     assert not module.model.head.mean.any()
 
 
-def test_files_keep_the_centre_and_the_source_layout_has_it_in_the_bias(tmp_path: object) -> None:
+def test_files_keep_the_centre_and_the_original_layout_has_it_in_the_bias(tmp_path: object) -> None:
     network = model()
     network.backbone.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     network.head.center_on(torch.rand(131_328) / 300)

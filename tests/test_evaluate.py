@@ -90,7 +90,7 @@ def test_files_agree_with_each_other_and_with_the_model(
 
 
 @pytest.mark.slow
-def test_the_source_pth_says_the_same(
+def test_the_original_pth_says_the_same(
     checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bcnn.evaluation.evidence_pictures", lambda *_: {})  # slow at 448 px
@@ -99,7 +99,7 @@ def test_the_source_pth_says_the_same(
     model.head.bias.data = model.head.bias.data[order]
     torch.save(to_original(model), tmp_path / "bcnn.pth")
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["framing"]["size"] = 448  # the source's
+    content["hyper_parameters"]["framing"]["size"] = 448  # the original's
     torch.save(content, checkpoint)
     (images / "val" / "red").mkdir(parents=True)
     (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")

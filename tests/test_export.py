@@ -152,7 +152,7 @@ def test_pt2_runs_in_any_batch_size_and_names_its_classes(
         torch.testing.assert_close(program(batch(count)).detach(), expected, rtol=0, atol=1e-4)
 
 
-class SourceNet(nn.Module):
+class OriginalNet(nn.Module):
     """The two-script original's network, and how it normalises images."""
 
     def __init__(self) -> None:
@@ -168,12 +168,12 @@ class SourceNet(nn.Module):
         return self.classifiers(F.normalize(x.sign() * (x.abs() + 1e-10).sqrt()))
 
 
-def test_pth_works_in_the_source_network_under_the_source_normalisation(
+def test_pth_works_in_the_original_network_under_the_original_normalisation(
     model: BCNN, ckpt: Path, tmp_path: Path
 ) -> None:
     """The model's own normalisation is another; its first convolution makes up for that."""
     assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 0
-    source = SourceNet()
+    source = OriginalNet()
     source.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True), strict=True)
     with torch.no_grad():
         expected, found = model(batch(3)), source(batch(3))

@@ -75,4 +75,4 @@ def test_a_data_set(images: Path, tmp_path: Path) -> None:
 def test_a_callback(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = ["stage=last", "+callbacks.mine._target_=my_module.Announce"]
     run(configure(*toy(images, *mine, f"output={tmp_path / 'out'}")))
-    assert "last: all training images are right" in capsys.readouterr().out
+    assert "last: all validation images are right" in capsys.readouterr().out

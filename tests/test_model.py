@@ -1,4 +1,4 @@
-"""The network, against the source's written out plainly."""
+"""The network, against the original's written out plainly."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 
 
-class SourceNet(nn.Module):
-    """The source's layers and formula, for any input size: features, 262,144-wide classifier."""
+class OriginalNet(nn.Module):
+    """The original's layers and formula, for any input size: features, 262,144-wide classifier."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class SourceNet(nn.Module):
 def model() -> BCNN:
     torch.manual_seed(0)
     model = BCNN(["a", "b", "c"], Framing(32))
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the source's
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the original's
     model.backbone.set_normalization(preset.mean, preset.std)
     nn.init.normal_(model.head.weight)
     nn.init.normal_(model.head.bias)
@@ -49,8 +49,8 @@ def model() -> BCNN:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 48, 64), (2, 3, 77, 33)])
-def test_logits_equal_the_source_network(model: BCNN, shape: tuple[int, ...]) -> None:
-    source = SourceNet(3).double()
+def test_logits_equal_the_original_network(model: BCNN, shape: tuple[int, ...]) -> None:
+    source = OriginalNet(3).double()
     source.load_state_dict(to_original(model))  # strict: same names, same shapes
     images = torch.rand(shape, dtype=torch.float64)
     normalised = (images - model.backbone.mean) / model.backbone.std

@@ -18,7 +18,7 @@ SHAPES = [(1, 4, 2, 2), (3, 7, 5, 3), (2, 16, 1, 6)]
 
 
 def plain_full_descriptor(features: Tensor) -> Tensor:
-    """The source's formula, an outer product at a time: (batch, channels²)."""
+    """The original's formula, an outer product at a time: (batch, channels²)."""
     channels, height, width = features.shape[1:]
     rows = []
     for image in features:
@@ -38,7 +38,7 @@ def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_descriptor_is_the_packed_form_of_the_source_formula(shape: tuple[int, ...]) -> None:
+def test_descriptor_is_the_packed_form_of_the_original_formula(shape: tuple[int, ...]) -> None:
     x = features(shape)
     full = plain_full_descriptor(x).view(shape[0], shape[1], shape[1])
     packed = bilinear_descriptor(x)

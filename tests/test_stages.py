@@ -128,7 +128,7 @@ def test_finetune_from_the_state_dict_of_the_original(images: Path, tmp_path: Pa
 
 
 def finetune_of(images: Path, tmp_path: Path, *options: str) -> list[str]:
-    """The configuration of a finetune by the source's optimizer, from a new stage `last`."""
+    """The configuration of a finetune by the original's optimizer, from a new stage `last`."""
     run(configure(*toy(images, "stage=last", f"output={tmp_path / 'start'}")))
     start = f"ckpt={tmp_path / 'start' / 'last' / 'best.ckpt'}"
     short = ["finetune.epochs=2", "finetune.batch_size=6", f"output={tmp_path}"]

@@ -1,1 +1,1 @@
-"""This project beside the source's plain loop, one file a part: `python -m bcnn.benchmark`."""
+"""This project beside the original's plain loop, one file a part: `python -m bcnn.benchmark`."""

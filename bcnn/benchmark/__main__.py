@@ -10,12 +10,12 @@ from bcnn.errors import UserError
 from bcnn.options import command
 
 USAGE = """
-This project beside the source's plain loop, on your machine.
+This project beside the original's plain loop, on your machine.
 
 python -m bcnn.benchmark [OPTION=VALUE ...]
 
-  stage=last       the source's loop, a cache of relu5_3 maps, and this project's descriptor store
-  stage=finetune   a training step of the source's network, and of this project's
+  stage=last       the original's loop, a cache of relu5_3 maps, and this project's descriptor store
+  stage=finetune   a training step of the original's network, and of this project's
   stage=convex     the convex solver at growing numbers of rows (two an image)
   stage=data       torchvision's plain loading of JPEGs, and this project's
   stage=predict    bcnn.predict and a plain loop over photographs; PyTorch and ONNX Runtime
@@ -23,7 +23,7 @@ python -m bcnn.benchmark [OPTION=VALUE ...]
   device=auto      auto | cpu | cuda
   size=448         side of the images in pixels
   batch=8          images a step of a network (steps over stored features take 64)
-  images=32        images that the source's loop, the cache, loading and prediction are timed over
+  images=32        images that the original's loop, the cache, loading and prediction are timed over
   classes=17       of stage=finetune, stage=convex and stage=predict
   rows=[500,1000,2000]  of stage=convex
   epochs=55        of stage=last; 2 at least, as the first warms up

@@ -1,4 +1,4 @@
-"""Stage `finetune`: a training step of the source's network, and of this project's."""
+"""Stage `finetune`: a training step of the original's network, and of this project's."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bcnn.benchmark.harness import measure, now, seconds_an_image, title, torch_device
 from bcnn.benchmark.options import Options
-from bcnn.benchmark.source import source_loop
+from bcnn.benchmark.original import original_loop
 from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.precision import AUTOCAST, autocast, fastest_precision
@@ -43,9 +43,9 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
 
 def table(options: Options) -> Table:
     """The two side by side, and how near ours comes to the device's limit."""
-    source, ours, less = (measure(c, options) for c in (source_loop, project_step, checkpointed_step))
+    source, ours, less = (measure(c, options) for c in (original_loop, project_step, checkpointed_step))
     table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=title(options))
-    rows = {"source's": source, "this project's": ours, "with checkpointing": less}
+    rows = {"original's": source, "this project's": ours, "with checkpointing": less}
     for label, row in rows.items():
         table.add_row(
             label,

@@ -1,4 +1,4 @@
-"""Stage `last`: the source's loop, a cache of relu5_3 maps, and this project's descriptor store.
+"""Stage `last`: the original's loop, a cache of relu5_3 maps, and this project's descriptor store.
 
 Each contender returns seconds an image: `once`, before the first epoch, and of an `epoch` that is warm.
 """
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bcnn.benchmark.harness import measure, now, random_batches, title, torch_device, trainer
 from bcnn.benchmark.options import Options
-from bcnn.benchmark.source import SourceNet, source_loop
+from bcnn.benchmark.original import OriginalNet, original_loop
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.sets import Butterflies
 from bcnn.errors import UserError
@@ -34,7 +34,7 @@ STEPS = 4  # that the cache is timed over
 def relu5_3_cache(options: Options) -> dict[str, float]:
     """Float32 maps of relu5_3 on disk, pooled and classified anew in every epoch."""
     device = torch_device(options)
-    net = SourceNet(options.classes).to(device)
+    net = OriginalNet(options.classes).to(device)
     sgd = torch.optim.SGD(net.classifiers.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-5)
     side = options.size // 16
     shape = (options.images, CHANNELS, side, side)
@@ -119,7 +119,7 @@ def table(options: Options) -> Table:
         raise UserError(f"epochs={options.epochs}: 2 at least, as the first only warms up")
     ours = measure(descriptor_store, options)
     cache = measure(relu5_3_cache, options)
-    source = measure(source_loop, options)
+    source = measure(original_loop, options)
     images, epochs = ours["images"], options.epochs
     table = Table(title=title(options))
     for heading in ("stage last", "once", "an epoch", "in all", "faster", "an image", "memory"):

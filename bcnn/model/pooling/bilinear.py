@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bcnn.model.pooling import Pooling
 
-ROOT_EPS = 1e-10  # under the square root, as in the source
+ROOT_EPS = 1e-10  # under the square root, as in the original
 
 
 def packed_size(channels: int) -> int:
@@ -39,7 +39,7 @@ def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
 
 
 def signed_sqrt(x: Tensor) -> Tensor:
-    """sign(x)·√(|x| + 1e-10), elementwise (Lin et al. 2015, §3.1; the constant is the source's)."""
+    """sign(x)·√(|x| + 1e-10), elementwise (Lin et al. 2015, §3.1; the constant is the original's)."""
     return x.sign() * (x.abs() + ROOT_EPS).sqrt()
 
 

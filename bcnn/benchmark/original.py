@@ -1,4 +1,4 @@
-"""The source's network, and the step of its plain loop."""
+"""The original's network, and the step of its plain loop."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from bcnn.benchmark.options import Options
 from bcnn.model.original import CHANNELS
 
 
-class SourceNet(nn.Module):
-    """The source's network: float32, NCHW, a classifier on all 262,144 entries."""
+class OriginalNet(nn.Module):
+    """The original's network: float32, NCHW, a classifier on all 262,144 entries."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class SourceNet(nn.Module):
         return self.classifiers(F.normalize(x.sign() * (x.abs() + 1e-10).sqrt()))
 
 
-def source_loop(options: Options) -> dict[str, float]:
+def original_loop(options: Options) -> dict[str, float]:
     """Its step in both stages: `last` freezes nothing, so every layer is passed both ways."""
-    net = SourceNet(options.classes).to(torch_device(options))
+    net = OriginalNet(options.classes).to(torch_device(options))
     sgd = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 
     def step(images: Tensor, labels: Tensor) -> None:
