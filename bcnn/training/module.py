@@ -91,6 +91,7 @@ class BCNNModule(L.LightningModule):
         return self.model.head(descriptors)
 
     def on_train_start(self) -> None:
+        """Center the head on the training images, at the same logits."""
         if self.model.head.batch_mean:
             self.model.head.center_on(self._mean_descriptor())
 
@@ -111,6 +112,7 @@ class BCNNModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        """Limit the step by Polyak's step size: the one hook between the backward pass and the step."""
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
         if self.polyak is not None:
@@ -123,6 +125,7 @@ class BCNNModule(L.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:
+        """The mean of the training images under the weights of now is what an evaluation takes off."""
         training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if self.model.head.batch_mean and training:
             self.model.head.mean.copy_(self._mean_descriptor())
