@@ -139,8 +139,10 @@ def choose(
         split: "test", "val", "train" or "all".
     """
     said = []
-    chosen = layout.samples if split == "all" else layout.splits[split] if layout.divided else []
     recorded = {content[path][:SHORT] for path in layout.paths} & (record.known if record else set())
+    chosen = layout.samples if split == "all" else layout.splits[split] if layout.divided else []
+    if split == "train" and recorded:
+        chosen = []  # of a train/ folder, some images may have been held out to validate on
     if not chosen and record and recorded:
         chosen = record.pick(split, layout.samples, content)
         unknown = sum(content[path][:SHORT] not in record.known for path in layout.paths)

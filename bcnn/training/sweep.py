@@ -30,7 +30,7 @@ class Failures(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = sorted(Path(config.hydra.sweep.dir).glob(f"**/{FILE}"))
         if jobs:
-            print(f"{len(jobs)} jobs failed:", file=sys.stderr)
+            print(f"jobs that failed ({len(jobs)}):", file=sys.stderr)
             for job in jobs:
                 print(f"  {job.parent}: {job.read_text(encoding='utf-8').strip()}", file=sys.stderr)
             sys.exit(1)
