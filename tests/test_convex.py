@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build, folder_data, network, quiet_trainer
 from sklearn.linear_model import LogisticRegression
-from test_descriptors import build, folder_data, network, quiet_trainer
 from torch import Tensor, nn
 
 from bcnn.errors import UserError

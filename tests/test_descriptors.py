@@ -6,45 +6,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import write_images
+from conftest import build, folder_data, network, quiet_trainer, write_images
 from torch.utils.data import DataLoader
 
-from bcnn.data.folder import ImageFolderData
-from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
 from bcnn.training.descriptors import DescriptorData, StoredRows
 from bcnn.training.module import BCNNModule
-
-
-def folder_data(root: Path, **options: object) -> ImageFolderData:
-    defaults: dict[str, object] = {"size": 32, "num_workers": 0, "val_fraction": 0.34}
-    data = ImageFolderData(root, **{**defaults, **options})  # type: ignore[arg-type]
-    data.setup()
-    return data
-
-
-def network(seed: int = 0) -> BCNN:
-    torch.manual_seed(seed)
-    return BCNN(["blue", "green", "red"], Framing(32))
-
-
-def quiet_trainer(**options: object) -> L.Trainer:
-    defaults: dict[str, object] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return L.Trainer(**{**defaults, **options})  # type: ignore[arg-type]
-
-
-def build(data: DescriptorData) -> DescriptorData:
-    data.trainer = quiet_trainer()
-    data.setup()
-    return data
 
 
 def forward_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:

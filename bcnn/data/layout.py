@@ -136,7 +136,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if split in parts:
             raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
         parts[split] = folder
-    classes = {name for part in parts.values() for name in _names(part)} or _names(root)
+    beside = _names(root)
     for folder in subfolders(root):
         if folder in parts.values():
             continue
@@ -145,7 +145,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
                 f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
                 "train, val or test if it is one, move it into train/ if it is a class, or move it away"
             )
-        if not parts and folder in folders and _names(folder) & classes:
+        if not parts and folder in folders and _names(folder) & beside:
             raise UserError(
                 f"{folder} holds folders of the same names as those beside it, like a split: call it "
                 f"train, val or test, and move the class folders into {root}/train, or move it away"
