@@ -126,7 +126,7 @@ class DescriptorStore:
             raise UserError(
                 f"cannot write descriptors to {self.folder} ({error.strerror}): free "
                 f"{self.nbytes / 1e9:.1f} GB there and run again (what is complete is kept), set "
-                "BCNN_STORES to a folder on another disk, or train with stage.store=off"
+                "BCNN_STORES to a folder on another disk, or choose last=sgd last.store=false"
             ) from error
         self._chunks[chunk] = path
 

@@ -93,7 +93,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_complete(
 
     with monkeypatch.context() as patched:
         patched.setattr(store_module.os, "fsync", full)
-        with pytest.raises(UserError, match=r"No space left.*BCNN_STORES.*stage\.store=off"):
+        with pytest.raises(UserError, match=r"No space left.*BCNN_STORES.*last\.store=false"):
             fill(store, [1])
     assert not list(store.folder.glob("*.tmp"))
     assert make().open() == ([1, 2], 0)

@@ -16,7 +16,7 @@ from bcnn.training.module import BCNNModule
 
 
 def checkpointed_step(options: Options) -> dict[str, float]:
-    """`project_step` with `stage.checkpointing=true`."""
+    """`project_step` with `finetune.checkpointing=true`."""
     return project_step(options, checkpointing=True)
 
 
