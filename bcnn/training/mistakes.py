@@ -110,8 +110,8 @@ def refuse_mistakes(cfg: DictConfig) -> None:
     """
     if cfg.stage not in STAGES:
         raise UserError(
-            f"stage={cfg.stage}: choose from {', '.join(STAGES)}; options that stood at stage.last.… and "
-            "stage.finetune.… are last.… (those of SGD with last=sgd) and finetune.…"
+            f"stage={cfg.stage}: choose from {', '.join(STAGES)}; options that stood at stage.last.… "
+            "and stage.finetune.… are last.… (those of SGD with last=sgd) and finetune.…"
         )
     stages = STAGES[cfg.stage]
     _refuse_unknown("", cfg, GROUPS | {"stage", "ckpt", "seed", "output"})
