@@ -181,6 +181,26 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"backbone": {"name": "os"}},
+        {"backbone": "vgg16"},
+        {"pooling": {"name": "bilinear", "power": 3}},
+        {"framing": {"side": 3}},
+        {"split": {"train": 3}},
+    ],
+)
+def test_a_description_that_makes_no_sense(
+    model: BCNN, tmp_path: Path, about: dict[str, object]
+) -> None:
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    content = {"state_dict": state, "hyper_parameters": {**model.description(), **about}}
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError):
+        load_model(tmp_path / "odd.ckpt")
+
+
 @pytest.mark.parametrize("name", ["cut.pth", "cut.ckpt", "cut.safetensors"])
 def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02 damaged")

@@ -98,7 +98,10 @@ def load_model(
             f"{path} was trained on {len(bias)} classes, the images have {len(names)}: "
             "train stage=last on these images first"
         )
-    model = build({**DEFAULT, "framing": {}, **about, "classes": names})
+    try:
+        model = build({**DEFAULT, "framing": {}, **about, "classes": names})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"what {path} says of its network cannot be understood ({error})") from error
     if model.pooling.width != weight.shape[1]:
         raise UserError(
             f"{path} holds no bilinear CNN: expected a classifier of shape (classes, "
