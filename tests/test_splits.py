@@ -176,6 +176,7 @@ def test_a_finetune_has_the_splits_of_its_checkpoint(
     assert "33 of its 36 images are here, and 3 that it does not know" in printed
     split = load_model(tmp_path / "b" / "finetune" / "best.ckpt").split
     assert split and start.split.train < split.train
+    assert split.recipe == start.split.recipe
     assert len(split.train - start.split.train) == 3
     assert split.val <= start.split.val and split.test <= start.split.test
 

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -190,7 +191,8 @@ class ImageFolderData(L.LightningDataModule):
         if known:
             layout, said = follow(self._undrawn, self.content, before)
             self._take(layout)
-            recipe = ", ".join(f"{name}={value:g}" for name, value in before.recipe.items())
+            self.split = replace(self.split, recipe=before.recipe)  # which these were drawn with
+            recipe = ", ".join(f"{name}={value}" for name, value in before.recipe.items())
             say(
                 f"splits as the checkpoint records them ({recipe}): {len(known)} of its "
                 f"{len(before.known)} images are here, and {len(here - known)} that it does not know"
