@@ -45,6 +45,7 @@ def measure(contender: Contender, options: Options) -> dict[str, float]:
         those allocated there, else what the process grew by.
     """
     Console(stderr=True).print(f"measuring {contender.__name__} …")
+    stores_dir().parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=stores_dir().parent) as stores,
         ProcessPoolExecutor(1, get_context("spawn")) as process,
