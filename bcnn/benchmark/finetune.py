@@ -43,15 +43,17 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
 
 def table(options: Options) -> Table:
     """The two side by side, and how near ours comes to the device's limit."""
-    source, ours, less = (measure(c, options) for c in (original_loop, project_step, checkpointed_step))
+    original, ours, less = (
+        measure(c, options) for c in (original_loop, project_step, checkpointed_step)
+    )
     table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=title(options))
-    rows = {"original's": source, "this project's": ours, "with checkpointing": less}
+    rows = {"original's": original, "this project's": ours, "with checkpointing": less}
     for label, row in rows.items():
         table.add_row(
             label,
             f"{row['epoch']:.3f}",
             f"{1 / row['epoch']:.2f}",
-            f"{source['epoch'] / row['epoch']:.2f} ×",
+            f"{original['epoch'] / row['epoch']:.2f} ×",
             f"{row['peak'] / 1e9:.2f} GB",
         )
     achieved = _flops(options) / ours["epoch"]

@@ -119,19 +119,19 @@ def table(options: Options) -> Table:
         raise UserError(f"epochs={options.epochs}: 2 at least, as the first only warms up")
     ours = measure(descriptor_store, options)
     cache = measure(relu5_3_cache, options)
-    source = measure(original_loop, options)
+    original = measure(original_loop, options)
     images, epochs = ours["images"], options.epochs
     table = Table(title=title(options))
     for heading in ("stage last", "once", "an epoch", "in all", "faster", "an image", "memory"):
         table.add_column(heading, justify="left" if heading == "stage last" else "right")
-    for label, row in (("source *", source), ("cache *", cache), ("store", ours)):
+    for label, row in (("original *", original), ("cache *", cache), ("store", ours)):
         total = row.get("once", 0) + row.get("start", 0) + epochs * row["epoch"]
         table.add_row(
             label,
             f"{row.get('once', 0) * images:.0f} s",
             f"{row['epoch'] * images:.3g} s",
             f"{total * images:.0f} s",
-            f"{epochs * source['epoch'] / total:.1f} ×",
+            f"{epochs * original['epoch'] / total:.1f} ×",
             f"{row['bytes'] / 1e3:.0f} kB" if "bytes" in row else "",
             f"{row['peak'] / 1e9:.2f} GB",
         )
