@@ -1,0 +1,62 @@
+"""Files that are whole or absent, whatever ends the process that writes them."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bcnn.errors import UserError
+
+PART = ".part-"  # begins the name of a file that is being written
+FULL = 1 << 20  # bytes: a disk with less is full
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what `path` is to hold: a file beside it, of the same ending.
+
+    When the block ends it is on the disk and takes the place of `path`; when the block raises it is
+    removed, and `path` is as it was. A process that is killed leaves at most a file `.part-…`.
+
+    Args:
+        path: its folder is made where there is none.
+
+    Raises:
+        UserError: the file cannot be written, or the disk is full.
+    """
+    part = path.with_name(f"{PART}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        # Libraries that write in C++ say it in their own words.
+        with suppress(OSError):
+            if shutil.disk_usage(path.parent).free < FULL:
+                raise UserError(f"{path} cannot be written: no space left on its disk") from error
+        raise
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that were killed were writing below a folder."""
+    for part in folder.rglob(f"{PART}*"):
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name, too; not every system lets a folder be opened for it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
