@@ -1,8 +1,8 @@
-# make train | test | test-gpu | lint
+# make train | test | test-gpu | torture | lint
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-gpu lint
+.PHONY: train test test-gpu torture lint
 
 train: .venv/ready
 	$(BIN)/python train.py experiment=quick
@@ -11,6 +11,10 @@ train: .venv/ready
 # While you edit: .venv/bin/pytest -m "not slow"
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The same fuzzing as in the tests, at length (an hour and more).
+torture: .venv/ready
+	HYPOTHESIS_PROFILE=torture OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fuzz
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
