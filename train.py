@@ -4,11 +4,15 @@ import logging
 import math
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from bcnn.errors import UserError
+from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.options import literal, print_any_text
 from bcnn.training.sweep import in_sweep, note_failure
 
@@ -17,17 +21,32 @@ from bcnn.training.sweep import in_sweep, note_failure
 def main(cfg: DictConfig) -> float:
     """Run the stages of the configuration; returns validation top-1, for sweeps to maximise."""
     from bcnn.training.stages import (
-        run,  # torch and Lightning take seconds that --help need not wait for
-    )
+        run,
+    )  # torch and Lightning take seconds that --help need not wait for
 
+    return obey(lambda: run(cfg, list(HydraConfig.get().overrides.task)))
+
+
+def go_on(folder: Path) -> float:
+    """Go on with a run that was interrupted."""
+    from bcnn.training.stages import resume
+
+    return obey(lambda: resume(folder))
+
+
+def obey(act: Callable[[], float]) -> float:
+    """Do it; a mistake is told in a sentence, with exit code 1, or noted for the end of a sweep."""
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", module="torch.utils.data")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
-        return run(cfg)
+        return act()
     except UserError as error:
         # From a data-loading worker it comes with that process's traceback before the sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("bcnn.errors.UserError: ")
+        print(f"error: {sentence}", file=sys.stderr)
+    except OSError as error:  # such as a disk that is full
+        sentence = str(error)
         print(f"error: {sentence}", file=sys.stderr)
     except Exception as error:
         if not in_sweep():
@@ -42,7 +61,18 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     print_any_text()
-    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(sys.argv)
-    # `data.root=2024` is a folder, not a number.
-    sys.argv[1:] = [literal(word, sweep) for word in sys.argv[1:]]
-    main()
+    raise_interruptions()
+    words = sys.argv[1:]
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(words)
+    try:
+        if words and words[0].startswith("resume="):
+            if words[1:]:
+                sys.exit(f"error: {words[0]} goes on with the options of that run: give no others")
+            go_on(Path(words[0].removeprefix("resume=")).expanduser())
+        else:
+            # `data.root=2024` is a folder, not a number.
+            sys.argv[1:] = [literal(word, sweep) for word in words]
+            main()
+    except Interruption as error:
+        print(f"interrupted ({error})", file=sys.stderr)
+        sys.exit(error.exit_code)

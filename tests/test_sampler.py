@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from conftest import set_up, write_classes
+from conftest import build, set_up, write_classes
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from torch.utils.data import SequentialSampler, WeightedRandomSampler
+from torch.utils.data import SequentialSampler
 
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.sampler import Draws
 from bcnn.model.network import BCNN
 from bcnn.training.descriptors import DescriptorData
 
@@ -40,22 +40,46 @@ def test_images_are_drawn_balanced_in_training_only(uneven: ImageFolderData) -> 
 
 
 def test_descriptors_are_drawn_balanced_too(uneven: ImageFolderData) -> None:
-    data = DescriptorData(uneven, BCNN(uneven.classes, 32), "32-true")
-    data.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    data.setup()
+    data = build(DescriptorData(uneven, BCNN(uneven.classes, 32), "32-true"))
+    data.trainer = None  # so that passes are epochs
     assert 0.42 < share(data.train_dataloader()) < 0.58
     assert isinstance(data.val_dataloader().sampler, SequentialSampler)
 
 
 def test_ranks_share_the_draws_of_an_epoch(uneven: ImageFolderData) -> None:
     sampler = uneven.train_dataloader().sampler
-    assert isinstance(sampler, WeightedRandomSampler)
+    assert isinstance(sampler, Draws)
     labels = torch.tensor([label for _, label in uneven.train])
     for rank in range(2):
         mine = DistributedSamplerWrapper(sampler, num_replicas=2, rank=rank)  # Lightning's under DDP
-        drawn = [index for _ in range(40) for index in mine]
+        drawn = [index for _ in range(40) for index, _ in mine]
         assert len(mine) == 17
         assert 0.42 < (labels[drawn] == 0).float().mean() < 0.58
+
+
+def test_draws_are_a_function_of_seed_and_epoch() -> None:
+    first, second = Draws(50, seed=3), Draws(50, seed=3, epoch=lambda: 1)
+    zeroth = list(first)
+    assert sorted(index for index, _ in zeroth) == list(range(50))
+    assert list(first) == list(second) == list(second) != zeroth
+    assert list(Draws(50, seed=4)) != zeroth == list(Draws(50, seed=3))
+    assert len({seed for _, seed in zeroth}) == 50
+
+
+def test_neither_workers_nor_numbers_drawn_before_change_a_crop(uneven: ImageFolderData) -> None:
+    uneven.sampler = None
+    state = torch.get_rng_state()
+    alone = [images for images, _ in uneven.train_dataloader()]
+    torch.manual_seed(7)
+    uneven.num_workers = 2
+    shared = [images for images, _ in uneven.train_dataloader()]
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    uneven.num_workers = 0
+    torch.set_rng_state(state)
+    dataset = uneven.train_dataloader().dataset
+    draws = [dataset[0, seed][0] for seed in (1, 2, 1)]
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_class_weights_make_every_class_weigh_the_same(uneven: ImageFolderData) -> None:

@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from conftest import configure, quiet_trainer, toy, write_images
@@ -13,7 +14,7 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
 from bcnn.model.original import to_original
 from bcnn.model.weights import load_model
-from bcnn.training.callbacks import no_worse
+from bcnn.training.checkpoints import no_worse
 from bcnn.training.module import BCNNModule
 from bcnn.training.stages import run
 
@@ -188,14 +189,35 @@ def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
     assert no_worse(final, start, best, images) is keeps
 
 
-def test_a_loss_that_is_no_number_ends_training(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_loss_that_is_no_number_ends_training_and_leaves_no_such_weights(
+    images: Path, tmp_path: Path
 ) -> None:
     options = finetune_of(images, tmp_path, "finetune.optimizer.lr=1e30")
-    with pytest.raises(UserError, match="worse than it started"):
+    with pytest.raises(
+        UserError, match=r"stage finetune: the (loss is|weights are) not finite after batch"
+    ):
         run(configure(*options))
-    printed = capsys.readouterr().out
-    assert "epoch 1: the loss is not finite" in printed and "epoch 2: " not in printed
+    assert not (tmp_path / "finetune" / "best.ckpt").exists()
+    # The report is on what it started from.
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_without_validation_the_last_finite_weights_are_kept(images: Path, tmp_path: Path) -> None:
+    ruin = "+callbacks.ruin._target_=test_stages.Ruin"
+    options = ["stage=last", "last=sgd", "last.epochs=4", "data.val_fraction=0", ruin]
+    with pytest.raises(UserError, match="weights are not finite after batch 1 of epoch 3"):
+        run(configure(*toy(images, *options, f"output={tmp_path / 'a'}")))
+    state = weights(tmp_path / "a" / "last" / "last.ckpt")
+    assert all(each.isfinite().all() for each in state.values())
+    assert torch.load(tmp_path / "a" / "last" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+class Ruin(L.Callback):
+    """Puts a weight out of range in the third epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.current_epoch == 2:
+            pl_module.model.head.weight.data[0, 0] = math.inf  # type: ignore[union-attr]
 
 
 def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(

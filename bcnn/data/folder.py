@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.check import broken, check, write_broken
 from bcnn.data.decoding import load_image
@@ -26,6 +27,7 @@ from bcnn.data.layout import (
     read_list,
 )
 from bcnn.data.review import duplicates, flat, imbalance
+from bcnn.data.sampler import Draw, Draws, epoch_of
 from bcnn.data.splits import (
     SHORT,
     Content,
@@ -69,8 +71,14 @@ class ImageList(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
+    def __getitem__(self, draw: int | Draw) -> tuple[Tensor, int]:
+        """An image by its index; or by (index, seed), where the seed decides what `transform` draws."""
+        if isinstance(draw, tuple):
+            index, seed = draw
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self[index]
+        path, label = self.samples[draw]
         return self.transform(load_image(path, self.side)).as_subclass(Tensor), label
 
 
@@ -262,16 +270,17 @@ class ImageFolderData(L.LightningDataModule):
         counts = torch.bincount(torch.tensor([label for _, label in self.train]))
         return len(self.train) / (len(self.classes) * counts.float())
 
-    def train_sampler(self) -> WeightedRandomSampler | None:
-        """What draws the training images, where `sampler` asks for other than a shuffle."""
-        if self.sampler is None:
-            return None
-        weights = self.class_weights()[[label for _, label in self.train]]
-        return WeightedRandomSampler(weights.tolist(), len(self.train))
+    def train_sampler(self, trainer: L.Trainer | None) -> Draws:
+        """What draws the training images, by the epochs of a trainer if there is one."""
+        weights = None
+        if self.sampler == "balanced":
+            weights = self.class_weights()[[label for _, label in self.train]]
+        epoch = partial(epoch_of, trainer) if trainer else None
+        return Draws(len(self.train), self.seed, weights, epoch)
 
     def train_dataloader(self) -> DataLoader:
         transform = self.framing.training(self.train_scale, self.step, self.least)
-        return self._loader(self.train, transform, self.batch_size, shuffle=True)
+        return self._loader(self.train, transform, self.batch_size, self.train_sampler(self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(self.val)
@@ -292,22 +301,21 @@ class ImageFolderData(L.LightningDataModule):
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
         transform = self.framing.evaluation()
-        return self._loader(samples, transform, batch_size or self.batch_size, shuffle=False)
+        return self._loader(samples, transform, batch_size or self.batch_size)
 
     def _loader(
         self,
         samples: Sequence[tuple[str, int]],
         transform: Callable[[Image.Image], Tensor],
         batch_size: int,
-        shuffle: bool,
+        draws: Draws | None = None,
     ) -> DataLoader:
-        sampler = self.train_sampler() if shuffle else None
         return DataLoader(
             ImageList(samples, transform, self.framing.side),
             batch_size=batch_size,
-            shuffle=shuffle and sampler is None,
-            sampler=sampler,
-            drop_last=shuffle and len(samples) > batch_size,  # a rest of one image has no mean
+            sampler=draws,
+            drop_last=draws is not None
+            and len(samples) > batch_size,  # a rest of one image has no mean
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

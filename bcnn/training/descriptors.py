@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.decoding import MARGIN, VERSION
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.sampler import Draw
 from bcnn.model.network import BCNN, DEFAULT
 from bcnn.precision import autocast
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
@@ -124,12 +125,10 @@ class DescriptorData(L.LightningDataModule):
         return torch.from_numpy(out), labels
 
     def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
-        sampler = self.images.train_sampler() if shuffle else None
         return DataLoader(
-            _Rows(self, samples, mirror=shuffle),
+            _Rows(self, samples),
             batch_size=self.images.batch_size,
-            shuffle=shuffle and sampler is None,
-            sampler=sampler,
+            sampler=self.images.train_sampler(self.trainer) if shuffle else None,
             collate_fn=lambda batch: batch,  # already one, from __getitems__
         )
 
@@ -194,19 +193,19 @@ class StoredRows:
 class _Rows(Dataset[tuple[Tensor, Tensor]]):
     """Row numbers of a split in the store, and their labels, a batch at a time."""
 
-    def __init__(self, data: DescriptorData, samples: Sequence[tuple[str, int]], mirror: bool) -> None:
+    def __init__(self, data: DescriptorData, samples: Sequence[tuple[str, int]]) -> None:
         self.first = torch.tensor(data.rows(samples))
         self.labels = torch.tensor([label for _, label in samples])
-        self.mirror = mirror
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        rows = self.first[indices]
-        if self.mirror:
-            rows = rows + torch.randint(VIEWS, rows.shape)
-        return rows, self.labels[indices]
+    def __getitems__(self, draws: Sequence[int] | Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """Of each draw its seed chooses the view; an index alone is of the first."""
+        indices, views = torch.tensor(
+            [(draw[0], draw[1] % VIEWS) if isinstance(draw, tuple) else (draw, 0) for draw in draws]
+        ).unbind(1)
+        return self.first[indices] + views, self.labels[indices]
 
 
 def _hash_backbone(model: BCNN) -> str:

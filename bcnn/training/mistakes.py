@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bcnn.errors import UserError
 from bcnn.model.network import make_backbone, make_pooling
 from bcnn.precision import AUTOCAST, chosen_precision
+from bcnn.training.record import RUN
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
 GROUPS = {"model", "last", "finetune", "data", "trainer", "callbacks", "logger"}
@@ -127,7 +128,6 @@ def refuse_mistakes(cfg: DictConfig) -> None:
     _refuse_network(cfg)
     _refuse_ckpt(cfg, stages)
     _refuse_trainer(cfg, stages)
-    _refuse_output(Path(cfg.output), stages)
 
 
 def _refuse_unknown(place: str, options: Mapping[str, Any], known: set[str]) -> None:
@@ -254,8 +254,15 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
 
 
 @rank_zero_only
-def _refuse_output(folder: Path, stages: tuple[str, ...]) -> None:
-    """A folder that holds another run's files, which would be mixed with those of this one."""
-    for name in ("figures.json", *STAGES["both"]):
+def refuse_output(folder: Path) -> None:
+    """Refuse a folder that holds another run's files, which would be mixed with those of this one.
+
+    Raises:
+        UserError: it does.
+    """
+    for name in (RUN, "figures.json", *STAGES["both"]):
         if (folder / name).exists():
-            raise UserError(f"output={folder} holds a run already ({name}): name another folder")
+            raise UserError(
+                f"output={folder} holds a run already ({name}): name another folder, or go on with an "
+                f"interrupted one by resume={folder}"
+            )

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from bcnn.data.sampler import epoch_of
 from bcnn.model.network import BCNN
 
 Stage = Literal["last", "finetune"]
@@ -91,8 +92,8 @@ class BCNNModule(L.LightningModule):
         return self.model.head(descriptors)
 
     def on_train_start(self) -> None:
-        """Center the head on the training images, at the same logits."""
-        if self.model.head.batch_mean:
+        """Center the head on the training images, at the same logits; what is resumed is centered."""
+        if self.model.head.batch_mean and epoch_of(self.trainer) == 0:
             self.model.head.center_on(self._mean_descriptor())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
@@ -105,6 +106,8 @@ class BCNNModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         # In every step it would take a tenth as long as a step from the store.
         self.log_dict(self.train_metrics)
+        if not sum(self.trainer.num_val_batches):  # nothing that would ask for it
+            self.on_validation_epoch_start()
 
     def configure_gradient_clipping(
         self,
@@ -120,7 +123,9 @@ class BCNNModule(L.LightningModule):
             norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
             # The schedule's factor is on the rate already: the limit is that of the rate at its start.
-            longest = loss / (self.polyak * optimizer.defaults["lr"] * norm)
+            # Without a loss there is no gradient either: no step, not one of 0 / 0.
+            floor = torch.finfo(norm.dtype).tiny
+            longest = loss / (self.polyak * optimizer.defaults["lr"] * norm).clamp(min=floor)
             nn.utils.clip_grads_with_norm_(parameters, longest, norm)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -1,17 +1,18 @@
 """Run the stages that a configuration names, each from the best weights of the one before."""
 
 import math
+import os
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +20,9 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.evaluation import logged_stages, write_results
+from bcnn.files import remove_parts
 from bcnn.inference import predict_split
+from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.options import literal
@@ -27,27 +30,22 @@ from bcnn.precision import chosen_precision
 from bcnn.report.metrics import headline
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
-from bcnn.training.callbacks import CollapseGuard, KeepEpoch
-from bcnn.training.mistakes import STAGES, refuse_mistakes
+from bcnn.training.callbacks import CollapseGuard, Diverged, SeedEpochs
+from bcnn.training.checkpoints import STATE, KeepEpoch, WholeCheckpoints
+from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output
 from bcnn.training.plan import build_model, plan
-from bcnn.training.tracking import close, log_configuration, log_results
+from bcnn.training.record import RUN, Record, Result, digest
+from bcnn.training.tracking import close, log_configuration, log_results, make_loggers
 
 say = rank_zero_only(print)
 
 
-@dataclass
-class Result:
-    """What a stage ended with: the file of its best weights, their figures, and what went wrong."""
-
-    stage: str
-    checkpoint: Path
-    metrics: dict[str, float]
-    predictions: Predictions | None = None  # of test or validation images; on rank zero
-    failure: str = ""
-
-
-def run(cfg: DictConfig) -> float:
+def run(cfg: DictConfig, words: list[str] | None = None) -> float:
     """Train the stages, test them, and say where the results are.
+
+    Args:
+        cfg: the whole configuration.
+        words: the overrides it was composed from, for the command that is said at the end.
 
     Returns:
         Validation top-1 of the last stage's best weights, for sweeps to maximise (nan without
@@ -55,73 +53,107 @@ def run(cfg: DictConfig) -> float:
 
     Raises:
         UserError: a mistake in the configuration, the images or the weights; or, after all is saved
-            and said, a finetune that ended worse than it started.
+            and said, a stage that ended worse than it started or diverged.
     """
     for place in ("output", "ckpt"):
         if cfg[place] is not None:
             cfg[place] = str(Path(str(cfg[place])).expanduser())
+    # SLURM runs the same command again in a job that it puts back into its queue.
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and Path(cfg.output, RUN).is_file():
+        return resume(Path(cfg.output))
     refuse_mistakes(cfg)
+    refuse_output(Path(cfg.output))
+    cfg.trainer.precision = chosen_precision(cfg.trainer)
+    return _run(Record(cfg, words))
+
+
+def resume(folder: Path) -> float:
+    """Go on with a run that was interrupted, to the same weights as if it had not been.
+
+    Raises:
+        UserError: the folder holds no such run, its images have changed, or as for `run`.
+    """
+    record = Record.read(folder)
+    refuse_mistakes(record.cfg)
+    remove_parts(folder)
+    return _run(record)
+
+
+def _run(record: Record) -> float:
+    cfg, output = record.cfg, Path(record.cfg.output)
     images: ImageFolderData = instantiate(cfg.data)
     images.prepare_data()
     images.setup()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(cfg, images)
     images.step, images.least = model.backbone.stride, model.backbone.smallest
+    if record.images not in ("", digest(images.split)):
+        raise UserError(f"the images of {images.root} are not those that {output} was begun with")
     say(
         f"{images.root}: {len(images.classes)} classes ({listed(images.classes, 3)}), "
         f"{len(images.train)} images to train on, {len(images.val)} to validate, "
         f"{len(images.test)} to test"
     )
+    record.images = digest(images.split)
+    write = rank_zero_only(record.write)
+    write()
     results: list[Result] = []
-    checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
-    for stage in STAGES[cfg.stage]:
-        # Seeded again, so that a stage does the same alone as after the other.
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
-        results.append(run_stage(cfg, stage, images, model, checkpoint))
-        checkpoint = results[-1].checkpoint
-    _summarise(cfg, results, images)
-    _report(cfg, results, images, model)
+    try:
+        checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
+        for stage in STAGES[cfg.stage]:
+            # Seeded again, so that a stage does the same alone as after the other.
+            L.seed_everything(cfg.seed, workers=True, verbose=False)
+            ended = Result.read(output, stage)
+            if ended:
+                say(f"\nstage {stage} has ended already: {ended.checkpoint}")
+                weights = load_model(ended.checkpoint, images.classes, cfg.model.normalization)
+                model.load_state_dict(weights.state_dict())
+            results.append(ended or run_stage(record, stage, images, model, checkpoint))
+            checkpoint = results[-1].checkpoint
+            if results[-1].failure:
+                break
+            if stage != STAGES[cfg.stage][-1]:  # the last one ends with the report
+                rank_zero_only(results[-1].write)(output)
+        _summarise(record, results, images)
+        _report(cfg, results, images, model)
+        record.finished = True
+        write()
+        rank_zero_only(_remove_states)(output)
+    except BaseException as error:
+        if isinstance(error, Interruption | UserError | OSError):
+            _say_how_to_go_on(output)
+        raise
     if results[-1].failure:
         raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
 
 
 def run_stage(
-    cfg: DictConfig, name: str, images: ImageFolderData, model: BCNN, origin: Path | None
+    record: Record, name: str, images: ImageFolderData, model: BCNN, origin: Path | None
 ) -> Result:
-    """Train one stage, leave its best weights in `model`, and test them.
+    """Train one stage, or go on with it, leave its best weights in `model`, and test them.
 
     Args:
-        cfg: the whole configuration.
-        name: of the stage; its options are at `cfg[name]`.
+        record: of the run; the stage's options are at `record.cfg[name]`.
+        name: of the stage.
         images: set up already.
         model: the weights to start from; changed in place.
         origin: the file that holds these weights, if any.
     """
+    cfg, folder = record.cfg, Path(record.cfg.output) / name
     say(f"\nstage {name}")
-    folder, precision = Path(cfg.output) / name, chosen_precision(cfg.trainer)
     images.batch_size = cfg[name].get("batch_size", images.batch_size)
-    module, data, limits = plan(name, cfg[name], images, model, precision)
+    module, data, limits = plan(name, cfg[name], images, model, cfg.trainer.precision)
     keep = KeepEpoch(folder, len(images.val))
-    loggers = [instantiate(each, save_dir=folder) for each in (cfg.get("logger") or {}).values()]
-    settings = {
-        "callbacks": [keep, *_callbacks(cfg, name, images, keep)],
-        "logger": loggers,
-        "precision": precision,
-        "default_root_dir": folder,
-        "num_sanity_val_steps": -1 if name == "finetune" and images.val else 0,  # what it starts from
-        "enable_model_summary": False,
-        **limits,
-    }
-    trainer = instantiate(cfg.trainer, **settings)
+    loggers = make_loggers(cfg.get("logger"), folder, f"{record.identity}-{name}")
+    trainer = _trainer(cfg, name, images, keep, loggers, limits)
     log_configuration(loggers, cfg, name)
     try:
-        module.train()  # Lightning keeps the mode that it finds
-        trainer.fit(module, datamodule=data)
-        result = _kept(cfg, name, images, model, keep, origin)
+        failure = _fit(trainer, module, data, keep)
+        result = _kept(cfg, name, images, model, keep, origin, failure)
         if trainer.is_global_zero:
             model.to(trainer.strategy.root_device)
-            result.predictions = _predictions(images, data, model, precision)
+            result.predictions = _predictions(images, data, model, cfg.trainer.precision)
             result.metrics |= _test_figures(result.predictions if images.test else None)
             log_results(loggers, result.metrics, result.predictions)
     finally:
@@ -132,18 +164,48 @@ def run_stage(
     return result
 
 
-def _callbacks(
-    cfg: DictConfig, name: str, images: ImageFolderData, keep: KeepEpoch
-) -> list[L.Callback]:
-    """What watches a stage beside the one that keeps its weights."""
-    found: list[L.Callback] = [*map(instantiate, (cfg.get("callbacks") or {}).values())]
+def _trainer(
+    cfg: DictConfig,
+    name: str,
+    images: ImageFolderData,
+    keep: KeepEpoch,
+    loggers: list[Logger],
+    limits: dict[str, Any],
+) -> L.Trainer:
+    """What trains a stage, and what watches it beside the callback that keeps its weights."""
+    callbacks: list[L.Callback] = [keep, SeedEpochs(cfg.seed)]
+    callbacks += map(instantiate, (cfg.get("callbacks") or {}).values())
     if cfg.trainer.get("enable_progress_bar", True):
-        found.append(RichProgressBar())
-    if cfg.get("logger"):
-        found.append(LearningRateMonitor("step"))
+        callbacks.append(RichProgressBar())
+    if loggers:
+        callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:
-        found.append(CollapseGuard(len(images.classes), keep, _advice(cfg, name)))
-    return found
+        callbacks.append(CollapseGuard(len(images.classes), keep, _advice(cfg, name)))
+    # A finetune that begins validates what it starts from.
+    begins = name == "finetune" and images.val and not keep.state.is_file()
+    settings = {
+        "callbacks": callbacks,
+        "logger": loggers,
+        "plugins": WholeCheckpoints(),
+        "default_root_dir": keep.state.parent,
+        "num_sanity_val_steps": -1 if begins else 0,
+        "enable_model_summary": False,
+        **limits,
+    }
+    trainer: L.Trainer = instantiate(cfg.trainer, **settings)
+    return trainer
+
+
+def _fit(
+    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, keep: KeepEpoch
+) -> str:
+    """Train, from the state that an interrupted stage left if there is one; returns what went wrong."""
+    module.train()  # Lightning keeps the mode that it finds
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=keep.state if keep.state.is_file() else None)
+    except Diverged as error:
+        return f"stage {keep.state.parent.name}: {error}"
+    return ""
 
 
 def _kept(
@@ -153,23 +215,31 @@ def _kept(
     model: BCNN,
     keep: KeepEpoch,
     origin: Path | None,
+    failure: str,
 ) -> Result:
-    """Leave in `model` what the stage ends with: its own weights or, if they are worse, its start's."""
+    """Leave in `model` what the stage ends with: its own weights or, if they are worse, its start's.
+
+    Raises:
+        UserError: it has none of either, for the reason `failure`.
+    """
     start, metrics = keep.start, keep.metrics
+    if not keep.best_model_path and origin is None:
+        raise UserError(failure)
     # Worse is less often right and less sure of it: one image of few can go either way, and label
     # smoothing's probabilities have the larger loss however right they are. Also where both are nan.
-    right = not start or metrics["val_top1"] >= start["val_top1"]
-    if right or metrics["val_loss"] <= start["val_loss"] or origin is None:
+    right = keep.best_model_path and (not start or metrics["val_top1"] >= start["val_top1"])
+    if right or origin is None or (metrics and metrics["val_loss"] <= start["val_loss"]):
         checkpoint = Path(keep.best_model_path)
         model.load_state_dict(load_model(checkpoint).state_dict())
-        return Result(name, checkpoint, dict(metrics))
+        return Result(name, checkpoint, dict(metrics), failure)
     say(f"no epoch of this stage was better than its start: keeping {origin}")
     model.load_state_dict(load_model(origin, images.classes, cfg.model.normalization).state_dict())
-    failure = (
-        f"stage {name} ended worse than it started (validation top-1 at best "
-        f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {_advice(cfg, name)}"
-    )
-    return Result(name, origin, dict(start), failure=failure)
+    if not failure:
+        failure = (
+            f"stage {name} ended worse than it started (validation top-1 at best "
+            f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {_advice(cfg, name)}"
+        )
+    return Result(name, origin, dict(start), failure)
 
 
 def _predictions(
@@ -209,7 +279,7 @@ def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, mod
     say(f"report: {write_results(Path(cfg.output), model, predictions, title, logs, settings)}")
 
 
-def _summarise(cfg: DictConfig, results: list[Result], images: ImageFolderData) -> None:
+def _summarise(record: Record, results: list[Result], images: ImageFolderData) -> None:
     say("")
     for result in results:
         for split, count in (("val", len(images.val)), ("test", len(images.test))):
@@ -220,17 +290,35 @@ def _summarise(cfg: DictConfig, results: list[Result], images: ImageFolderData) 
     if not images.test:
         say(f"{images.root} has no test images: no test figures")
     say(f"best checkpoint: {results[-1].checkpoint}")
-    if HydraConfig.initialized():
-        say(f"next: {_next_command(cfg, results[-1])}")
+    if record.words is not None:
+        say(f"next: {_next_command(record.cfg, record.words, results[-1])}")
 
 
-def _next_command(cfg: DictConfig, result: Result) -> str:
+def _next_command(cfg: DictConfig, words: list[str], result: Result) -> str:
     """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate."""
     change = {"stage": "finetune", "ckpt": str(result.checkpoint.resolve())}
     if result.stage == "finetune":
         change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
-    given = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    given = OverridesParser.create().parse_overrides(words)
     kept = [each.input_line for each in given if each.key_or_group not in {*change, "output"}]
-    words = [literal(f"{name}={value}", sweep=False) for name, value in change.items()]
+    return _command(*(literal(f"{name}={value}", sweep=False) for name, value in change.items()), *kept)
+
+
+@rank_zero_only
+def _say_how_to_go_on(output: Path) -> None:
+    """At what an interruption leaves."""
+    done = [path for name in STAGES["both"] for path in sorted((output / name).glob("*.ckpt"))]
+    best = [path for path in done if path.name != STATE]
+    say(f"\nbest weights until now: {best[-1] if best else 'none yet'}")
+    say(f"go on with: {_command(f'resume={output.absolute()}')}")
+
+
+def _command(*words: str | None) -> str:
+    """`python train.py *words`, for a shell, with the Python and the script of this process."""
     program = "python" if shutil.which("python") == sys.executable else sys.executable
-    return shlex.join([program, sys.argv[0], *words, *map(str, kept)])
+    return shlex.join([program, sys.argv[0], *map(str, words)])
+
+
+def _remove_states(output: Path) -> None:
+    for state in output.glob(f"*/{STATE}"):
+        state.unlink()

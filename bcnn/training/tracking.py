@@ -1,9 +1,11 @@
-"""What loggers are told beyond the curves: the configuration; and wandb, what became of the images."""
+"""A stage's loggers, and what they are told beside the curves: the configuration, hard images."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import wandb
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +16,20 @@ from bcnn.report.predictions import Predictions
 PHOTOGRAPHS = 100  # in the table of predictions
 THUMBNAIL = 256  # px, their longer side
 COLUMNS = ["photograph", "class", "predicted", "confidence", "of_class", "path"]
+
+
+def make_loggers(options: Mapping[str, Any] | None, folder: Path, identity: str) -> list[Logger]:
+    """Those of a configuration, writing to `folder`.
+
+    By `identity` wandb knows the stage, which goes on in the same wandb run when it is resumed.
+    """
+    loggers: list[Logger] = []
+    for each in (options or {}).values():
+        named = (
+            {"id": identity} if each["_target_"].endswith("WandbLogger") and "id" not in each else {}
+        )
+        loggers.append(instantiate(each, save_dir=folder, **named))
+    return loggers
 
 
 @rank_zero_only

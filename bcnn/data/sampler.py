@@ -1,0 +1,65 @@
+"""Which images an epoch trains on, in what order, and the seeds of what is drawn for each."""
+
+from collections.abc import Callable, Iterator
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+Draw = tuple[int, int]  # index of an image, and the seed of its crop and mirroring
+
+
+class Draws(Sampler[Draw]):
+    """Draws of an epoch's images, a function of seed and epoch alone.
+
+    Neither the number of workers, nor how many numbers were drawn before, nor an interruption changes
+    them.
+
+    Args:
+        count: of images, and of draws an epoch.
+        seed: of all draws.
+        weights: (count,), for draws with replacement in this proportion; None: every image once.
+        epoch: returns the number of the epoch that begins; None: passes over the sampler are counted.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        weights: Tensor | None = None,
+        epoch: Callable[[], int] | None = None,
+    ) -> None:
+        self.count = count
+        self.seed = seed
+        self.weights = weights
+        self.epoch = epoch
+        self._passes = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self._passes if self.epoch is None else self.epoch()
+        self._passes += 1
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+        if self.weights is None:
+            order = torch.randperm(self.count, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
+        seeds = torch.randint(2**32, (self.count,), generator=generator)
+        yield from zip(order.tolist(), seeds.tolist(), strict=True)
+
+
+def epoch_of(trainer: L.Trainer) -> int:
+    """Number of the epoch that a trainer is in, or begins with.
+
+    Not `current_epoch`, which in a resumed trainer is behind when the iterator is made.
+    """
+    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+
+
+def mixed(seed: int, epoch: int) -> int:
+    """A seed of 32 bits, all that torch's generator takes notice of; neighbours are unlike."""
+    return int(np.random.SeedSequence([seed % 2**32, epoch]).generate_state(1)[0])

@@ -1,0 +1,154 @@
+"""Which epoch of a stage is kept, and the state that an interrupted stage goes on from."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from bcnn.files import whole
+
+STATE = "resume.ckpt"  # beside the weights of a stage that has not ended
+OWN = ("start", "train", "last", "metrics", "stopped", "rows")  # what `KeepEpoch` adds to it
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's files, written whole or not at all, and read without running code from them.
+
+    Lightning's own go through TMPDIR and are copied from there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
+        with whole(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+
+class KeepEpoch(ModelCheckpoint):
+    """Keeps the weights of one epoch of a stage, in `folder/best.ckpt`.
+
+    It is the epoch of the least validation loss: of a hundred images, top-1 sees the one that just
+    changed sides, the loss sees them all. A finetune keeps its last epoch, whose steps were the
+    smallest, unless `no_worse` tells it from the best. Without validation images it is the last, in
+    `last.ckpt`.
+
+    A trainer that validates before it trains (`num_sanity_val_steps=-1`) says what a finetune starts
+    from; that is logged as of step 0.
+
+    After every epoch the trainer's whole state is in `folder/resume.ckpt`, for `Trainer.fit` to go on
+    from to the same weights. A module that steps by itself starts anew instead.
+
+    Args:
+        folder: to write to.
+        images: number of validation images.
+    """
+
+    def __init__(self, folder: Path, images: int) -> None:
+        super().__init__(
+            folder,
+            filename="best" if images else "last",
+            monitor="val_loss" if images else None,
+            save_weights_only=True,
+            enable_version_counter=False,
+        )
+        self.state = folder / STATE
+        self.images = images
+        self.start: dict[str, float] = {}  # validation figures before the first step
+        self.train: dict[str, float] = {}  # training figures of the epoch just done
+        self.last: dict[str, float] = {}  # its validation figures
+        self.metrics: dict[str, float] = {}  # those of the epoch that is kept
+        self.stopped = False  # another callback ended the stage with this epoch
+        self.rows: list[dict[str, str]] = []  # of metrics.csv
+        self.resumed = False
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start = _metrics(trainer, "val_")
+        for logger in trainer.loggers:
+            logger.log_metrics(self.start, step=0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell a plateau schedule of the epoch resumed from: Lightning does so after it has saved."""
+        super().on_train_start(trainer, pl_module)
+        for each in trainer.lr_scheduler_configs if self.resumed else ():
+            if each.reduce_on_plateau:
+                each.scheduler.step(self.last["val_loss"])  # type: ignore[call-arg,arg-type]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before = self.best_model_score
+        super().on_train_epoch_end(trainer, pl_module)  # after the epoch's validation
+        self.train = _metrics(trainer, "train_") | {"epoch": trainer.current_epoch}
+        self.last = _metrics(trainer, "val_")
+        if self.best_model_score is not before:
+            self.metrics = self.last
+        self.stopped = trainer.should_stop
+        if pl_module.automatic_optimization:
+            for logger in trainer.loggers:
+                logger.save()
+            log = self.state.with_name("metrics.csv")
+            if log.is_file():
+                with log.open(newline="") as lines:
+                    self.rows = list(csv.DictReader(lines))
+            trainer.save_checkpoint(self.state)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also where all epochs were done when the stage was interrupted, and none is left to train."""
+        if not self.start or not self.last:
+            return
+        start, last, best = (each["val_top1"] for each in (self.start, self.last, self.metrics))
+        if no_worse(last, start, best, self.images):
+            trainer.save_checkpoint(self.best_model_path, weights_only=True)
+            self.metrics = self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {name: getattr(self, name) for name in OWN}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Also, have the loggers go on: the training figures of an epoch come after its state."""
+        self.resumed = True
+        state = checkpoint["callbacks"][self.state_key]
+        trainer.should_stop = state["stopped"]
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):  # which begins its file anew
+                logger.experiment.metrics.extend(state["rows"])
+            logger.log_metrics(state["train"], step=checkpoint["global_step"] - 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in OWN:
+            setattr(self, name, state_dict[name])
+        # Where the folder is now, to which it may have been moved.
+        path = str(self.state.with_name(Path(state_dict["best_model_path"]).name))
+        here: dict[str, Any] = {"dirpath": self.dirpath, "best_model_path": path}
+        if state_dict["best_k_models"]:
+            here |= {
+                "kth_best_model_path": path,
+                "best_k_models": {path: state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict | here)
+
+
+def no_worse(last: float, start: float, best: float, images: int) -> bool:
+    """Whether a finetune keeps its last epoch rather than its best one.
+
+    The best of several epochs is so by luck as well: on few images it can be one of the first, of
+    large steps and a lower test accuracy. The last is kept unless its validation accuracy is under
+    that of the start, or under that of the best by more than a standard error (the rule of Breiman et
+    al., "Classification and Regression Trees", 1984, §3.4.3); with two right and two wrong added, since
+    all right would else have none (Agresti & Coull, The American Statistician 52, 1998).
+    """
+    share = (best * images + 2) / (images + 4)
+    return last >= max(start, best - math.sqrt(share * (1 - share) / (images + 4)))
+
+
+def _metrics(trainer: L.Trainer, prefix: str) -> dict[str, float]:
+    metrics: dict[str, Any] = trainer.callback_metrics
+    return {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}

@@ -1,0 +1,109 @@
+"""What a run writes down to be gone on with: its configuration, and the stages that ended."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from bcnn.data.splits import Split
+from bcnn.errors import UserError
+from bcnn.files import whole
+from bcnn.report.predictions import Predictions
+
+RUN = "run.yaml"
+STAGE = "result.json"
+PATHS = (("", "ckpt"), ("data", "root"), ("data", "list"), ("model", "weights"))
+
+
+@dataclass
+class Record:
+    """Of a run, in `output/run.yaml`.
+
+    Args:
+        cfg: everything that was composed, paths being absolute and the precision that of the machine.
+        words: the overrides it was composed from; None where it was not by `train.py`.
+        identity: tells runs apart.
+        images: digest of the split.
+        finished: all is done, the report too.
+    """
+
+    cfg: DictConfig
+    words: list[str] | None
+    identity: str = field(default_factory=lambda: uuid4().hex[:8])
+    images: str = ""
+    finished: bool = False
+
+    def write(self) -> None:
+        """Paths become absolute: the run may be gone on with from another working folder."""
+        cfg: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        for group, name in PATHS:
+            options = cfg[group] if group else cfg
+            if options.get(name) is not None and Path(str(options[name])).expanduser().exists():
+                options[name] = str(Path(str(options[name])).expanduser().absolute())
+        with whole(Path(self.cfg.output) / RUN) as part:
+            OmegaConf.save(OmegaConf.create(vars(self) | {"cfg": cfg}), part)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """The record of a run that was interrupted, in the folder where it is now.
+
+        Raises:
+            UserError: there is none in the folder, or the run is finished.
+        """
+        try:
+            record = cls(**{str(name): value for name, value in OmegaConf.load(folder / RUN).items()})
+            record.cfg.output = str(folder)
+        except (OSError, YAMLError, OmegaConfBaseException, TypeError, AttributeError) as error:
+            raise UserError(
+                f"resume={folder}: no run to go on with: {RUN} lacks or is damaged"
+            ) from error
+        if record.finished:
+            raise UserError(f"resume={folder}: this run is finished, there is nothing left to do")
+        return record
+
+
+@dataclass
+class Result:
+    """What a stage ended with: the file of its best weights, their figures, and what went wrong."""
+
+    stage: str
+    checkpoint: Path
+    metrics: dict[str, float]
+    failure: str = ""
+    predictions: Predictions | None = None  # of test or validation images; on rank zero
+
+    def write(self, output: Path) -> None:
+        """Into the stage's folder of a run, with a relative path, since a run can be moved."""
+        inside = self.checkpoint.is_relative_to(output)
+        place = self.checkpoint.relative_to(output) if inside else self.checkpoint.absolute()
+        plain = {"checkpoint": str(place), "metrics": self.metrics, "failure": self.failure}
+        with whole(output / self.stage / STAGE) as part:
+            part.write_text(json.dumps(plain, indent=1))
+
+    @classmethod
+    def read(cls, output: Path, stage: str) -> "Result | None":
+        """Of a stage that ended; None if it did not.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        file = output / stage / STAGE
+        if not file.is_file():
+            return None
+        try:
+            plain = json.loads(file.read_text())
+            checkpoint = output / plain["checkpoint"]
+            return cls(stage, checkpoint, dict(plain["metrics"]), str(plain["failure"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is damaged: remove it to train the stage again") from error
+
+
+def digest(split: Split) -> str:
+    """Tells whether images are the same and in the same splits."""
+    return hashlib.sha256(json.dumps(split.plain(), sort_keys=True).encode()).hexdigest()

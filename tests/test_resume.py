@@ -1,0 +1,134 @@
+"""Runs that are killed, and gone on with."""
+
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import configure, toy
+
+from bcnn.errors import UserError
+from bcnn.training.record import Record
+from bcnn.training.stages import resume, run
+
+# Children of a process that has imported all this once.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["bcnn.training.stages", "test_resume"])
+
+
+def count(owner: Any, name: str, event: str, seen: Counter[str], kill: tuple[str, int] | None) -> None:
+    """Count the calls of a function; be killed at the n-th of an event."""
+    function = getattr(owner, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        seen[event] += 1
+        if kill == (event, seen[event]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+def job(
+    variables: dict[str, str], words: list[str], folder: Path, kill: tuple[str, int] | None
+) -> None:
+    """Begin a run, or go on with it where it was begun; SIGKILL at an event."""
+    import bcnn.report.files
+    from bcnn.store import DescriptorStore
+    from bcnn.training.module import BCNNModule
+
+    os.environ.update(variables)
+    seen: Counter[str] = Counter()
+    for owner, name, event in (
+        (DescriptorStore, "write", "chunk"),
+        (BCNNModule, "training_step", "step"),
+        (BCNNModule, "validation_step", "validation"),
+        (torch, "save", "checkpoint"),
+        (os, "fsync", "sync"),
+        (Path, "replace", "rename"),
+        (bcnn.report.files, "_write_classes", "report"),
+    ):
+        count(owner, name, event, seen, kill)
+    try:
+        resume(folder) if (folder / "run.yaml").is_file() else run(configure(*words), words)
+    except UserError as error:
+        if "worse than it started" not in str(error):
+            raise
+
+
+@pytest.fixture
+def killed(stores: Path) -> Callable[..., int]:
+    """Run in a process of its own; returns its exit code."""
+
+    def start(words: list[str], folder: Path, kill: tuple[str, int] | None = None) -> int:
+        names = ("BCNN_STORES", "XDG_CACHE_HOME")
+        variables = {name: os.environ[name] for name in names}
+        process = fork.Process(target=job, args=(variables, words, folder, kill))
+        process.start()
+        process.join(200)
+        return process.exitcode or 0
+
+    return start
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+SGD = ("last=sgd", "last.epochs=2", "last.batch_size=4", "last.optimizer.lr=0.1")
+FINETUNE = ("finetune.epochs=3", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "kills"),
+    [
+        (
+            ("schedule@finetune.scheduler=plateau",),
+            [
+                ("chunk", 2),
+                ("step", 2),  # before an epoch is done: nothing to go on from yet
+                ("checkpoint", 1),
+                ("rename", 4),
+                ("validation", 6),
+                ("step", 6),  # of the second stage
+                ("checkpoint", 3),
+                ("sync", 2),
+                ("report", 1),
+            ],
+        ),
+        (
+            ("data.val_fraction=0", "data.num_workers=2", "data.sampler=balanced"),
+            [("step", 6), ("rename", 3), ("step", 4), ("checkpoint", 4)],
+        ),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
+    images: Path,
+    tmp_path: Path,
+    killed: Callable[..., int],
+    options: tuple[str, ...],
+    kills: list[tuple[str, int]],
+) -> None:
+    words = toy(images, *SGD, *FINETUNE, *options)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*words, f"output={parts}"]
+    for kill in kills:
+        assert killed(words, parts, kill) == -signal.SIGKILL, kill
+    assert killed(words, parts) == 0
+    assert killed([*words[:-1], f"output={whole}"], whole) == 0
+    name = "last.ckpt" if "data.val_fraction=0" in options else "best.ckpt"
+    for stage in ("last", "finetune"):
+        once, often = (weights(folder / stage / name) for folder in (whole, parts))
+        assert all(torch.equal(once[key], often[key]) for key in once), stage
+        log, resumed = ((folder / stage / "metrics.csv").read_text() for folder in (whole, parts))
+        assert log == resumed
+    assert (whole / "classes.csv").read_text() == (parts / "classes.csv").read_text()
+    assert not [*parts.rglob(".part-*"), *parts.rglob("resume.ckpt")]
+    with pytest.raises(UserError, match="finished"):
+        Record.read(parts)
