@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bcnn.errors import UserError
+from bcnn.interruption import Interruption, raise_interruptions
 
 T = TypeVar("T")
 
@@ -28,11 +29,13 @@ def command(
             is read as the field's type (a key of `READERS`), where that is optional `null` as None.
             Words that are no `key=value` go as they are to its field `paths`, if it has one (a path
             with a "=" in it: `./a=b.jpg`).
-        act: returns the exit code. A `UserError` is printed as one sentence, with exit code 1.
+        act: returns the exit code. A `UserError` is printed as one sentence, with exit code 1; Ctrl-C
+            ends it with 130, SIGTERM with 143.
         usage: printed by `--help`.
         arguments: default: those of the process.
     """
     print_any_text()
+    raise_interruptions()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words):
         print(usage.strip())
@@ -42,6 +45,9 @@ def command(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interruption as error:
+        print(f"interrupted ({error}): files are whole or absent", file=sys.stderr)
+        return error.exit_code
 
 
 def print_any_text() -> None:

@@ -3,6 +3,9 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import configure, toy
+from conftest import ROOT, Run, configure, toy
 
 from bcnn.errors import UserError
 from bcnn.training.record import Record
@@ -132,3 +135,58 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert not [*parts.rglob(".part-*"), *parts.rglob("resume.ckpt")]
     with pytest.raises(UserError, match="finished"):
         Record.read(parts)
+
+
+def interrupt(words: list[str], folder: Path, sign: str, number: signal.Signals) -> tuple[int, str]:
+    """`python train.py *words`, with a signal once a file `sign` is there: exit code and output."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not [*folder.glob(sign)]:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_sweep_says_how_to_go_on_and_that_does(
+    images: Path, tmp_path: Path, train: Run
+) -> None:
+    words = ["-m", "seed=1,2", "stage=last", *toy(images, *SGD[:1], "last.epochs=10_000")]
+    sweep = ["hydra.sweep.dir=sweep"]
+    code, output = interrupt([*words, *sweep], tmp_path, "sweep/0/last/resume.ckpt", signal.SIGINT)
+    assert code == 130, output
+    assert "interrupted (SIGINT)" in output and "Traceback" not in output
+    assert f"best weights until now: {tmp_path}/sweep/0/last/best.ckpt" in output
+    assert f"go on with: {sys.executable} {ROOT}/train.py resume={tmp_path}/sweep/0" in output
+    assert not (tmp_path / "sweep" / "1").exists()
+    record = tmp_path / "sweep" / "0" / "run.yaml"
+    record.write_text(record.read_text().replace("epochs: 10000", "epochs: 1"))  # it is here for long
+    done = train(f"resume={tmp_path}/sweep/0")
+    assert done.returncode == 0, done.stderr
+    assert "best checkpoint" in done.stdout and "next: " in done.stdout
+    assert "finished" in train(f"resume={tmp_path}/sweep/0").stderr
+    both = train(f"resume={tmp_path}/sweep/0", "seed=3")
+    assert both.returncode == 1 and "give no others" in both.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_and_a_job_that_slurm_runs_again(
+    images: Path, tmp_path: Path, train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["stage=last", *toy(images, *SGD[:1], "last.epochs=10_000"), "output=run"]
+    code, output = interrupt(words, tmp_path, "run/last/resume.ckpt", signal.SIGTERM)
+    assert code == 143 and "interrupted (SIGTERM)" in output, output
+    record = tmp_path / "run" / "run.yaml"
+    record.write_text(record.read_text().replace("epochs: 10000", "epochs: 1"))
+    refused = train(*words)
+    assert refused.returncode == 1 and "go on with an interrupted one by resume=run" in refused.stderr
+    done = train(*words, SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0, done.stderr
+    assert "best checkpoint" in done.stdout

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from bcnn.errors import UserError
 from bcnn.files import whole
 
 STATE = "resume.ckpt"  # beside the weights of a stage that has not ended
@@ -28,7 +29,10 @@ class WholeCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of the many kinds that a damaged file can lead to
+            raise UserError(f"{path} is damaged: remove it to begin the stage anew") from error
         return state
 
 

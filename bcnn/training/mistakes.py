@@ -9,9 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from bcnn.errors import UserError
 from bcnn.model.network import make_backbone, make_pooling
@@ -36,6 +39,18 @@ TRAINER = {
     "strategy",
 }
 OF_STEPS = {"gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"}
+# What a configuration makes, and thus what a run is resumed with.
+MADE = (
+    L.Callback,
+    L.LightningDataModule,
+    L.Trainer,
+    Logger,
+    Profiler,
+    nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+SCHEDULES = {"bcnn.training.module.warmup_cosine", "bcnn.training.module.reduce_on_plateau"}
 INSTEAD = {
     "accumulate_grad_batches": "last.accumulate (of last=sgd) and finetune.accumulate",
     "callbacks": "callbacks=NAME, or +callbacks.NAME._target_=…",
@@ -167,6 +182,28 @@ def _refuse_calls(node: Any, place: str = "") -> None:
             raise UserError(f"{place}: {' '.join(str(error).split())}") from error
     for name in node:
         _refuse_calls(node._get_node(name), f"{place}.{name!s}".lstrip("."))
+
+
+def refuse_strangers(node: Any, folder: Path) -> None:
+    """Targets that a run's record has no reason to name: it may come from somebody else.
+
+    Raises:
+        UserError: one is no kind of object that a configuration makes.
+    """
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        name = str(node["_target_"])
+        try:
+            target = get_object(name)
+        except Exception as error:  # whatever importing it raises
+            raise UserError(f"{folder / RUN}: there is no {name}") from error
+        if name not in SCHEDULES and not (isinstance(target, type) and issubclass(target, MADE)):
+            raise UserError(
+                f"{folder / RUN} asks for {name}, which no configuration needs: do not trust it"
+            )
+    for key in node:
+        refuse_strangers(node._get_node(key), folder)
 
 
 def _refuse_values(cfg: DictConfig) -> None:

@@ -15,6 +15,7 @@ from bcnn.data.splits import Split
 from bcnn.errors import UserError
 from bcnn.files import whole
 from bcnn.report.predictions import Predictions
+from bcnn.training.checkpoints import STATE
 
 RUN = "run.yaml"
 STAGE = "result.json"
@@ -48,6 +49,13 @@ class Record:
                 options[name] = str(Path(str(options[name])).expanduser().absolute())
         with whole(Path(self.cfg.output) / RUN) as part:
             OmegaConf.save(OmegaConf.create(vars(self) | {"cfg": cfg}), part)
+
+    def finish(self) -> None:
+        """Nothing is left to go on with."""
+        self.finished = True
+        self.write()
+        for state in Path(self.cfg.output).glob(f"*/{STATE}"):
+            state.unlink()
 
     @classmethod
     def read(cls, folder: Path) -> "Record":

@@ -2,14 +2,10 @@
 
 import math
 import os
-import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import Logger
@@ -25,16 +21,16 @@ from bcnn.inference import predict_split
 from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
-from bcnn.options import literal
 from bcnn.precision import chosen_precision
 from bcnn.report.metrics import headline
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
 from bcnn.training.callbacks import CollapseGuard, Diverged, SeedEpochs
-from bcnn.training.checkpoints import STATE, KeepEpoch, WholeCheckpoints
-from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output
+from bcnn.training.checkpoints import KeepEpoch, WholeCheckpoints
+from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refuse_strangers
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
+from bcnn.training.summary import advice, say_how_to_go_on, summarise
 from bcnn.training.tracking import close, log_configuration, log_results, make_loggers
 
 say = rank_zero_only(print)
@@ -74,58 +70,77 @@ def resume(folder: Path) -> float:
         UserError: the folder holds no such run, its images have changed, or as for `run`.
     """
     record = Record.read(folder)
+    refuse_strangers(record.cfg, folder)
     refuse_mistakes(record.cfg)
     remove_parts(folder)
+    for state in folder.glob("*/hpc_ckpt_*.ckpt"):  # Lightning's, of the midst of an epoch
+        state.unlink()
     return _run(record)
 
 
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
+    images, model = _prepared(record)
+    try:
+        results = _train(record, images, model)
+        summarise(record, results, images)
+        _report(cfg, results, images, model)
+        rank_zero_only(record.finish)()
+    except (Interruption, UserError, OSError):
+        say_how_to_go_on(output)
+        raise
+    if results[-1].failure:
+        raise UserError(results[-1].failure)
+    return results[-1].metrics.get("val_top1", math.nan)
+
+
+def _prepared(record: Record) -> tuple[ImageFolderData, BCNN]:
+    """The images, set up, and the network that the first stage starts from."""
+    cfg = record.cfg
     images: ImageFolderData = instantiate(cfg.data)
     images.prepare_data()
     images.setup()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(cfg, images)
     images.step, images.least = model.backbone.stride, model.backbone.smallest
-    if record.images not in ("", digest(images.split)):
-        raise UserError(f"the images of {images.root} are not those that {output} was begun with")
+    before, record.images = record.images, digest(images.split)
+    if before not in ("", record.images):
+        raise UserError(
+            f"the images of {images.root} are not those that {cfg.output} was begun with: put them "
+            "back, or begin anew"
+        )
     say(
         f"{images.root}: {len(images.classes)} classes ({listed(images.classes, 3)}), "
         f"{len(images.train)} images to train on, {len(images.val)} to validate, "
         f"{len(images.test)} to test"
     )
-    record.images = digest(images.split)
-    write = rank_zero_only(record.write)
-    write()
+    return images, model
+
+
+def _train(record: Record, images: ImageFolderData, model: BCNN) -> list[Result]:
+    """Run the stages that have not ended already; ends with the first that fails."""
+    cfg, output = record.cfg, Path(record.cfg.output)
     results: list[Result] = []
-    try:
-        checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
-        for stage in STAGES[cfg.stage]:
-            # Seeded again, so that a stage does the same alone as after the other.
-            L.seed_everything(cfg.seed, workers=True, verbose=False)
-            ended = Result.read(output, stage)
-            if ended:
-                say(f"\nstage {stage} has ended already: {ended.checkpoint}")
-                weights = load_model(ended.checkpoint, images.classes, cfg.model.normalization)
-                model.load_state_dict(weights.state_dict())
-            results.append(ended or run_stage(record, stage, images, model, checkpoint))
-            checkpoint = results[-1].checkpoint
-            if results[-1].failure:
-                break
-            if stage != STAGES[cfg.stage][-1]:  # the last one ends with the report
-                rank_zero_only(results[-1].write)(output)
-        _summarise(record, results, images)
-        _report(cfg, results, images, model)
-        record.finished = True
-        write()
-        rank_zero_only(_remove_states)(output)
-    except BaseException as error:
-        if isinstance(error, Interruption | UserError | OSError):
-            _say_how_to_go_on(output)
-        raise
-    if results[-1].failure:
-        raise UserError(results[-1].failure)
-    return results[-1].metrics.get("val_top1", math.nan)
+    checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
+    for stage in STAGES[cfg.stage]:
+        # Seeded again, so that a stage does the same alone as after the other.
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        if ended := Result.read(output, stage):
+            say(f"\nstage {stage} has ended already: {ended.checkpoint}")
+            _load(model, ended.checkpoint, cfg)
+            results.append(ended)
+        else:
+            results.append(run_stage(record, stage, images, model, checkpoint))
+        checkpoint = results[-1].checkpoint
+        if results[-1].failure:
+            break
+        if stage != STAGES[cfg.stage][-1]:  # which ends with the report
+            rank_zero_only(results[-1].write)(output)
+    return results
+
+
+def _load(model: BCNN, file: Path, cfg: DictConfig) -> None:
+    model.load_state_dict(load_model(file, model.classes, cfg.model.normalization).state_dict())
 
 
 def run_stage(
@@ -144,13 +159,14 @@ def run_stage(
     say(f"\nstage {name}")
     images.batch_size = cfg[name].get("batch_size", images.batch_size)
     module, data, limits = plan(name, cfg[name], images, model, cfg.trainer.precision)
+    rank_zero_only(record.write)()
     keep = KeepEpoch(folder, len(images.val))
     loggers = make_loggers(cfg.get("logger"), folder, f"{record.identity}-{name}")
     trainer = _trainer(cfg, name, images, keep, loggers, limits)
     log_configuration(loggers, cfg, name)
     try:
         failure = _fit(trainer, module, data, keep)
-        result = _kept(cfg, name, images, model, keep, origin, failure)
+        result = _kept(cfg, name, model, keep, origin, failure)
         if trainer.is_global_zero:
             model.to(trainer.strategy.root_device)
             result.predictions = _predictions(images, data, model, cfg.trainer.precision)
@@ -180,7 +196,7 @@ def _trainer(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:
-        callbacks.append(CollapseGuard(len(images.classes), keep, _advice(cfg, name)))
+        callbacks.append(CollapseGuard(len(images.classes), keep, advice(cfg, name)))
     # A finetune that begins validates what it starts from.
     begins = name == "finetune" and images.val and not keep.state.is_file()
     settings = {
@@ -211,7 +227,6 @@ def _fit(
 def _kept(
     cfg: DictConfig,
     name: str,
-    images: ImageFolderData,
     model: BCNN,
     keep: KeepEpoch,
     origin: Path | None,
@@ -230,14 +245,14 @@ def _kept(
     right = keep.best_model_path and (not start or metrics["val_top1"] >= start["val_top1"])
     if right or origin is None or (metrics and metrics["val_loss"] <= start["val_loss"]):
         checkpoint = Path(keep.best_model_path)
-        model.load_state_dict(load_model(checkpoint).state_dict())
+        _load(model, checkpoint, cfg)
         return Result(name, checkpoint, dict(metrics), failure)
     say(f"no epoch of this stage was better than its start: keeping {origin}")
-    model.load_state_dict(load_model(origin, images.classes, cfg.model.normalization).state_dict())
+    _load(model, origin, cfg)
     if not failure:
         failure = (
             f"stage {name} ended worse than it started (validation top-1 at best "
-            f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {_advice(cfg, name)}"
+            f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {advice(cfg, name)}"
         )
     return Result(name, origin, dict(start), failure)
 
@@ -262,10 +277,6 @@ def _test_figures(predictions: Predictions | None) -> dict[str, float]:
     return {key: figures[name].value for key, name in names.items()}
 
 
-def _advice(cfg: DictConfig, name: str) -> str:
-    return f"try {name}.optimizer.lr={cfg[name].optimizer.lr / 10:g}"
-
-
 @rank_zero_only
 def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, model: BCNN) -> None:
     """The page on what the last stage ended with, and the files of its figures."""
@@ -277,48 +288,3 @@ def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, mod
     title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
     settings = OmegaConf.to_yaml(cfg, resolve=True)
     say(f"report: {write_results(Path(cfg.output), model, predictions, title, logs, settings)}")
-
-
-def _summarise(record: Record, results: list[Result], images: ImageFolderData) -> None:
-    say("")
-    for result in results:
-        for split, count in (("val", len(images.val)), ("test", len(images.test))):
-            if f"{split}_top1" in result.metrics:
-                top1, top5 = (result.metrics[f"{split}_{name}"] for name in ("top1", "top5"))
-                name = {"val": "validation", "test": "test"}[split]
-                say(f"{result.stage:9}{name:>11}: top-1 {top1:.1%}, top-5 {top5:.1%} ({count} images)")
-    if not images.test:
-        say(f"{images.root} has no test images: no test figures")
-    say(f"best checkpoint: {results[-1].checkpoint}")
-    if record.words is not None:
-        say(f"next: {_next_command(record.cfg, record.words, results[-1])}")
-
-
-def _next_command(cfg: DictConfig, words: list[str], result: Result) -> str:
-    """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate."""
-    change = {"stage": "finetune", "ckpt": str(result.checkpoint.resolve())}
-    if result.stage == "finetune":
-        change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
-    given = OverridesParser.create().parse_overrides(words)
-    kept = [each.input_line for each in given if each.key_or_group not in {*change, "output"}]
-    return _command(*(literal(f"{name}={value}", sweep=False) for name, value in change.items()), *kept)
-
-
-@rank_zero_only
-def _say_how_to_go_on(output: Path) -> None:
-    """At what an interruption leaves."""
-    done = [path for name in STAGES["both"] for path in sorted((output / name).glob("*.ckpt"))]
-    best = [path for path in done if path.name != STATE]
-    say(f"\nbest weights until now: {best[-1] if best else 'none yet'}")
-    say(f"go on with: {_command(f'resume={output.absolute()}')}")
-
-
-def _command(*words: str | None) -> str:
-    """`python train.py *words`, for a shell, with the Python and the script of this process."""
-    program = "python" if shutil.which("python") == sys.executable else sys.executable
-    return shlex.join([program, sys.argv[0], *map(str, words)])
-
-
-def _remove_states(output: Path) -> None:
-    for state in output.glob(f"*/{STATE}"):
-        state.unlink()
