@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bcnn.errors import UserError
+from bcnn.files import refuse_unwritable
 from bcnn.options import command
 
 USAGE = """
@@ -80,6 +81,7 @@ def _output(options: Options) -> Path:
     folder = options.output or Path(f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}-evaluate")
     if (folder / "figures.json").exists():
         raise UserError(f"{folder} holds an evaluation already: name another folder with output=…")
+    refuse_unwritable(folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -62,6 +63,8 @@ def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Eviden
         called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
         found = explain(model, photograph, called, against=truth)
         maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]
+        if not all(np.isfinite(shares).all() for shares in maps):
+            continue  # of logits so large that their shares overflow
         limit = max(float(abs(shares).max()) for shares in maps) or 1.0
         small = photograph.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -11,6 +11,7 @@ from rich.progress import track
 
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
+from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
 
 if TYPE_CHECKING:
@@ -47,35 +48,37 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Draw a figure for every photograph that can be read."""
+    """Draw a figure for every photograph that can be explained."""
     # torch takes seconds that --help need not wait for
     from bcnn.data.decoding import load_image
-    from bcnn.inference import draw, explain
+    from bcnn.inference import draw, explain, refuse_overflow
     from bcnn.model.weights import load_model
     from bcnn.precision import best_device
 
     paths = find_images(options.paths)
+    folder = options.output
+    refuse_unwritable(folder)
     model = load_model(options.ckpt).to(best_device())
     target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
     if target is not None and target == against:
         raise UserError(f"against={options.against}: choose another class than target")
-    folder = options.output
-    folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     console = Console(stderr=True)
     for path in track(paths, "explaining", console=console, transient=True):
         try:
-            photograph = load_image(path, model.framing.side)
+            explanation = explain(model, load_image(path, model.framing.side), target, against)
+            for numbers in (explanation.probabilities, explanation.evidence, explanation.contrast):
+                refuse_overflow(numbers.reshape(1, -1), [path])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        explanation = explain(model, photograph, target, against)
         figure = folder / _free_name(folder, Path(path).stem)
-        draw(explanation, model.classes, Path(path).name).savefig(figure, dpi=150)
+        with whole(figure) as part:
+            draw(explanation, model.classes, Path(path).name).savefig(part, dpi=150)
         print(f"{path}: {_answer(explanation, model.classes)}: {figure}")
     if failed:
-        print(f"{failed} of {len(paths)} photographs could not be read", file=sys.stderr)
+        print(f"{failed} of {len(paths)} photographs could not be explained", file=sys.stderr)
     return int(failed > 0)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
+from bcnn.files import PART, refuse_unwritable, whole
 from bcnn.options import command
 
 
@@ -50,8 +51,10 @@ def main(options: Options) -> int:
     path = _output(options)
     photographs = find_images(options.paths) if options.paths else []
     model = load_model(options.ckpt)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+    with (
+        whole(path) as part,  # which is what `written` becomes once it agrees
+        tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as scratch,
+    ):
         written = Path(scratch) / path.name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters', about their own insides
@@ -63,8 +66,10 @@ def main(options: Options) -> int:
                 f"{path} would not compute what {options.ckpt} does (they differ by {difference:.1e}, "
                 f"outputs are up to {largest:.3g}): not kept"
             )
-        for file in Path(scratch).iterdir():  # ONNX above 2 GB is more than one
-            file.rename(path.parent / file.name)
+        if _weights(written).exists():
+            with whole(_weights(path)) as other:
+                _weights(written).replace(other)
+        written.replace(part)
     what = f"{len(photographs)} photographs" if photographs else "random images"
     outputs = "probabilities" if options.softmax else "logits"
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
@@ -77,9 +82,16 @@ def _output(options: Options) -> Path:
     path = options.output or options.ckpt.with_suffix(suffix)
     if path.suffix != suffix:
         raise UserError(f"output={path}: with format={options.format} its name has to end in {suffix}")
-    if path.exists():
-        raise UserError(f"{path} exists: remove it, or name another file with output=…")
+    for file in (path, _weights(path)):
+        if file.exists():
+            raise UserError(f"{file} exists: remove it, or name another file with output=…")
+    refuse_unwritable(path.parent)
     return path
+
+
+def _weights(path: Path) -> Path:
+    """Where an ONNX file above 2 GB has its weights."""
+    return path.with_name(f"{path.name}.data")
 
 
 if __name__ == "__main__":

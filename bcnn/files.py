@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written, or the disk is full.
     """
-    part = path.with_name(f"{PART}{os.getpid()}-{path.name}")
+    part = path.with_name(f"{PART}{os.getpid()}-{path.name[-50:]}")  # names have 255 bytes at most
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -44,6 +45,26 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Say before any work is done that its results could not be kept.
+
+    Args:
+        folder: is not made where there is none.
+
+    Raises:
+        UserError: no folder, or no file in it, can be made there, or its disk is full.
+    """
+    there = folder.absolute()
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            if shutil.disk_usage(there).free < FULL:
+                raise UserError(f"{folder} cannot be written: no space left on its disk")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def remove_parts(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What a trained model makes of photographs: their likeliest classes, and what spoke for them."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.decoding import load_image
 from bcnn.data.transforms import Framing
+from bcnn.errors import UserError
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
 from bcnn.precision import autocast
@@ -32,13 +34,26 @@ def probabilities(model: BCNN, inputs: Tensor, precision: str | None = None) -> 
         precision: Lightning's name; None: the fastest of the model's device.
 
     Returns:
-        (batch, classes), in float32, on the CPU.
+        (batch, classes), in float32, on the CPU; nan where logits are not finite.
     """
     device = _device(model)
     with autocast(device, precision):
         x = inputs.to(device)
         logits: Tensor = model.head(x) if x.ndim == 2 else model(x)
-    return logits.float().softmax(dim=1).cpu()
+    return _softmax(logits).cpu()
+
+
+OVERFLOW = (
+    "the network's answer has values that are not finite numbers: its weights are damaged, or too "
+    "large for the precision of this device"
+)
+
+
+def refuse_overflow(outputs: Tensor, paths: Sequence[str]) -> None:
+    """Raises UserError, naming the first path whose row of (images, numbers) is not finite."""
+    finite = outputs.isfinite().all(dim=1)
+    if not finite.all():
+        raise UserError(f"{paths[int(finite.int().argmin())]}: {OVERFLOW}")
 
 
 def predict_paths(
@@ -72,7 +87,10 @@ def predict_paths(
                 yield Prediction(path, error=error)
             else:
                 indices, values = next(found)
-                yield Prediction(path, [model.classes[k] for k in indices], values)
+                if all(map(math.isfinite, values)):
+                    yield Prediction(path, [model.classes[k] for k in indices], values)
+                else:
+                    yield Prediction(path, error=OVERFLOW)
 
 
 def predict_split(
@@ -88,12 +106,17 @@ def predict_split(
         samples: (path, label) of the images, in the order of `batches`.
         batches: of (inputs, labels); inputs are images, or stored rows, which skip the backbone.
         precision: Lightning's name; None: the fastest of the device.
+
+    Raises:
+        UserError: the model's answer to an image is not finite.
     """
     model.eval()
     shown = track(batches, "predicting", console=Console(stderr=True), transient=True)
     parts = [probabilities(model, inputs, precision) for inputs, _ in shown]
     paths, labels = zip(*samples, strict=True)
-    return Predictions(model.classes, list(paths), torch.tensor(labels), torch.cat(parts))
+    found = torch.cat(parts)
+    refuse_overflow(found, paths)
+    return Predictions(model.classes, list(paths), torch.tensor(labels), found)
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,7 @@ def explain(
     across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
     return Explanation(
         photograph=photograph,
-        probabilities=logits.softmax(dim=0).cpu(),
+        probabilities=_softmax(logits).cpu(),
         target=target,
         against=against,
         evidence=shares(model, maps, this)[0].cpu(),
@@ -175,6 +198,11 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
     return evidence_figure(
         explanation.photograph, explanation.crop, explanation.box, f"{name}\n{likeliest}", maps
     )
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in float32; nan where any logit overflowed, of whatever sign."""
+    return logits.float().nan_to_num(math.nan, math.nan, math.nan).softmax(dim=-1)
 
 
 def _device(model: BCNN) -> torch.device:

@@ -3,16 +3,18 @@
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
+from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
 from bcnn.report.rows import FORMATS
 
@@ -26,12 +28,12 @@ python -m bcnn.predict ckpt=FILE PATH ... [OPTION=VALUE ...]
                    - for a list on standard input, a file a line
   top=5            how many classes of each photograph
   format=table     table | jsonl | csv
-  output=FILE      write there, not to standard output; FILE must not exist
+  output=FILE      write there, once all is done, not to standard output; FILE must not exist
   batch=16         photographs that pass the network together
   workers=N        processes that decode photographs; default: one a core, 8 at most
 
-Rows come in the order of the paths, as they are computed. A photograph that cannot be read has a row
-that says why, and the exit code is 1 in the end. Progress goes to standard error.
+Rows come in the order of the paths, as they are computed. A photograph that cannot be read or predicted
+has a row that says why, and the exit code is 1 in the end. Progress goes to standard error.
 """
 
 
@@ -77,7 +79,7 @@ def main(options: Options) -> int:
     say = Console(stderr=True, highlight=False).print
     say(f"{len(paths)} photographs in {seconds:.1f} s, {len(paths) / seconds:.1f} images/s")
     if failed:
-        say(f"{failed} of them could not be read: their rows say why")
+        say(f"{failed} of them could not be read or predicted: their rows say why")
     return int(failed > 0)
 
 
@@ -90,16 +92,21 @@ def _check(options: Options) -> None:
             raise UserError(f"{name}={value}: {least} at least")
     if options.output and options.output.exists():
         raise UserError(f"output={options.output} exists: remove it or name another file")
+    if options.output:
+        refuse_unwritable(options.output.parent)
 
 
-def _output(path: Path | None) -> Any:
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
     """A text file to write to; file names that are no valid Unicode pass through as they are."""
-    if path:
-        try:
-            return path.open("x", encoding="utf-8", errors="surrogateescape", newline="")
-        except OSError as error:
-            raise UserError(f"cannot write output={path}: {error.strerror}") from error
-    return nullcontext(sys.stdout)
+    if path is None:
+        yield sys.stdout
+        return
+    with (
+        whole(path) as part,
+        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
+    ):
+        yield out
 
 
 def _progress(out: TextIO) -> Progress:

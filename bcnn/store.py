@@ -1,26 +1,28 @@
 """Descriptors on disk, and the command that lists and removes them.
 
-A store is a folder of chunks, each the rows of `CHUNK` images. A chunk is written under another name
-and then renamed to one that holds its checksum, so a chunk that was cut short, altered or lost is
-seen when the store is opened: whatever does not verify is missing, and only that is computed again.
+A store is a folder of chunks, each the rows of `CHUNK` images. The name of a chunk holds its checksum,
+so a chunk that was cut short, altered or lost is seen when the store is opened: whatever does not
+verify is missing, and only that is computed again.
 """
 
 import hashlib
 import json
 import os
-import shutil
+import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from bcnn.errors import UserError
+from bcnn.files import PART, whole
 from bcnn.options import command
 
 USAGE = """
@@ -32,6 +34,12 @@ They are in $BCNN_STORES, or in ~/.cache/bcnn/stores.
 
 CHUNK = 16  # images
 VIEWS = 2  # the evaluation crop and its mirror image
+
+KEY = re.compile("[0-9a-f]{16}")  # name of a store's folder, and of its lock
+ROWS = re.compile(r"([0-9]{6,})-([0-9a-f]{8})\.rows")  # number and checksum of a chunk
+ABOUT = "store.json"
+LEFT = re.compile(rf"{re.escape(PART)}.*|.*\.tmp")  # by runs that were killed; .tmp in those of before
+OURS = (re.compile(re.escape(ABOUT)), ROWS, LEFT)
 
 
 def stores_dir() -> Path:
@@ -58,8 +66,8 @@ class DescriptorStore:
         dtype: str = "float16",
         about: str = "",
     ) -> None:
-        whole = {"rows": identity, "images": images, "width": width, "entries": dtype}
-        self.key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+        rows = {"rows": identity, "images": images, "width": width, "entries": dtype}
+        self.key = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = stores_dir() / self.key
         self.images = images
         self.width = width
@@ -78,7 +86,12 @@ class DescriptorStore:
 
     def lock(self) -> FileLock:
         """Held while the store is verified and built, so that two runs do not both build it."""
-        stores_dir().mkdir(parents=True, exist_ok=True)
+        try:
+            stores_dir().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{stores_dir()} cannot be made ({error.strerror}): set BCNN_STORES to another folder"
+            ) from error
         return FileLock(stores_dir() / f"{self.key}.lock")
 
     def open(self) -> tuple[list[int], int]:
@@ -88,32 +101,40 @@ class DescriptorStore:
             The chunks still to be computed, and how many of them were there but damaged (these
             are removed).
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         about = {"about": self.about, "images": self.images, "chunks": self.chunk_count}
-        _write(self.folder / "store.json", json.dumps(about, indent=1).encode())
-        for leftover in self.folder.glob("*.tmp"):  # of a run that was killed
-            leftover.unlink()
+        if _about(self.folder) != about:
+            with whole(self.folder / ABOUT) as part:
+                part.write_text(json.dumps(about, indent=1))
         damaged = self.find_chunks()
-        for path in damaged:
-            path.unlink()
+        for path in (*damaged, *_files(self.folder, LEFT)):
+            path.unlink(missing_ok=True)
         missing = [c for c in range(self.chunk_count) if c not in self._chunks]
         return missing, len(damaged)
 
     def find_chunks(self) -> list[Path]:
         """Verify every chunk and change nothing; returns the damaged ones."""
-        found = sorted(self.folder.glob("*.rows"))
+        found = _files(self.folder, ROWS)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets go of the interpreter's lock
-            intact = list(pool.map(_verifies, found))
+            intact = list(pool.map(self._verifies, found))
         chunks = zip(found, intact, strict=True)
         self._chunks = {int(path.name.split("-")[0]): path for path, good in chunks if good}
         return [path for path, good in zip(found, intact, strict=True) if not good]
+
+    def _verifies(self, path: Path) -> bool:
+        chunk, checksum = path.stem.split("-")
+        size = len(self.chunk_images(int(chunk))) * VIEWS * self.width * self.dtype.itemsize
+        try:
+            complete = 0 < size == path.stat().st_size
+            return complete and checksum == f"{zlib.crc32(path.read_bytes()):08x}"
+        except OSError:
+            return False
 
     def chunk_images(self, chunk: int) -> range:
         """Positions of the images whose rows the chunk holds."""
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.images))
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
-        """Keep the rows of `chunk_images(chunk)`: (images · 2, width).
+        """Keep the rows of `chunk_images(chunk)`: (images · 2, width), finite in the dtype on disk.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
@@ -121,12 +142,13 @@ class DescriptorStore:
         content = rows.astype(self.dtype).tobytes()
         path = self.folder / f"{chunk:06d}-{zlib.crc32(content):08x}.rows"
         try:
-            _write(path, content)
-        except OSError as error:
+            with whole(path) as part:
+                part.write_bytes(content)
+        except UserError as error:
             raise UserError(
-                f"cannot write descriptors to {self.folder} ({error.strerror}): free "
-                f"{self.nbytes / 1e9:.1f} GB there and run again (what is complete is kept), set "
-                "BCNN_STORES to a folder on another disk, or choose last=sgd last.store=false"
+                f"{error}: free {self.nbytes / 1e9:.1f} GB there and run again (what is complete is "
+                "kept), set BCNN_STORES to a folder on another disk, or choose last=sgd "
+                "last.store=false"
             ) from error
         self._chunks[chunk] = path
 
@@ -138,37 +160,54 @@ class DescriptorStore:
         """
         for row, place in zip(rows, out, strict=True):
             chunk, offset = divmod(row, CHUNK * VIEWS)
-            with self._chunks[chunk].open("rb", buffering=0) as file:
-                file.seek(offset * place.nbytes)
-                if file.readinto(place.data) != place.nbytes:
-                    raise UserError(f"{file.name} was cut short while in use: run again")
+            path = self._chunks[chunk]
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(offset * place.nbytes)
+                    read = file.readinto(place.data)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}): run again") from error
+            if read != place.nbytes:
+                raise UserError(f"{path} was cut short while in use: run again")
 
 
-def _verifies(path: Path) -> bool:
-    return path.stem.split("-")[-1] == f"{zlib.crc32(path.read_bytes()):08x}"
+def _files(folder: Path, *names: re.Pattern[str]) -> list[Path]:
+    """Files of a folder whose names are of these forms."""
+    found = (path for path in folder.glob("*") if any(name.fullmatch(path.name) for name in names))
+    return sorted(path for path in found if path.is_file())
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All of the file or none of it."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+def _about(folder: Path) -> dict[str, Any]:
+    """What a store says it belongs to; nothing where it cannot be read."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        about = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
-def _stores() -> Iterator[tuple[Path, str]]:
-    for file in sorted(stores_dir().glob("*/store.json")):
-        folder = file.parent
-        entry = json.loads(file.read_text())
-        chunks = list(folder.glob("*.rows"))
-        size = sum(chunk.stat().st_size for chunk in chunks) / 1e6
-        share = f"{len(chunks) / entry['chunks']:.0%} built"
-        yield folder, f"{folder.name}  {size:9.1f} MB  {share:>10}  {entry['about']}"
+def _line(folder: Path) -> str:
+    chunks, about = _files(folder, ROWS), _about(folder)
+    size = sum(path.stat().st_size for path in _files(folder, *OURS)) / 1e6
+    of, said = about.get("chunks"), about.get("about")
+    share = f"{len(chunks) / of:.0%} built" if type(of) is int and of > 0 else "?"
+    belongs = said if isinstance(said, str) else f"{ABOUT} is missing or damaged"
+    return f"{folder.name}  {size:9.1f} MB  {share:>10}  {belongs}"
+
+
+def _remove(key: str) -> None:
+    """Remove what is the store's; a folder that holds something else stays with it.
+
+    Raises:
+        Timeout: a run builds or verifies it.
+    """
+    folder, lock = stores_dir() / key, FileLock(stores_dir() / f"{key}.lock")
+    with lock.acquire(timeout=0):
+        for path in _files(folder, *OURS):
+            path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
+        Path(lock.lock_file).unlink()
 
 
 @dataclass
@@ -180,20 +219,34 @@ class Options:
 
 def main(options: Options) -> int:
     """List the stores, or remove those whose keys are given."""
-    stores = {folder.name: (folder, line) for folder, line in _stores()}
+    there = [path for path in sorted(stores_dir().glob("*")) if KEY.fullmatch(path.stem)]
+    folders = [path for path in there if path.is_dir() and path.suffix == ""]
+    lines = {
+        path.name: _line(path) for path in folders if _files(path, *OURS) or not any(path.iterdir())
+    }
     if not options.remove:
-        print(f"{len(stores)} stores in {stores_dir()}")
-        for _, line in stores.values():
+        print(f"{len(lines)} stores in {stores_dir()}")
+        for line in lines.values():
             print(line)
         return 0
-    keys = list(stores) if options.remove == "all" else options.remove.split(",")
-    unknown = sorted(set(keys) - set(stores))
+    locks = [path.stem for path in there if path.suffix == ".lock" and path.is_file()]
+    known = {*lines, *locks}
+    keys = sorted(known) if options.remove == "all" else options.remove.split(",")
+    unknown = sorted({*keys} - known)
     if unknown:
         raise UserError(f"no such store: {', '.join(unknown)}; python -m bcnn.store lists them")
+    busy = []
     for key in keys:
-        with FileLock(stores_dir() / f"{key}.lock"):
-            shutil.rmtree(stores[key][0])
-        print(f"removed {stores[key][1]}")
+        try:
+            _remove(key)
+        except Timeout:
+            busy.append(key)
+            continue
+        except OSError as error:
+            raise UserError(f"{stores_dir() / key} cannot be removed: {error.strerror}") from error
+        print(f"removed {lines.get(key, key)}")
+    if busy:
+        raise UserError(f"a run is building {', '.join(busy)}: remove it when that has ended")
     return 0
 
 

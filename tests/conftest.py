@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.transforms import Framing
+from bcnn.model import backbones
 from bcnn.model.network import BCNN
 from bcnn.training.descriptors import DescriptorData
 
@@ -38,6 +40,26 @@ settings.register_profile(
     "torture", settings.get_profile("default"), max_examples=20_000, derandomize=False, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# A backbone of a few hundred weights, for whatever writes or reads many files of them.
+TINY = """
+from torch import nn
+from bcnn.model.backbones import Backbone
+
+class Tiny(Backbone):
+    stride, smallest, layers = 4, 8, ("features",)
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.channels = channels
+        self.features = nn.Conv2d(3, channels, 4, stride=4)
+
+    def maps(self, x):
+        return self.features(x).relu()
+
+    def open_from(self, name):
+        self.requires_grad_(True)
+"""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -115,6 +137,52 @@ def network(seed: int = 0) -> BCNN:
     """Of random weights, for `images`."""
     torch.manual_seed(seed)
     return BCNN(["blue", "green", "red"], Framing(32))
+
+
+Damage = Callable[[bytes], bytes]
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Damage:
+    """What disks and strangers do to a file: bytes changed, cut out, put in, repeated, cut off."""
+    kinds = st.sampled_from(["change", "cut", "insert", "repeat", "end"])
+    steps = draw(st.lists(st.tuples(kinds, st.floats(0, 1), st.binary(min_size=1)), min_size=1))
+
+    def apply(content: bytes) -> bytes:
+        for kind, place, new in steps:
+            at = int(place * len(content))
+            before, after = content[:at], content[at:]
+            content = {
+                "change": before + new + after[len(new) :],
+                "cut": before + after[len(new) :],
+                "insert": before + new + after,
+                "repeat": before + after[: len(new)] + after,
+                "end": before,
+            }[kind]
+        return content
+
+    return apply
+
+
+def junk() -> st.SearchStrategy:
+    """Values that a JSON file or a pickle of numbers and texts may hold."""
+    numbers = st.sampled_from([0, -1, 1, 4, 32, 3.0, 10**9, 2**63, 10**40, 1e-9, 1e300])
+    texts = st.sampled_from(["", "keep", "squash", "vgg16", "tiny", "bilinear", "plain", "../x", "0"])
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | numbers | texts
+    keys = st.text() | st.sampled_from(["name", "size", "channels", "root", "train", "recipe"])
+    return st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(keys, v), max_leaves=8)
+
+
+@pytest.fixture
+def tiny(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> BCNN:
+    """Of `TINY`, which is found among the backbones, in evaluation mode and of random weights."""
+    folder = tmp_path_factory.mktemp("backbones")
+    (folder / "tiny.py").write_text(TINY)
+    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(folder)])
+    torch.manual_seed(0)
+    model = BCNN(["blue", "green", "red"], Framing(32), {"name": "tiny"})
+    nn.init.normal_(model.head.weight)
+    return model.eval()
 
 
 def quiet_trainer(**options: object) -> L.Trainer:

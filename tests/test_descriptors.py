@@ -9,6 +9,7 @@ import torch
 from conftest import build, folder_data, network, quiet_trainer, write_images
 from torch.utils.data import DataLoader
 
+from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
 from bcnn.training.descriptors import DescriptorData, StoredRows
@@ -157,3 +158,14 @@ def test_of_two_runs_at_once_one_builds_and_the_other_uses_it(images: Path) -> N
     for run in runs:
         run.join(120)
     assert sorted(queue.get(timeout=1) for _ in runs) == [0, 24 * VIEWS]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused_and_not_kept(
+    images: Path, tiny: BCNN, value: float
+) -> None:
+    tiny.backbone.features.weight.data.fill_(value)
+    data = DescriptorData(folder_data(images), tiny, "32-true")
+    with pytest.raises(UserError, match=r"blue/0\.png are not finite numbers in 32-true"):
+        build(data)
+    assert not list(data.store.folder.glob("*.rows"))

@@ -18,6 +18,7 @@ from bcnn.evaluation import evidence_pictures, logged_stages
 from bcnn.inference import predict_split
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
+from bcnn.model.weights import save_model
 from bcnn.options import command
 from bcnn.report.heatmap import Box
 from bcnn.report.page import MISTAKES, THUMBNAIL
@@ -298,3 +299,15 @@ def test_logs_of_the_stages_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert names == ["last", "finetune"]
     assert [name for name, _ in logged_stages(tmp_path / "last" / "best.ckpt")] == ["last"]
     assert logged_stages(tmp_path / "elsewhere" / "best.ckpt") == []
+
+
+def test_an_answer_that_is_not_finite_is_a_sentence_and_no_figures(
+    tiny: BCNN, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.backbone.features.weight.data.fill_(1e30)
+    save_model(tiny, tmp_path / "huge.safetensors")
+    words = (f"ckpt={tmp_path / 'huge.safetensors'}", f"data={images}", f"output={tmp_path / 'out'}")
+    assert evaluate(*words) == 1
+    said = capsys.readouterr()
+    assert "test/blue/0.png: the network's answer has values that are not finite" in said.err
+    assert "nan" not in said.out and not (tmp_path / "out").exists()

@@ -142,3 +142,20 @@ def test_mistakes_are_told(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert run(f"ckpt={ckpt}", output, *words) == 1
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "figures").exists()
+
+
+def test_an_answer_that_is_not_finite_has_no_figure(
+    tiny: BCNN, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.backbone.features.bias.data.zero_()
+    tiny.backbone.features.weight.data.fill_(1e30)
+    save_model(tiny, tmp_path / "huge.safetensors")
+    for name, colour in (("$5^$ red.png", RED), ("$5^$ black.png", (0, 0, 0))):
+        marked((32, 32), (0, 0, 32, 32), colour).save(tmp_path / name)
+    words = (str(tmp_path / "$5^$*.png"), f"output={tmp_path / 'figures'}")
+    assert run(f"ckpt={tmp_path / 'huge.safetensors'}", *words) == 1
+    said = capsys.readouterr()
+    assert "$5^$ red.png: the network's answer has values that are not finite" in said.err
+    assert "nan" not in said.out and [p.name for p in (tmp_path / "figures").iterdir()] == [
+        "$5^$ black.png"
+    ]

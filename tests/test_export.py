@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from bcnn import export
 from bcnn.data.decoding import load_image
 from bcnn.data.transforms import Framing
-from bcnn.model.export import FORMATS, write_weights
+from bcnn.model.export import FORMATS, compare, write_weights
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 from bcnn.model.weights import load_model, save_model
@@ -224,3 +225,32 @@ def test_mistakes_are_told_and_nothing_is_replaced(
     assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
     assert (tmp_path / "mine.onnx").read_text() == "precious"
     assert not (tmp_path / "new.onnx").exists() and not ckpt.with_suffix(".pth").exists()
+
+
+def test_weights_beside_an_onnx_file_come_with_it_and_replace_nothing(
+    tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As above 2 GB, which this is not."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    save_model(tiny, tmp_path / "m.safetensors")
+    words = [f"ckpt={tmp_path / 'm.safetensors'}", f"output={tmp_path / 'm.onnx'}"]
+    (tmp_path / "m.onnx.data").write_text("precious")
+    assert run(*words) == 1
+    assert "m.onnx.data exists" in capsys.readouterr().err
+    (tmp_path / "m.onnx.data").unlink()
+    assert run(*words) == 0
+    assert {path.name for path in tmp_path.glob("*")} >= {"m.onnx", "m.onnx.data"}
+    assert not list(tmp_path.glob(".*"))
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), tiny(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_that_are_not_finite_do_not_agree(tiny: BCNN, tmp_path: Path) -> None:
+    tiny.backbone.features.weight.data.fill_(1e30)
+    tiny.backbone.features.bias.data.zero_()
+    images = [torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)]  # a finite answer comes first
+    assert all(map(math.isnan, compare(tiny, tiny, iter(images))))
+    save_model(tiny, tmp_path / "m.safetensors")
+    assert run(f"ckpt={tmp_path / 'm.safetensors'}", "format=pt2", f"output={tmp_path / 'm.pt2'}") == 1
+    assert [path.name for path in tmp_path.glob("m*")] == ["m.safetensors"]

@@ -4,11 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from bcnn import evaluate, explain, export, predict
 from bcnn.errors import UserError
-from bcnn.files import remove_parts, whole
+from bcnn.files import refuse_unwritable, remove_parts, whole
+from bcnn.options import command
 
 
 def test_the_old_content_stays_until_the_new_is_whole(tmp_path):
@@ -53,3 +57,47 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"), whole(tmp_path / "file" / "x"):
         pass
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / f"{'x' * 251}.csv"
+    with whole(path) as part:
+        assert part.suffix == ".csv"
+        part.write_text("content")
+    assert path.read_text() == "content"
+
+
+def test_a_place_that_cannot_be_written_is_known_before_and_none_is_made(tmp_path, monkeypatch):
+    refuse_unwritable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "file", tmp_path / "file" / "x" / "y", tmp_path / "link" / "x"):
+        with pytest.raises(UserError, match=f"{folder} cannot be written: N"):
+            refuse_unwritable(folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="no space left"):
+        refuse_unwritable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "output"),
+    [
+        (predict, ["{image}"], "rows.csv"),
+        (explain, ["{image}"], "figures"),
+        (evaluate, ["data={folder}"], "results"),
+        (export, [], "model.onnx"),
+    ],
+)
+def test_verbs_say_so_before_they_work(tmp_path, capsys, verb, words, output):
+    (tmp_path / "file").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    given = [word.format(image=tmp_path / "a.png", folder=tmp_path) for word in words]
+    output = tmp_path / "file" / output
+    usage = getattr(verb, "USAGE", "")
+    # The model, which comes after, is not there.
+    assert command(verb.Options, verb.main, usage, ["ckpt=gone.ckpt", f"output={output}", *given]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"error: {tmp_path / 'file'}") and "cannot be written: Not a directory" in said
+    )

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from bcnn import load_model
 from bcnn.data.transforms import Framing
 from bcnn.inference import predict_paths
 from bcnn.model.network import BCNN
+from bcnn.model.weights import save_model
 from bcnn.options import command
 from bcnn.predict import USAGE, Options, main
+from bcnn.report.rows import Prediction
 
 CLASSES = [*COLOURS, "a class with a, comma"]
 
@@ -102,7 +106,7 @@ def test_a_broken_image_has_a_row_and_does_not_stop_the_others(
         rows = [json.loads(line) for line in captured.out.splitlines()]
         assert [row["path"] for row in rows if "error" in row] == ["photos/green/0.png"]
         assert len(rows) == 6 and sum("predictions" in row for row in rows) == 5
-        assert "1 of them could not be read" in captured.err
+        assert "1 of them could not be read or predicted" in captured.err
     assert predict(ckpt, "photos", "format=csv", "top=1") == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [bool(row["error"]) for row in rows] == [not row["class_1"] for row in rows]
@@ -174,7 +178,7 @@ def test_output_goes_to_a_new_file_and_never_over_an_old_one(
         (["photos", "batch=0"], "batch=0: 1 at least"),
         (["photos", "workers=-1"], "workers=-1: 0 at least"),
         (["photos", "format=xml"], "format=xml: choose from table, jsonl, csv"),
-        (["photos", "output=no/such/folder.csv"], "cannot write output=no/such/folder.csv"),
+        (["photos", "output=photos/notes.txt/rows.csv"], "photos/notes.txt cannot be written: Not a"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -201,3 +205,38 @@ def test_as_a_command_rows_alone_reach_standard_output(python: Run, ckpt: Path, 
     assert run.returncode == 0, run.stderr
     assert len(list(csv.DictReader(io.StringIO(run.stdout)))) == 6
     assert run.stderr.startswith("6 photographs in") and "images/s" in run.stderr
+
+
+@pytest.fixture
+def overflowing(tiny: BCNN, tmp_path: Path) -> Path:
+    """A model whose weights are finite, and whose logits are not but for a black photograph."""
+    tiny.backbone.features.bias.data.zero_()
+    tiny.backbone.features.weight.data.fill_(1e30)
+    save_model(tiny, tmp_path / "huge.safetensors")
+    return tmp_path / "huge.safetensors"
+
+
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+def test_an_answer_that_is_not_finite_is_an_error_in_its_row(
+    overflowing: Path, photos: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    Image.new("RGB", (32, 32)).save(photos / "red" / "black.png")
+    assert predict(overflowing, "photos/red", f"format={form}", "top=1") == 1
+    said = capsys.readouterr()
+    assert "2 of them could not be read or predicted" in said.err
+    assert said.out.count("not finite numbers") == 2 and "nan" not in said.out
+    assert sum("0.333" in line or "33.3%" in line for line in said.out.splitlines()) == 1
+
+
+def test_an_output_that_is_not_finished_is_not_there(
+    ckpt: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> Iterator[Prediction]:
+        yield Prediction("photos/red/0.png", error="none")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bcnn.inference.predict_paths", stopped)
+    before = sorted(os.listdir())
+    with pytest.raises(KeyboardInterrupt):
+        predict(ckpt, "photos", "output=rows.csv", "format=csv")
+    assert sorted(os.listdir()) == before

@@ -1,14 +1,19 @@
 """Descriptors on disk: found again, resumed, verified, listed and removed."""
 
 import errno
+import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Damage, damage, junk
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bcnn import store as store_module
 from bcnn.errors import UserError
+from bcnn.files import PART
 from bcnn.options import command
 from bcnn.store import CHUNK, USAGE, VIEWS, DescriptorStore, Options, main
 
@@ -56,10 +61,11 @@ def test_a_killed_build_goes_on_from_what_is_complete() -> None:
     first = make()
     assert first.open() == ([0, 1, 2], 0)
     fill(first, [0, 2])
-    (first.folder / "000001-00000000.999.tmp").write_bytes(b"half a chunk")
+    for name in ("000001-00000000.999.tmp", f"{PART}999-000001-00000000.rows"):
+        (first.folder / name).write_bytes(b"half a chunk")
     again = make()
     assert again.open() == ([1], 0)
-    assert not list(again.folder.glob("*.tmp"))
+    assert sorted(path.suffix for path in again.folder.iterdir()) == [".json", ".rows", ".rows"]
     fill(again, [1])
     assert make().open() == ([], 0)
 
@@ -95,8 +101,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_complete(
         patched.setattr(store_module.os, "fsync", full)
         with pytest.raises(UserError, match=r"No space left.*BCNN_STORES.*last\.store=false"):
             fill(store, [1])
-    assert not list(store.folder.glob("*.tmp"))
-    assert make().open() == ([1, 2], 0)
+        assert make().open() == ([1, 2], 0)  # though nothing can be written yet
+    assert sorted(path.suffix for path in store.folder.iterdir()) == [".json", ".rows"]
 
 
 def test_one_run_waits_for_another() -> None:
@@ -138,3 +144,120 @@ def test_listing_and_removing(capsys: pytest.CaptureFixture[str], stores: Path) 
     assert done.folder.exists()
     assert stores_command(f"remove={done.key}") == 0
     assert not done.folder.exists() and partial.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["000001-00000000.rows", "000007-00000000.rows"])
+def test_an_empty_chunk_of_a_right_checksum_is_damaged(name: str) -> None:
+    store = make()
+    store.open()
+    fill(store, [0])
+    (store.folder / name).touch()
+    assert make().open() == ([1, 2], 1)
+
+
+def test_rows_that_go_while_in_use_are_a_sentence() -> None:
+    store = make()
+    store.open()
+    fill(store, [0])
+    (path,) = store.folder.glob("*.rows")
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name} cannot be read .*run again"):
+        store.read([0], np.empty((1, WIDTH), np.float16))
+
+
+def test_stores_below_a_file_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BCNN_STORES", str(tmp_path / "file" / "stores"))
+    with pytest.raises(UserError, match=r"file/stores cannot be made \(Not a directory\)"):
+        make().lock()
+    assert stores_command() == 0
+
+
+DAMAGED = [b"", b"garbage", b"[]", b'{"chunks": 0}', b'{"chunks": "3", "about": []}', b"[" * 100_000]
+
+
+def test_a_store_whose_description_is_lost_or_damaged_is_listed_and_removed(
+    capsys: pytest.CaptureFixture[str], stores: Path
+) -> None:
+    made = [make(size=size) for size in range(len(DAMAGED) + 1)]
+    for store in made:
+        store.open()
+        fill(store, [0])
+    for store, content in zip(made, DAMAGED, strict=False):
+        (store.folder / "store.json").write_bytes(content)
+    (made[0].folder / "store.json").unlink()
+    assert stores_command() == 0
+    listing = capsys.readouterr().out
+    assert listing.count("MB") == len(made) and listing.count("some photographs") == 1
+    assert listing.count("missing or damaged") == len(DAMAGED)
+    assert stores_command("remove=all") == 0
+    assert list(stores.iterdir()) == []
+
+
+def test_what_is_no_store_is_left_alone(capsys: pytest.CaptureFixture[str], stores: Path) -> None:
+    store = make()
+    with store.lock():
+        store.open()
+    fill(store, [0])
+    (store.folder / f"{PART}1-000001-0.rows").touch()
+    (stores / f"{'0' * 16}.lock").touch()  # of a store that was removed
+    others = [store.folder / "mine.txt", stores / "notes" / "store.json", stores / "mine.lock"]
+    others += [stores / ("f" * 16) / "photograph.jpg", stores / ("e" * 16)]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    assert stores_command() == 0
+    assert capsys.readouterr().out.startswith("1 stores")
+    assert stores_command("remove=all") == 0
+    assert sorted(path for path in stores.rglob("*") if path.is_file()) == sorted(others)
+
+
+def test_a_store_that_is_being_built_is_not_removed(capsys: pytest.CaptureFixture[str]) -> None:
+    store = make()
+    with store.lock():
+        store.open()
+        fill(store, [0])
+        assert stores_command("remove=all") == 1
+    assert f"a run is building {store.key}" in capsys.readouterr().err
+    assert make().open() == ([1, 2], 0)
+
+
+NAMES = st.from_regex(r"[0-9]{1,8}-[0-9a-f]{8}\.rows", fullmatch=True) | st.sampled_from(
+    ["000001-00000000.rows", "x-00000000.rows", "1.rows", ".rows", "a-b-c.rows", "store.json", "x.tmp"]
+)
+
+
+@pytest.mark.fuzz
+@given(
+    files=st.dictionaries(NAMES, st.binary(max_size=40), max_size=4),
+    about=junk(),
+    changes=st.none() | damage(),
+)
+def test_any_folder_is_opened_listed_and_completed(
+    stores: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, bytes],
+    about: object,
+    changes: Damage | None,
+) -> None:
+    monkeypatch.setattr(store_module.os, "fsync", lambda _: None)  # most of the time
+    store = make(images=20)
+    store.open()
+    fill(store, [0, 1])
+    if changes:
+        for path in store.folder.glob("*.rows"):
+            path.write_bytes(changes(path.read_bytes()))
+    (store.folder / "store.json").write_text(json.dumps(about))
+    for name, content in files.items():
+        (store.folder / name).write_bytes(content)
+    assert stores_command() == 0
+    again = make(images=20)
+    missing, _ = again.open()
+    fill(again, missing)
+    found = np.empty((40, WIDTH), np.float16)
+    again.read(range(40), found)
+    np.testing.assert_array_equal(found, rows(20).astype(np.float16))
+    assert make(images=20).open() == ([], 0)
+    assert stores_command("remove=all") == 0
+    for path in stores.rglob("*.*"):
+        path.unlink()

@@ -1,10 +1,18 @@
 """Files of weights, in and out."""
 
 import hashlib
+import io
+import json
+import os
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Damage, damage, junk
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VGG16_Weights
@@ -181,26 +189,6 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize(
-    "about",
-    [
-        {"backbone": {"name": "os"}},
-        {"backbone": "vgg16"},
-        {"pooling": {"name": "bilinear", "power": 3}},
-        {"framing": {"side": 3}},
-        {"split": {"train": 3}},
-    ],
-)
-def test_a_description_that_makes_no_sense(
-    model: BCNN, tmp_path: Path, about: dict[str, object]
-) -> None:
-    state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    content = {"state_dict": state, "hyper_parameters": {**model.description(), **about}}
-    torch.save(content, tmp_path / "odd.ckpt")
-    with pytest.raises(UserError):
-        load_model(tmp_path / "odd.ckpt")
-
-
 @pytest.mark.parametrize("name", ["cut.pth", "cut.ckpt", "cut.safetensors"])
 def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02 damaged")
@@ -225,3 +213,193 @@ def test_files_of_other_networks_are_refused(model: BCNN, tmp_path: Path) -> Non
     torch.save(to_original(model), tmp_path / "two.pth")
     with pytest.raises(UserError, match="2 classes, the images have 3"):
         load_model(tmp_path / "two.pth", classes=["a", "b", "c"])
+
+
+def state_of(model: BCNN) -> dict[str, torch.Tensor]:
+    return {key: value.contiguous().clone() for key, value in model.state_dict().items()}
+
+
+ODD = {
+    "nan": lambda t: torch.full_like(t, torch.nan),
+    "one inf": lambda t: torch.cat([t.flatten()[1:], torch.tensor([torch.inf])]).view(t.shape),
+    "beyond float32": lambda t: torch.full_like(t, 1e300, dtype=torch.float64),
+    "int8": lambda t: t.to(torch.int8),
+    "bool": lambda t: t > 0,
+    "complex": lambda t: t.to(torch.complex64),
+    "another shape": lambda t: t[None],
+    "sparse": lambda t: t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["backbone.features.weight", "backbone.mean", "head.weight", "head.bias"]
+)
+@pytest.mark.parametrize("odd", ODD)
+def test_weights_that_are_no_finite_numbers_of_the_right_shape_are_refused(
+    tiny: BCNN, tmp_path: Path, name: str, odd: str
+) -> None:
+    state = state_of(tiny)
+    state[name] = ODD[odd](state[name])
+    about = tiny.description()
+    torch.save({"state_dict": state, "hyper_parameters": about}, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=r"odd\.ckpt"):
+        load_model(tmp_path / "odd.ckpt")
+    if odd in ("sparse", "quantized", "meta"):
+        return
+    save_file(state, tmp_path / "odd.safetensors", {"bcnn": json.dumps(about)})
+    with pytest.raises(UserError, match=r"odd\.safetensors"):
+        load_model(tmp_path / "odd.safetensors")
+
+
+def test_a_model_in_half_precision_loads(tiny: BCNN, tmp_path: Path) -> None:
+    state = {key: value.bfloat16() for key, value in tiny.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": tiny.description()}, tmp_path / "half.ckpt")
+    loaded = load_model(tmp_path / "half.ckpt")
+    torch.testing.assert_close(loaded.head.weight, tiny.head.weight, rtol=1e-2, atol=0)
+    assert loaded.head.weight.dtype == torch.float32
+
+
+def test_the_wide_layout_of_integers_or_nan_is_refused(model: BCNN, tmp_path: Path) -> None:
+    state = to_original(model)
+    for weight in (torch.ones(2, 512**2, dtype=torch.int8), torch.full((2, 512**2), torch.nan)):
+        state["classifiers.0.weight"] = weight
+        torch.save(state, tmp_path / "odd.pth")
+        with pytest.raises(UserError, match=r"odd\.pth"):
+            load_model(tmp_path / "odd.pth")
+
+
+def test_a_small_file_does_not_ask_for_much_memory(tiny: BCNN, tmp_path: Path) -> None:
+    state = state_of(tiny)
+    state["head.weight"] = torch.ones(1).expand(10**9, tiny.pooling.width)
+    state["head.bias"] = torch.ones(1).expand(10**9)
+    about = {**tiny.description(), "classes": None}
+    torch.save({"state_dict": state, "hyper_parameters": about}, tmp_path / "views.ckpt")
+    torch.save({"head.weight": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    for name in ("views.ckpt", "bomb.pth"):
+        with pytest.raises(UserError, match=f"{name} is not a readable"):
+            load_model(tmp_path / name)
+
+
+def test_wrappers_without_end_are_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {}
+    for name in ("state_dict", "model", "net"):
+        content[name] = content
+    torch.save(content, tmp_path / "loop.pth")
+    torch.save({"module." * 5000 + "x": torch.zeros(1)}, tmp_path / "deep.pth")
+    for name in ("loop.pth", "deep.pth"):
+        with pytest.raises(UserError, match=name):
+            load_model(tmp_path / name)
+
+
+@pytest.fixture
+def valid(tiny: BCNN, tmp_path: Path) -> dict[str, bytes]:
+    """Files of the same model in every format, by their names' endings."""
+    state, about = state_of(tiny), tiny.description()
+    content = {"state_dict": state, "hyper_parameters": about}
+    torch.save(content, tmp_path / "m.ckpt")
+    torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "m.safetensors", {"bcnn": json.dumps(about)})
+    return {path.suffix: path.read_bytes() for path in tmp_path.glob("m.*")}
+
+
+def loads_or_is_refused(path: Path) -> None:
+    try:
+        model = load_model(path)
+    except UserError as refusal:
+        assert str(path) in str(refusal)
+    else:
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        assert not (path.parent / "owned").exists()
+
+
+@pytest.mark.fuzz
+@given(suffix=st.sampled_from([".ckpt", ".pth", ".safetensors"]), changes=damage())
+def test_a_file_with_bytes_changed_is_loaded_or_refused(
+    valid: dict[str, bytes], tmp_path: Path, suffix: str, changes: Damage
+) -> None:
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(changes(valid[suffix]))
+    loads_or_is_refused(path)
+
+
+@pytest.mark.fuzz
+@given(which=st.integers(0, 30), changes=damage())
+def test_a_file_with_a_member_changed_is_loaded_or_refused(
+    valid: dict[str, bytes], tmp_path: Path, which: int, changes: Damage
+) -> None:
+    with (
+        zipfile.ZipFile(io.BytesIO(valid[".ckpt"])) as before,
+        zipfile.ZipFile(tmp_path / "member.ckpt", "w") as after,
+    ):
+        names = before.namelist()
+        # the pickle, every second time
+        chosen = names[which % len(names)] if which % 2 else f"{names[0].partition('/')[0]}/data.pkl"
+        for name in names:
+            content = before.read(name)
+            after.writestr(name, changes(content) if name == chosen else content)
+    loads_or_is_refused(tmp_path / "member.ckpt")
+
+
+NUMBERS = st.lists(st.integers(0, 40) | st.integers(), max_size=3)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "I8", "F4", "BOOL", ""]),
+        "shape": NUMBERS,
+        "data_offsets": NUMBERS,
+    }
+)
+NAMES = st.sampled_from(["head.weight", "head.bias", "fc.weight", "__metadata__"])
+HEADERS = st.dictionaries(NAMES, ENTRIES | junk(), max_size=3) | junk()
+
+
+@pytest.mark.fuzz
+@given(header=HEADERS, rest=st.binary())
+def test_safetensors_with_any_header_are_refused(tmp_path: Path, header: object, rest: bytes) -> None:
+    text = json.dumps(header).encode()
+    path = tmp_path / "header.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    with pytest.raises(UserError, match=r"header\.safetensors"):
+        load_model(path)
+
+
+class Call:
+    """Pickled, it asks for a call."""
+
+    def __init__(self, call: tuple[object, tuple[object, ...]]) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call
+
+
+CALLS = [os.mkdir, os.system, eval, exec, print, getattr, bytes, set, OrderedDict, Path, torch.load]
+CALLS += [torch.Size, torch.zeros, torch._utils._rebuild_parameter, torch._utils._rebuild_tensor_v2]
+
+
+def calls(folder: str) -> st.SearchStrategy[Call]:
+    code = f"__import__('os').mkdir({folder!r})"
+    words = st.sampled_from([folder, f"mkdir {folder}", code]) | junk()
+    return st.builds(Call, st.tuples(st.sampled_from(CALLS), st.lists(words, max_size=3).map(tuple)))
+
+
+@pytest.mark.fuzz
+@given(data=st.data(), place=st.sampled_from(["", "state_dict", "hyper_parameters", "head.bias"]))
+def test_no_call_in_a_file_is_made(
+    valid: dict[str, bytes], tmp_path: Path, data: st.DataObject, place: str
+) -> None:
+    call = data.draw(calls(str(tmp_path / "owned")))
+    content = {"state_dict": {"head.bias": torch.zeros(3)}, "hyper_parameters": {}}
+    where = content["state_dict"] if place == "head.bias" else content
+    where[place] = call  # type: ignore[assignment]
+    torch.save(content if place else call, tmp_path / "call.pth")
+    with pytest.raises(UserError, match=r"call\.pth"):
+        load_model(tmp_path / "call.pth")
+    assert not (tmp_path / "owned").exists()

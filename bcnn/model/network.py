@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from bcnn.data.decoding import load_image, upright_rgb
 from bcnn.data.splits import Split
 from bcnn.data.transforms import Framing
+from bcnn.errors import UserError
 from bcnn.model import backbones, pooling
 from bcnn.model.backbones import Backbone
+from bcnn.model.description import refuse_nonsense
 from bcnn.model.head import Head
 from bcnn.model.pooling import Pooling
 from bcnn.model.registry import make
@@ -118,17 +120,25 @@ class BCNN(nn.Module):
 def build(description: Mapping[str, Any]) -> BCNN:
     """The network that `BCNN.description` describes, with the weights of a new one.
 
+    Args:
+        description: what it leaves out has its default, but for the classes.
+
     Raises:
-        UserError: it names a backbone or a pooling that there is not.
+        UserError: it makes no sense, or names a backbone or a pooling that there is not.
     """
-    split = description.get("split")
-    return BCNN(
+    refuse_nonsense(description)
+    framing, split = Framing(**description.get("framing", {})), description.get("split")
+    made = BCNN(
         description["classes"],
-        Framing(**description["framing"]),
-        description["backbone"],
-        description["pooling"],
+        framing,
+        description.get("backbone"),
+        description.get("pooling"),
         Split.from_plain(split) if split else None,
     )
+    smallest, multiple = made.backbone.smallest, made.backbone.multiple
+    if framing.size < smallest or framing.size % multiple:
+        raise UserError(f"its framing.size should be {smallest} at least, and a multiple of {multiple}")
+    return made
 
 
 def make_backbone(name: str, **options: Any) -> Backbone:

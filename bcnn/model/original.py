@@ -28,7 +28,7 @@ def from_original(
     """A state dict of theirs under this project's names, packed at the same logits, and what it is.
 
     Raises:
-        UserError: the classifier is not on a matrix of 512 × 512.
+        UserError: the classifier is not of numbers on a matrix of 512 × 512.
     """
     name = next(name for name in WIDE if f"{name}.weight" in tensors)
     weight = tensors[f"{name}.weight"]
@@ -37,6 +37,8 @@ def from_original(
             f"{path}: {name}.weight has shape {tuple(weight.shape)}, expected "
             f"(classes, {CHANNELS**2}): it was trained with another pooling"
         )
+    if not weight.is_floating_point():
+        raise UserError(f"{path}: {name}.weight is of {weight.dtype}, expected floating point")
     state = {key: value for key, value in tensors.items() if key.startswith("features.")}
     state["head.weight"] = pack(weight.float().view(-1, CHANNELS, CHANNELS))
     state["head.bias"] = tensors.get(f"{name}.bias", torch.zeros(len(weight)))

@@ -4,7 +4,11 @@ Files are read without running code from them (`torch.load(weights_only=True)`, 
 """
 
 import json
+import os
 import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,12 @@ from urllib.parse import urlparse
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 
-from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
-from bcnn.model.network import BCNN, DEFAULT, build
+from bcnn.files import whole
+from bcnn.model.network import BCNN, build
 from bcnn.model.original import from_original, is_original, to_original
 
 TORCHVISION = {
@@ -36,8 +40,12 @@ RENAMED = {
     "std": "backbone.std",
 }
 
-
 NORMALIZATION = {"backbone.mean", "backbone.std"}
+DEFAULTED = NORMALIZATION | {"head.mean"}  # what others' files, and those of before, leave out
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # other loops' names for the tensors
+FRAMING = ("size", "resize", "crop_pct")  # and classes and split, in files of before all flat
 
 
 def initialise_backbone(model: BCNN, weights: str, normalization: str | None = None) -> None:
@@ -61,7 +69,13 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
         tensors, about = _renamed(_download(weights)), {"weights": TORCHVISION[weights].name}
     else:
         tensors, about = _read(Path(weights))
-    _load(model, {key: v for key, v in tensors.items() if key.startswith("backbone.")}, weights)
+    own = {key: v for key, v in model.state_dict().items() if key.startswith("backbone.")}
+    try:
+        _refuse_others(own, tensors)
+    except UserError as error:
+        name = model.chosen["backbone"]["name"]
+        raise UserError(f"{weights} does not hold the features of {name}: {error}") from error
+    _load(model, own, tensors, weights)
     _set_normalization(model, tensors, about, normalization, weights)
 
 
@@ -86,28 +100,28 @@ def load_model(
     """
     tensors, about = _read(Path(path))
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
-    if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
+    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         found = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
         raise UserError(
             f"{path} holds no bilinear CNN: expected a classifier of shape (classes, width), "
             f"found {found}; features alone go to model.weights={path}"
         )
-    names = about.get("classes") or classes or [str(k) for k in range(len(bias))]
-    if len(names) != len(bias):
-        raise UserError(
-            f"{path} was trained on {len(bias)} classes, the images have {len(names)}: "
-            "train stage=last on these images first"
-        )
+    if about.get("classes") is None:
+        about["classes"] = classes or [str(k) for k in range(len(bias))]
+        if len(about["classes"]) != len(bias):
+            raise UserError(
+                f"{path} was trained on {len(bias)} classes, the images have {len(about['classes'])}: "
+                "train stage=last on these images first"
+            )
     try:
-        model = build({**DEFAULT, "framing": {}, **about, "classes": names})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"what {path} says of its network cannot be understood ({error})") from error
-    if model.pooling.width != weight.shape[1]:
-        raise UserError(
-            f"{path} holds no bilinear CNN: expected a classifier of shape (classes, "
-            f"{model.pooling.width}), found one of shape {tuple(weight.shape)}"
-        )
-    _load(model, tensors, path)
+        with torch.device("meta"):  # no memory is taken before all of it is known to be in the file
+            own = build(about).state_dict()
+        _refuse_others(own, tensors)
+        model = build(about)
+    except Exception as error:  # a backbone or a pooling may raise anything, given others' options
+        said = error if isinstance(error, UserError) else f"what it says of its network ({error})"
+        raise UserError(f"{path} cannot be understood: {said}") from error
+    _load(model, own, tensors, path)
     _set_normalization(model, tensors, about, normalization, path)
     return model.eval()
 
@@ -121,9 +135,13 @@ def save_model(model: BCNN, path: str | Path) -> None:
     """
     if Path(path).suffix == ".safetensors":
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(state, path, describe(model) | {"bcnn": json.dumps(model.description())})
+        about = describe(model) | {"bcnn": json.dumps(model.description())}
+        with whole(Path(path)) as part:
+            save_file(state, part, about)
     else:
-        torch.save(to_original(model), path)
+        state = to_original(model)
+        with whole(Path(path)) as part:
+            torch.save(state, part)
 
 
 def describe(model: BCNN) -> dict[str, str]:
@@ -143,21 +161,33 @@ def describe(model: BCNN) -> dict[str, str]:
     }
 
 
-def _load(model: BCNN, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Take over the tensors of the model's names; those of the backbone have to be there."""
-    own = model.state_dict()
-    wrong = [
-        name
-        for name, tensor in own.items()
-        if (name.startswith("backbone.") and name not in NORMALIZATION and name not in tensors)
-        or (name in tensors and tensors[name].shape != tensor.shape)
-    ]
-    if wrong:
-        raise UserError(
-            f"{source} does not hold the features of {model.chosen['backbone']['name']}: "
-            f"{wrong[0]} is missing, or of another shape"
-        )
+def _refuse_others(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where tensors are not what a network has under its own names."""
+    for name, tensor in own.items():
+        found = tensors.get(name)
+        if found is None and name in DEFAULTED:
+            continue
+        if found is None:
+            raise UserError(f"it has no {name}")
+        if found.shape != tensor.shape:
+            raise UserError(
+                f"its {name} is of shape {tuple(found.shape)}, expected {tuple(tensor.shape)}"
+            )
+        if found.dtype not in (FLOATS if tensor.is_floating_point() else {tensor.dtype}):
+            raise UserError(f"its {name} is of {found.dtype}, expected {tensor.dtype}")
+
+
+def _load(
+    model: BCNN, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Take over tensors of the names in `own`, which are right but for their values."""
     model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{source} is damaged, or its training diverged: its {name} has values that are not "
+                "finite numbers"
+            )
 
 
 def _set_normalization(
@@ -170,7 +200,7 @@ def _set_normalization(
     """Find the normalisation in the file (mean and std, or the name of torchvision's weights)."""
     if tensors.keys() >= NORMALIZATION:
         return
-    said = " ".join(str(value) for value in about.values())
+    said = " ".join(value for value in about.values() if isinstance(value, str))
     named = [
         key
         for key, enum in TORCHVISION.items()
@@ -210,60 +240,87 @@ def _file_name(enum: VGG16_Weights) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and what the file says of itself, from .ckpt, .pth, .pt or .safetensors."""
-    path = path.expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
         raise UserError(f"no such file of weights: {path}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return _understood(tensors, file.metadata() or {}, path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, about = (_safetensors if path.suffix == ".safetensors" else _pickled)(path)
+        if is_original(tensors):
+            tensors, said = from_original(tensors, path)
+            about = {**said, **about}
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # damaged bytes lead the unpickler into whatever there is
         raise UserError(
             f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
         ) from error
-    tensors = _state_dict(content)
     if not tensors:
         raise UserError(f"{path} is not a state dict: expected tensors by name")
-    return _understood(tensors, content.get("hyper_parameters", {}), path)
+    return _renamed(tensors), about
 
 
-def _state_dict(content: Any) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = file.metadata() or {}
+    if "bcnn" in about:
+        return tensors, dict(json.loads(about["bcnn"]))
+    texts = {name: json.loads(about[name]) for name in ("classes", "split") if name in about}
+    numbers = {name: json.loads(about[name]) for name in ("size", "crop_pct") if name in about}
+    return tensors, _nested({**about, **texts, **numbers})
+
+
+def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(file) as members:
+                if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
+                    raise ValueError("compressed, which may take any memory")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of what is refused after all
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = _state_dict(content)
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise ValueError(f"{name} is larger than what is stored of it, or not dense")
+    return tensors, _nested(dict(content.get("hyper_parameters", {})) if tensors else {})
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense, and all of it in memory: a view can repeat one number without end."""
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return (
+        dense
+        and tensor.device.type == "cpu"
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _state_dict(content: Any, depth: int = 3) -> dict[str, Tensor]:
     """The tensors by name in what a file holds, without what wrappers put before every name.
 
     Lightning keeps them under "state_dict", other loops under "model" or the like; DataParallel puts
     "module." before the names, and a module that holds the network, "model.".
     """
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not depth:
         return {}
     if not all(isinstance(key, str) and torch.is_tensor(value) for key, value in content.items()):
-        wrapped = map(content.get, ("state_dict", "model_state_dict", "model", "net"))
-        return next(filter(None, map(_state_dict, wrapped)), {})
+        wrapped = (_state_dict(content.get(name), depth - 1) for name in WRAPPERS)
+        return next(filter(None, wrapped), {})
     for prefix in ("module.", "model."):
         inside = {key.removeprefix(prefix): v for key, v in content.items() if key.startswith(prefix)}
         if inside:  # beside the network, a module may hold the weights of a loss
-            return _state_dict(inside)
+            return _state_dict(inside, depth)
     return dict(content)
 
 
-def _understood(
-    tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors under today's names, and what the file says of itself as `BCNN.description` does."""
-    about = dict(metadata)
-    if "bcnn" in metadata:
-        about = json.loads(metadata["bcnn"])
-    elif {"classes", "size"} <= metadata.keys():  # of before, where all of it was flat
-        classes, split = (metadata.get(name) for name in ("classes", "split"))
-        size, crop_pct = int(metadata["size"]), float(metadata.get("crop_pct", 1.0))
-        about["framing"] = asdict(Framing(size, metadata.get("resize", "keep"), crop_pct))
-        about["classes"] = json.loads(classes) if isinstance(classes, str) else classes
-        about["split"] = json.loads(split) if isinstance(split, str) else split
-    if is_original(tensors):
-        tensors, said = from_original(tensors, path)
-        about = {**said, **about}
-    return _renamed(tensors), about
+def _nested(about: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of itself as `BCNN.description` does; before, all of it was flat."""
+    if "framing" in about or "size" not in about:
+        return about
+    return {**about, "framing": {name: about[name] for name in FRAMING if name in about}}
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

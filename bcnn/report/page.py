@@ -16,6 +16,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from bcnn.data.decoding import load_image
+from bcnn.files import whole
 from bcnn.report.metrics import NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion
@@ -58,7 +59,7 @@ def write_report(
     """Write the report on a set of predictions.
 
     Args:
-        page: the file to write; its folder exists.
+        page: the file to write.
         predictions: of at least one image.
         title: the page's heading.
         stages: name and metrics.csv of the stages that the model was trained in, first to last.
@@ -86,7 +87,8 @@ def write_report(
         configuration=configuration,
         versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
     )
-    page.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
+    with whole(page) as part:
+        part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def confusion_order(predictions: Predictions) -> list[int]:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from bcnn.files import whole
 from bcnn.report.metrics import Bin
 
 TITLES = {"loss": "cross-entropy", "top1": "top-1"}
@@ -63,7 +64,8 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
         axes.set_title(TITLES[metric])
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    with whole(picture) as part:
+        figure.savefig(part, dpi=120)
 
 
 def curves_svg(stages: Sequence[tuple[str, Path]], metric: str) -> str:

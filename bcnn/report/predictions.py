@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from bcnn.files import whole
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -58,13 +60,14 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         """Write everything to an .npz that `numpy.load` opens, with these fields' names."""
-        np.savez_compressed(
-            path,
-            classes=np.array(self.classes),
-            paths=np.array(self.paths),
-            labels=self.labels.numpy(),
-            probabilities=self.probabilities.numpy(),
-        )
+        with whole(path) as part:
+            np.savez_compressed(
+                part,
+                classes=np.array(self.classes),
+                paths=np.array(self.paths),
+                labels=self.labels.numpy(),
+                probabilities=self.probabilities.numpy(),
+            )
 
 
 def soft_confusion(predictions: Predictions) -> Tensor:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from bcnn.data.decoding import MARGIN, VERSION
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.sampler import Draw
+from bcnn.errors import UserError
 from bcnn.model.network import BCNN, DEFAULT
 from bcnn.precision import autocast
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
@@ -141,6 +142,11 @@ class DescriptorData(L.LightningDataModule):
         except Timeout:
             print("another run is building the same descriptors: waiting for it")
             lock.acquire()
+        except OSError as error:
+            raise UserError(
+                f"{lock.lock_file} cannot be written ({error.strerror}): set BCNN_STORES to another "
+                "folder"
+            ) from error
         try:
             yield
         finally:
@@ -166,11 +172,23 @@ class DescriptorData(L.LightningDataModule):
                 images = images.to(device)
                 with autocast(device, self.precision):
                     views = [model.descriptor(images), model.descriptor(images.flip(-1))]
-                rows = torch.stack(views, dim=1).flatten(0, 1)
-                self.store.write(chunk, rows.cpu().numpy())
+                rows = torch.stack(views, dim=1).flatten(0, 1).cpu().numpy()
+                self._refuse_overflow(chunk, rows)
+                self.store.write(chunk, rows)
                 done = progress.tasks[task]
                 progress.advance(task, len(images))
                 progress.update(task, rate=done.completed / max(done.elapsed or 0, 1e-9))
+
+    def _refuse_overflow(self, chunk: int, rows: np.ndarray) -> None:
+        """Raises UserError where rows are not finite on disk, which no later run could mend."""
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(rows.astype(self.store.dtype)).all(axis=1)
+        if not finite.all():
+            image = self.store.chunk_images(chunk)[int(finite.argmin()) // VIEWS]
+            raise UserError(
+                f"the features of {self.paths[image]} are not finite numbers in {self.precision}: try "
+                "trainer.precision=32-true, or other weights"
+            )
 
 
 class StoredRows:

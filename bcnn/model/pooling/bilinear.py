@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from bcnn.errors import UserError
 from bcnn.model.pooling import Pooling
 
 ROOT_EPS = 1e-10  # under the square root, as in the original
@@ -57,12 +58,17 @@ class Bilinear(Pooling):
     Args:
         channels: of the maps.
         root: one of `ROOTS`.
+
+    Raises:
+        UserError: it is none of them.
     """
 
     degree = 0.5
 
     def __init__(self, channels: int, root: str = "signed") -> None:
         super().__init__(channels)
+        if root not in [*ROOTS]:
+            raise UserError(f"the pooling bilinear: root={root} is none of {', '.join(ROOTS)}")
         self.root = root
         self.width = packed_size(channels)
 
