@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from bcnn.errors import UserError
 from bcnn.options import literal, print_any_text
+from bcnn.terminal import say
 from bcnn.training.sweep import in_sweep, note_failure
 
 
@@ -26,9 +27,8 @@ def main(cfg: DictConfig) -> float:
     try:
         return run(cfg)
     except UserError as error:
-        # From a data-loading worker it comes with that process's traceback before the sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("bcnn.errors.UserError: ")
-        print(f"error: {sentence}", file=sys.stderr)
+        sentence = str(error)
+        say(f"error: {sentence}", file=sys.stderr)
     except Exception as error:
         if not in_sweep():
             raise

@@ -12,6 +12,7 @@ from rich.progress import track
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.options import command
+from bcnn.terminal import say
 
 if TYPE_CHECKING:
     from bcnn.inference import Explanation
@@ -67,13 +68,13 @@ def main(options: Options) -> int:
         try:
             photograph = load_image(path, model.framing.side)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
         explanation = explain(model, photograph, target, against)
         figure = folder / _free_name(folder, Path(path).stem)
         draw(explanation, model.classes, Path(path).name).savefig(figure, dpi=150)
-        print(f"{path}: {_answer(explanation, model.classes)}: {figure}")
+        say(f"{path}: {_answer(explanation, model.classes)}: {figure}")
     if failed:
         print(f"{failed} of {len(paths)} photographs could not be read", file=sys.stderr)
     return int(failed > 0)

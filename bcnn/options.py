@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from bcnn.errors import UserError
+from bcnn.terminal import say
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ def command(
     try:
         return act(_parse(kind, words))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
 
 

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from bcnn.errors import UserError
 from bcnn.options import command
+from bcnn.terminal import say
 
 USAGE = """
 python -m bcnn.store                    lists the descriptor stores: key, size, what they belong to
@@ -182,9 +183,8 @@ def main(options: Options) -> int:
     """List the stores, or remove those whose keys are given."""
     stores = {folder.name: (folder, line) for folder, line in _stores()}
     if not options.remove:
-        print(f"{len(stores)} stores in {stores_dir()}")
-        for _, line in stores.values():
-            print(line)
+        say(f"{len(stores)} stores in {stores_dir()}")
+        say(*(line for _, line in stores.values()))
         return 0
     keys = list(stores) if options.remove == "all" else options.remove.split(",")
     unknown = sorted(set(keys) - set(stores))
@@ -193,7 +193,7 @@ def main(options: Options) -> int:
     for key in keys:
         with FileLock(stores_dir() / f"{key}.lock"):
             shutil.rmtree(stores[key][0])
-        print(f"removed {stores[key][1]}")
+        say(f"removed {stores[key][1]}")
     return 0
 
 

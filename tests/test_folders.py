@@ -103,7 +103,7 @@ def test_files_that_are_no_images_by_their_names_are_counted(
     for name in ("a.CR2", "b.CR2", "c", "d.jpg_large"):
         (images / "train" / "red" / name).write_bytes(b"some bytes")
     set_up(images)
-    assert "4 files left out, by their names no images: 2 .CR2, " in capsys.readouterr().out
+    assert "4 files left out, no images or counted already: 2 .CR2, " in capsys.readouterr().out
 
 
 def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:

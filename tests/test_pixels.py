@@ -243,7 +243,8 @@ def test_links_that_lead_out_are_entered_once(tmp_path: Path) -> None:
 
 def test_files_that_are_no_images_are_found_too(tmp_path: Path) -> None:
     write(*(tmp_path / name for name in ("a.jpg", "b.CR2", "c", ".hidden", "Thumbs.db", "__MACOSX/d")))
-    assert sorted(os.path.basename(path) for path in files_below(tmp_path)) == ["a.jpg", "b.CR2", "c"]
+    found = {os.path.basename(path): reason for path, reason in files_below(tmp_path)}
+    assert found == {"a.jpg": "", "b.CR2": ".CR2", "c": "without an ending"}
 
 
 def test_what_is_no_file_is_passed_by(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from bcnn import terminal
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
@@ -32,7 +33,7 @@ from bcnn.training.mistakes import STAGES, refuse_mistakes
 from bcnn.training.plan import build_model, plan
 from bcnn.training.tracking import close, log_configuration, log_results
 
-say = rank_zero_only(print)
+say = rank_zero_only(terminal.say)
 
 
 @dataclass
@@ -98,7 +99,7 @@ def run_stage(
         model: the weights to start from; changed in place.
         origin: the file that holds these weights, if any.
     """
-    say(f"\nstage {name}")
+    say("", f"stage {name}")
     folder, precision = Path(cfg.output) / name, chosen_precision(cfg.trainer)
     images.batch_size = cfg[name].get("batch_size", images.batch_size)
     module, data, limits = plan(name, cfg[name], images, model, precision)
