@@ -94,12 +94,11 @@ def files_below(folder: str | Path, root: str | Path | None = None) -> Iterator[
     Raises:
         UserError: a folder cannot be looked into.
     """
-    seen = {os.path.realpath(folder)}
+    pending = [(str(folder), os.path.realpath(folder))]  # paths, and where they lead
+    seen = {pending[0][1]}
     base = Path(root or folder).resolve()
-    pending = [str(folder)]
     while pending:
-        path = pending.pop()
-        place = Path(path).resolve()
+        path, place = pending.pop()
         folders = []
         for entry in _entries(path):
             target = below = os.path.join(place, entry.name)
@@ -110,9 +109,9 @@ def files_below(folder: str | Path, root: str | Path | None = None) -> Iterator[
                 if not reason:
                     seen.add(target)
                 yield entry.path, reason
-            elif target not in seen and not (linked and _leads_back(Path(target), place, base)):
+            elif target not in seen and not (linked and _leads_back(Path(target), Path(place), base)):
                 seen.add(target)
-                folders.append(entry.path)
+                folders.append((entry.path, target))
         pending += reversed(folders)
 
 

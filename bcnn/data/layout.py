@@ -293,13 +293,10 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}, line {line}: no UTF-8 text: save it as such") from error
-    lines = io.StringIO(text, newline="")
-    first = next((line for line in lines if line.strip()), "")
-    lines.seek(0)
     rows, start = [], 1
     try:
-        mark = next((mark for mark in "\t,;" if len(_cells(first, mark)) > 1), " ")
-        reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
+        mark = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
         for cells in reader:
             if any(cells := [name_of(cell.strip()) for cell in cells]):
                 rows.append((start, cells))
@@ -311,8 +308,8 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _cells(line: str, mark: str) -> list[str]:
-    return next(csv.reader([line], delimiter=mark), [])
+def _first_row(text: str, mark: str) -> list[str]:
+    return next(filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=mark)), [])
 
 
 def _name(text: str) -> str:
