@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from bcnn.errors import UserError
 from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.options import literal, print_any_text
+from bcnn.terminal import say
 from bcnn.training.sweep import in_sweep, note_failure
 
 
@@ -41,13 +42,9 @@ def obey(act: Callable[[], float]) -> float:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         return act()
-    except UserError as error:
-        # From a data-loading worker it comes with that process's traceback before the sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("bcnn.errors.UserError: ")
-        print(f"error: {sentence}", file=sys.stderr)
-    except OSError as error:  # such as a disk that is full
+    except (UserError, OSError) as error:  # OSError: such as a disk that is full
         sentence = str(error)
-        print(f"error: {sentence}", file=sys.stderr)
+        say(f"error: {sentence}", file=sys.stderr)
     except Exception as error:
         if not in_sweep():
             raise
@@ -65,10 +62,11 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(words)
     try:
-        if words and words[0].startswith("resume="):
-            if words[1:]:
-                sys.exit(f"error: {words[0]} goes on with the options of that run: give no others")
-            go_on(Path(words[0].removeprefix("resume=")).expanduser())
+        resumed = [word for word in words if word.startswith("resume=")]
+        if resumed and words[1:]:
+            sys.exit(f"error: {resumed[0]} goes on with the options of that run: give no others")
+        elif resumed:
+            go_on(Path(resumed[0].removeprefix("resume=")).expanduser())
         else:
             # `data.root=2024` is a folder, not a number.
             sys.argv[1:] = [literal(word, sweep) for word in words]

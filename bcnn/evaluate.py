@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
-
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable
 from bcnn.options import command
+from bcnn.terminal import Console, say
 
 USAGE = """
 How good a trained model is on labelled images: figures with 95 % intervals, and a report.
@@ -57,7 +56,7 @@ def main(options: Options) -> int:
     device = best_device()
     loader = data.evaluation_dataloader(samples)
     predictions = predict_split(model.to(device), samples, loader)
-    console = Console(markup=False, emoji=False)  # names of classes are no markup
+    console = Console()
     console.print(evaluation.headline_table(predictions, f"{options.data}, {options.split}"))
     console.print(evaluation.weakest_table(predictions))
     title = f"{data.root.resolve().name}, {options.split}"
@@ -70,7 +69,7 @@ def main(options: Options) -> int:
     configuration = "\n".join(f"{name}: {value}" for name, value in settings.items())
     stages = evaluation.logged_stages(options.ckpt)
     report = evaluation.write_results(folder, model, predictions, title, stages, configuration)
-    print(f"figures and predictions: {folder}\nreport: {report}")
+    say(f"figures and predictions: {folder}", f"report: {report}")
     return 0
 
 

@@ -20,6 +20,7 @@ from bcnn.report.heatmap import overlay
 from bcnn.report.metrics import NAMES, headline, per_class, shown
 from bcnn.report.page import MISTAKES, THUMBNAIL, Evidence, write_report
 from bcnn.report.predictions import Predictions
+from bcnn.terminal import say
 
 STAGES = ("last", "finetune")
 
@@ -41,8 +42,7 @@ def open_split(
             "remove their folders, or name them as in training"
         )
     samples, said = choose(layout, data.content, model.split, split)
-    for sentence in said:
-        print(sentence)
+    say(*said)
     if not samples:
         raise UserError(f"{images} has no images for split={split}: choose another split")
     return data, [(path, model.classes.index(layout.classes[k])) for path, k in samples], model

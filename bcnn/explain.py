@@ -13,6 +13,7 @@ from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.terminal import say
 
 if TYPE_CHECKING:
     from bcnn.inference import Explanation
@@ -70,13 +71,13 @@ def main(options: Options) -> int:
             for numbers in (explanation.probabilities, explanation.evidence, explanation.contrast):
                 refuse_overflow(numbers.reshape(1, -1), [path])
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
         figure = folder / _free_name(folder, Path(path).stem)
         with whole(figure) as part:
             draw(explanation, model.classes, Path(path).name).savefig(part, dpi=150)
-        print(f"{path}: {_answer(explanation, model.classes)}: {figure}")
+        say(f"{path}: {_answer(explanation, model.classes)}: {figure}")
     if failed:
         print(f"{failed} of {len(paths)} photographs could not be explained", file=sys.stderr)
     return int(failed > 0)

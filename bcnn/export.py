@@ -26,6 +26,7 @@ from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import PART, refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.terminal import say
 
 
 @dataclass
@@ -72,7 +73,7 @@ def main(options: Options) -> int:
         written.replace(part)
     what = f"{len(photographs)} photographs" if photographs else "random images"
     outputs = "probabilities" if options.softmax else "logits"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
     print(f"largest difference to PyTorch on {what}: {difference:.1e} ({outputs} up to {largest:.3g})")
     return 0
 

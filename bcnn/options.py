@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from bcnn.errors import UserError
 from bcnn.interruption import Interruption, raise_interruptions
+from bcnn.terminal import say
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def command(
     try:
         return act(_parse(kind, words))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 1
     except Interruption as error:
         print(f"interrupted ({error}): files are whole or absent", file=sys.stderr)

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from bcnn.errors import UserError
 from bcnn.files import PART, whole
 from bcnn.options import command
+from bcnn.terminal import say
 
 USAGE = """
 python -m bcnn.store                    lists the descriptor stores: key, size, what they belong to
@@ -225,9 +226,8 @@ def main(options: Options) -> int:
         path.name: _line(path) for path in folders if _files(path, *OURS) or not any(path.iterdir())
     }
     if not options.remove:
-        print(f"{len(lines)} stores in {stores_dir()}")
-        for line in lines.values():
-            print(line)
+        say(f"{len(lines)} stores in {stores_dir()}")
+        say(*lines.values())
         return 0
     locks = [path.stem for path in there if path.suffix == ".lock" and path.is_file()]
     known = {*lines, *locks}
@@ -244,7 +244,7 @@ def main(options: Options) -> int:
             continue
         except OSError as error:
             raise UserError(f"{stores_dir() / key} cannot be removed: {error.strerror}") from error
-        print(f"removed {lines.get(key, key)}")
+        say(f"removed {lines.get(key, key)}")
     if busy:
         raise UserError(f"a run is building {', '.join(busy)}: remove it when that has ended")
     return 0

@@ -1,9 +1,12 @@
 """Toy image folders, networks, trainers; the program as a command, and in this process."""
 
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -60,6 +63,41 @@ class Tiny(Backbone):
     def open_from(self, name):
         self.requires_grad_(True)
 """
+FEW = settings(max_examples=settings.default.max_examples // 5)  # of what is dear, or of many kinds
+
+
+@st.composite
+def mutated(draw: st.DrawFn, contents: Sequence[bytes]) -> bytes:
+    """One of the contents cut, with bytes altered at its beginning or anywhere, or spliced."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, min(len(content), draw(st.sampled_from((64, 1 << 20))))))
+        kind = draw(st.sampled_from(("cut", "alter", "alter", "alter", "zero", "splice", "repeat")))
+        if kind == "cut":
+            del content[start:]
+        elif kind == "alter":
+            altered = st.binary(min_size=1, max_size=4)
+            extreme = st.sampled_from((b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"))
+            new = draw(st.one_of(altered, extreme))
+            content[start : start + len(new)] = new
+        elif kind == "zero":
+            content[start:] = bytes(len(content) - start)
+        elif kind == "splice":
+            other = draw(st.sampled_from(contents))
+            content[start:] = other[draw(st.integers(0, len(other))) :]
+        else:
+            content[start:start] = content[start : start + draw(st.integers(1, 4096))]
+    return bytes(content)
+
+
+@contextmanager
+def bounded(seconds: float = 20, megabytes: int = 3000) -> Iterator[None]:
+    """Takes no longer (on a machine with other work), and no more memory than the process had."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.monotonic() - start < seconds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < megabytes * 1000
+
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -1,13 +1,19 @@
 """Folders and lists as people have them: what becomes of them, and what is said before training."""
 
+import csv
+import os
 import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import set_up, write, write_classes, write_images
+from conftest import bounded, mutated, set_up, write, write_classes, write_images
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from bcnn.data.cells import harmless, name_of
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.layout import read_list
 from bcnn.errors import UserError
 
 
@@ -103,7 +109,7 @@ def test_files_that_are_no_images_by_their_names_are_counted(
     for name in ("a.CR2", "b.CR2", "c", "d.jpg_large"):
         (images / "train" / "red" / name).write_bytes(b"some bytes")
     set_up(images)
-    assert "4 files left out, by their names no images: 2 .CR2, " in capsys.readouterr().out
+    assert "4 files left out, no images or counted already: 2 .CR2, " in capsys.readouterr().out
 
 
 def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
@@ -180,6 +186,11 @@ def test_list(kind: str, tmp_path: Path) -> None:
         ("file,class\na.png,cat\nb.png,dog", "1 files that do not exist.*file"),
         ("a.png,cat\nc.png,dog", "1 files that do not exist.*c.png"),
         ("a.png,cat\nb.png,cat", "one class only"),
+        ('a.png,cat\n"b.png,dog\n' + "c.png,dog\n" * 20_000, "line 2: field larger than field limit"),
+        ('a.png,"cat\nb.png,dog\n', "line 1: a label of several lines: is there a stray quote"),
+        ('\n"a.png,cat\nb.png,dog\n', "line 2: expected path,label"),
+        ("a.png,cat\nb.png\0,dog", r"the first of them in line 2: .*b.png\\x00 "),
+        ("a.png,cat\n" + "b" * 100_000 + ",dog", r"in line 2: .{9,999} \(a line that names"),
     ],
 )
 def test_a_list_with_a_mistake_is_told_by_its_line(text: str, sentence: str, tmp_path: Path) -> None:
@@ -193,9 +204,69 @@ def test_a_list_with_a_mistake_is_told_by_its_line(text: str, sentence: str, tmp
 def test_a_list_that_is_no_text_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such list"):
         set_up(list=tmp_path / "labels.csv")
-    (tmp_path / "labels.csv").write_bytes("é,è".encode("latin-1"))
-    with pytest.raises(UserError, match="UTF-8"):
-        set_up(list=tmp_path / "labels.csv")
+    for encoding, line in (("latin-1", 2), ("utf-16", 1)):
+        (tmp_path / "labels.csv").write_bytes("a,b\né,è".encode(encoding))
+        with pytest.raises(UserError, match=f"line {line}: no UTF-8 text: save it as such"):
+            set_up(list=tmp_path / "labels.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for place in (tmp_path, tmp_path / "pipe.csv"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            set_up(list=place)
+
+
+def test_a_name_with_a_line_break_is_read_from_a_list(tmp_path: Path) -> None:
+    write(tmp_path / "a\nb.png")
+    (tmp_path / "labels.csv").write_text('"a\nb.png",cat\n')
+    assert read_list(tmp_path / "labels.csv").paths == [str(tmp_path / "a\nb.png")]
+
+
+@pytest.mark.fuzz
+@given(st.lists(st.sampled_from("=+-@\t\r'a")).map("".join), st.text())
+def test_cells_are_no_formulas_and_lists_read_the_names_that_they_were(start: str, end: str) -> None:
+    cell = harmless(start + end)
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    assert name_of(cell) == start + end
+
+
+def test_a_list_of_names_that_look_like_formulas(tmp_path: Path) -> None:
+    names = ["=1+1.png", "-2.png", "@x.png", "'a'.png", "'=.png"]
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        for number, name in enumerate(names):
+            write(tmp_path / name, number)
+            csv.writer(file).writerow([harmless(name), harmless("+1")])
+    layout = read_list(tmp_path / "labels.csv")
+    assert (layout.paths, layout.classes) == ([str(tmp_path / name) for name in names], ["+1"])
+
+
+PARTS = ("a.png", "b.png", "ü.png", "path", "label", "split", "train", "val", "cat", "x" * 200_000)
+MARKS = (",", ",", ",", "\n", "\n", "\r\n", "\t", ";", " ", '"', "\0", "\r", "\ufeff", "\u2028")
+TEXTS = st.builds(
+    lambda parts, encoding: "".join(parts).encode(encoding, "surrogatepass"),
+    st.lists(st.sampled_from(PARTS + MARKS) | st.text(max_size=3), max_size=30),
+    st.sampled_from(["utf-8"] * 4 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"]),
+)
+VALID = 'path,label,split\na.png,cat,train\n"b.png",dog,val\nü.png,cat,test\n'.encode()
+
+
+@pytest.mark.fuzz
+def test_any_list_is_read_or_told_in_a_sentence(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "ü.png"):
+        (tmp_path / name).touch()
+    file = tmp_path / "labels.csv"
+
+    @given(TEXTS | mutated([VALID]))
+    def holds(content: bytes) -> None:
+        file.write_bytes(content)
+        with bounded():
+            try:
+                layout = read_list(file)
+            except UserError as error:
+                assert str(file) in str(error) and len(str(error)) < 3000
+                assert "\n" not in str(error)
+            else:
+                assert all(Path(path).is_file() for path in layout.paths)
+
+    holds()
 
 
 def test_a_folder_or_a_list_and_not_both(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FEW, bounded, mutated
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, features
 
 from bcnn.data.check import broken, cache_file, check, inspect, write_broken
@@ -249,3 +252,109 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         check(tmp_path, [])
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files whose beginnings say that they hold 60,000 × 60,000 pixels, or a format's most."""
+    wide = struct.pack("<HH", 60_000, 60_000)
+    tiff = bytearray(encoded("TIFF"))
+    for entry in range(8 + 2, len(tiff) - 12, 2):  # ImageWidth and ImageLength
+        if (
+            tiff[entry : entry + 2] in (b"\0\1", b"\1\1")
+            and tiff[entry + 2 : entry + 8] == b"\4\0\1\0\0\0"
+        ):
+            tiff[entry + 8 : entry + 12] = struct.pack("<I", 60_000)
+    gif = bytearray(encoded("GIF", "P"))
+    gif[6:10] = wide
+    webp = bytearray(encoded("WEBP", lossless=True))
+    webp[21:25] = struct.pack("<I", 16_383 | 16_383 << 14)
+    bmp = bytearray(encoded("BMP"))
+    bmp[18:26] = struct.pack("<II", 60_000, 60_000)
+    tga = bytearray(encoded("TGA"))
+    tga[12:16] = wide
+    ppm = encoded("PPM").replace(b"64 48", b"60000 60000")
+    qoi = bytearray(encoded("QOI"))
+    qoi[4:12] = struct.pack(">II", 60_000, 60_000)
+    jpeg = bytearray(encoded("JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    found = {"png": bomb(), "tif": tiff, "gif": gif, "webp": webp, "bmp": bmp, "tga": tga, "ppm": ppm}
+    return {name: bytes(content) for name, content in (found | {"qoi": qoi, "jpg": jpeg}).items()}
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_a_decompression_bomb_is_refused_before_it_takes_memory(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{name}"
+    path.write_bytes(bombs()[name])
+    with bounded(megabytes=100):
+        assert "decompression bomb" in inspect(str(path)).error
+
+
+def whole_checksums(content: bytes) -> bytes:
+    """A PNG with the checksums of its chunks put right, so that what was altered is read."""
+    fixed, place = bytearray(content), 8
+    while place + 12 <= len(fixed):
+        end = place + 8 + struct.unpack_from(">I", fixed, place)[0]
+        if end + 4 > len(fixed):
+            break
+        struct.pack_into(">I", fixed, end, zlib.crc32(fixed[place + 4 : end]))
+        place = end + 4
+    return bytes(fixed)
+
+
+SEEDS: dict[str, Callable[[], list[bytes]]] = {
+    "JPEG": lambda: [
+        encoded("JPEG"),
+        encoded("JPEG", "CMYK"),
+        encoded("JPEG", progressive=True),
+        turned("JPEG"),
+    ],
+    "PNG": lambda: [encoded("PNG", mode) for mode in ("RGB", "P", "LA", "1")] + [sixteen_bit()],
+    "GIF": lambda: [encoded("GIF", "P"), animated("GIF")],
+    "BMP": lambda: [encoded("BMP", mode) for mode in ("RGB", "P", "1")],
+    "DIB": lambda: [encoded("DIB")],
+    "TIFF": lambda: [
+        encoded("TIFF", mode, compression=compression)
+        for mode, compression in (
+            ("RGB", None),
+            ("RGB", "tiff_lzw"),
+            ("RGB", "tiff_adobe_deflate"),
+            ("RGB", "jpeg"),
+            ("F", None),
+            ("I;16", "packbits"),
+            ("1", "group4"),
+        )
+    ],
+    "WEBP": lambda: [encoded("WEBP"), encoded("WEBP", "RGBA", lossless=True), animated("WEBP")],
+    "AVIF": lambda: [encoded("AVIF")] if features.check("avif") else [],
+    "HEIF": lambda: [heic()],
+    "JPEG2000": lambda: [encoded("JPEG2000"), encoded("JPEG2000", no_jp2=True)],
+    "MPO": lambda: [animated("MPO")],
+    "PPM": lambda: [encoded("PPM"), encoded("PPM", "1"), b"P3 2 2 255 1 2 3 4 5 6 7 8 9 10 11 12\n"],
+    "TGA": lambda: [encoded("TGA"), encoded("TGA", "RGBA", compression="tga_rle")],
+    "QOI": lambda: [encoded("QOI")],
+}
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", SEEDS)
+def test_a_mutated_image_is_broken_or_loads_the_same_every_time(kind: str, tmp_path: Path) -> None:
+    seeds = SEEDS[kind]()
+    if not seeds:
+        pytest.skip(f"this Pillow has no {kind}")
+
+    @FEW
+    @given(mutated(seeds), st.booleans())
+    def holds(content: bytes, repaired: bool) -> None:
+        path = tmp_path / "a.jpg"  # whatever it is named
+        path.write_bytes(whole_checksums(content) if repaired and kind == "PNG" else content)
+        with bounded():
+            finding = inspect(str(path))
+            assert inspect(str(path)) == finding
+            if finding.error:
+                assert finding.error.isprintable()
+                return
+            for side in (None, 1, 16):
+                assert load_image(path, side).mode == "RGB"
+
+    holds()

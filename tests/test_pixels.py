@@ -241,9 +241,30 @@ def test_links_that_lead_out_are_entered_once(tmp_path: Path) -> None:
     assert sorted(below(tmp_path / "linked" / "a", tmp_path / "linked")) == found
 
 
+def test_an_image_counts_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    root, pool = tmp_path / "set", tmp_path / "pool"
+    write(root / "b.jpg", root / "deep" / "c.jpg", pool / "1.jpg", pool / "2.jpg")
+    for link, target in (
+        ("a.jpg", "b.jpg"),
+        ("c.jpg", "deep/c.jpg"),
+        ("d.jpg", pool / "1.jpg"),
+        ("e.jpg", pool / "1.jpg"),
+        ("pool", pool),
+        ("x.jpg", "y.jpg"),
+        ("y.jpg", "x.jpg"),
+        ("z.jpg", "."),
+    ):
+        (root / link).symlink_to(target)
+    # those that lead to each other alone are broken
+    assert below(root) == ["a.jpg", "c.jpg", "d.jpg", "x.jpg", "y.jpg", "pool/2.jpg"]
+    reasons = [reason for _, reason in files_below(root) if reason]
+    assert reasons == ["linked twice"] * 4
+
+
 def test_files_that_are_no_images_are_found_too(tmp_path: Path) -> None:
     write(*(tmp_path / name for name in ("a.jpg", "b.CR2", "c", ".hidden", "Thumbs.db", "__MACOSX/d")))
-    assert sorted(os.path.basename(path) for path in files_below(tmp_path)) == ["a.jpg", "b.CR2", "c"]
+    found = {os.path.basename(path): reason for path, reason in files_below(tmp_path)}
+    assert found == {"a.jpg": "", "b.CR2": ".CR2", "c": "without an ending"}
 
 
 def test_what_is_no_file_is_passed_by(tmp_path: Path) -> None:
@@ -251,6 +272,8 @@ def test_what_is_no_file_is_passed_by(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
     assert below(tmp_path) == ["gone.jpg"]
+    found = {os.path.basename(path): reason for path, reason in files_below(tmp_path)}
+    assert found["pipe.jpg"] == found["zero.jpg"] == "not a regular file"
     assert inspect(str(tmp_path / "pipe.jpg")).error == "not a regular file"
 
 

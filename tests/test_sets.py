@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -13,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import configure
+from conftest import FEW, bounded, configure, mutated
 from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
 
 from bcnn.data import sets
+from bcnn.data.download import unpack
 from bcnn.data.sets import PublicSet
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model
@@ -326,8 +330,8 @@ def test_a_set_that_is_there_is_used_and_nothing_written(
     for file in toy.files:
         (root / file).unlink()
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    for given in (root, root / toy.kind.folder):  # the folder that holds it, or the set's own
-        images = data(name, given, "data.val_fraction=0")
+    for either in (root, root / toy.kind.folder):  # the folder that holds it, or the set's own
+        images = data(name, either, "data.val_fraction=0")
         images.prepare_data()
         images.setup()
         assert found(images) == toy.expected
@@ -432,6 +436,98 @@ def test_a_link_out_of_the_folder_is_refused(publish: Publish, tmp_path: Path) -
     publish(replace(cub200(), files={"CUB_200_2011.tgz": stream.getvalue()}))
     with pytest.raises(UserError, match="cannot unpack"):
         data("cub200", tmp_path / "data").prepare_data()
+
+
+def crafted(*members: tuple[str, bytes, str, int]) -> bytes:
+    """A tar of members (name, type, name that a link leads to, size)."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, kind, target, size in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, target, size
+            archive.addfile(member, io.BytesIO(bytes(min(size, 1 << 20))) if size < 1 << 20 else None)
+    return stream.getvalue()
+
+
+def test_links_and_devices_of_an_archive_are_not_made(tmp_path: Path) -> None:
+    links = [("a/link", tarfile.SYMTYPE, "f", 0), ("a/hard", tarfile.LNKTYPE, "a/f", 0)]
+    (tmp_path / "a.tar").write_bytes(crafted(("a/f", tarfile.REGTYPE, "", 9), *links))
+    unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a", "f"]
+    for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        (tmp_path / "a.tar").write_bytes(crafted(("a/zero", kind, "", 0)))
+        with pytest.raises(UserError, match="cannot unpack"):
+            unpack(tmp_path / "a.tar", tmp_path / "more")
+
+
+def test_an_archive_of_far_more_than_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(crafted(("a", tarfile.REGTYPE, "", 1 << 40)))
+    with pytest.raises(UserError, match="a is larger than images can be"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+NAMES = st.lists(
+    st.sampled_from(("..", "a", "b", "", ".", "~", "\n", "x" * 300, "\udcff", "C:")), max_size=5
+)
+MEMBERS = st.lists(
+    st.tuples(
+        NAMES.map("/".join),
+        st.sampled_from((b"0", b"0", b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"L", b"x", b"S")),
+        NAMES.map("/".join),
+        st.sampled_from((0, 3, 3, 1000, 1 << 50)),
+    ),
+    max_size=6,
+)
+SAFE = [("a", b"5", "", 0), ("a/b", b"0", "", 700), ("a/l", b"2", "b", 0), ("x" * 200, b"0", "", 9)]
+
+
+@pytest.mark.fuzz
+def test_no_archive_writes_outside_its_folder(tmp_path: Path) -> None:
+    members = {"a/b": b"some bytes" * 100, "a/c": b"others"}
+    seeds = [crafted(*SAFE), *(tar(members, mode) for mode in ("w", "w:gz", "w:bz2", "w:xz"))]
+    archive, folder = tmp_path / "a.tar", tmp_path / "in" / "out"
+
+    @given(MEMBERS.map(lambda each: crafted(*each)) | mutated(seeds))
+    def holds(content: bytes) -> None:
+        archive.write_bytes(content)
+        with bounded():
+            try:
+                unpack(archive, folder)
+            except UserError as error:
+                assert str(error).startswith(f"cannot unpack {archive}: ")
+        assert {*tmp_path.iterdir(), *folder.parent.iterdir()} == {archive, folder.parent, folder}
+        assert all(not path.is_symlink() for path in folder.rglob("*"))
+        shutil.rmtree(folder.parent)
+
+    holds()
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", TOYS)
+def test_lists_of_a_set_are_read_or_told_in_a_sentence(
+    name: str, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = publish(TOYS[name]())
+    place(toy, tmp_path)
+    images = data(name, tmp_path)
+    images.prepare_data()
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda _: True)  # or none but its own is read
+    folder = tmp_path / toy.kind.folder
+    lists = {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".txt", ".mat")}
+
+    @FEW
+    @given(st.sampled_from(sorted(lists)), mutated(list(lists.values())))
+    def holds(changed: Path, content: bytes) -> None:
+        changed.write_bytes(content)
+        with bounded():
+            try:
+                assert all(Path(path).is_file() for path in images._layout().paths)
+            except UserError as error:
+                assert str(error).startswith(str(folder)) and "\n" not in str(error)
+        changed.write_bytes(lists[changed])
+
+    holds()
 
 
 def test_a_damaged_archive_is_said_to_be(publish: Publish, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from bcnn.data.layout import Layout, mistakes, read_folder, read_list
 from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.errors import UserError
 from bcnn.options import command
+from bcnn.terminal import Console
 
 if TYPE_CHECKING:
     from bcnn.data.check import Finding
@@ -72,7 +72,7 @@ def main(options: Options) -> int:
     )
     drawn = draw_splits(intact, content, *fractions, options.seed)
 
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = Console(soft_wrap=True)
     console.print(_counts(layout, drawn, reasons))
     if intact.samples:
         console.print(_formats(findings))

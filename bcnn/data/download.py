@@ -6,7 +6,6 @@ its classes take for the set. Of its helpers the download and the checksum are u
 
 import shutil
 import tarfile
-import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,6 +15,9 @@ import rich.progress
 from torchvision.datasets.utils import check_integrity, download_url
 
 from bcnn.errors import UserError
+
+# An archive of so many bytes for each of its own, and these, is a bomb: images are compressed already.
+EXPANSION, LARGEST = 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,31 @@ def fetch(file: Published, folder: Path) -> None:
 def unpack(path: Path, folder: Path) -> None:
     """Unpack the tar archive `path` in `folder`, and nowhere else; a file that is none is copied.
 
+    Links are left out: no set needs one, and through several of them a member could land elsewhere.
+
     Raises:
-        UserError: the archive is damaged, or has members that would land outside `folder`.
+        UserError: the archive is damaged, would unpack to far more than images do, or has members
+            that would land outside `folder`.
     """
+    room = LARGEST + EXPANSION * path.stat().st_size
+
+    def take(member: tarfile.TarInfo, place: str) -> tarfile.TarInfo | None:
+        nonlocal room
+        room -= member.size
+        if room < 0:
+            raise tarfile.TarError(f"{member.name} is larger than images can be")
+        member = tarfile.data_filter(member, place)
+        return member if member.isreg() or member.isdir() else None
+
     folder.mkdir(parents=True, exist_ok=True)
-    if not tarfile.is_tarfile(path):
-        shutil.copy(path, folder)
-        return
     try:
+        if not tarfile.is_tarfile(path):
+            shutil.copy(path, folder)
+            return
         with (
             rich.progress.open(path, "rb", description=f"Unpacking {path.name}") as stream,
             tarfile.open(fileobj=stream) as archive,
         ):
-            archive.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+            archive.extractall(folder, filter=take)
+    except Exception as error:  # damaged ones raise whatever the bytes lead into
         raise UserError(f"cannot unpack {path}: {error}") from error

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bcnn import terminal
 from bcnn.data.check import broken, check, write_broken
 from bcnn.data.decoding import load_image
 from bcnn.data.layout import (
@@ -46,7 +47,7 @@ from bcnn.errors import UserError
 Broken = Literal["stop", "skip"]
 Sampling = Literal["balanced"]
 
-say = rank_zero_only(print)
+say = rank_zero_only(terminal.say)
 
 
 class ImageList(Dataset[tuple[Tensor, int]]):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from bcnn.errors import UserError
+
 HEIC = (".heic", ".heif")
 
 # Of the formats that Pillow and its plug-ins name, those that are opened. The others are no
@@ -74,36 +76,59 @@ def open_image(path: str | Path) -> ImageFile.ImageFile:
 
 
 def images_below(folder: str | Path, root: str | Path | None = None) -> Iterator[str]:
-    """Those of `files_below` that are images by their names."""
-    return (path for path in files_below(folder, root) if is_image(os.path.basename(path)))
+    """Those of `files_below` that nothing speaks against."""
+    return (path for path, left_out in files_below(folder, root) if not left_out)
 
 
-def files_below(folder: str | Path, root: str | Path | None = None) -> Iterator[str]:
-    """The user's files in a folder and in those under it, by name; broken links too.
+def files_below(folder: str | Path, root: str | Path | None = None) -> Iterator[tuple[str, str]]:
+    """The user's files in a folder and in those under it, by name, and why one is no image here.
 
     A linked folder is entered once, and not at all where it leads back: to a folder above, or to one
-    that is in `root` anyway.
+    that is in `root` anyway. Of several links to an image, or of it and a link, the first counts. A
+    link to nowhere is taken for the image that it was.
 
     Args:
         folder: to walk.
         root: of the whole set that `folder` is of; None: `folder`.
+
+    Raises:
+        UserError: a folder cannot be looked into.
     """
-    seen = {Path(folder).resolve()}
+    pending = [(str(folder), os.path.realpath(folder))]  # paths, and where they lead
+    seen = {pending[0][1]}
     base = Path(root or folder).resolve()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        place = Path(path).resolve()
-        names = sorted(name for name in folders if not is_ignored(name))
-        folders.clear()
-        for name in names:
-            below = place / name
-            target = below.resolve()
-            if target not in seen and (target == below or not _leads_back(target, place, base)):
+    while pending:
+        path, place = pending.pop()
+        folders = []
+        for entry in _entries(path):
+            target = below = os.path.join(place, entry.name)
+            if linked := entry.is_symlink():
+                target = os.path.realpath(below)
+            if not os.path.isdir(target) if linked else not entry.is_dir():
+                reason = _left_out(entry) or ("linked twice" if target in seen else "")
+                if not reason:
+                    seen.add(target)
+                yield entry.path, reason
+            elif target not in seen and not (linked and _leads_back(Path(target), Path(place), base)):
                 seen.add(target)
-                folders.append(name)
-        for name in sorted(files):
-            file = os.path.join(path, name)
-            if not is_ignored(name) and (os.path.isfile(file) or not os.path.exists(file)):
-                yield file
+                folders.append((entry.path, target))
+        pending += reversed(folders)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not is_ignored(e.name)), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f"cannot look into the folder {folder}: {error.strerror}") from error
+
+
+def _left_out(entry: os.DirEntry[str]) -> str:
+    if not is_image(entry.name):
+        return os.path.splitext(entry.name)[1] or "without an ending"
+    if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
+        return ""
+    return "not a regular file" if os.path.exists(entry.path) else ""
 
 
 def _leads_back(target: Path, place: Path, root: Path) -> bool:

@@ -1,6 +1,7 @@
 """From a folder or a list to labelled paths: which image is of which class and in which split."""
 
 import csv
+import io
 import os
 import re
 import unicodedata
@@ -9,6 +10,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bcnn.data.cells import name_of
 from bcnn.data.formats import files_below, images_below, is_ignored, is_image
 from bcnn.errors import UserError
 
@@ -94,14 +96,16 @@ def read_folder(root: Path) -> Layout:
     labels = {name: label for label, name in enumerate(layout.classes)}
     left_out: Counter[str] = Counter()
     for split, name, folder in folders:
-        for path in files_below(folder, root):
-            if is_image(os.path.basename(path)):
-                layout.splits[split].append((path, labels[name]))
+        for path, reason in files_below(folder, root):
+            if reason:
+                left_out[reason] += 1
             else:
-                left_out[os.path.splitext(path)[1] or "without an ending"] += 1
+                layout.splits[split].append((path, labels[name]))
     if left_out:
-        endings = listed(f"{count} {ending}" for ending, count in left_out.most_common())
-        layout.remarks.append(f"{left_out.total()} files left out, by their names no images: {endings}")
+        reasons = listed(f"{count} {reason}" for reason, count in left_out.most_common())
+        layout.remarks.append(
+            f"{left_out.total()} files left out, no images or counted already: {reasons}"
+        )
     if not parts:
         layout.remarks += _alike(root)
     return layout
@@ -200,7 +204,7 @@ def read_list(file: Path) -> Layout:
         header = ["path", "label", "split"][: len(header)]
     if len(header) < 2:
         raise UserError(f"{file}, line {rows[0][0]}: expected path,label or path,label,split")
-    entries: dict[str, tuple[str, str]] = {}
+    entries: dict[str, tuple[str, str, int]] = {}
     for number, cells in rows:
         if len(cells) != len(header):
             raise UserError(
@@ -212,20 +216,25 @@ def read_list(file: Path) -> Layout:
         found = _split_of(row.get("split", "train"))
         if not row["label"]:
             raise UserError(f"{file}, line {number}: no label")
+        if len(row["label"].splitlines()) > 1:
+            raise UserError(f"{file}, line {number}: a label of several lines: is there a stray quote?")
         if found is None or found[1]:
-            raise UserError(f"{file}, line {number}: split {row['split']!r} is not train, val or test")
+            raise UserError(
+                f"{file}, line {number}: split {row['split']!r:.99} is not train, val or test"
+            )
         if path in entries:
-            raise UserError(f"{file}, line {number}: {row['path']} is in the list already")
-        entries[path] = (_name(row["label"]), found[0])
+            raise UserError(f"{file}, line {number}: {row['path']:.999} is in the list already")
+        entries[path] = (_name(row["label"]), found[0], number)
     missing = [path for path in entries if not os.path.isfile(path)]
     if missing:
         raise UserError(
-            f"{file} names {len(missing)} files that do not exist, the first of them {missing[0]} "
+            f"{file} names {len(missing)} files that do not exist, the first of them in line "
+            f"{entries[missing[0]][2]}: {missing[0]:.999} "
             "(a line that names the columns would read path,label or path,label,split)"
         )
-    layout = Layout(sorted({name for name, _ in entries.values()}), divided="split" in header)
+    layout = Layout(sorted({name for name, *_ in entries.values()}), divided="split" in header)
     labels = {name: label for label, name in enumerate(layout.classes)}
-    for path, (name, split) in entries.items():
+    for path, (name, split, _) in entries.items():
         layout.splits[split].append((path, labels[name]))
     return layout
 
@@ -271,26 +280,36 @@ def listed(names: Iterable[str], most: int = 10) -> str:
 
 
 def _rows(file: Path) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each line that is not blank."""
+    """(number of its first line, cells) of each row that is not blank."""
+    if not file.exists():
+        raise UserError(f"no such list: {file} (data.list)")
+    if not file.is_file():
+        raise UserError(f"the list {file} is not a regular file: save it as UTF-8 text")
     try:
-        text = file.read_text(encoding="utf-8-sig")  # with the mark that spreadsheets put first, or not
-    except FileNotFoundError as error:
-        raise UserError(f"no such list: {file} (data.list)") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {file} ({error}): save it as UTF-8 text") from error
-    lines = text.split("\n")
-    first = next((line for line in lines if line.strip()), "")
-    mark = next((mark for mark in "\t,;" if len(_cells(first, mark)) > 1), " ")
-    reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
-    rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    rows = [(number, cells) for number, cells in rows if any(cells)]
+        content = file.read_bytes()
+        text = content.decode("utf-8-sig")  # with the mark that spreadsheets put first, or not
+    except OSError as error:
+        raise UserError(f"cannot read the list {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}, line {line}: no UTF-8 text: save it as such") from error
+    rows, start = [], 1
+    try:
+        mark = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
+        for cells in reader:
+            if any(cells := [name_of(cell.strip()) for cell in cells]):
+                rows.append((start, cells))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file}, line {start}: {error}: is there a stray quote?") from error
     if not rows:
         raise UserError(f"the list {file} is empty: expected lines of path,label or path,label,split")
     return rows
 
 
-def _cells(line: str, mark: str) -> list[str]:
-    return next(csv.reader([line], delimiter=mark), [])
+def _first_row(text: str, mark: str) -> list[str]:
+    return next(filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=mark)), [])
 
 
 def _name(text: str) -> str:

@@ -90,7 +90,7 @@ class PublicSet(ImageFolderData):
             raise UserError(f"{place} lacks {', '.join(absent)}: add them, or {ANEW}")
         try:
             layout = self._official(place)
-        except (OSError, RuntimeError, ValueError, LookupError) as error:
+        except Exception as error:  # parsers raise whatever the bytes lead them into
             raise UserError(f"{place} is not as published ({error}): {ANEW}") from error
         absent = [path for path in layout.paths if not Path(path).is_file()]
         if absent or [len(samples) for samples in layout.splits.values()] != list(self.counts):

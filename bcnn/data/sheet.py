@@ -7,6 +7,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from bcnn.data.decoding import load_image
 from bcnn.data.layout import Samples
+from bcnn.files import whole
+from bcnn.terminal import printable
 
 THUMB = 96  # px, side of an image's place
 CAPTION = 20  # px, height of the line above a class's images
@@ -23,6 +25,9 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
         classes: the first `MOST_CLASSES` of them are shown.
         samples: images that can be decoded.
         picture: the file to write; its folder is made.
+
+    Raises:
+        UserError: it cannot be written.
     """
     shown = classes[:MOST_CLASSES]
     members: list[list[str]] = [[] for _ in classes]
@@ -36,13 +41,13 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
     font = ImageFont.truetype(_FONT, 12)
     for index, (name, paths) in enumerate(zip(shown, members, strict=False)):
         left, top = index % across * width, index // across * height
-        caption = _caption(name, f" ({len(paths)})", font, width - 6)
+        caption = _caption(printable(name), f" ({len(paths)})", font, width - 6)
         draw.text((left + 2, top + 3), caption, "black", font)
         for place, path in enumerate(_spread(paths, each)):
             thumb = ImageOps.contain(load_image(path, THUMB), (THUMB - 2, THUMB - 2))
             sheet.paste(thumb, (left + place * THUMB, top + CAPTION))
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(picture)
+    with whole(picture) as part:
+        sheet.save(part)
 
 
 def _spread(paths: list[str], count: int) -> list[str]:

@@ -3,45 +3,53 @@
 import csv
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from bcnn.data.cells import harmless
+from bcnn.files import whole
 from bcnn.report.metrics import headline, per_class
 from bcnn.report.predictions import Predictions
 
 
 def write_figures(folder: Path, predictions: Predictions) -> None:
-    """`figures.json`, `classes.csv`, `predictions.csv` and `predictions.npz` in an existing folder.
+    """`figures.json`, `classes.csv`, `predictions.csv` and `predictions.npz` in a folder.
 
-    Unknown ends of intervals are null in the JSON and empty in the CSV.
+    Unknown ends of intervals are null in the JSON and empty in the CSV, where names are `harmless`.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     figures = {
         name: {key: None if math.isnan(number) else number for key, number in asdict(figure).items()}
         for name, figure in headline(predictions).items()
     }
     content = {"images": len(predictions.paths), **figures}
-    (folder / "figures.json").write_text(json.dumps(content, indent=2) + "\n")
+    with whole(folder / "figures.json") as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
     _write_classes(folder / "classes.csv", predictions)
     _write_images(folder / "predictions.csv", predictions)
-    predictions.save(folder / "predictions.npz")
+    with whole(folder / "predictions.npz") as file:
+        predictions.save(file)
 
 
 def _write_classes(path: Path, predictions: Predictions) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
+    with _table(path) as writer:
         ends = [f"{name}{end}" for name in ("recall", "precision") for end in ("", "_low", "_high")]
         writer.writerow(["class", "images", "predicted", *ends])
         for row in per_class(predictions):
             numbers = [*asdict(row.recall).values(), *asdict(row.precision).values()]
             shown = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
-            writer.writerow([row.name, row.images, row.predicted, *shown])
+            writer.writerow([harmless(row.name), row.images, row.predicted, *shown])
 
 
 def _write_images(path: Path, predictions: Predictions) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
+    with _table(path) as writer:
         writer.writerow(["path", "class", "predicted", "confidence", "of_class", "correct"])
-        names = predictions.classes
+        names = [harmless(name) for name in predictions.classes]
         for image, label, called, confidence, of_truth in zip(
             predictions.paths,
             predictions.labels.tolist(),
@@ -51,4 +59,16 @@ def _write_images(path: Path, predictions: Predictions) -> None:
             strict=True,
         ):
             shares = [f"{confidence:.6f}", f"{of_truth:.6f}"]
-            writer.writerow([image, names[label], names[called], *shares, int(label == called)])
+            writer.writerow(
+                [harmless(image), names[label], names[called], *shares, int(label == called)]
+            )
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[Any]:
+    """A csv.writer of a file that is whole or absent."""
+    with (
+        whole(path) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        yield csv.writer(file)

@@ -20,6 +20,7 @@ from bcnn.files import whole
 from bcnn.report.metrics import NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion
+from bcnn.terminal import printable
 
 PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
 MISTAKES = 8  # with two pictures of evidence each: 60 photographs in all at most
@@ -67,7 +68,9 @@ def write_report(
             the image, for those of `predictions.confident_mistakes(MISTAKES)`.
         configuration: shown as it is.
     """
-    environment = Environment(loader=PackageLoader("bcnn.report", "."), autoescape=True)
+    environment = Environment(
+        loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
+    )
     environment.filters["percent"] = _percent
     bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
     html = environment.get_template("page.html").render(
@@ -191,6 +194,13 @@ def _taken(predictions: Predictions) -> list[str]:
         f"{predictions.classes[column]} ({count})" if count else ""
         for count, column in zip(counts.tolist(), columns.tolist(), strict=True)
     ]
+
+
+def _visible(value: object) -> object:
+    """Names with escapes for what would turn the text around them; lines of text stay lines."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "\n".join(map(printable, value.split("\n")))
+    return value
 
 
 def _percent(share: float) -> str:

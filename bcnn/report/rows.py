@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from bcnn.data.cells import harmless
+from bcnn.terminal import printable, say
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -29,15 +32,15 @@ Writer = Callable[[Prediction], object]
 
 def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
     """A line a class. Widths are known before the first row, so that rows can come one by one."""
-    first, second = max(map(len, paths)), max(map(len, classes))
-    print(f"{'photograph':{first}}  {'class':{second}}  probability", file=out)
+    first, second = (max(len(printable(name)) for name in names) for names in (paths, classes))
+    say(f"{'photograph':{first}}  {'class':{second}}  probability", file=out)
 
     def write(prediction: Prediction) -> None:
+        name = printable(prediction.path)
         if prediction.error:
-            print(f"{prediction.path:{first}}  error: {prediction.error}", file=out)
-        name = prediction.path
+            say(f"{name:{first}}  error: {prediction.error}", file=out)
         for label, value in zip(prediction.classes, prediction.probabilities, strict=True):
-            print(f"{name:{first}}  {label:{second}}  {value:>11.1%}", file=out)
+            say(f"{name:{first}}  {printable(label):{second}}  {value:>11.1%}", file=out)
             name = ""
 
     return write
@@ -58,15 +61,18 @@ def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Write
 
 
 def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
-    """A row a photograph: path, class_1, probability_1, …, error."""
+    """A row a photograph: path, class_1, probability_1, …, error; see `harmless` of its names."""
     writer = csv.writer(out, lineterminator="\n")
+    shown = printable if out.isatty() else harmless  # on a terminal, nobody's program reads it
     pairs = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
     writer.writerow(["path", *pairs, "error"])
 
     def write(prediction: Prediction) -> None:
         values = (f"{value:.6f}" for value in prediction.probabilities)
-        found = [cell for pair in zip(prediction.classes, values, strict=True) for cell in pair]
-        writer.writerow([prediction.path, *(found or [""] * 2 * top), prediction.error])
+        names = map(shown, prediction.classes)
+        found = [cell for pair in zip(names, values, strict=True) for cell in pair]
+        row = [shown(prediction.path), *(found or [""] * 2 * top), shown(prediction.error)]
+        writer.writerow(row)
 
     return write
 

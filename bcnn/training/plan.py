@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
+from bcnn import terminal
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
@@ -20,7 +21,7 @@ from bcnn.training.descriptors import DescriptorData
 from bcnn.training.module import BCNNModule, reduce_on_plateau
 from bcnn.training.solver import MAX_ROWS
 
-say = rank_zero_only(print)
+say = rank_zero_only(terminal.say)
 
 
 def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from bcnn import terminal
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
@@ -33,7 +34,7 @@ from bcnn.training.record import RUN, Record, Result, digest
 from bcnn.training.summary import advice, say_how_to_go_on, summarise
 from bcnn.training.tracking import close, log_configuration, log_results, make_loggers
 
-say = rank_zero_only(print)
+say = rank_zero_only(terminal.say)
 
 
 def run(cfg: DictConfig, words: list[str] | None = None) -> float:
@@ -126,7 +127,7 @@ def _train(record: Record, images: ImageFolderData, model: BCNN) -> list[Result]
         # Seeded again, so that a stage does the same alone as after the other.
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         if ended := Result.read(output, stage):
-            say(f"\nstage {stage} has ended already: {ended.checkpoint}")
+            say("", f"stage {stage} has ended already: {ended.checkpoint}")
             _load(model, ended.checkpoint, cfg)
             results.append(ended)
         else:
@@ -156,7 +157,7 @@ def run_stage(
         origin: the file that holds these weights, if any.
     """
     cfg, folder = record.cfg, Path(record.cfg.output) / name
-    say(f"\nstage {name}")
+    say("", f"stage {name}")
     images.batch_size = cfg[name].get("batch_size", images.batch_size)
     module, data, limits = plan(name, cfg[name], images, model, cfg.trainer.precision)
     rank_zero_only(record.write)()

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.options import literal
+from bcnn.terminal import say
 from bcnn.training.record import RUN, Record, Result
 
 SPLITS = {"val": "validation", "test": "test"}
@@ -19,20 +20,20 @@ SPLITS = {"val": "validation", "test": "test"}
 @rank_zero_only
 def summarise(record: Record, results: list[Result], images: ImageFolderData) -> None:
     """The figures of the stages, where the best weights are, and what to do next."""
-    print()
+    say("")
     for result in results:
         for split, count in (("val", len(images.val)), ("test", len(images.test))):
             if f"{split}_top1" in result.metrics:
                 top1, top5 = (result.metrics[f"{split}_{name}"] for name in ("top1", "top5"))
-                print(
+                say(
                     f"{result.stage:9}{SPLITS[split]:>11}: top-1 {top1:.1%}, top-5 {top5:.1%} "
                     f"({count} images)"
                 )
     if not images.test:
-        print(f"{images.root} has no test images: no test figures")
-    print(f"best checkpoint: {results[-1].checkpoint}")
+        say(f"{images.root} has no test images: no test figures")
+    say(f"best checkpoint: {results[-1].checkpoint}")
     if record.words is not None:
-        print(f"next: {_next(record.cfg, record.words, results[-1])}")
+        say(f"next: {_next(record.cfg, record.words, results[-1])}")
 
 
 @rank_zero_only
@@ -41,8 +42,8 @@ def say_how_to_go_on(output: Path) -> None:
     if not (output / RUN).is_file():
         return
     found = [path for stage in ("finetune", "last") for path in (output / stage).glob("*t.ckpt")]
-    print(f"\nbest weights until now: {found[0] if found else 'none yet'}")
-    print(f"go on with: {_command(f'resume={output.absolute()}')}")
+    say("", f"best weights until now: {found[0] if found else 'none yet'}")
+    say(f"go on with: {_command(f'resume={output.absolute()}')}")
 
 
 def advice(cfg: DictConfig, stage: str) -> str:

@@ -9,6 +9,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from bcnn.terminal import say
+
 FILE = "failed.txt"  # in a job's folder: what went wrong
 
 
@@ -32,5 +34,5 @@ class Failures(Callback):
         if jobs:
             print(f"jobs that failed ({len(jobs)}):", file=sys.stderr)
             for job in jobs:
-                print(f"  {job.parent}: {job.read_text(encoding='utf-8').strip()}", file=sys.stderr)
+                say(f"  {job.parent}: {job.read_text(encoding='utf-8').strip()}", file=sys.stderr)
             sys.exit(1)
