@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, configure, toy
+from conftest import ROOT, Run, configure, toy, write
 
 from bcnn.errors import UserError
 from bcnn.training.record import Record
@@ -190,3 +191,58 @@ def test_sigterm_and_a_job_that_slurm_runs_again(
     done = train(*words, SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
     assert "best checkpoint" in done.stdout
+
+
+def begun(images: Path, output: Path) -> Path:
+    """A run of stage `last` as if it had been interrupted after its stage."""
+    run(configure(*toy(images, "stage=last", "last.l2=[1e-2]", f"output={output}")))
+    record = output / "run.yaml"
+    record.write_text(record.read_text().replace("finished: true", "finished: false"))
+    return record
+
+
+def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(images, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    resume(tmp_path / "moved")
+    assert f"best checkpoint: {tmp_path}/moved/last/best.ckpt" in capsys.readouterr().out
+    record = begun(images, tmp_path / "other")
+    write(images / "train" / "red" / "new.png", seed=99)
+    with pytest.raises(UserError, match=r"not those that .*other was begun with"):
+        resume(record.parent)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("finished", "finis: [", "lacks or is damaged"),
+        ("cfg:", "stuff:", "lacks or is damaged"),
+        ("lightning.pytorch.loggers.CSVLogger", "os.system", "os.system, which no configuration needs"),
+        ("torch.nn.CrossEntropyLoss", "subprocess.run", "subprocess.run, which no configuration needs"),
+        ("torch.nn.CrossEntropyLoss", "no.such.thing", "there is no no.such.thing"),
+        ("seed: 0", "sed: 0", "seed"),
+    ],
+)
+def test_a_strangers_record_runs_nothing(
+    images: Path, tmp_path: Path, old: str, new: str, sentence: str
+) -> None:
+    Record(configure(*toy(images, f"output={tmp_path}")), []).write()
+    record = tmp_path / "run.yaml"
+    record.write_text(record.read_text().replace(old, new))
+    with pytest.raises(UserError, match=sentence):
+        resume(tmp_path)
+
+
+def test_no_room_is_said_before_an_epoch(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
+        run(configure(*toy(images, f"output={tmp_path}/file/run")))
+    free = shutil._ntuple_diskusage(10**9, 0, 5 * 10**6)
+    monkeypatch.setattr("bcnn.training.checkpoints.shutil.disk_usage", lambda _: free)
+    words = toy(images, "stage=last", "last=sgd", "last.store=false", f"output={tmp_path}/run")
+    with pytest.raises(UserError, match=r"no room for checkpoints: 0.\d\d GB are needed"):
+        run(configure(*words))

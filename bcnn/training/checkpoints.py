@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ class KeepEpoch(ModelCheckpoint):
         self.stopped = False  # another callback ended the stage with this epoch
         self.rows: list[dict[str, str]] = []  # of metrics.csv
         self.resumed = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say before an epoch is trained that there is no room for what it leaves.
+
+        Raises:
+            UserError: the weights, the state, and either's successor beside it do not fit.
+        """
+        super().setup(trainer, pl_module, stage)
+        weights = sum(tensor.nbytes for tensor in pl_module.state_dict().values())
+        trained = sum(each.nbytes for each in pl_module.parameters() if each.requires_grad)
+        needed = 2 * weights + 2 * (weights + trained) * pl_module.automatic_optimization
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.state.parent).free
+        if free < needed:
+            raise UserError(
+                f"no room for checkpoints: {needed / 1e9:.2f} GB are needed in {self.state.parent}, "
+                f"and {free / 1e9:.2f} GB are free"
+            )
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = _metrics(trainer, "val_")

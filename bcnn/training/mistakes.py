@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from bcnn.errors import UserError
+from bcnn.files import refuse_unwritable
 from bcnn.model.network import make_backbone, make_pooling
 from bcnn.precision import AUTOCAST, chosen_precision
 from bcnn.training.record import RUN
@@ -292,11 +293,12 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
 
 @rank_zero_only
 def refuse_output(folder: Path) -> None:
-    """Refuse a folder that holds another run's files, which would be mixed with those of this one.
+    """Refuse a folder that holds another run's files, or that cannot be written to.
 
     Raises:
-        UserError: it does.
+        UserError: it is one.
     """
+    refuse_unwritable(folder)
     for name in (RUN, "figures.json", *STAGES["both"]):
         if (folder / name).exists():
             raise UserError(
