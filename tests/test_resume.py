@@ -47,6 +47,7 @@ def job(
     from bcnn.training.module import BCNNModule
 
     os.environ.update(variables)
+    os.chdir(folder.parent)  # the words name the folder relatively
     seen: Counter[str] = Counter()
     for owner, name, event in (
         (DescriptorStore, "write", "chunk"),
@@ -59,7 +60,8 @@ def job(
     ):
         count(owner, name, event, seen, kill)
     try:
-        resume(folder) if (folder / "run.yaml").is_file() else run(configure(*words), words)
+        begun = (folder / "run.yaml").is_file()
+        resume(Path(folder.name)) if begun else run(configure(*words), words)
     except UserError as error:
         if "worse than it started" not in str(error):
             raise
@@ -121,11 +123,11 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 ) -> None:
     words = toy(images, *SGD, *FINETUNE, *options)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = [*words, f"output={parts}"]
+    words = [*words, "output=parts"]
     for kill in kills:
         assert killed(words, parts, kill) == -signal.SIGKILL, kill
     assert killed(words, parts) == 0
-    assert killed([*words[:-1], f"output={whole}"], whole) == 0
+    assert killed([*words[:-1], "output=whole"], whole) == 0
     name = "last.ckpt" if "data.val_fraction=0" in options else "best.ckpt"
     for stage in ("last", "finetune"):
         once, often = (weights(folder / stage / name) for folder in (whole, parts))

@@ -151,7 +151,7 @@ def _logged(rows: Rows, metric: str) -> bool:
 
 def _epoch(row: dict[str, str]) -> int:
     """Counted from 1; 0 is before the first step."""
-    return int(row["epoch"]) + 1 if row["epoch"] else 0
+    return int(row["epoch"]) + 1 if row.get("epoch") else 0
 
 
 def _scientific(number: float) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ class KeepEpoch(ModelCheckpoint):
         for name in OWN:
             setattr(self, name, state_dict[name])
         # Where the folder is now, to which it may have been moved.
-        path = str(self.state.with_name(Path(state_dict["best_model_path"]).name))
+        path = os.path.join(str(self.dirpath), Path(state_dict["best_model_path"]).name)
         here: dict[str, Any] = {"dirpath": self.dirpath, "best_model_path": path}
         if state_dict["best_k_models"]:
             here |= {
