@@ -1,5 +1,6 @@
 """Files that are whole or absent, whatever ends the process that writes them."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -37,9 +38,10 @@ def whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     except Exception as error:
-        # Libraries that write in C++ say it in their own words.
+        # Libraries that write in C++ or Rust say it in their own words.
         with suppress(OSError):
-            if shutil.disk_usage(path.parent).free < FULL:
+            full = os.strerror(errno.ENOSPC) in str(error)
+            if full or shutil.disk_usage(path.parent).free < FULL:
                 raise UserError(f"{path} cannot be written: no space left on its disk") from error
         raise
     finally:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from bcnn import evaluate, explain, export, predict
 from bcnn.errors import UserError
-from bcnn.files import refuse_unwritable, remove_parts, whole
+from bcnn.files import PART, refuse_unwritable, remove_parts, whole
+from bcnn.model.weights import save_model
 from bcnn.options import command
 
 
@@ -101,3 +102,24 @@ def test_verbs_say_so_before_they_work(tmp_path, capsys, verb, words, output):
     assert (
         said.startswith(f"error: {tmp_path / 'file'}") and "cannot be written: Not a directory" in said
     )
+
+
+def test_a_full_disk_in_the_words_of_a_library_is_a_sentence(tmp_path):
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(UserError, match=r"m\.x cannot be written: no space left"),
+        whole(tmp_path / "m.x"),
+    ):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError), whole(tmp_path / "m.x"):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's always full device")
+def test_a_model_on_a_full_disk_is_a_sentence(tiny, tmp_path, monkeypatch):
+    """torch's own writer would end the process."""
+    monkeypatch.setattr("bcnn.model.weights.to_original", lambda model: model.state_dict())
+    (tmp_path / f"{PART}{os.getpid()}-m.pth").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"m\.pth cannot be written: No space left"):
+        save_model(tiny, tmp_path / "m.pth")
+    assert os.listdir(tmp_path) == []

@@ -293,8 +293,12 @@ def test_wrappers_without_end_are_refused(tmp_path: Path) -> None:
     for name in ("state_dict", "model", "net"):
         content[name] = content
     torch.save(content, tmp_path / "loop.pth")
+    shared: dict[str, object] = {}
+    for _ in range(30):  # four ways down from each, to nothing
+        shared = {name: shared for name in ("state_dict", "model_state_dict", "model", "net")}
+    torch.save(shared, tmp_path / "ways.pth")
     torch.save({"module." * 5000 + "x": torch.zeros(1)}, tmp_path / "deep.pth")
-    for name in ("loop.pth", "deep.pth"):
+    for name in ("loop.pth", "ways.pth", "deep.pth"):
         with pytest.raises(UserError, match=name):
             load_model(tmp_path / name)
 

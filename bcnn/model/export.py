@@ -1,6 +1,7 @@
 """The files of other formats that a model is written to, opened again and compared with."""
 
 import importlib
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from bcnn.data.decoding import load_image
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
-from bcnn.model.weights import describe, load_model, save_model
+from bcnn.model.weights import describe, load_model, write_model
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
@@ -87,7 +88,9 @@ def read_onnx(path: Path) -> Network:
 def write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     """torch.export's file; its extra file metadata.json holds what `describe` says."""
     extra = {"metadata.json": json.dumps(describe(model))}
-    torch.export.save(_exported(model, softmax), path, extra_files=extra)
+    content = io.BytesIO()  # torch's own writing to a full disk ends the process
+    torch.export.save(_exported(model, softmax), content, extra_files=extra)
+    path.write_bytes(content.getbuffer())
 
 
 def read_pt2(path: Path) -> Network:
@@ -96,14 +99,14 @@ def read_pt2(path: Path) -> Network:
 
 
 def write_weights(model: BCNN, path: Path, softmax: bool) -> None:
-    """A state dict, in the layout that the suffix of `path` names: see `save_model`.
+    """A state dict, in the layout that the suffix of `path` names: see `write_model`.
 
     Raises:
         UserError: `softmax`, which weights cannot say.
     """
     if softmax:
         raise UserError("softmax=true is for format=onnx and format=pt2: a state dict holds no layers")
-    save_model(model, path)
+    write_model(model, path)
 
 
 def read_weights(path: Path) -> Network:

@@ -3,6 +3,7 @@
 Files are read without running code from them (`torch.load(weights_only=True)`, safetensors).
 """
 
+import io
 import json
 import os
 import pickle
@@ -132,16 +133,23 @@ def save_model(model: BCNN, path: str | Path) -> None:
     Args:
         path: `.safetensors` holds the whole model, with its description as metadata; `.pth` is a state
             dict for the original's network (`to_original`), without the classes' names.
+
+    Raises:
+        UserError: the file cannot be written, or the model is none for the original's layout.
     """
-    if Path(path).suffix == ".safetensors":
+    with whole(Path(path)) as part:
+        write_model(model, part)
+
+
+def write_model(model: BCNN, path: Path) -> None:
+    """As `save_model`, but that a file is left cut short where its disk is full."""
+    if path.suffix == ".safetensors":
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        about = describe(model) | {"bcnn": json.dumps(model.description())}
-        with whole(Path(path)) as part:
-            save_file(state, part, about)
+        save_file(state, path, describe(model) | {"bcnn": json.dumps(model.description())})
     else:
-        state = to_original(model)
-        with whole(Path(path)) as part:
-            torch.save(state, part)
+        content = io.BytesIO()  # torch's own writing to a full disk ends the process
+        torch.save(to_original(model), content)
+        path.write_bytes(content.getbuffer())
 
 
 def describe(model: BCNN) -> dict[str, str]:
