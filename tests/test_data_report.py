@@ -43,6 +43,19 @@ def test_counts_sizes_formats_and_a_contact_sheet(
     assert len(list(tmp_path.glob("outputs/**/*.*"))) == 1
 
 
+def test_names_that_act_on_a_terminal_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(tmp_path / "photos", **{"evil\x1b[2J": 10, "two\nlines\u202e \udcff": 10})
+    (tmp_path / "photos" / "evil\x1b[2J" / "\x1b]0;x.png").write_bytes(b"")
+    assert main(Options([str(tmp_path / "photos")])) == 1
+    printed = capsys.readouterr().out
+    assert row(printed, r"evil\x1b[2J")[0] == r"evil\x1b[2J"
+    assert row(printed, "lines")[0] == r"two\nlines\u202e \xff"
+    assert r"broken: " in printed and r"\x1b]0;x.png: an empty file" in printed
+    assert not {"\x1b", "\u202e", "\udcff"} & set(printed)
+
+
 def test_a_list_is_reported_with_the_splits_of_the_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from bcnn import load_model
+from bcnn.data.cells import name_of
 from bcnn.data.transforms import Framing
 from bcnn.inference import predict_paths
 from bcnn.model.network import BCNN
@@ -94,6 +95,38 @@ def test_probabilities_are_the_model_s_own_in_every_format(
     heading, line = capsys.readouterr().out.splitlines()
     assert line.startswith(path) and classes[0] in line and f"{values[0]:.1%}" in line
     assert line[heading.index("class") :].startswith(classes[0])
+
+
+NAMES = {
+    "=1+1.png": "=1+1.png",
+    "\x1b[2J.png": r"\x1b[2J.png",
+    "two\nlines.png": r"two\nlines.png",
+    "\u202egnp.png": r"\u202egnp.png",
+    "@.png": "@.png",
+}
+
+
+def test_names_do_nothing_on_terminals_and_in_spreadsheets(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        Path(name).write_bytes((photos / "red" / "0.png").read_bytes())
+    os.mkfifo("pipe.png")
+    assert predict(ckpt, *NAMES, "pipe.png", "top=1") == 1
+    heading, *lines, last = capsys.readouterr().out.splitlines()
+    place = heading.index("class")
+    assert [line[:place].rstrip() for line in lines] == [*NAMES.values()]
+    assert all(line[place - 1] == " " != line[place] for line in lines)  # a column
+    assert last.startswith("pipe.png") and "(not a regular file)" in last
+
+    assert predict(ckpt, *NAMES, "format=csv", "top=1") == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
+    assert [name_of(row["path"]) for row in table] == [*NAMES]
+    assert [row["path"] for row in table if row["path"][0] in "=@"] == []
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert predict(ckpt, *NAMES, "format=csv", "top=1") == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [*NAMES.values()]
 
 
 def test_a_broken_image_has_a_row_and_does_not_stop_the_others(

@@ -1,5 +1,6 @@
 """The report: what it holds, and how it behaves in a browser."""
 
+import csv
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from conftest import COLOURS, write_images
 from matplotlib import rc_context
 from PIL import Image
 
+from bcnn.report.files import write_figures
 from bcnn.report.heatmap import evidence_figure
 from bcnn.report.page import MISTAKES, confused_pairs, confusion_order, write_report
 from bcnn.report.plots import curves_svg, plot_curves
@@ -122,6 +124,26 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
         figure.savefig(tmp_path / "figure.png")
     drawn = (tmp_path / "figure.svg").read_text()
     assert "costs $5^$ or $x_1$���" in drawn and "for $5^$�" in drawn
+
+
+HOSTILE = ["=1+1", "evil\x1b[2J\x1b]0;title\a", "right\u202eto left\u2066\n\udcff"]
+
+
+def test_names_that_act_on_terminals_and_spreadsheets_do_nothing_in_files(
+    photographs: list[str], tmp_path: Path
+) -> None:
+    labels = torch.arange(3).repeat_interleave(8)
+    made = Predictions(HOSTILE, photographs, labels, torch.full((24, 3), 1 / 3))
+    page = tmp_path / "report.html"
+    write_report(page, made, HOSTILE[2], configuration="data: a\nseed: 0")
+    text = page.read_text()
+    assert not set("\x1b\a\u202e\u2066") & set(text) and r"evil\x1b[2J\x1b]0;title\x07" in text
+    assert "<h1>right\\u202eto left\\u2066\n\\xff</h1>" in text and "<pre>data: a\nseed: 0" in text
+    write_figures(tmp_path / "out", made)
+    for name, column in (("classes.csv", "class"), ("predictions.csv", "predicted")):
+        with (tmp_path / "out" / name).open(errors="surrogateescape", newline="") as file:
+            found = {row[column] for row in csv.DictReader(file)}
+        assert "'=1+1" in found and found <= {"'=1+1", *HOSTILE[1:]}
 
 
 class Addresses(HTMLParser):

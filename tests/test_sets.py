@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import os
 import shutil
 import tarfile
 import threading
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FEW, bounded, configure, mutated
+from conftest import bounded, configure, mutated
 from hydra.utils import instantiate
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
@@ -516,7 +517,7 @@ def test_lists_of_a_set_are_read_or_told_in_a_sentence(
     folder = tmp_path / toy.kind.folder
     lists = {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".txt", ".mat")}
 
-    @FEW
+    @settings(max_examples=settings.default.max_examples // 20)  # each starts a process
     @given(st.sampled_from(sorted(lists)), mutated(list(lists.values())))
     def holds(changed: Path, content: bytes) -> None:
         changed.write_bytes(content)
@@ -552,6 +553,17 @@ def test_a_set_with_missing_parts_is_not_trained_on(publish: Publish, tmp_path: 
     (place / "train_test_split.txt").unlink()
     with pytest.raises(UserError, match="lacks train_test_split"):
         data("cub200", tmp_path).setup()
+
+
+def test_a_list_that_takes_its_reader_down_is_told(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(dogs())
+    images = data("dogs", tmp_path)
+    images.prepare_data()
+    monkeypatch.setattr("scipy.io.loadmat", lambda *_, **__: os._exit(1))
+    with pytest.raises(UserError, match=r"stanford_dogs is not as published"):
+        images.setup()
 
 
 def test_a_place_that_cannot_be_written_is_told(publish: Publish, tmp_path: Path) -> None:

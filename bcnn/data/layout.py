@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from bcnn.data.cells import name_of
@@ -157,6 +158,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {split: _inner(folder, split) for split, folder in parts.items()}
 
 
+@lru_cache  # a list may have a million lines
 def _split_of(name: str) -> tuple[str, str] | None:
     """The split that a folder's name speaks of, and what else is in the name ("seg" of seg_train)."""
     words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+|\d+", name.casefold())]
@@ -204,6 +206,7 @@ def read_list(file: Path) -> Layout:
         header = ["path", "label", "split"][: len(header)]
     if len(header) < 2:
         raise UserError(f"{file}, line {rows[0][0]}: expected path,label or path,label,split")
+    folder = file.parent
     entries: dict[str, tuple[str, str, int]] = {}
     for number, cells in rows:
         if len(cells) != len(header):
@@ -212,7 +215,7 @@ def read_list(file: Path) -> Layout:
                 f"({','.join(header)}); put a path with blanks or commas in it in double quotes"
             )
         row = dict(zip(header, cells, strict=True))
-        path = str(file.parent / row["path"])
+        path = str(folder / row["path"])
         found = _split_of(row.get("split", "train"))
         if not row["label"]:
             raise UserError(f"{file}, line {number}: no label")

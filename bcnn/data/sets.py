@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -89,7 +90,9 @@ class PublicSet(ImageFolderData):
         if absent:
             raise UserError(f"{place} lacks {', '.join(absent)}: add them, or {ANEW}")
         try:
-            layout = self._official(place)
+            # In a process of its own, as a damaged .mat file can take down the one that reads it.
+            with ProcessPoolExecutor(1) as pool:
+                layout = pool.submit(self._official, place).result()
         except Exception as error:  # parsers raise whatever the bytes lead them into
             raise UserError(f"{place} is not as published ({error}): {ANEW}") from error
         absent = [path for path in layout.paths if not Path(path).is_file()]
