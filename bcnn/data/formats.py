@@ -58,7 +58,7 @@ def open_image(path: str | Path) -> ImageFile.ImageFile:
         UnidentifiedImageError: the file is of none of these formats.
         OSError: it cannot be opened, or is none: a named pipe would wait for ever.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         raise OSError("not a regular file")
     try:
         image = Image.open(path, "r", [name for name in Image.ID if name in FORMATS])
@@ -100,9 +100,14 @@ def files_below(folder: str | Path, root: str | Path | None = None) -> Iterator[
             if target not in seen and (target == below or not _leads_back(target, place, base)):
                 seen.add(target)
                 folders.append(name)
+        with os.scandir(path) as entries:  # the folder has their kinds: no look at each file
+            plain = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        begin = os.path.join(path, "")
         for name in sorted(files):
-            file = os.path.join(path, name)
-            if not is_ignored(name) and (os.path.isfile(file) or not os.path.exists(file)):
+            file = begin + name
+            if not is_ignored(name) and (
+                name in plain or os.path.isfile(file) or not os.path.exists(file)
+            ):
                 yield file
 
 

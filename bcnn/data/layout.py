@@ -94,9 +94,10 @@ def read_folder(root: Path) -> Layout:
     labels = {name: label for label, name in enumerate(layout.classes)}
     left_out: Counter[str] = Counter()
     for split, name, folder in folders:
+        samples, label = layout.splits[split], labels[name]
         for path in files_below(folder, root):
             if is_image(os.path.basename(path)):
-                layout.splits[split].append((path, labels[name]))
+                samples.append((path, label))
             else:
                 left_out[os.path.splitext(path)[1] or "without an ending"] += 1
     if left_out:
