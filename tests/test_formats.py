@@ -236,12 +236,24 @@ def test_what_is_remembered_survives_a_check_of_fewer_and_an_interrupted_one(
     assert len(check(tmp_path, paths)) == 3
 
 
+def test_files_of_any_name_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [b"a\nb.jpg", b"\xff.jpg", "ü.jpg".encode()]
+    paths = [os.fsdecode(os.path.join(os.fsencode(tmp_path), name)) for name in names]
+    for number, path in enumerate(paths):
+        Path(path).write_bytes(encoded("JPEG", quality=60 + number))
+    first = check(tmp_path, paths)
+    monkeypatch.setattr("bcnn.data.check.inspect", None)
+    assert check(tmp_path, paths[::-1]) == first
+    monkeypatch.chdir(tmp_path)
+    assert list(check(Path("."), ["ü.jpg"]).values()) == [first[paths[2]]]
+
+
 def test_a_damaged_memory_is_checked_anew(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded("JPEG"))
     first = check(tmp_path, [str(path)])
     for content in ("", "[1]", '{"a": 1}', '{"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}'):
-        cache_file(tmp_path, ".json").write_text(content)
+        cache_file(tmp_path, ".npz").write_text(content)
         assert check(tmp_path, [str(path)]) == first
 
 

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conftest import configure, toy, write_images
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import Layout
-from bcnn.data.splits import Split, choose, follow, hold_out
+from bcnn.data.splits import Split, choose, draw_splits, follow, hold_out
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model, save_model
 from bcnn.training.stages import run
@@ -97,6 +98,14 @@ def test_the_seed_decides() -> None:
     images, content = samples(40)
     drawn = {frozenset(hold_out(images, content, seed, 0.1, 0.2)[1]) for seed in range(10)}
     assert len(drawn) == 10
+
+
+def test_many_images_take_no_more_time_each_than_a_few() -> None:
+    images, content = samples(50_000)
+    start = time.process_time()
+    drawn = draw_splits(Layout(["a"], images, divided=False), content, 0.1, 0.2, seed=0)
+    assert time.process_time() - start < 5  # about 0.5; a minute where each makes a set
+    assert sum(map(len, drawn.splits.values())) == 50_000
 
 
 @pytest.fixture

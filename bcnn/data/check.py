@@ -5,29 +5,43 @@ A file is checked again only when its size or its time of change is another, or 
 
 import errno
 import hashlib
-import json
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from itertools import chain, compress
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import track
 
-from bcnn.data.decoding import VERSION, load_image
+from bcnn.data.decoding import VERSION, decode, load_image
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
+from bcnn.files import whole
 
-State = tuple[int, int]  # size in bytes and time of change in ns: tell a file from its later versions
+CHUNK = 32  # images that a thread takes at a time: handing over costs as much as a small one
+
+# Size in bytes and time of change in ns, which tell a file from its later versions, and its finding.
+ROW = np.dtype(
+    [
+        ("state", np.int64, 2),
+        ("format", "S8"),
+        ("width", np.int64),
+        ("height", np.int64),
+        ("digest", "S32"),
+        ("flat", bool),
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What is known of a file: its pixels' digest and what Pillow calls its format; or an error."""
 
     format: str = ""
@@ -48,23 +62,28 @@ def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
     Raises:
         UserError: the cache folder cannot be written.
     """
-    memory = cache_file(source, ".json")
+    memory = cache_file(source, ".npz")
     with FileLock(memory.with_suffix(".lock")):  # runs that start together check once
-        known = _load(memory)
-        places = {path: os.path.abspath(path) for path in paths}
-        states = {path: _state(path) for path in paths}
-        found = {
-            path: known[place][1]
-            for path, place in places.items()
-            if place in known and known[place][0] == states[path]
-        }
-        todo = [path for path in places if path not in found]
+        known, rows = _load(memory)
+        places = paths if source.is_absolute() else [os.path.abspath(path) for path in paths]
+        numbers = (number for path in paths for number in _state(path))
+        states = np.fromiter(numbers, np.int64, 2 * len(paths)).reshape(-1, 2)
+        row = dict(zip(known, range(len(rows)), strict=False))
+        where = np.fromiter((row.get(place, -1) for place in places), np.int64, len(places))
+        same = where >= 0
+        same[same] = (rows["state"][where[same]] == states[same]).all(1)
+        found = dict(zip(compress(paths, same), _findings(rows[where[same]]), strict=True))
+        todo = [path for path in paths if path not in found]
         if todo:
             try:
                 _inspect_all(todo, found)
             finally:  # an interrupted check goes on from where it was
-                new = {places[path]: (states[path], finding) for path, finding in found.items()}
-                _save(memory, known | new)
+                # A broken file is not remembered: it may be intact with another Pillow.
+                intact = [i for i, p in enumerate(paths) if p in found and not found[p].error]
+                others = np.setdiff1d(np.arange(len(rows)), where)
+                new = _rows([found[paths[i]] for i in intact], states[intact])
+                kept = [*(places[i] for i in intact), *(known[i] for i in others)]
+                _save(memory, kept, np.concatenate([new, rows[others]]))
     return found
 
 
@@ -78,13 +97,13 @@ def inspect(path: str) -> Finding:
     try:
         with open_image(path) as image:
             kind, (width, height) = str(image.format), image.size
-        pixels = load_image(path, side=1)
+            pixels = decode(image, side=1)
         digest = hashlib.blake2b(repr(pixels.size).encode(), digest_size=16)
         digest.update(pixels.tobytes())
         flat = _is_flat(pixels) and _is_flat(load_image(path))
         return Finding(kind, width, height, digest.hexdigest(), flat)
     except Exception as error:  # decoders raise whatever the bytes lead them into
-        return Finding(error=_reason(error.__cause__ or error))
+        return Finding(error=_reason(error))
 
 
 def broken(findings: dict[str, Finding]) -> dict[str, str]:
@@ -125,8 +144,9 @@ def _inspect_all(paths: Sequence[str], found: dict[str, Finding]) -> None:
     # Threads: Pillow lets go of the interpreter's lock while it decodes.
     pool = ThreadPoolExecutor(os.cpu_count())
     quiet = getattr(rank_zero_only, "rank", 0) != 0
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     try:
-        results: Iterable[Finding] = pool.map(inspect, paths)
+        results = chain.from_iterable(pool.map(lambda chunk: [inspect(p) for p in chunk], chunks))
         progress = track(results, "Checking images", total=len(paths), disable=quiet)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about what it can live with
@@ -136,7 +156,7 @@ def _inspect_all(paths: Sequence[str], found: dict[str, Finding]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _state(path: str) -> State:
+def _state(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError:  # gone, or a link to nowhere: `inspect` says so
@@ -144,29 +164,41 @@ def _state(path: str) -> State:
     return (status.st_size, status.st_mtime_ns)
 
 
-def _load(memory: Path) -> dict[str, tuple[State, Finding]]:
+def _load(memory: Path) -> tuple[list[str], np.ndarray]:
+    """The paths of the files that are remembered, and a row of each."""
     try:
-        remembered = json.loads(memory.read_text())
-        entries = remembered["files"] if remembered["version"] == VERSION else {}
-        return {path: ((size, time), Finding(*rest)) for path, (size, time, *rest) in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
-        return {}
+        with np.load(memory) as remembered:
+            rows = remembered["rows"]
+            if remembered["version"] == VERSION and rows.dtype == ROW:
+                return os.fsdecode(remembered["paths"].tobytes()).split("\0"), rows
+    except Exception:  # none yet, or damaged: then numpy raises whatever the bytes lead it into
+        pass
+    return [], np.empty(0, ROW)
 
 
-def _save(memory: Path, known: dict[str, tuple[State, Finding]]) -> None:
-    """Keep what is known of the intact files: a broken one may be intact with another Pillow."""
-    entries = {
-        path: [*state, *astuple(finding)]
-        for path, (state, finding) in known.items()
-        if not finding.error
-    }
-    temporary = memory.with_suffix(".tmp")
-    with suppress(OSError):  # without room for it, the next run checks again
-        temporary.write_text(json.dumps({"version": VERSION, "files": entries}))
-        temporary.replace(memory)
+def _save(memory: Path, paths: list[str], rows: np.ndarray) -> None:
+    names = np.frombuffer(os.fsencode("\0".join(paths)), np.uint8)
+    with suppress(UserError), whole(memory) as file:  # without room for it, the next run checks again
+        np.savez(file, version=VERSION, paths=names, rows=rows)
+
+
+def _rows(findings: Sequence[Finding], states: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(findings), ROW)
+    rows["state"] = states
+    for name in Finding._fields[:-1]:
+        rows[name] = [getattr(finding, name) for finding in findings]
+    return rows
+
+
+def _findings(rows: np.ndarray) -> Iterator[Finding]:
+    formats = map(sys.intern, map(bytes.decode, rows["format"]))
+    sizes = rows["width"].tolist(), rows["height"].tolist()
+    return map(Finding, formats, *sizes, map(bytes.decode, rows["digest"]), rows["flat"].tolist())
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, UserError) and error.__cause__:  # of `load_image`, which names the file
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
@@ -48,12 +49,17 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
     """
     try:
         with open_image(path) as file:
-            if side is not None:
-                least = math.ceil(MARGIN * side)
-                file.draft(None, (least, least))  # Pillow's name for it; of JPEGs only
-            return upright_rgb(file)
+            return decode(file, side)
     except Exception as error:  # decoders raise whatever the bytes lead them into
         raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
+
+
+def decode(file: ImageFile, side: int | None) -> Image.Image:
+    """As `load_image`, of a file that is open."""
+    if side is not None:
+        least = math.ceil(MARGIN * side)
+        file.draft(None, (least, least))  # Pillow's name for it; of JPEGs only
+    return upright_rgb(file)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -60,7 +60,7 @@ def open_image(path: str | Path) -> ImageFile.ImageFile:
         UnidentifiedImageError: the file is of none of these formats.
         OSError: it cannot be opened, or is none: a named pipe would wait for ever.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         raise OSError("not a regular file")
     try:
         image = Image.open(path, "r", [name for name in Image.ID if name in FORMATS])

@@ -97,11 +97,12 @@ def read_folder(root: Path) -> Layout:
     labels = {name: label for label, name in enumerate(layout.classes)}
     left_out: Counter[str] = Counter()
     for split, name, folder in folders:
+        samples, label = layout.splits[split], labels[name]
         for path, reason in files_below(folder, root):
             if reason:
                 left_out[reason] += 1
             else:
-                layout.splits[split].append((path, labels[name]))
+                samples.append((path, label))
     if left_out:
         reasons = listed(f"{count} {reason}" for reason, count in left_out.most_common())
         layout.remarks.append(

@@ -89,7 +89,8 @@ def draw_splits(
     """
     val_share, test_share = shares(layout, val_fraction, test_fraction)
     val, test = hold_out(layout.train, content, seed, val_share, test_share)
-    train = [sample for sample in layout.train if sample[0] not in {*val, *test}]
+    held = val | test
+    train = [sample for sample in layout.train if sample[0] not in held]
     drawn = {
         "val": [sample for sample in layout.train if sample[0] in val],
         "test": [sample for sample in layout.train if sample[0] in test],
@@ -224,13 +225,14 @@ def hold_out(
     Returns:
         Paths to validate on, and to test on.
     """
-    classes: dict[str, set[int]] = defaultdict(set)
+    classes: dict[str, int | None] = {}  # None: of two
     for path, label in samples:
-        classes[content[path]].add(label)
+        if classes.setdefault(content[path], label) != label:
+            classes[content[path]] = None
     ranked: dict[int, list[tuple[float, str]]] = defaultdict(list)
-    for digest, labels in classes.items():
-        if len(labels) == 1:
-            ranked[min(labels)].append((_place(digest, seed), digest))
+    for digest, one in classes.items():
+        if one is not None:
+            ranked[one].append((_place(digest, seed), digest))
     first: set[str] = set()
     last: set[str] = set()
     for members in ranked.values():

@@ -1,6 +1,7 @@
 """Which epoch of a stage is kept, and the state that an interrupted stage goes on from."""
 
 import csv
+import io
 import math
 import os
 import shutil
@@ -27,8 +28,10 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
+        content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+        torch.save(checkpoint, content)
         with whole(Path(path)) as part:
-            torch.save(checkpoint, part)
+            part.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         try:
