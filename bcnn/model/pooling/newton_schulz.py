@@ -2,9 +2,9 @@
 
 The Newton–Schulz iteration Y ← YT, Z ← TZ, T = (3I - ZY)/2, from Y = M/tr M and Z = I, makes each root
 √λ of an eigenvalue grow up to 1.5-fold in a step, to 1: then Y is the root of M/tr M, and Z that of its
-inverse. Pooled matrices have many small eigenvalues: after the usual 5 steps the result is a fifth off on
-photographs. Scaled, so that every step serves the whole interval [`SMALLEST`, 1] of roots alike, they grow
-up to 2.6-fold, and 10 steps are enough.
+inverse. Pooled matrices have many small eigenvalues: after the usual 5 steps the result is a fifth off
+on photographs. Scaled, so that every step serves the whole interval [`SMALLEST`, 1] of roots alike,
+they grow up to 2.6-fold, and 10 steps are enough.
 
 Roots below `SMALLEST`, of the trace's, come out too small: an error of no more than themselves. To go
 on would not do in float32: Z grows to 1/`SMALLEST` on eigenvalues of zero, of which a matrix of fewer
@@ -26,8 +26,8 @@ SMALLEST = 1e-3
 class NewtonSchulz(Bilinear):
     """The pooled matrix's square root, by iteration.
 
-    In float32 rows are within 1e-3 of those of `sqrt` (4e-4 on photographs, at unit length), within 1e-2
-    where nearly all places of an image are alike.
+    In float32 rows, of unit length, are within 1e-3 of those of `sqrt` (4e-4 on photographs), and
+    within 1e-2 where all places of an image are alike.
 
     Args:
         channels: of the maps.
