@@ -68,7 +68,7 @@ class _Power(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, b: Tensor, power: float) -> Tensor:
-        u, s, v = (part.to(b.dtype) for part in _svd(b))
+        u, s, v = (part.to(b) for part in _svd(b))
         ctx.save_for_backward(u, s, v)
         ctx.power = power
         return u * s[:, None] ** (2 * power) @ u.mT
@@ -98,7 +98,7 @@ def _svd(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if b.shape[1] < b.shape[2]:
         v, s, u = _svd(b.mT)
         return u, s, v
-    b = b.double()
+    b = b.to("cpu" if b.device.type == "mps" else b.device, torch.float64)  # mps has no float64
     gram = b.mT @ b
     # Maps that are not finite shall give rows that are not, not an error of LAPACK's.
     v = torch.linalg.eigh(gram.where(gram.isfinite(), 0)).eigenvectors
