@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, build, configure, folder_data
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bcnn.data.transforms import Framing
@@ -169,6 +171,31 @@ def test_hard_maps_have_finite_rows_and_gradients(pool: Pooling) -> None:
             (gradient,) = torch.autograd.grad(rows.sum(), x)
             assert rows.isfinite().all() and gradient.isfinite().all()
             assert bool(rows.any()) == bool(hard.any()) or getattr(pool, "centred", False)
+
+
+@pytest.mark.fuzz
+@given(
+    st.sampled_from(CHOICES),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.sampled_from([1e-8, 1e-4, 1.0, 1e4]),
+    st.integers(0, 2**32),
+)
+def test_maps_of_any_rank_have_finite_rows_and_gradients(
+    choice: dict[str, Any], channels: int, places: int, rank: int, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, rank, generator=generator) for n in (channels, places))
+    x = (scale * left @ right.mT).relu().view(1, channels, 1, places).requires_grad_()
+    pool = make_pooling(channels, **choice)
+    rows = pool(x)
+    (gradient,) = torch.autograd.grad(rows, x, torch.randn(rows.shape, generator=generator))
+    assert rows.isfinite().all() and gradient.isfinite().all()
+    length = float(rows.detach().norm())
+    # `normalize` takes a row under 1e-12 for zero; a covariance may be.
+    assert abs(length - 1) < 1e-5 or x.max() < 1e-5 or choice.get("centred")
+    torch.testing.assert_close(rows.double(), pool.double()(x.double()), rtol=0, atol=1e-3)
 
 
 def test_maps_that_are_not_finite_have_rows_that_are_not(pool: Pooling) -> None:

@@ -15,6 +15,7 @@ from bcnn.errors import UserError
 from bcnn.model.pooling.bilinear import Bilinear
 
 STEPS = 10  # the paper's, as is their damping by a square root
+SILENT = 1e-16  # a location with no more to say than this has no contribution to weigh
 
 
 class Democratic(Bilinear):
@@ -39,13 +40,15 @@ class Democratic(Bilinear):
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
         mass = x.new_ones(1, x.shape[2]) if mass is None else mass
-        weight = mass * self._weights((x.mT @ x).square(), mass)
+        # A factor common to all weights is nothing to the row: kernels of features of length up to 1.
+        unit = x / x.detach().norm(dim=1).amax(dim=1)[:, None, None].clamp_min(1e-24)
+        weight = mass * self._weights((unit.mT @ unit).square(), mass)
         return (x * weight[:, None]) @ x.mT / x.shape[2]
 
     def _weights(self, kernel: Tensor, mass: Tensor) -> Tensor:
         """α (batch, places), where a mass stands for so many copies of its location."""
         alone = (kernel @ mass[..., None]).squeeze(-1)
-        silent = alone == 0  # features of zeros, with no contribution to weigh
+        silent = alone <= SILENT
         target = alone.masked_fill(silent, 1) ** self.gamma
         weights = torch.ones_like(alone)
         for _ in range(STEPS):
