@@ -25,7 +25,7 @@ TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_o
 Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
 
 
-def network(model: BCNN, softmax: bool) -> nn.Module:
+def network(model: nn.Module, softmax: bool) -> nn.Module:
     """The model as it is, or with probabilities in place of logits."""
     return nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
 
@@ -56,15 +56,16 @@ def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     """ONNX in float32 with a free batch size; input "images", output "logits" or "probabilities".
 
     Raises:
-        UserError: the packages for it are not installed.
+        UserError: the packages for it are not installed, or ONNX has no form of the pooling.
     """
     _require("onnx", "onnxscript", "onnxruntime")
     optimizer = importlib.import_module("onnxscript.optimizer")
     passes = importlib.import_module("onnx_ir.passes.common")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     output = "probabilities" if softmax else "logits"
+    parts = nn.Sequential(model.backbone, model.pooling.exportable(), model.head)
     program = torch.onnx.export(
-        _exported(model, softmax),
+        _exported(parts, model.framing.size, softmax),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
@@ -89,7 +90,7 @@ def write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     """torch.export's file; its extra file metadata.json holds what `describe` says."""
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
-    torch.export.save(_exported(model, softmax), content, extra_files=extra)
+    torch.export.save(_exported(model, model.framing.size, softmax), content, extra_files=extra)
     path.write_bytes(content.getbuffer())
 
 
@@ -122,8 +123,8 @@ FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Ne
 }
 
 
-def _exported(model: BCNN, softmax: bool) -> ExportedProgram:
-    example = torch.zeros(2, 3, model.framing.size, model.framing.size, dtype=torch.uint8)
+def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     batch = ({0: Dim("batch")},)
     return torch.export.export(network(model, softmax), (example,), dynamic_shapes=batch)
 

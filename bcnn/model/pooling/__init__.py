@@ -31,6 +31,14 @@ class Pooling(nn.Module):
         """
         raise NotImplementedError
 
+    def exportable(self) -> "Pooling":
+        """A pooling of the same rows, within a bound that it states, of what ONNX can compute.
+
+        Raises:
+            UserError: there is none.
+        """
+        return self
+
     def forward(self, maps: Tensor) -> Tensor:
         """Maps (batch, channels, h, w), under any autocast → rows (batch, width) of unit length.
 

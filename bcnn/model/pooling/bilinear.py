@@ -6,6 +6,7 @@ products, hence norms, logits and the path of SGD with momentum and weight decay
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,24 @@ def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
         return (weighted @ x.mT).div_(x.shape[2])
 
 
+def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = False) -> Tensor:
+    """B of which B·Bᵀ is the pooled matrix: a location's features times √(mass / locations).
+
+    Args:
+        maps: (batch, channels, height, width).
+        mass: (batch, height · width), not negative; None: 1.
+        centred: take the features' mean off them, so that B·Bᵀ is their covariance.
+
+    Returns:
+        (batch, channels, height · width), in float32 at least.
+    """
+    x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+    weight = (x.new_ones(1, x.shape[2]) if mass is None else mass)[:, None]
+    if centred:
+        x = x - (x * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True)
+    return x * (weight / x.shape[2]).sqrt()
+
+
 def signed_sqrt(x: Tensor) -> Tensor:
     """sign(x)·√(|x| + 1e-10), elementwise (Lin et al. 2015, §3.1; the constant is the original's)."""
     return x.sign() * (x.abs() + ROOT_EPS).sqrt()
@@ -49,7 +68,17 @@ def plain_sqrt(x: Tensor) -> Tensor:
     return (x + 1e-5).sqrt()
 
 
-ROOTS = {"signed": signed_sqrt, "plain": plain_sqrt}
+ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "signed": signed_sqrt,
+    "plain": plain_sqrt,
+    None: lambda x: x,
+}
+
+
+def check_root(root: str | None) -> None:
+    """Raises UserError for a root that there is not."""
+    if root not in ROOTS:
+        raise UserError(f"model.pooling.root={root}: choose signed, plain or null (none)")
 
 
 class Bilinear(Pooling):
@@ -60,22 +89,24 @@ class Bilinear(Pooling):
         root: one of `ROOTS`.
 
     Raises:
-        UserError: it is none of them.
+        UserError: there is no such root.
     """
 
-    degree = 0.5
-
-    def __init__(self, channels: int, root: str = "signed") -> None:
+    def __init__(self, channels: int, root: str | None = "signed") -> None:
+        check_root(root)
         super().__init__(channels)
-        if root not in [*ROOTS]:
-            raise UserError(f"the pooling bilinear: root={root} is none of {', '.join(ROOTS)}")
         self.root = root
         self.width = packed_size(channels)
+        self.degree = 0.5 if root else 1.0
+
+    def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
+        """The pooled matrix, symmetric: (batch, channels, channels). Other poolings make another."""
+        return bilinear_pool(maps, mass)
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        pooled = bilinear_pool(maps, mass)
-        index, scale = _upper_triangle(pooled)
-        return ROOTS[self.root](pooled.flatten(1).index_select(1, index)) * scale
+        matrix = self.matrix(maps, mass)
+        index, scale = _upper_triangle(matrix)
+        return ROOTS[self.root](matrix.flatten(1).index_select(1, index)) * scale
 
 
 def pack(matrix: Tensor) -> Tensor:
