@@ -48,6 +48,21 @@ def stores_dir() -> Path:
     return Path(os.environ.get("BCNN_STORES", "~/.cache/bcnn/stores")).expanduser()
 
 
+def made_stores_dir() -> Path:
+    """`stores_dir`, made where there is none.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        stores_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{stores_dir()} cannot be made ({error.strerror}): set BCNN_STORES to another folder"
+        ) from error
+    return stores_dir()
+
+
 class DescriptorStore:
     """Rows of one image list: row 2·i is image i's descriptor, row 2·i + 1 its mirror image's.
 
@@ -87,13 +102,7 @@ class DescriptorStore:
 
     def lock(self) -> FileLock:
         """Held while the store is verified and built, so that two runs do not both build it."""
-        try:
-            stores_dir().mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{stores_dir()} cannot be made ({error.strerror}): set BCNN_STORES to another folder"
-            ) from error
-        return FileLock(stores_dir() / f"{self.key}.lock")
+        return FileLock(made_stores_dir() / f"{self.key}.lock")
 
     def open(self) -> tuple[list[int], int]:
         """Verify every chunk, under the lock; what is damaged or left over is removed.

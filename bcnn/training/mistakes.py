@@ -18,6 +18,7 @@ from torch import nn
 
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable
+from bcnn.model.description import LARGEST
 from bcnn.model.network import make_backbone, make_pooling
 from bcnn.precision import AUTOCAST, chosen_precision
 from bcnn.training.record import RUN
@@ -251,6 +252,9 @@ def _refuse_network(cfg: DictConfig) -> None:
         raise UserError(
             f"data.size={size}: a whole number of pixels, {backbone.smallest} at least{multiple}"
         )
+    crop_pct = cfg.data.crop_pct
+    if isinstance(crop_pct, int | float) and size > LARGEST * crop_pct:
+        raise UserError(f"data.size={size}: images would be resized to more than {LARGEST} px")
 
 
 def _refuse_ckpt(cfg: DictConfig, stages: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import initialise_backbone, load_model
-from bcnn.store import VIEWS, stores_dir
+from bcnn.store import VIEWS, made_stores_dir, stores_dir
 from bcnn.training.convex import ConvexModule
 from bcnn.training.descriptors import DescriptorData
 from bcnn.training.module import BCNNModule, reduce_on_plateau
@@ -108,8 +108,7 @@ def plan(
 
 def _refuse_full_disk(data: DescriptorData) -> None:
     """Say where the descriptors will be, or that there is no room for them."""
-    stores_dir().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(stores_dir()).free
+    free = shutil.disk_usage(made_stores_dir()).free
     size = f"{len(data.paths)} images × {VIEWS} views, {data.store.nbytes / 1e9:.2f} GB"
     if not data.store.folder.exists() and data.store.nbytes > free:
         raise UserError(
