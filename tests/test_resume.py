@@ -43,9 +43,11 @@ def job(
 ) -> None:
     """Begin a run, or go on with it where it was begun; SIGKILL at an event."""
     import bcnn.report.files
+    import bcnn.training.checkpoints
     from bcnn.store import DescriptorStore
     from bcnn.training.module import BCNNModule
 
+    bcnn.training.checkpoints.EVERY = 0
     os.environ.update(variables)
     os.chdir(folder.parent)  # the words name the folder relatively
     seen: Counter[str] = Counter()

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from bcnn.data.sampler import epoch_of
 from bcnn.errors import UserError
 from bcnn.files import whole
 
 STATE = "resume.ckpt"  # beside the weights of a stage that has not ended
+EVERY = 60  # seconds at least from one state to the next, which may take as long to write as an epoch
 OWN = ("start", "train", "last", "metrics", "stopped", "rows")  # what `KeepEpoch` adds to it
 
 
@@ -52,8 +55,9 @@ class KeepEpoch(ModelCheckpoint):
     A trainer that validates before it trains (`num_sanity_val_steps=-1`) says what a finetune starts
     from; that is logged as of step 0.
 
-    After every epoch the trainer's whole state is in `folder/resume.ckpt`, for `Trainer.fit` to go on
-    from to the same weights. A module that steps by itself starts anew instead.
+    The trainer's whole state is in `folder/resume.ckpt`, for `Trainer.fit` to go on from to the same
+    weights: as of the last epoch, or of one `EVERY` seconds ago at most. A module that steps by itself
+    starts anew instead.
 
     Args:
         folder: to write to.
@@ -77,6 +81,7 @@ class KeepEpoch(ModelCheckpoint):
         self.stopped = False  # another callback ended the stage with this epoch
         self.rows: list[dict[str, str]] = []  # of metrics.csv
         self.resumed = False
+        self._saved = -math.inf  # when the state was
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say before an epoch is trained that there is no room for what it leaves.
@@ -116,7 +121,10 @@ class KeepEpoch(ModelCheckpoint):
         if self.best_model_score is not before:
             self.metrics = self.last
         self.stopped = trainer.should_stop
-        if pl_module.automatic_optimization:
+        done = self.stopped or epoch_of(trainer) == trainer.max_epochs
+        due = done or time.monotonic() - self._saved >= EVERY
+        if pl_module.automatic_optimization and trainer.strategy.broadcast(due):
+            self._saved = time.monotonic()
             for logger in trainer.loggers:
                 logger.save()
             log = self.state.with_name("metrics.csv")
