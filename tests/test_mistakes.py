@@ -25,7 +25,7 @@ CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
         (["+finetune.epoch=3"], r"no option finetune\.epoch"),
         (["+data.siez=64"], r"data: .*siez"),
         (["+model.heads=2"], r"no option model\.heads"),
-        (["model.pooling.name=compact"], "there is no pooling compact: choose from bilinear"),
+        (["model.pooling.name=average"], "there is no pooling average: choose from bilinear"),
         (["+finetune.optimizer.betas=[0.9,0.99]"], r"finetune\.optimizer: .*betas"),
         (["+finetune.scheduler.warmpu=0.1"], r"finetune\.scheduler: .*warmpu"),
         (["+logger.csv.flush=3"], r"logger\.csv: .*flush"),
