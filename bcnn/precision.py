@@ -41,6 +41,16 @@ def autocast(device: torch.device, precision: str | None = None) -> AbstractCont
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def training_layout(device: torch.device, precision: str) -> torch.memory_format:
+    """How weights and maps lie in memory for the fastest training step.
+
+    Channels last, but for float32 on a CPU, whose backward pass that makes slower: a step of VGG-16 at
+    448 px takes 1.3 to 1.4 times as long (two AVX2 cores).
+    """
+    on_cpu = device.type == "cpu" and precision not in AUTOCAST
+    return torch.contiguous_format if on_cpu else torch.channels_last
+
+
 def chosen_precision(trainer: DictConfig) -> str:
     """What `trainer.precision` asks for, "auto" being the fastest of the device."""
     precision = str(trainer.precision)

@@ -11,7 +11,7 @@ from bcnn.benchmark.options import Options
 from bcnn.benchmark.original import original_loop
 from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
-from bcnn.precision import AUTOCAST, autocast, fastest_precision
+from bcnn.precision import AUTOCAST, autocast, fastest_precision, training_layout
 from bcnn.training.module import BCNNModule
 
 
@@ -24,6 +24,7 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
     """This project's finetune step, in the fastest precision of the device."""
     device = torch_device(options)
     model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).to(device)
+    model.to(memory_format=training_layout(device, fastest_precision(device.type)))
     model.backbone.checkpointing = checkpointing
     module = BCNNModule(model, "finetune", centering=True).train()
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)

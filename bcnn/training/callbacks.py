@@ -75,9 +75,9 @@ class CollapseGuard(L.Callback):
             self._refuse_weights(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._refuse_weights(trainer, pl_module)  # where there is nothing to validate on
-        metrics = trainer.callback_metrics
+        metrics = trainer.callback_metrics  # first, as rank 0's progress bar has them reduced already
         loss = float(metrics["train_loss"])
+        self._refuse_weights(trainer, pl_module)  # where there is nothing to validate on
         top1 = float(metrics.get("val_top1", math.nan))
         if top1 < (start := self.keep.start.get("val_top1", 0.0)) / 2:
             trouble = f"validation top-1 fell from {start:.1%} to {top1:.1%}"

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from bcnn.data.sampler import epoch_of
 from bcnn.model.network import BCNN
+from bcnn.precision import training_layout
 
 Stage = Literal["last", "finetune"]
 
@@ -82,6 +83,11 @@ class BCNNModule(L.LightningModule):
         self.train_metrics = metrics.clone(prefix="train_")
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
+
+    def setup(self, stage: str) -> None:
+        if self.stage == "finetune":
+            layout = training_layout(self.trainer.strategy.root_device, self.trainer.precision)
+            self.model.backbone.to(memory_format=layout)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images or descriptors → logits (batch, classes)."""

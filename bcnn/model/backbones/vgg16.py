@@ -49,14 +49,17 @@ class VGG16(Backbone):
     def maps(self, x: Tensor) -> Tensor:
         """Normalised images (batch, 3, h, w) → relu5_3 (batch, 512, h // 16, w // 16).
 
-        The pools are computed again in the backward pass: where their maxima were (int64) takes as
-        much memory as their inputs do in half precision. So is conv1_1, whose output is as large as
-        any and soon made. With `checkpointing`, so are the first two blocks, two images at a time,
-        whose activations are most of all (Chen et al., "Training Deep Nets with Sublinear Memory
-        Cost", 2016).
+        The maps lie in memory as the weights do. Where that is channels last, the pools are computed
+        again in the backward pass: where their maxima were (int64) takes as much memory as their inputs
+        do in half precision. So is conv1_1, whose output is as large as any and soon made. Elsewhere
+        (float32 on a CPU, see `training_layout`) that costs an eighth of the step, and nothing is.
+        With `checkpointing`, the first two blocks are computed again, two images at a time: their
+        activations are most of all (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not torch.is_grad_enabled():
+        channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
+        if not (torch.is_grad_enabled() and (channels_last or self.checkpointing)):
             return self.features(x)
         if self.checkpointing:
             start = LAYERS["conv3_1"]
