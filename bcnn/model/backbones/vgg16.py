@@ -53,8 +53,8 @@ class VGG16(Backbone):
         again in the backward pass: where their maxima were (int64) takes as much memory as their inputs
         do in half precision. So is conv1_1, whose output is as large as any and soon made. Elsewhere
         (float32 on a CPU, see `training_layout`) that costs an eighth of the step, and nothing is.
-        With `checkpointing`, the first two blocks are computed again, two images at a time: their
-        activations are most of all (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+        With `checkpointing`, the first two blocks are computed again, two images at a time: they have
+        most of the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
         channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
