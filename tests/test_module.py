@@ -109,6 +109,17 @@ def test_a_step_of_polyak_is_no_longer_than_loss_over_squared_gradient() -> None
     assert moved(5.0, small) == pytest.approx(moved(None, small), rel=1e-3)  # no limit below
 
 
+def test_a_loss_of_zero_is_no_step_and_no_ruin() -> None:
+    model = network()
+    model.head.bias.data[:] = torch.tensor([0.0, 0.0, 1000.0])
+    before = [p.detach().clone() for p in model.parameters()]
+    module = BCNNModule(model, "finetune", lambda p: torch.optim.SGD(p, lr=1.0), polyak=2.0)
+    images, labels = next(iter(batches()))
+    third = DataLoader(TensorDataset(images, torch.full_like(labels, 2)), batch_size=len(labels))
+    quiet_trainer(max_steps=1).fit(module, third)
+    assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+
+
 def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
     images, labels = next(iter(batches()))
     images, labels = images[:3], labels[:3]  # more than the two that are recomputed at a time

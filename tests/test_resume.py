@@ -231,6 +231,22 @@ def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
         resume(record.parent)
 
 
+def test_a_record_keeps_any_path_and_makes_it_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a\udcff: [b]", "imagenet"):
+        Path(name).mkdir()
+    cfg = configure(*toy(Path("x"), "output=run", "model.weights=imagenet"))
+    cfg.data.root = "a\udcff: [b]"
+    Record(cfg, ["data.root=a"]).write()
+    monkeypatch.chdir("/")
+    record = Record.read(tmp_path / "run")
+    assert record.cfg.data.root == str(tmp_path / "a\udcff: [b]")
+    assert record.cfg.model.weights == "imagenet"
+    assert (record.cfg.output, record.words) == (str(tmp_path / "run"), ["data.root=a"])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [

@@ -45,8 +45,9 @@ class Record:
         cfg: Any = OmegaConf.to_container(self.cfg, resolve=True)
         for group, name in PATHS:
             options = cfg[group] if group else cfg
-            if options.get(name) is not None and Path(str(options[name])).expanduser().exists():
-                options[name] = str(Path(str(options[name])).expanduser().absolute())
+            place = Path(str(options[name])).expanduser()
+            if place.is_file() or (name == "root" and place.is_dir()):
+                options[name] = str(place.absolute())
         with whole(Path(self.cfg.output) / RUN) as part:
             OmegaConf.save(OmegaConf.create(vars(self) | {"cfg": cfg}), part)
 
