@@ -1,6 +1,10 @@
-"""Jobs of a sweep that fail: the others run, and at the end these are named."""
+"""How a job's mistake is told; in a sweep the others run, and those that failed are named."""
 
+import logging
+import math
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from bcnn.errors import UserError
 from bcnn.terminal import say
 
 FILE = "failed.txt"  # in a job's folder: what went wrong
@@ -17,6 +22,27 @@ FILE = "failed.txt"  # in a job's folder: what went wrong
 def in_sweep() -> bool:
     """Whether this is a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def told(act: Callable[..., float], *arguments: Any) -> float:
+    """Do it; a mistake is a sentence and ends the program with exit code 1, or is noted in a sweep."""
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", module="torch.utils.data")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        return act(*arguments)
+    except (UserError, OSError) as error:  # OSError: such as a disk that is full
+        sentence = str(error)
+        say(f"error: {sentence}", file=sys.stderr)
+    except Exception as error:
+        if not in_sweep():
+            raise
+        logging.exception("job failed")
+        sentence = f"{type(error).__name__}: {error}"
+    if not in_sweep():
+        sys.exit(1)
+    note_failure(sentence)
+    return math.nan
 
 
 def note_failure(sentence: str) -> None:
