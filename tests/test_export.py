@@ -130,6 +130,7 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
         np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
+@pytest.mark.slow
 def test_softmax_gives_probabilities(model: BCNN, ckpt: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "p.onnx"
     assert run(f"ckpt={ckpt}", f"output={output}", "softmax=true") == 0

@@ -82,6 +82,7 @@ class Seen(L.Callback):
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,6 +104,7 @@ def test_options_that_are_obeyed(images: Path, tmp_path: Path, options: list[str
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_callbacks_of_the_configuration_see_both_stages(images: Path, tmp_path: Path) -> None:
     mine = "+callbacks.mine._target_=test_mistakes.Seen"
     run(configure(*toy(images, *FINETUNE, mine, f"output={tmp_path}")))
@@ -125,6 +127,7 @@ def test_an_output_folder_is_used_once(images: Path, tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
+@pytest.mark.slow
 def test_an_experiment_serves_one_stage_as_well_as_both(images: Path, tmp_path: Path) -> None:
     options = ["experiment=quick", "finetune.epochs=1", "finetune.batch_size=6"]
     run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}", *options)))

@@ -218,6 +218,7 @@ def begun(images: Path, output: Path) -> Path:
     return record
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

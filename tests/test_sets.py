@@ -595,6 +595,7 @@ def test_some_classes_of_a_set(publish: Publish, tmp_path: Path) -> None:
     assert len(images.train) + len(images.val) == 8 and len(images.test) == 4
 
 
+@pytest.mark.slow
 def test_both_stages_on_a_set_from_the_web(publish: Publish, tmp_path: Path) -> None:
     publish(aircraft())
     options = [

@@ -169,6 +169,7 @@ def unsplit(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_finetune_has_the_splits_of_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

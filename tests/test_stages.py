@@ -190,6 +190,7 @@ def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
     assert no_worse(final, start, best, images) is keeps
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_training_and_leaves_no_such_weights(
     images: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ class Ruin(L.Callback):
             pl_module.model.head.weight.data[0, 0] = math.inf  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
     images: Path, tmp_path: Path
 ) -> None:
@@ -260,6 +262,7 @@ def test_checkpoint_of_other_classes_is_refused(images: Path, tmp_path: Path) ->
         run(configure(*toy(images, *options, f"output={tmp_path / 'again'}")))
 
 
+@pytest.mark.slow
 def test_classes_weigh_the_same_where_that_is_asked_for(images: Path, tmp_path: Path) -> None:
     for index in range(1, 5):
         (images / "train" / "red" / f"{index}.png").unlink()
