@@ -108,6 +108,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     folder = tmp_path_factory.mktemp("stores")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("BCNN_STORES", str(folder))
+    monkeypatch.setattr("bcnn.options.raise_interruptions", lambda: None)  # Ctrl-C is pytest's
     return folder
 
 

@@ -1,17 +1,14 @@
 """The commands as a user types them, each a process of its own, at toy size."""
 
 import csv
-import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT, Run, toy
-from PIL import Image
 
 VERBS = ("data", "predict", "evaluate", "explain", "export", "store", "benchmark")
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
@@ -81,36 +78,6 @@ def test_the_next_command_runs_from_a_folder_of_any_name(images: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_labels_that_mean_nothing_score_the_same_in_training_and_in_evaluation(
-    train: Run, python: Run, tmp_path: Path
-) -> None:
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        (tmp_path / "noise" / name).mkdir(parents=True)
-        for number in range(15):
-            pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
-    last = train(*toy(tmp_path / "noise", "stage=last", "seed=1", f"output={tmp_path / 'a'}"))
-    assert last.returncode == 0, last.stderr
-    trained = json.loads((tmp_path / "a" / "figures.json").read_text())
-    (tmp_path / "noise" / "a" / "0.png").rename(tmp_path / "noise" / "a" / "renamed.png")
-    for name in ("a", "b"):  # one more
-        pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "noise" / name / "more.png")
-    ckpt = f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}"
-    words = ["-m", "bcnn.evaluate", ckpt, "data=noise", f"output={tmp_path / 'b'}"]
-    judged = python(*words, PYTHONPATH=str(ROOT))
-    assert judged.returncode == 0, judged.stderr
-    assert "2 images that the checkpoint does not record are left out" in judged.stdout
-    evaluated = json.loads((tmp_path / "b" / "figures.json").read_text())
-    assert evaluated["images"] == trained["images"] and evaluated["top1"] == trained["top1"]
-    short = ["stage=finetune", *FINETUNE, "finetune.optimizer.lr=1e-9", f"output={tmp_path / 'c'}"]
-    tuned = train(*toy(tmp_path / "noise", *short, ckpt))  # at another seed
-    assert tuned.returncode == 0, tuned.stderr
-    assert json.loads((tmp_path / "c" / "figures.json").read_text())["top1"] == trained["top1"]
-
-
-@pytest.mark.slow
 def test_experiment_original(train: Run, images: Path) -> None:
     options = [*FINETUNE, "experiment=original", "last.epochs=1"]
     run = train(*toy(images, *options))
@@ -147,8 +114,6 @@ def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, st
 def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
     for overrides in (
         ["data=folder", "data.root=nowhere"],
-        ["stage=finetune", "data=folder", "data.root=nowhere"],
-        ["stage=lst"],
         ["last.optimiser.lr=1"],
         ["last.epochs=3"],  # of last=sgd
     ):

@@ -35,10 +35,8 @@ def test_the_first_signal_lets_it_end_and_the_second_does_not_wait(first: signal
 
 
 def test_a_verb_that_is_interrupted_says_so_with_the_shells_exit_code(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("bcnn.options.raise_interruptions", lambda: None)  # not in pytest's process
-
     def act(options: Options) -> int:
         raise Interruption(signal.SIGTERM)
 

@@ -86,16 +86,14 @@ FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
 @pytest.mark.parametrize(
     "options",
     [
-        ["+trainer.enable_progress_bar=false"],
-        ["+trainer.deterministic=true"],
-        ["+trainer.detect_anomaly=true"],
-        ["+trainer.profiler=simple"],
-        ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1"],
-        ["last=sgd", "last.epochs=1", "+trainer.limit_train_batches=1"],
-        ["~logger.csv"],
-        ["~logger"],
-        ["schedule@finetune.scheduler=plateau"],
-        ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
+        ["+trainer.deterministic=true", "+trainer.profiler=simple", "~logger.csv"],
+        ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1", "+trainer.limit_train_batches=1"],
+        ["~logger", "+trainer.enable_progress_bar=false", "+trainer.detect_anomaly=true"],
+        [
+            "schedule@finetune.scheduler=plateau",
+            "callbacks=early_stopping",
+            "callbacks.early_stopping.patience=1",
+        ],
     ],
 )
 def test_options_that_are_obeyed(images: Path, tmp_path: Path, options: list[str]) -> None:

@@ -1,19 +1,24 @@
 """Who is held out: what decides it, and that a trained model's splits outlive its folder."""
 
+import json
 import random
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import configure, toy, write_images
+from PIL import Image
 
+from bcnn import evaluate
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import Layout
 from bcnn.data.splits import Split, choose, draw_splits, follow, hold_out
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model, save_model
+from bcnn.options import command
 from bcnn.training.stages import run
 
 
@@ -218,3 +223,37 @@ def test_too_few_different_images(tmp_path: Path) -> None:
         shutil.copy(images / "red" / "0.png", path) if path.name != "0.png" else None
     with pytest.raises(UserError, match=r"too few images of red \(1\)"):
         ImageFolderData(images, 32).setup()
+
+
+@pytest.mark.slow
+def test_labels_that_mean_nothing_score_the_same_in_training_and_in_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "noise" / name).mkdir(parents=True)
+        for number in range(15):
+            pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
+    run(configure(*toy(tmp_path / "noise", "stage=last", "seed=1", f"output={tmp_path / 'a'}")))
+    trained = json.loads((tmp_path / "a" / "figures.json").read_text())
+    (tmp_path / "noise" / "a" / "0.png").rename(tmp_path / "noise" / "a" / "renamed.png")
+    for name in ("a", "b"):  # one more
+        pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "noise" / name / "more.png")
+    ckpt = f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}"
+    words = [ckpt, f"data={tmp_path / 'noise'}", f"output={tmp_path / 'b'}"]
+    assert command(evaluate.Options, evaluate.main, evaluate.USAGE, words) == 0
+    printed = capsys.readouterr().out
+    assert "2 images that the checkpoint does not record are left out" in printed
+    evaluated = json.loads((tmp_path / "b" / "figures.json").read_text())
+    assert evaluated["images"] == trained["images"] and evaluated["top1"] == trained["top1"]
+    short = [
+        "stage=finetune",
+        "finetune.epochs=1",
+        "finetune.batch_size=6",
+        "finetune.optimizer.lr=1e-9",
+        f"output={tmp_path / 'c'}",
+    ]
+    run(configure(*toy(tmp_path / "noise", *short, ckpt)))  # at another seed
+    assert json.loads((tmp_path / "c" / "figures.json").read_text())["top1"] == trained["top1"]
