@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -103,13 +104,16 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
-def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stores(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """Every test has a folder of descriptor stores to itself; checks are kept apart by their paths."""
     folder = tmp_path_factory.mktemp("stores")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("BCNN_STORES", str(folder))
     monkeypatch.setattr("bcnn.options.raise_interruptions", lambda: None)  # Ctrl-C is pytest's
-    return folder
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (48, 40)) -> None:

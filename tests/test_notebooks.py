@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last."""
 
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -11,10 +12,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PICTURES = {"explore": 4, "quickstart": 3}
 
 
+def executed(path: Path) -> nbformat.NotebookNode:
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
+    client.execute()
+    return notebook
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
+def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # sockets live in it: their paths must be short
+        monkeypatch.setenv("TMPDIR", folder)
+        notebook = executed(path)
+    text = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
     client.execute()
     text = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -147,10 +147,11 @@ def _bits_per_sample(image: Image.Image) -> int:
 
 def _refuse_lost_bits(image: Image.Image, raw_modes: str) -> None:
     """Of 16 bits a channel Pillow keeps the upper 8; of planes, as TIFF may have, it reads half."""
-    deep = re.search(";16[BLN]", raw_modes) is not None
-    channels = dict(zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True))
-    brightest = max(high for band, (_, high) in channels.items() if band not in "Aa")
-    if (deep and brightest < 64) or (not deep and _bits_per_sample(image) > 8):
+    lost = _bits_per_sample(image) > 8
+    if re.search(";16[BLN]", raw_modes):
+        channels = dict(zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True))
+        lost = max(high for band, (_, high) in channels.items() if band not in "Aa") < 64
+    if lost:
         raise ValueError(
             "its 16 bits a channel cannot be read faithfully: save it with 8 bits a channel"
         )
