@@ -18,8 +18,8 @@ WIDE = {"classifiers.0": "signed", "fc": "plain"}
 
 
 def is_original(tensors: dict[str, Tensor]) -> bool:
-    """Whether a state dict has one of their classifiers."""
-    return any(f"{name}.weight" in tensors for name in WIDE)
+    """Whether a state dict has VGG's features and one of their classifiers."""
+    return "features.0.weight" in tensors and any(f"{name}.weight" in tensors for name in WIDE)
 
 
 def from_original(

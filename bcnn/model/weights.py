@@ -55,22 +55,30 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
     Args:
         model: changed in place.
         weights: "imagenet" (torchvision's IMAGENET1K_V1), "imagenet_features" (its
-            IMAGENET1K_FEATURES), "random" (keeps the He initialisation), or a file.
+            IMAGENET1K_FEATURES), "pretrained" (those that the backbone knows a place of), "random"
+            (keeps the initialisation), or a file, in the backbone's names or in its authors'.
         normalization: "imagenet" or "imagenet_features", for a file that does not say.
 
     Raises:
         UserError: no such file or download, a file of another network, an unknown normalisation.
     """
     if weights == "random":
-        _normalize_like(model, "imagenet")
+        if not model.backbone.mean.any():  # else it knows its own
+            _normalize_like(model, "imagenet")
         return
     if weights in TORCHVISION and model.chosen["backbone"] != {"name": "vgg16"}:
-        raise UserError(f"model.weights={weights} is of VGG-16: give a file, or random")
+        raise UserError(f"model.weights={weights} is of VGG-16: give a file, pretrained or random")
+    own = {key: v for key, v in model.state_dict().items() if key.startswith("backbone.")}
+    about: dict[str, Any] = {}
     if weights in TORCHVISION:
         tensors, about = _renamed(_download(weights)), {"weights": TORCHVISION[weights].name}
+    elif weights == "pretrained":
+        tensors = _of_backbone(model.backbone.published())
     else:
-        tensors, about = _read(Path(weights))
-    own = {key: v for key, v in model.state_dict().items() if key.startswith("backbone.")}
+        theirs, about = _read(Path(weights))
+        tensors = _renamed(theirs)
+        if own.keys().isdisjoint(tensors):
+            tensors = _of_backbone(model.backbone.published(theirs))
     try:
         _refuse_others(own, tensors)
     except UserError as error:
@@ -100,6 +108,7 @@ def load_model(
         UserError: the file is missing, unreadable, or does not hold a bilinear CNN.
     """
     tensors, about = _read(Path(path))
+    tensors = _renamed(tensors)
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
     if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         found = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
@@ -266,7 +275,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if not tensors:
         raise UserError(f"{path} is not a state dict: expected tensors by name")
-    return _renamed(tensors), about
+    return tensors, about
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -329,6 +338,10 @@ def _nested(about: dict[str, Any]) -> dict[str, Any]:
     if "framing" in about or "size" not in about:
         return about
     return {**about, "framing": {name: about[name] for name in FRAMING if name in about}}
+
+
+def _of_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"backbone.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """Backbones: normalised images in, maps of local features out. A file each; its name is the choice."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from bcnn.errors import UserError
 
 
 class Backbone(nn.Module):
@@ -67,6 +69,20 @@ class Backbone(nn.Module):
 
     def initialise(self) -> None:
         """Draw weights to train from without any that are trained; as the layers come, by default."""
+
+    def published(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Trained weights by the names in this module.
+
+        Args:
+            tensors: of a file, under the names that the authors of the network gave them; None: of the
+                place where they are published.
+
+        Raises:
+            UserError: they are those of another network, or cannot be had.
+        """
+        if tensors is None:
+            raise UserError("model.weights=pretrained is for the backbone timm: give a name, or a file")
+        return dict(tensors)
 
     def maps(self, x: Tensor) -> Tensor:
         """Normalised images → maps, as `forward`."""
