@@ -69,6 +69,24 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
+def cache_folder(kind: str) -> Path:
+    """$XDG_CACHE_HOME/bcnn/`kind`, or ~/.cache/bcnn/`kind`, made where there is none.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bcnn" / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
+        ) from error
+    return folder
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what processes that were killed were writing below a folder."""
     for part in folder.rglob(f"{PART}*"):

@@ -3,7 +3,6 @@
 A file is checked again only when its size or its time of change is another, or when it was broken.
 """
 
-import errno
 import hashlib
 import os
 import sys
@@ -24,7 +23,7 @@ from rich.progress import track
 from bcnn.data.decoding import VERSION, decode, load_image
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
-from bcnn.files import whole
+from bcnn.files import cache_folder, whole
 
 CHUNK = 32  # images that a thread takes at a time: handing over costs as much as a small one
 
@@ -120,20 +119,10 @@ def write_broken(source: Path, reasons: dict[str, str]) -> Path:
 
 
 def cache_file(source: Path, suffix: str) -> Path:
-    """A file about `source` in $XDG_CACHE_HOME/bcnn/checks, or in ~/.cache/bcnn/checks."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "bcnn" / "checks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
-        ) from error
+    """A file about `source` in the cache of checks."""
     absolute = os.path.abspath(source)
     key = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
-    return folder / f"{os.path.basename(absolute)}-{key}{suffix}"
+    return cache_folder("checks") / f"{os.path.basename(absolute)}-{key}{suffix}"
 
 
 def _is_flat(pixels: Image.Image) -> bool:

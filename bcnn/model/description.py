@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("classes", lambda names: _texts(names) and 0 < len({*names}) == len(names), "distinct texts"),
     ("backbone", _named, "a name with options"),
     ("pooling", _named, "a name with options"),
+    ("project", lambda count: count is None or type(count) is int, "a number of channels"),
     ("framing", _framing, f"of {', '.join(field.name for field in fields(Framing))}"),
     ("framing.size", lambda size: type(size) is int and size > 0, "a whole number of pixels"),
     ("framing.resize", lambda resize: resize in get_args(Resize), f"one of {get_args(Resize)}"),

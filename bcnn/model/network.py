@@ -36,10 +36,11 @@ class BCNN(nn.Module):
         framing: how an image becomes the square that it is trained and tested on.
         backbone: name and options of the backbone; None: VGG-16.
         pooling: name and options of the pooling; None: bilinear.
+        project: channels that the maps are projected to; None: as they come.
         split: which images it was trained, validated and tested on, where that is known.
 
     Raises:
-        UserError: there is no such backbone or pooling.
+        UserError: there is no such backbone or pooling, or fewer channels than `project`.
     """
 
     def __init__(
@@ -48,17 +49,20 @@ class BCNN(nn.Module):
         framing: Framing = FRAMING,
         backbone: Mapping[str, Any] | None = None,
         pooling: Mapping[str, Any] | None = None,
+        project: int | None = None,
         split: Split | None = None,
     ) -> None:
         super().__init__()
         self.classes = list(classes)
         self.framing = framing
         self.split = split
-        self.chosen = {
+        self.chosen: dict[str, Any] = {
             "backbone": dict(backbone or DEFAULT["backbone"]),
             "pooling": dict(pooling or DEFAULT["pooling"]),
         }
-        self.backbone = make_backbone(**self.chosen["backbone"])
+        if project is not None:
+            self.chosen["project"] = project
+        self.backbone = make_backbone(**self.chosen["backbone"], project=project)
         self.pooling = make_pooling(self.backbone.channels, **self.chosen["pooling"])
         self.head = Head(self.pooling.width, len(self.classes))
         self.backbone.initialise()  # after the head: a seed gives the weights that it always gave
@@ -133,6 +137,7 @@ def build(description: Mapping[str, Any]) -> BCNN:
         framing,
         description.get("backbone"),
         description.get("pooling"),
+        description.get("project"),
         Split.from_plain(split) if split else None,
     )
     smallest, multiple = made.backbone.smallest, made.backbone.multiple
@@ -141,11 +146,18 @@ def build(description: Mapping[str, Any]) -> BCNN:
     return made
 
 
-def make_backbone(name: str, **options: Any) -> Backbone:
-    """A backbone by its name. Raises UserError where there is none, or it has no such option."""
-    return make(backbones, Backbone, name, **options)  # type: ignore[type-abstract]
+def make_backbone(name: str, project: int | None = None, **options: Any) -> Backbone:
+    """A backbone by its name, whose maps are projected to `project` channels if that is a number.
+
+    Raises:
+        UserError: there is none, it has no such option, or fewer channels.
+    """
+    made = make(backbones, Backbone, name, **options)  # type: ignore[type-abstract]
+    if project is not None:
+        made.project(project)
+    return made
 
 
 def make_pooling(channels: int, name: str, **options: Any) -> Pooling:
-    """A pooling of maps of `channels` by its name. Raises UserError as `make_backbone`."""
+    """A pooling of maps of `channels` by its name. Raises UserError where there is none."""
     return make(pooling, Pooling, name, channels, **options)

@@ -57,9 +57,10 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
     pixels: there it reads padding, which is zero under either.
 
     Raises:
-        UserError: the model is of another backbone or pooling.
+        UserError: the model is of another backbone or pooling, or projects its maps.
     """
-    if model.chosen["backbone"] != {"name": "vgg16"} or model.chosen["pooling"]["name"] != "bilinear":
+    plain = model.chosen["backbone"] == {"name": "vgg16"} and "project" not in model.chosen
+    if not plain or model.chosen["pooling"]["name"] != "bilinear":
         raise UserError("the original's layout is for backbone vgg16 with pooling bilinear alone")
     backbone, head = model.backbone, model.head
     state = {key: value for key, value in backbone.state_dict().items() if key.startswith("features.")}

@@ -68,7 +68,11 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
         return
     if weights in TORCHVISION and model.chosen["backbone"] != {"name": "vgg16"}:
         raise UserError(f"model.weights={weights} is of VGG-16: give a file, pretrained or random")
-    own = {key: v for key, v in model.state_dict().items() if key.startswith("backbone.")}
+    own = {
+        key: v
+        for key, v in model.state_dict().items()
+        if key.startswith("backbone.") and not key.startswith("backbone.projection.")
+    }
     about: dict[str, Any] = {}
     if weights in TORCHVISION:
         tensors, about = _renamed(_download(weights)), {"weights": TORCHVISION[weights].name}

@@ -1,7 +1,7 @@
 """Stage `last` without the features: descriptors computed once, then read from the store."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -57,8 +57,8 @@ class DescriptorData(L.LightningDataModule):
         self._ready = False
         self._batch = np.empty((0, 0))
         identity = {
-            "features": _hash_backbone(model),
-            "images": _hash_files(self.paths),
+            "features": hash_tensors(model.backbone.state_dict()),
+            "images": hash_files(self.paths),
             **asdict(images.framing),
             "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
             "views": "evaluation crop, mirror image",
@@ -226,15 +226,16 @@ class _Rows(Dataset[tuple[Tensor, Tensor]]):
         return self.first[indices] + views, self.labels[indices]
 
 
-def _hash_backbone(model: BCNN) -> str:
+def hash_tensors(state: Mapping[str, Tensor]) -> str:
+    """Of a backbone's state."""
     digest = hashlib.sha256()
-    state = model.backbone.state_dict()
     for name in sorted(state, key=lambda name: name in ("mean", "std")):  # the order of older stores
         digest.update(state[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _hash_files(paths: Sequence[str]) -> str:
+def hash_files(paths: Sequence[str]) -> str:
+    """Of their bytes, in their order."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda path: hashlib.sha256(Path(path).read_bytes()).digest(), paths)
         return hashlib.sha256(b"".join(digests)).hexdigest()

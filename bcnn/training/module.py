@@ -63,6 +63,7 @@ class BCNNModule(L.LightningModule):
         self.loss = loss or nn.CrossEntropyLoss()
         if stage == "finetune":
             model.backbone.open_from(open_from)
+            model.backbone.projection.requires_grad_(True)
         else:
             model.backbone.requires_grad_(False)
         model.head.batch_mean = centering

@@ -4,6 +4,7 @@ import shutil
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -15,10 +16,12 @@ from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import initialise_backbone, load_model
+from bcnn.precision import best_device
 from bcnn.store import VIEWS, made_stores_dir, stores_dir
 from bcnn.training.convex import ConvexModule
 from bcnn.training.descriptors import DescriptorData
 from bcnn.training.module import BCNNModule, reduce_on_plateau
+from bcnn.training.projection import fit_projection
 from bcnn.training.solver import MAX_ROWS
 
 say = rank_zero_only(terminal.say)
@@ -31,8 +34,12 @@ def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
         UserError: the weights cannot be had, or `ckpt` was trained on other classes.
     """
     if cfg.ckpt is None:
-        model = BCNN(images.classes, images.framing, cfg.model.backbone, cfg.model.pooling)
+        network = (cfg.model.backbone, cfg.model.pooling, cfg.model.project)
+        model = BCNN(images.classes, images.framing, *network)
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
+        if cfg.model.project is not None:
+            device = torch.device("cpu") if cfg.trainer.accelerator == "cpu" else best_device()
+            fit_projection(model.backbone, images, device, cfg.trainer.precision)
         model.split = images.split
         return model
     model = load_model(cfg.ckpt, images.classes, cfg.model.normalization)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from bcnn.errors import UserError
 
@@ -12,7 +13,7 @@ class Backbone(nn.Module):
     """What the network asks of its features.
 
     A subclass says, as attributes of the class or of the instance:
-        channels: of its maps.
+        channels: of its maps; of those that are projected once they are.
         stride: pixels from one location to the next.
         smallest: side in pixels of the smallest image that leaves 2 × 2 locations.
         multiple: that the sides of images have to be of, 1 for convolutions.
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.checkpointing = False  # of activations: less memory in training, more time
+        self.projection: nn.Module = nn.Identity()
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
 
@@ -41,7 +43,7 @@ class Backbone(nn.Module):
         self.std.copy_(torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps of images.
+        """Maps of images, projected where the backbone is told to.
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
@@ -52,6 +54,11 @@ class Backbone(nn.Module):
         Raises:
             ValueError: images of another shape, too small, or of sides that are no multiple.
         """
+        projected: Tensor = self.projection(self.unprojected(images))
+        return projected
+
+    def unprojected(self, images: Tensor) -> Tensor:
+        """As `forward`, but for the projection."""
         sides = images.shape[2:]
         if images.ndim != 4 or images.shape[1] != 3 or min(sides) < self.smallest:
             raise ValueError(
@@ -66,6 +73,20 @@ class Backbone(nn.Module):
         if not images.is_floating_point():
             x = x / 255
         return self.maps((x - self.mean) / self.std)
+
+    def project(self, channels: int) -> None:
+        """Give the maps this many channels, by a 1 × 1 convolution after all else: at first the first.
+
+        Raises:
+            UserError: that is more than they have, or none.
+        """
+        if type(channels) is not int or not 0 < channels <= self.channels:
+            raise UserError(f"model.project={channels}: a whole number from 1 to {self.channels}")
+        # Without a draw, so that a seed gives the other weights that it always gave.
+        convolution: nn.Conv2d = skip_init(nn.Conv2d, self.channels, channels, 1, bias=False)
+        nn.init.dirac_(convolution.weight)
+        self.projection = convolution
+        self.channels = channels
 
     def initialise(self) -> None:
         """Draw weights to train from without any that are trained; as the layers come, by default."""
