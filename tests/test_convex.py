@@ -185,6 +185,37 @@ def test_the_path_leads_through_each_optimum(images: Path) -> None:
     assert all(entry["gradient_norm"] < 1e-5 for entry in seen)
 
 
+@pytest.mark.parametrize(
+    ("losses", "path"),
+    [
+        ([3.0, 2.0, 1.0, 1.5], [1e-3, 1e-4, 1e-5, 1e-6]),  # better still, then worse
+        ([3.0, 1.0, 2.0], [1e-3, 1e-4, 1e-5]),  # the best is inside of it
+        ([3.0, 2.0, 1.999], [1e-3, 1e-4, 1e-5]),  # no better to speak of
+        ([2.0, 1.0, *[1 / n for n in range(2, 20)]], [10.0**-n for n in range(3, 11)]),  # to the end
+    ],
+)
+def test_the_path_goes_on_while_its_end_is_best(
+    images: Path, losses: list[float], path: list[float]
+) -> None:
+    data = build(DescriptorData(folder_data(images), network(), "32-true"))
+    asked = path[: 2 if len(path) > 3 else 3]
+    module = ConvexModule(data.model, *data.views(data.images.train), asked)
+    validated = iter(losses)
+    module.validation_step = lambda batch, batch_idx: module.log("val_loss", next(validated))  # type: ignore[method-assign]
+    data.val_dataloader = lambda: data._loader(data.images.val[:1], shuffle=False)  # type: ignore[method-assign]
+    trainer = quiet_trainer(max_epochs=len(asked), limit_train_batches=1)
+    trainer.fit(module, datamodule=data)
+    assert module.l2 == pytest.approx(path)
+    assert trainer.global_step == len(path)
+
+
+def test_a_path_of_one_is_what_was_asked_for(images: Path) -> None:
+    data = descriptors(images)
+    module = ConvexModule(data.model, *data.views(data.images.train), [1e-4])
+    quiet_trainer(max_epochs=1, limit_train_batches=1).fit(module, datamodule=data)
+    assert module.l2 == [1e-4]
+
+
 def test_the_problem_s_memory_is_free_after_the_fit(images: Path) -> None:
     data = descriptors(images)
     module = ConvexModule(data.model, *data.views(data.images.train), [L2])

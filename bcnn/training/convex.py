@@ -11,6 +11,8 @@ from bcnn.model.network import BCNN
 from bcnn.training.module import BCNNModule
 from bcnn.training.solver import ConvexProblem, Rows
 
+LEAST = 1e-10  # the smallest λ that a path is extended to: less is lost in the factor's rounding
+
 
 class ConvexModule(BCNNModule):
     """A `BCNNModule` of stage "last" whose epoch k holds the optimum for the k-th λ.
@@ -22,7 +24,8 @@ class ConvexModule(BCNNModule):
         model: the network.
         rows: descriptors (rows, 131328) to train on, read first in `setup`.
         labels: (rows,).
-        l2: the λ, from strong to weak: each solution starts the next.
+        l2: the λ, from strong to weak: each solution starts the next. To several, tenths of the last
+            are added while it has the lowest validation loss.
         loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
         tolerance: largest entry of the gradient at which a solution counts as converged.
     """
@@ -42,6 +45,7 @@ class ConvexModule(BCNNModule):
         self.labels = labels
         self.l2 = list(l2)
         self.tolerance = tolerance
+        self._val_losses: list[float] = []  # a λ
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -70,6 +74,21 @@ class ConvexModule(BCNNModule):
         logged = {key: torch.as_tensor(value).float() for key, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True)
         self.print(f"λ = {l2:g}: cross-entropy {loss:.4f}, gradient norm {gradient_norm:.1e}")
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        if "val_loss" in self.trainer.callback_metrics:
+            self._val_losses.append(float(self.trainer.callback_metrics["val_loss"]))
+            self._extend_path()
+
+    def _extend_path(self) -> None:
+        """Try a weaker λ where the last of several is the weakest, and the best by over a hundredth."""
+        *before, loss = self._val_losses
+        last = self.l2[-1]
+        at_end = before and len(before) + 1 == len(self.l2) and last == min(self.l2)
+        if at_end and loss < 0.99 * min(before) and last > 1.5 * LEAST:
+            self.l2.append(last / 10)
+            self.trainer.fit_loop.max_epochs = len(self.l2)
 
     def on_fit_end(self) -> None:
         # Gigabytes, and of no use to the stage after; the trainer holds a part, in the optimizer.
