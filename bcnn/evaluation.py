@@ -82,6 +82,7 @@ def write_results(
     title: str,
     stages: Sequence[tuple[str, Path]],
     configuration: str,
+    held_out: Predictions | None = None,
 ) -> Path:
     """The report and the files of figures.
 
@@ -92,6 +93,7 @@ def write_results(
         title: of the report.
         stages: as for `write_report`.
         configuration: shown in the report as it is.
+        held_out: as for `write_report`.
 
     Returns:
         The report.
@@ -100,7 +102,7 @@ def write_results(
     write_figures(folder, predictions)
     report = folder / "report.html"
     evidence = evidence_pictures(model, predictions)
-    write_report(report, predictions, title, stages, evidence, configuration)
+    write_report(report, predictions, title, stages, evidence, configuration, held_out)
     return report
 
 

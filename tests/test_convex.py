@@ -1,5 +1,6 @@
 """The convex solver, against other ways to the same optimum, and the module around it."""
 
+import csv
 import gc
 import weakref
 from pathlib import Path
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, folder_data, network, quiet_trainer
+from conftest import build, configure, folder_data, network, quiet_trainer, toy
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
+from bcnn.report.predictions import Predictions
 from bcnn.training import solver
-from bcnn.training.convex import ConvexModule
+from bcnn.training.convex import ConvexModule, fold_numbers
 from bcnn.training.descriptors import DescriptorData
+from bcnn.training.record import Result
 from bcnn.training.solver import ConvexProblem, cholesky, gram_matrix
+from bcnn.training.stages import run
 
 L2 = 1e-3
 CLASSES = 3
@@ -92,6 +96,74 @@ def test_solution_is_that_of_scikit_learn(rows: Tensor, width: int) -> None:
     expected = objective(x, coefficients, intercepts, loss).item()
     assert objective(x, weight, bias, loss).item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=2e-3 * np.abs(weight).max())
+
+
+@pytest.mark.parametrize("width", [90, 20])
+def test_held_out_rows_are_called_as_scikit_learn_does_that_has_not_seen_them(
+    rows: Tensor, width: int
+) -> None:
+    rows = rows[:, :width]
+    folds = torch.arange(40) // 8
+    problem = ConvexProblem(rows, LABELS, CLASSES)
+    before = problem.solve(L2)
+    logits = problem.held_out(L2, folds)
+    for fold in range(5):
+        seen, held = rows[folds != fold].double(), rows[folds == fold].double()
+        reference = LogisticRegression(C=1 / (L2 * len(seen)), tol=1e-10, max_iter=10_000)
+        reference.fit(seen.numpy(), LABELS[folds != fold].numpy())
+        expected = torch.tensor(reference.predict_proba(held.numpy()))
+        torch.testing.assert_close(logits[folds == fold].softmax(1), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(problem.solve(L2).weight, before.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_folds_have_of_every_class_as_many() -> None:
+    labels = torch.tensor([0] * 12 + [1] * 5 + [2] * 3 + [3])
+    folds = fold_numbers(labels, 5)
+    assert folds[:12].tolist() == sorted(folds[:12].tolist())  # neighbours stay together
+    assert folds[:12].bincount().tolist() in ([3, 2, 3, 2, 2], [3, 3, 2, 2, 2], [2, 3, 2, 3, 2])
+    assert sorted(folds[12:17].tolist()) == [0, 1, 2, 3, 4]
+    assert len(folds[17:20].unique()) == 3
+
+
+@pytest.mark.slow
+def test_a_wrong_label_is_found(images: Path, tmp_path: Path) -> None:
+    blue = images / "train" / "blue" / "3.png"
+    wrong = blue.rename(images / "train" / "green" / "wrong.png")
+    options = ["stage=last", "data.val_fraction=0", f"output={tmp_path / 'out'}"]
+    run(configure(*toy(images, *options)))
+    with (tmp_path / "out" / "held_out.csv").open() as lines:
+        found = {row["path"]: row for row in csv.DictReader(lines)}
+    assert len(found) == 18  # all that are trained on
+    mistaken = [row for row in found.values() if row["correct"] == "0"]
+    assert [row["path"] for row in mistaken] == [str(wrong)]
+    assert (mistaken[0]["class"], mistaken[0]["predicted"]) == ("green", "blue")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index("Training photographs to look at") < page.index(str(wrong))
+
+
+def test_a_class_of_one_image_is_left_out_of_the_cross_validation(images: Path) -> None:
+    data = descriptors(images)
+    samples = [sample for sample in data.images.train if sample[1] < 2][:9]
+    samples += [sample for sample in data.images.train if sample[1] == 2][:1]
+    module = ConvexModule(data.model, *data.views(samples), [1e-4], folds=3)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(module, datamodule=data)
+    found = module.held_out_predictions(samples)
+    assert found is not None and found.paths == [path for path, label in samples if label < 2]
+
+
+def test_what_was_held_out_is_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    made = Predictions(["a", "b"], ["x", "y"], torch.tensor([0, 1]), torch.eye(2))
+    (tmp_path / "last").mkdir()
+    Result("last", tmp_path / "last" / "best.ckpt", {}, held_out=made).write(tmp_path)
+    again = Result.read(tmp_path, "last")
+    assert again is not None and again.held_out is not None
+    assert (again.held_out.classes, again.held_out.paths) == (made.classes, made.paths)
+    assert torch.equal(again.held_out.probabilities, made.probabilities)
+    file = tmp_path / "last" / "held_out.npz"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged"):
+        Result.read(tmp_path, "last")
 
 
 def test_solution_is_that_of_many_small_steps(rows: Tensor) -> None:

@@ -35,6 +35,7 @@ CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
         (["finetune.epochs=2.5"], r"finetune\.epochs: .*2\.5"),
         (["finetune.polyak=many"], r"finetune\.polyak: .*many"),
         (["finetune.polyak=0"], r"finetune\.polyak=0: a number over zero"),
+        (["last.folds=1"], r"last\.folds=1: 2 or more, or null"),
         (["last.l2=[]"], r"last\.l2=\[\]: one number over zero"),
         (["last=sgd", "last.batch_size=0"], r"last\.batch_size=0"),
         (["~finetune.epochs"], r"finetune\.epochs is missing"),

@@ -31,7 +31,7 @@ def write_figures(folder: Path, predictions: Predictions) -> None:
     with whole(folder / "figures.json") as file:
         file.write_text(json.dumps(content, indent=2) + "\n")
     _write_classes(folder / "classes.csv", predictions)
-    _write_images(folder / "predictions.csv", predictions)
+    write_images(folder / "predictions.csv", predictions)
     with whole(folder / "predictions.npz") as file:
         predictions.save(file)
 
@@ -46,7 +46,12 @@ def _write_classes(path: Path, predictions: Predictions) -> None:
             writer.writerow([harmless(row.name), row.images, row.predicted, *shown])
 
 
-def _write_images(path: Path, predictions: Predictions) -> None:
+def write_images(path: Path, predictions: Predictions) -> None:
+    """A row an image: its class and what it was called, with their probabilities; names `harmless`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with _table(path) as writer:
         writer.writerow(["path", "class", "predicted", "confidence", "of_class", "correct"])
         names = [harmless(name) for name in predictions.classes]

@@ -23,11 +23,13 @@ from bcnn.report.predictions import Predictions, soft_confusion
 from bcnn.terminal import printable
 
 PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
-MISTAKES = 8  # with two pictures of evidence each: 60 photographs in all at most
+MISTAKES = 8  # with two pictures of evidence each
+DOUBTS = 20  # training photographs: 80 in all at most
 THUMBNAIL = 280  # px, the long side
 LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
 
 Evidence = tuple[Image.Image, Image.Image]
+NONE: Mapping[int, Evidence] = {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def write_report(
     stages: Sequence[tuple[str, Path]] = (),
     evidence: Mapping[int, Evidence] | None = None,
     configuration: str = "",
+    held_out: Predictions | None = None,
 ) -> None:
     """Write the report on a set of predictions.
 
@@ -67,6 +70,7 @@ def write_report(
         evidence: pictures of what spoke for the predicted and for the true class, by the index of
             the image, for those of `predictions.confident_mistakes(MISTAKES)`.
         configuration: shown as it is.
+        held_out: of the training images, each by classifiers that have not seen it.
     """
     environment = Environment(
         loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
@@ -82,7 +86,9 @@ def write_report(
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(stages, metric))],
         matrix=_matrix(predictions),
         pairs=_pairs(predictions),
-        mistakes=_mistakes(predictions, evidence or {}),
+        mistakes=_mistakes(predictions, MISTAKES, evidence or {}),
+        held_out=len(held_out.paths) if held_out else 0,
+        doubts=_mistakes(held_out, DOUBTS) if held_out else [],
         classes=per_class(predictions),
         shown=shown,
         taken=_taken(predictions),
@@ -143,7 +149,9 @@ def _side(predictions: Predictions, one: int, other: int) -> Side:
     return Side(names[one], len(members), int(taken.sum()), [photo(index) for index in shown])
 
 
-def _mistakes(predictions: Predictions, evidence: Mapping[int, Evidence]) -> list[dict[str, object]]:
+def _mistakes(
+    predictions: Predictions, count: int, evidence: Mapping[int, Evidence] = NONE
+) -> list[dict[str, object]]:
     return [
         {
             "path": predictions.paths[index],
@@ -154,7 +162,7 @@ def _mistakes(predictions: Predictions, evidence: Mapping[int, Evidence]) -> lis
             "truth": predictions.classes[predictions.labels[index]],
             "of_truth": float(predictions.of_truth[index]),
         }
-        for index in predictions.confident_mistakes(MISTAKES)
+        for index in predictions.confident_mistakes(count)
     ]
 
 

@@ -69,6 +69,21 @@ class Predictions:
                 probabilities=self.probabilities.numpy(),
             )
 
+    @classmethod
+    def load(cls, path: Path) -> "Predictions":
+        """What `save` wrote.
+
+        Raises:
+            OSError, ValueError, KeyError, BadZipFile: it cannot be read, or is something else.
+        """
+        with np.load(path) as kept:
+            return cls(
+                kept["classes"].tolist(),
+                kept["paths"].tolist(),
+                torch.from_numpy(kept["labels"]),
+                torch.from_numpy(kept["probabilities"]),
+            )
+
 
 def soft_confusion(predictions: Predictions) -> Tensor:
     """(classes, classes) mean probabilities that the images of a row's class give to a column's.

@@ -8,6 +8,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from bcnn.model.network import BCNN
+from bcnn.report.predictions import Predictions
+from bcnn.store import VIEWS
 from bcnn.training.module import BCNNModule
 from bcnn.training.solver import ConvexProblem, Rows
 
@@ -28,7 +30,13 @@ class ConvexModule(BCNNModule):
             are added while it has the lowest validation loss.
         loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
         tolerance: largest entry of the gradient at which a solution counts as converged.
+        folds: parts of a cross-validation at the best λ, after all are solved; None: there is none.
+
+    Attributes:
+        held_out: logits (rows, classes) of each row by solutions that have not seen its fold.
     """
+
+    held_out: Tensor | None = None
 
     def __init__(
         self,
@@ -38,6 +46,7 @@ class ConvexModule(BCNNModule):
         l2: Sequence[float],
         loss: nn.Module | None = None,
         tolerance: float = 1e-7,
+        folds: int | None = None,
     ) -> None:
         super().__init__(model, "last", loss=loss)
         self.automatic_optimization = False
@@ -45,6 +54,7 @@ class ConvexModule(BCNNModule):
         self.labels = labels
         self.l2 = list(l2)
         self.tolerance = tolerance
+        self.folds = folds
         self._val_losses: list[float] = []  # a λ
 
     def setup(self, stage: str) -> None:
@@ -91,6 +101,38 @@ class ConvexModule(BCNNModule):
             self.trainer.fit_loop.max_epochs = len(self.l2)
 
     def on_fit_end(self) -> None:
+        if self.folds is not None:
+            losses = self._val_losses or [0.0]
+            best = self.l2[losses.index(min(losses)) if self._val_losses else -1]
+            folds = fold_numbers(self.labels[: len(self.labels) // VIEWS], self.folds).repeat(VIEWS)
+            self.held_out = self.problem.held_out(best, folds).cpu()
         # Gigabytes, and of no use to the stage after; the trainer holds a part, in the optimizer.
         del self.problem
         self.trainer.strategy.optimizers = []
+
+    def held_out_predictions(self, samples: Sequence[tuple[str, int]]) -> Predictions | None:
+        """What the cross-validation said of the training images, from all views of each.
+
+        Args:
+            samples: (path, label), in the order of the rows' first views. Those that are alone in their
+                class are left out: no solution has learnt it without them.
+        """
+        if self.held_out is None:
+            return None
+        paths, labels = zip(*samples, strict=True)
+        truth = torch.tensor(labels)
+        known = (truth.bincount()[truth] > 1).nonzero()[:, 0]
+        shares = self.held_out.unflatten(0, (VIEWS, -1)).mean(dim=0).softmax(dim=1).float()
+        kept = [paths[i] for i in known.tolist()]
+        return Predictions(self.model.classes, kept, truth[known], shares[known])
+
+
+def fold_numbers(labels: Tensor, folds: int) -> Tensor:
+    """A fold for each image: of every class as many, neighbours in one, as they may be of one series."""
+    numbers = torch.empty_like(labels)
+    for label in labels.unique():
+        members = labels == label
+        count = int(members.sum())
+        # Classes of fewer images than folds begin with different folds.
+        numbers[members] = (torch.arange(count) * folds // max(count, folds) + label) % folds
+    return numbers

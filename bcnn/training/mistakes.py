@@ -85,6 +85,7 @@ class Convex:
 
     solver: str
     l2: list[float]
+    folds: int | None
     class_weights: bool
     loss: Any
 
@@ -227,6 +228,8 @@ def _refuse_values(cfg: DictConfig) -> None:
             raise UserError(f"{part}: {reason}") from error
     if not cfg.last.get("l2", [1]) or min(cfg.last.get("l2", [1])) <= 0:
         raise UserError(f"last.l2={cfg.last.l2}: one number over zero, or more")
+    if (folds := cfg.last.get("folds")) is not None and folds < 2:
+        raise UserError(f"last.folds={folds}: 2 or more, or null for no cross-validation")
     if cfg.finetune.polyak is not None and cfg.finetune.polyak <= 0:
         raise UserError(f"finetune.polyak={cfg.finetune.polyak}: a number over zero, or null")
     if cfg.finetune.centering and cfg.finetune.batch_size < 4:

@@ -93,7 +93,8 @@ def plan(
         _refuse_full_disk(data)
         # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
         limits = {"max_epochs": len(options.l2), "limit_train_batches": 1, "precision": "32-true"}
-        return ConvexModule(model, *data.views(images.train), options.l2, loss), data, limits
+        views = data.views(images.train)
+        return ConvexModule(model, *views, options.l2, loss, folds=options.folds), data, limits
     limits = {"max_epochs": options.epochs, "accumulate_grad_batches": options.accumulate}
     scheduler = instantiate(options.scheduler)
     if getattr(scheduler, "func", None) is reduce_on_plateau and not images.val:

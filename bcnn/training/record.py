@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from zipfile import BadZipFile
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +20,7 @@ from bcnn.training.checkpoints import STATE
 
 RUN = "run.yaml"
 STAGE = "result.json"
+HELD_OUT = "held_out.npz"
 PATHS = (("", "ckpt"), ("data", "root"), ("data", "list"), ("model", "weights"))
 
 
@@ -86,12 +88,15 @@ class Result:
     metrics: dict[str, float]
     failure: str = ""
     predictions: Predictions | None = None  # of test or validation images; on rank zero
+    held_out: Predictions | None = None  # of training images, in cross-validation
 
     def write(self, output: Path) -> None:
         """Into the stage's folder of a run, with a relative path, since a run can be moved."""
         inside = self.checkpoint.is_relative_to(output)
         place = self.checkpoint.relative_to(output) if inside else self.checkpoint.absolute()
         plain = {"checkpoint": str(place), "metrics": self.metrics, "failure": self.failure}
+        if self.held_out:
+            self.held_out.save(output / self.stage / HELD_OUT)
         with whole(output / self.stage / STAGE) as part:
             part.write_text(json.dumps(plain, indent=1))
 
@@ -108,8 +113,15 @@ class Result:
         try:
             plain = json.loads(file.read_text())
             checkpoint = output / plain["checkpoint"]
-            return cls(stage, checkpoint, dict(plain["metrics"]), str(plain["failure"]))
-        except (ValueError, TypeError, KeyError) as error:
+            kept = output / stage / HELD_OUT
+            return cls(
+                stage,
+                checkpoint,
+                dict(plain["metrics"]),
+                str(plain["failure"]),
+                held_out=Predictions.load(kept) if kept.is_file() else None,
+            )
+        except (ValueError, TypeError, KeyError, BadZipFile) as error:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error
 
 

@@ -111,16 +111,7 @@ class ConvexProblem:
             step: in the place of `optimizer.step`, for a trainer that counts steps.
         """
 
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            logits = self.factor @ self.theta + self.bias
-            value: Tensor = self.loss(logits, self.labels) + l2 / 2 * self.theta.square().sum()
-            value.backward()
-            return value
-
-        (step or self.optimizer.step)(closure)
-        self.optimizer.state.clear()  # the curvature seen on this λ's problem misleads on the next
-        closure()  # for the gradient at the solution
+        self._descend(l2, slice(None), step or self.optimizer.step)
         gradients = [p.grad for p in (self.theta, self.bias) if p.grad is not None]
         with torch.no_grad():
             logits = self.factor @ self.theta + self.bias
@@ -131,6 +122,48 @@ class ConvexProblem:
                 nn.utils.get_total_norm(gradients),
                 logits,
             )
+
+    def held_out(self, l2: float, folds: Tensor) -> Tensor:
+        """What solutions say of rows that they have not seen, in cross-validation.
+
+        Rows of the factor stand for the rows themselves, so a fold is the same problem with some left out
+        of the loss, begun from the last solution. That one is left as it is.
+
+        Args:
+            l2: λ.
+            folds: (rows,) numbers of the parts, of which one at a time is held out.
+
+        Returns:
+            Logits (rows, classes), in float64.
+        """
+        folds = folds.to(self.factor.device)
+        logits = self.factor.new_empty(len(folds), len(self.bias))
+        solved = [part.detach().clone() for part in (self.theta, self.bias)]
+        for fold in track(folds.unique(), "cross-validation", transient=True):
+            held = folds == fold
+            self._descend(l2, ~held, self.optimizer.step)
+            with torch.no_grad():
+                logits[held] = (self.factor @ self.theta + self.bias)[held]
+                for part, value in zip((self.theta, self.bias), solved, strict=True):
+                    part.copy_(value)
+        return logits
+
+    def _descend(
+        self, l2: float, seen: Tensor | slice, step: Callable[[Callable[[], Tensor]], object]
+    ) -> None:
+        """To the optimum on the rows that are seen, where it leaves the gradients."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            logits = self.factor @ self.theta + self.bias
+            loss: Tensor = self.loss(logits[seen], self.labels[seen])
+            value = loss + l2 / 2 * self.theta.square().sum()
+            value.backward()
+            return value
+
+        step(closure)
+        self.optimizer.state.clear()  # the curvature seen on this problem misleads on the next
+        closure()
 
     def _weight(self) -> Tensor:
         """W = αᵀX, a block of rows at a time."""

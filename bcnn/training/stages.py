@@ -23,11 +23,13 @@ from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.precision import chosen_precision
+from bcnn.report.files import write_images
 from bcnn.report.metrics import headline
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
 from bcnn.training.callbacks import CollapseGuard, Diverged, SeedEpochs
 from bcnn.training.checkpoints import KeepEpoch, WholeCheckpoints
+from bcnn.training.convex import ConvexModule
 from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refuse_strangers
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
@@ -168,6 +170,8 @@ def run_stage(
     try:
         failure = _fit(trainer, module, data, keep)
         result = _kept(cfg, name, model, keep, origin, failure)
+        if isinstance(module, ConvexModule):
+            result.held_out = module.held_out_predictions(images.train)
         if trainer.is_global_zero:
             model.to(trainer.strategy.root_device)
             result.predictions = _predictions(images, data, model, cfg.trainer.precision)
@@ -281,11 +285,15 @@ def _test_figures(predictions: Predictions | None) -> dict[str, float]:
 @rank_zero_only
 def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, model: BCNN) -> None:
     """The page on what the last stage ended with, and the files of its figures."""
-    predictions = results[-1].predictions
+    predictions, output = results[-1].predictions, Path(cfg.output)
+    held_out = next((result.held_out for result in results if result.held_out), None)
+    if held_out:
+        write_images(output / "held_out.csv", held_out)
     if predictions is None:
         return
     logs = logged_stages(Path(cfg.ckpt)) if cfg.ckpt else []
-    logs += [(result.stage, Path(cfg.output) / result.stage / "metrics.csv") for result in results]
+    logs += [(result.stage, output / result.stage / "metrics.csv") for result in results]
     title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
     settings = OmegaConf.to_yaml(cfg, resolve=True)
-    say(f"report: {write_results(Path(cfg.output), model, predictions, title, logs, settings)}")
+    report = write_results(output, model, predictions, title, logs, settings, held_out)
+    say(f"report: {report}")
