@@ -126,8 +126,8 @@ class ConvexProblem:
     def held_out(self, l2: float, folds: Tensor) -> Tensor:
         """What solutions say of rows that they have not seen, in cross-validation.
 
-        Rows of the factor stand for the rows themselves, so a fold is the same problem with some left out
-        of the loss, begun from the last solution. That one is left as it is.
+        Rows of the factor stand for the rows themselves, so a fold is the same problem with some left
+        out of the loss, begun from the last solution. That one is left as it is.
 
         Args:
             l2: λ.
