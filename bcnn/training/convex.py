@@ -63,7 +63,7 @@ class ConvexModule(BCNNModule):
         with torch.no_grad():
             self.model.head.weight.copy_(solution.weight)
             self.model.head.bias.copy_(solution.bias)
-        logits = solution.logits.to(self.device, torch.float32)
+        logits = solution.logits.float().to(self.device)
         self.train_metrics.update(logits, self.labels.to(self.device))
         loss, gradient_norm = solution.loss, solution.gradient_norm
         values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss}
