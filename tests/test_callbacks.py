@@ -15,6 +15,7 @@ def said(loss: float, top1: float = math.nan, start: float = 0.0) -> str:
     trainer = SimpleNamespace(
         callback_metrics={"train_loss": torch.tensor(loss), "val_top1": torch.tensor(top1)},
         current_epoch=0,
+        progress_bar_metrics={},
         print=lines.append,
         optimizers=[torch.optim.SGD([torch.zeros(1)], lr=0.5)],
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),

@@ -23,11 +23,13 @@ from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.precision import chosen_precision
+from bcnn.ranks import together
 from bcnn.report.metrics import headline
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
-from bcnn.training.callbacks import CollapseGuard, Diverged, SeedEpochs
+from bcnn.training.callbacks import CollapseGuard, Diverged, Float16, SeedEpochs
 from bcnn.training.checkpoints import KeepEpoch, WholeCheckpoints
+from bcnn.training.descriptors import DescriptorData
 from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refuse_strangers
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
@@ -118,6 +120,7 @@ def _prepared(record: Record) -> tuple[ImageFolderData, BCNN]:
     return images, model
 
 
+@together()
 def _train(record: Record, images: ImageFolderData, model: BCNN) -> list[Result]:
     """Run the stages that have not ended already; ends with the first that fails."""
     cfg, output = record.cfg, Path(record.cfg.output)
@@ -197,7 +200,7 @@ def _trainer(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:
-        callbacks.append(CollapseGuard(len(images.classes), keep, advice(cfg, name)))
+        callbacks += [CollapseGuard(len(images.classes), keep, advice(cfg, name)), Float16()]
     # A finetune that begins validates what it starts from.
     begins = name == "finetune" and images.val and not keep.state.is_file()
     settings = {
@@ -207,6 +210,7 @@ def _trainer(
         "default_root_dir": keep.state.parent,
         "num_sanity_val_steps": -1 if begins else 0,
         "enable_model_summary": False,
+        "use_distributed_sampler": False,  # ranks share by what the data say
         **limits,
     }
     trainer: L.Trainer = instantiate(cfg.trainer, **settings)
@@ -259,13 +263,13 @@ def _kept(
 
 
 def _predictions(
-    images: ImageFolderData, data: L.LightningDataModule, model: BCNN, precision: str
+    images: ImageFolderData, data: ImageFolderData | DescriptorData, model: BCNN, precision: str
 ) -> Predictions | None:
     """Of the test images, or of those to validate where there are none."""
     samples = images.test or images.val
     if not samples:
         return None
-    loader = data.test_dataloader() if images.test else data.val_dataloader()
+    loader = data.evaluation_dataloader(samples)
     batches = (data.on_before_batch_transfer(batch, 0) for batch in loader)
     return predict_split(model, samples, batches, precision)
 
