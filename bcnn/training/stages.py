@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import Logger
@@ -22,7 +23,7 @@ from bcnn.inference import predict_split
 from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
-from bcnn.precision import chosen_precision
+from bcnn.precision import about_device, chosen_precision, no_memory
 from bcnn.ranks import together
 from bcnn.report.metrics import headline
 from bcnn.report.plots import plot_curves
@@ -83,6 +84,8 @@ def resume(folder: Path) -> float:
 
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
+    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    say(about_device(trainer.strategy.root_device, trainer.precision, trainer.world_size))
     images, model = _prepared(record)
     try:
         results = _train(record, images, model)
@@ -226,6 +229,8 @@ def _fit(
         trainer.fit(module, datamodule=data, ckpt_path=keep.state if keep.state.is_file() else None)
     except Diverged as error:
         return f"stage {keep.state.parent.name}: {error}"
+    except torch.OutOfMemoryError as error:
+        raise UserError(no_memory(keep.state.parent.name)) from error
     return ""
 
 
