@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from bcnn.data.sampler import PADDING, epoch_of
 from bcnn.model.network import BCNN
@@ -22,14 +21,24 @@ from bcnn.ranks import mean_over_ranks
 Stage = Literal["last", "finetune"]
 
 
-class CrossEntropy(MeanMetric):
-    """Of the images that it has seen."""
+class Mean(MeanMetric):
+    """Of what `value` makes of each image, of any number of them at a time, on any number of ranks.
 
-    def __init__(self) -> None:
-        super().__init__(nan_strategy="disable")
+    Args:
+        value: (logits (batch, classes), labels (batch,)) → (batch,).
+    """
+
+    def __init__(self, value: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(nan_strategy="disable")  # to look for them would wait for the device
+        self.value_of = value
 
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
-        super().update(F.cross_entropy(logits, labels, reduction="none"))
+        super().update(self.value_of(logits, labels))
+
+
+def right(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+    """(batch,): 1 where the label is among the `k` likeliest, else 0."""
+    return (logits.topk(k).indices == labels[:, None]).any(dim=1).float()
 
 
 class BCNNModule(L.LightningModule):
@@ -87,12 +96,11 @@ class BCNNModule(L.LightningModule):
             },
             logger=False,  # loggers are told the whole configuration, under the same names
         )
-        count = len(model.classes)
-        # Labels are places in the data module's own list: to check them takes longer than to count.
-        accuracy = partial(MulticlassAccuracy, count, average="micro", validate_args=False)
-        metrics = MetricCollection({"top1": accuracy(), "top5": accuracy(top_k=min(5, count))})
+        top5 = partial(right, k=min(5, len(model.classes)))
+        # In groups, those that agree on the first batch would be one.
+        metrics = MetricCollection({"top1": Mean(right), "top5": Mean(top5)}, compute_groups=False)
         self.train_metrics = metrics.clone(prefix="train_")
-        metrics.add_metrics({"loss": CrossEntropy()})
+        metrics.add_metrics({"loss": Mean(partial(F.cross_entropy, reduction="none"))})
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
 
@@ -203,9 +211,7 @@ class BCNNModule(L.LightningModule):
     def _measure(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> None:
         inputs, labels = batch
         counted = labels != PADDING
-        logits, labels = self(inputs)[counted], labels[counted]
-        if len(labels):
-            metrics.update(logits, labels)
+        metrics.update(self(inputs)[counted], labels[counted])
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
