@@ -1,7 +1,6 @@
 """What a trained model makes of photographs: their likeliest classes, and what spoke for them."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bcnn.cores import cores
 from bcnn.data.decoding import load_image
 from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
@@ -70,7 +70,7 @@ def predict_paths(
         workers: processes that decode; None: one a core, 8 at most.
     """
     if workers is None:
-        workers = min(8, os.cpu_count() or 1)
+        workers = min(8, cores())
     loader = DataLoader(
         _Photographs(paths, model.framing),
         batch_size=batch,

@@ -1,9 +1,12 @@
-"""Lightning's names for mixed precision, and which of them a device is built for."""
+"""What a run computes on, and in which of Lightning's precisions; what a device is built for."""
 
+import re
 from contextlib import AbstractContextManager
 
 import torch
 from omegaconf import DictConfig
+
+from bcnn.errors import UserError
 
 # what autocast computes convolutions in; other precisions need no autocast
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -24,8 +27,13 @@ def fastest_precision(accelerator: str = "auto") -> str:
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one, be it NVIDIA's or Apple's, and the CPU otherwise."""
+    """A GPU where there is one, be it NVIDIA's or Apple's, and the CPU otherwise.
+
+    Raises:
+        UserError: this torch was not built for the GPU.
+    """
     if torch.cuda.is_available():
+        _refuse_unbuilt()
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
@@ -55,3 +63,73 @@ def chosen_precision(trainer: DictConfig) -> str:
     """What `trainer.precision` asks for, "auto" being the fastest of the device."""
     precision = str(trainer.precision)
     return fastest_precision(trainer.accelerator) if precision == "auto" else precision
+
+
+def about_device(device: torch.device, precision: str, ranks: int) -> str:
+    """What a run computes on and why, in which of Lightning's precisions, in how many processes."""
+    fastest = precision == fastest_precision(device.type)
+    parts = [_name(device), f"{precision} ({'the fastest here' if fastest else 'as asked for'})"]
+    if device.type == "cpu":
+        parts.append(f"{torch.get_num_threads()} threads")
+    if ranks > 1:
+        parts.append(f"{ranks} processes that share every batch")
+    return ", ".join(parts)
+
+
+def refuse_gpu(accelerator: str) -> None:
+    """Say that a GPU cannot be used before work is done without it, or for nothing.
+
+    Args:
+        accelerator: Lightning's name.
+
+    Raises:
+        UserError: a GPU is asked for and there is none, or this torch was not built for it.
+    """
+    if accelerator not in ("auto", "gpu", "cuda"):
+        return
+    if torch.cuda.is_available():
+        _refuse_unbuilt()
+    elif accelerator == "cuda" or (accelerator == "gpu" and not torch.backends.mps.is_available()):
+        raise UserError(
+            f"trainer.accelerator={accelerator}: {_blind()}; see whether nvidia-smi finds it, and "
+            "whether this torch is a build for CUDA, or choose trainer=auto"
+        )
+
+
+def no_memory(stage: str) -> str:
+    """What to do where a device has too little memory for a stage."""
+    advice = f"a smaller {stage}.batch_size, with {stage}.accumulate for steps as large as before"
+    if stage == "finetune":
+        advice += ", or finetune.checkpointing=true"
+    return f"the device has too little memory for stage {stage}: try {advice}"
+
+
+def _name(device: torch.device) -> str:
+    torch_ = f"torch {torch.__version__}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({torch_})"
+    if device.type == "mps":
+        return f"Apple GPU ({torch_})"
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return f"CPU ({f'{torch_}, as asked for' if gpu else _blind()})"
+
+
+def _blind() -> str:
+    built = f", built for CUDA {torch.version.cuda}," if torch.version.cuda else ""
+    return f"torch {torch.__version__}{built} sees no GPU"
+
+
+def _refuse_unbuilt() -> None:
+    """Raises UserError where this torch was built for other GPUs of NVIDIA's than the one at hand."""
+    built = torch.cuda.get_arch_list()
+    found = (re.match("(sm|compute)_([0-9]+)([0-9])", name) for name in built)
+    kernels = [(each[1], (int(each[2]), int(each[3]))) for each in found if each]
+    mine = torch.cuda.get_device_capability()
+    # Kernels run on what is of their generation and no older, intermediate code on all that is newer.
+    runs = (made <= mine and (kind == "compute" or made[0] == mine[0]) for kind, made in kernels)
+    if kernels and not any(runs):
+        raise UserError(
+            f"{torch.cuda.get_device_name()} has compute capability {mine[0]}.{mine[1]}, and torch "
+            f"{torch.__version__} was built for {', '.join(built)}: install one that was built for it, "
+            "or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )

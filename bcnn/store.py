@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from bcnn.cores import cores
 from bcnn.errors import UserError
 from bcnn.files import PART, whole
 from bcnn.options import command
@@ -100,6 +101,11 @@ class DescriptorStore:
     def chunk_count(self) -> int:
         return -(-self.images // CHUNK)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk was found."""
+        return len(self._chunks) == self.chunk_count
+
     def lock(self) -> FileLock:
         """Held while the store is verified and built, so that two runs do not both build it."""
         return FileLock(made_stores_dir() / f"{self.key}.lock")
@@ -124,7 +130,7 @@ class DescriptorStore:
     def find_chunks(self) -> list[Path]:
         """Verify every chunk and change nothing; returns the damaged ones."""
         found = _files(self.folder, ROWS)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets go of the interpreter's lock
+        with ThreadPoolExecutor(cores()) as pool:  # zlib lets go of the interpreter's lock
             intact = list(pool.map(self._verifies, found))
         chunks = zip(found, intact, strict=True)
         self._chunks = {int(path.name.split("-")[0]): path for path, good in chunks if good}

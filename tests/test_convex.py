@@ -2,6 +2,8 @@
 
 import csv
 import gc
+import re
+import sys
 import weakref
 from pathlib import Path
 
@@ -50,22 +52,34 @@ def test_gram_matrix_in_blocks(rows: Tensor, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_factor_of_a_matrix_that_rounding_left_indefinite() -> None:
     rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))  # rank 8 of 60
-    gram = (rows @ rows.mT).double()
-    assert torch.linalg.eigvalsh(gram).min() < 0
-    factor = cholesky(gram.clone())
-    assert (factor @ factor.mT - gram).norm() / gram.norm() < 1e-5
+    gram = rows @ rows.mT
+    assert torch.linalg.eigvalsh(gram.double()).min() < 0
+    factor = cholesky(gram)
+    assert (factor @ factor.mT - gram.double()).norm() / gram.norm() < 1e-5
 
 
 def test_each_lift_is_added_to_the_matrix_itself() -> None:
-    gram = torch.tensor([[1.0, 1 + 5e-5], [1 + 5e-5, 1.0]], dtype=torch.float64)  # needs the third
-    lifted = gram + 1e-4 * torch.eye(2, dtype=torch.float64)
-    factor = cholesky(gram.clone())
+    gram = torch.tensor([[1.0, 1 + 5e-5], [1 + 5e-5, 1.0]])  # needs the third
+    lifted = gram.double() + 1e-4 * torch.eye(2, dtype=torch.float64)
+    factor = cholesky(gram)
     torch.testing.assert_close(factor @ factor.mT, lifted, rtol=0, atol=1e-11)
 
 
 def test_a_matrix_that_no_lift_can_mend() -> None:
     with pytest.raises(ValueError, match="semi-definite"):
-        cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
+        cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the most memory held at a time")
+def test_a_matrix_is_factored_in_the_memory_of_its_factor() -> None:
+    def kilobytes(name: str) -> int:
+        return int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    gram = torch.eye(3000)
+    Path("/proc/self/clear_refs").write_text("5")  # begins to look for the most anew
+    before = kilobytes("VmRSS")
+    factor = cholesky(gram)
+    assert kilobytes("VmHWM") - before < 1.2 * factor.nbytes / 1024
 
 
 def test_rows_that_are_not_finite(rows: Tensor) -> None:

@@ -100,7 +100,7 @@ def test_same_views_in_the_same_order_give_the_same_classifier(
     folder = folder_data(images, batch_size=5)
     data = build(DescriptorData(folder, network(), "32-true", dtype))
     # the validation loader: in order, without the draw between the two views
-    from_store = train_head(data, data._loader(folder.train, shuffle=False))
+    from_store = train_head(data, data.evaluation_dataloader(folder.train))
     through_network = train_head(folder, folder.evaluation_dataloader(folder.train))
     error = (from_store - through_network).norm() / through_network.norm()
     assert through_network.norm() > 1 and error < bound

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import track
 
+from bcnn.cores import cores
 from bcnn.data.decoding import VERSION, decode, load_image
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
@@ -131,7 +132,7 @@ def _is_flat(pixels: Image.Image) -> bool:
 
 def _inspect_all(paths: Sequence[str], found: dict[str, Finding]) -> None:
     # Threads: Pillow lets go of the interpreter's lock while it decodes.
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
     quiet = getattr(rank_zero_only, "rank", 0) != 0
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     try:

@@ -1,6 +1,5 @@
 """Image folders as a LightningDataModule."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bcnn import terminal
+from bcnn.cores import cores
 from bcnn.data.check import broken, check, write_broken
 from bcnn.data.decoding import load_image
 from bcnn.data.layout import (
@@ -28,7 +28,7 @@ from bcnn.data.layout import (
     read_list,
 )
 from bcnn.data.review import duplicates, flat, imbalance
-from bcnn.data.sampler import Draw, Draws, epoch_of
+from bcnn.data.sampler import Draw, Draws, epoch_of, place, share
 from bcnn.data.splits import (
     SHORT,
     Content,
@@ -106,7 +106,7 @@ class ImageFolderData(L.LightningDataModule):
             split, else 0.
         broken: what to do about files that cannot be decoded: "stop", or "skip" them.
         sampler: "balanced" draws every class equally often in training; None: every image once.
-        batch_size: images a step and device.
+        batch_size: images a step, of all ranks together.
         num_workers: processes that decode images; None: one a core, 8 at most.
         seed: of the shares, and of the classes, that are drawn.
 
@@ -154,7 +154,7 @@ class ImageFolderData(L.LightningDataModule):
         self.broken = broken
         self.sampler = sampler
         self.batch_size = batch_size
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.num_workers = min(8, cores()) if num_workers is None else num_workers
         self.seed = seed
         self.classes, self.train, self.val, self.test = [], [], [], []
 
@@ -278,17 +278,40 @@ class ImageFolderData(L.LightningDataModule):
         if self.sampler == "balanced":
             weights = self.class_weights()[[label for _, label in self.train]]
         epoch = partial(epoch_of, trainer) if trainer else None
-        return Draws(len(self.train), self.seed, weights, epoch)
+        rank, ranks = place(trainer)
+        if len(self.train) < ranks:
+            raise UserError(
+                f"{len(self.train)} images to train on are fewer than the {ranks} devices: set "
+                "trainer.devices"
+            )
+        return Draws(len(self.train), self.seed, weights, epoch, rank, ranks)
+
+    def rank_batch(self, trainer: L.Trainer | None) -> int:
+        """Images that one rank takes of a batch.
+
+        Raises:
+            UserError: a batch cannot be shared equally.
+        """
+        _, ranks = place(trainer)
+        if self.batch_size % ranks:
+            below = self.batch_size // ranks * ranks
+            choices = " or ".join(str(n) for n in (below, below + ranks) if n)
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be shared equally by {ranks} devices: choose "
+                f"{choices}, or set trainer.devices"
+            )
+        return self.batch_size // ranks
 
     def train_dataloader(self) -> DataLoader:
         transform = self.framing.training(self.train_scale, self.step, self.least)
-        return self._loader(self.train, transform, self.batch_size, self.train_sampler(self.trainer))
+        draws = self.train_sampler(self.trainer)
+        return self._loader(self.train, transform, self.rank_batch(self.trainer), draws)
 
     def val_dataloader(self) -> DataLoader:
-        return self.evaluation_dataloader(self.val)
+        return self.evaluation_dataloader(share(self.val, self.trainer))
 
     def test_dataloader(self) -> DataLoader:
-        return self.evaluation_dataloader(self.test)
+        return self.evaluation_dataloader(share(self.test, self.trainer))
 
     def sample_dataloader(self, images: int = 256) -> DataLoader:
         """Centre crops of at most this many training images, drawn by `seed` within each class."""
@@ -296,14 +319,14 @@ class ImageFolderData(L.LightningDataModule):
         if len(sample) > images:
             drawn, _ = hold_out(sample, self.content, self.seed, images / len(sample))
             sample = [each for each in sample if each[0] in drawn]
-        return self.evaluation_dataloader(sample)
+        return self.evaluation_dataloader(share(sample, self.trainer))
 
     def evaluation_dataloader(
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
         transform = self.framing.evaluation()
-        return self._loader(samples, transform, batch_size or self.batch_size)
+        return self._loader(samples, transform, batch_size or self.rank_batch(self.trainer))
 
     def _loader(
         self,
@@ -316,8 +339,8 @@ class ImageFolderData(L.LightningDataModule):
             ImageList(samples, transform, self.framing.side),
             batch_size=batch_size,
             sampler=draws,
-            drop_last=draws is not None
-            and len(samples) > batch_size,  # a rest of one image has no mean
+            # a rest of one image has no mean
+            drop_last=draws is not None and len(draws) > batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -1,6 +1,7 @@
-"""Which images an epoch trains on, in what order, and the seeds of what is drawn for each."""
+"""Which images an epoch trains on, in what order, and the seeds of what is drawn for each; and which of
+those that are evaluated a rank takes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import lightning as L
 import numpy as np
@@ -9,19 +10,23 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 Draw = tuple[int, int]  # index of an image, and the seed of its crop and mirroring
+PADDING = -1  # label of an image that is not counted
 
 
 class Draws(Sampler[Draw]):
     """Draws of an epoch's images, a function of seed and epoch alone.
 
     Neither the number of workers, nor how many numbers were drawn before, nor an interruption changes
-    them.
+    them. Ranks take them in turn, as many each, so that a batch of all ranks together is the same
+    whatever their number; the last few, fewer than there are ranks, are left out.
 
     Args:
-        count: of images, and of draws an epoch.
+        count: of images, and of draws an epoch of all ranks together.
         seed: of all draws.
         weights: (count,), for draws with replacement in this proportion; None: every image once.
         epoch: returns the number of the epoch that begins; None: passes over the sampler are counted.
+        rank: of this process.
+        ranks: number of processes that train together.
     """
 
     def __init__(
@@ -30,15 +35,19 @@ class Draws(Sampler[Draw]):
         seed: int,
         weights: Tensor | None = None,
         epoch: Callable[[], int] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.count = count
         self.seed = seed
         self.weights = weights
         self.epoch = epoch
+        self.rank = rank
+        self.ranks = ranks
         self._passes = 0
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.ranks
 
     def __iter__(self) -> Iterator[Draw]:
         epoch = self._passes if self.epoch is None else self.epoch()
@@ -49,7 +58,20 @@ class Draws(Sampler[Draw]):
         else:
             order = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         seeds = torch.randint(2**32, (self.count,), generator=generator)
-        yield from zip(order.tolist(), seeds.tolist(), strict=True)
+        mine = slice(self.rank, len(self) * self.ranks, self.ranks)
+        yield from zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
+
+
+def place(trainer: L.Trainer | None) -> tuple[int, int]:
+    """The rank of this process, and the number of processes that train together."""
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+
+def share(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list[tuple[str, int]]:
+    """What a rank evaluates of (path, label) pairs: as many as any other, being padded."""
+    rank, ranks = place(trainer)
+    padding = [(path, PADDING) for path, _ in samples[:1]] * (-len(samples) % ranks)
+    return [*samples, *padding][rank::ranks]
 
 
 def epoch_of(trainer: L.Trainer) -> int:

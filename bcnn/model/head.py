@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcnn.ranks import mean_over_ranks
+
 BLOCK = 3456  # columns, a 38th of a packed bilinear row
 BLOCKS = 4  # at a time
 
@@ -16,8 +18,8 @@ class Head(nn.Linear):
     classifier, whose weights are large, as one and the same change of every image's logits, and the
     loss explodes. With their mean gone it is told nothing: see docs/finetune.md.
 
-    In training with `batch_mean` it is the mean of the batch; else it is `mean`, a constant that could
-    as well be part of the bias.
+    In training with `batch_mean` it is the mean of the batch, of all ranks together; else it is `mean`,
+    a constant that could as well be part of the bias.
 
     Source: "mean-only batch normalization", Salimans & Kingma, "Weight Normalization", NIPS 2016, §3.
     """
@@ -38,7 +40,8 @@ class Head(nn.Linear):
         A row has many small entries; summing them in half precision would cost accuracy and saves
         nothing beside the convolutions.
         """
-        mean = rows.mean(dim=0) if self.training and self.batch_mean else self.mean
+        in_training = self.training and self.batch_mean
+        mean = mean_over_ranks(rows.mean(dim=0)) if in_training else self.mean
         with torch.autocast(rows.device.type, enabled=False):
             logits: Tensor = _CenteredLinear.apply(rows, mean, self.weight, self.bias)
             return logits

@@ -1,15 +1,19 @@
-"""What seeds the epochs of a stage, and what is said when training goes wrong."""
+"""What seeds the epochs of a stage, scales its gradients, and says when training goes wrong."""
 
 import math
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
 
 from bcnn.data.sampler import epoch_of, mixed
 from bcnn.training.checkpoints import KeepEpoch
 
 LOOK = 10  # steps between two looks at the loss on a GPU, for which it has to be waited
+SCALE, GROWTH = 2.0**17, 200  # of gradients in float16, at first, and steps after which it is doubled
+MANY = 0.05  # of an epoch's steps
 CLEARLY = 1.1  # times the loss of guessing, which a step or two from a zero classifier leaves as it is
 
 
@@ -24,6 +28,54 @@ class SeedEpochs(L.Callback):
     ) -> None:
         if batch_idx == 0:  # `on_train_epoch_start` is not called in the first epoch after resuming
             L.seed_everything(mixed(self.seed, epoch_of(trainer)), workers=True, verbose=False)
+
+
+class Float16(L.Callback):
+    """The scale of the gradients in 16-mixed, and what it costs; nothing in other precisions.
+
+    The smallest gradients of a finetune are lost in float16 at torch's scale, 65,536, at which its
+    largest, 9e3, leave room for twice that: hence `SCALE`. Torch would double it after 2,000 steps,
+    more than many a finetune has.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler:
+            device = trainer.strategy.root_device.type
+            plugin.scaler = torch.amp.GradScaler(device, init_scale=SCALE, growth_interval=GROWTH)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self._one = torch.ones((), device=pl_module.device)
+            self._skipped = torch.zeros((), device=pl_module.device)
+            self._steps = trainer.global_step
+            self._scale = self._scaled(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        before, self._scale = self._scale, self._scaled(trainer)
+        self._skipped += self._scale < before
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        skipped, steps = int(self._skipped), trainer.global_step - self._steps
+        if skipped > steps * MANY:
+            trainer.print(
+                f"epoch {trainer.current_epoch + 1}: {skipped} of {steps} steps were left out, their "
+                "gradients being too large for float16: try trainer.precision=32-true"
+            )
+
+    def _scaled(self, trainer: L.Trainer) -> Tensor:
+        """The scale, which goes down when a step is left out; the device is not waited for."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler.scale(self._one) if scaler else self._one
 
 
 class Diverged(Exception):
@@ -68,7 +120,7 @@ class CollapseGuard(L.Callback):
         loss = outputs["loss"]
         self._first = torch.where(loss.isfinite(), self._first, self._first.clamp(max=batch_idx))
         if loss.device.type == "cpu" or (batch_idx + 1) % LOOK == 0:
-            self._refuse_loss(trainer)
+            self._look(trainer, loss)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -86,6 +138,12 @@ class CollapseGuard(L.Callback):
         else:
             return
         trainer.print(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
+
+    def _look(self, trainer: L.Trainer, loss: Tensor) -> None:
+        """The one place in a step where the device is waited for."""
+        self._refuse_loss(trainer)
+        # `self.log` with `prog_bar` would wait in every step.
+        trainer.progress_bar_metrics["loss"] = float(loss)
 
     def _refuse_loss(self, trainer: L.Trainer) -> None:
         first = trainer.strategy.reduce(self._first, reduce_op="min")

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from bcnn.data.sampler import epoch_of
 from bcnn.errors import UserError
 from bcnn.files import whole
+from bcnn.ranks import from_first
 
 STATE = "resume.ckpt"  # beside the weights of a stage that has not ended
 EVERY = 60  # seconds at least from one state to the next, which may take as long to write as an epoch
@@ -93,13 +94,17 @@ class KeepEpoch(ModelCheckpoint):
         weights = sum(tensor.nbytes for tensor in pl_module.state_dict().values())
         trained = sum(each.nbytes for each in pl_module.parameters() if each.requires_grad)
         needed = 2 * weights + 2 * (weights + trained) * pl_module.automatic_optimization
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.state.parent).free
-        if free < needed:
-            raise UserError(
-                f"no room for checkpoints: {needed / 1e9:.2f} GB are needed in {self.state.parent}, "
-                f"and {free / 1e9:.2f} GB are free"
-            )
+
+        def refuse_full_disk() -> None:
+            self.state.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.state.parent).free
+            if free < needed:
+                raise UserError(
+                    f"no room for checkpoints: {needed / 1e9:.2f} GB are needed in "
+                    f"{self.state.parent}, and {free / 1e9:.2f} GB are free"
+                )
+
+        from_first(trainer.global_rank, trainer.strategy.broadcast, refuse_full_disk)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = _metrics(trainer, "val_")

@@ -77,7 +77,7 @@ class ConvexModule(BCNNModule):
         with torch.no_grad():
             self.model.head.weight.copy_(solution.weight)
             self.model.head.bias.copy_(solution.bias)
-        logits = solution.logits.to(self.device, torch.float32)
+        logits = solution.logits.float().to(self.device)
         self.train_metrics.update(logits, self.labels.to(self.device))
         loss, gradient_norm = solution.loss, solution.gradient_norm
         values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss}
@@ -128,7 +128,7 @@ class ConvexModule(BCNNModule):
 
 
 def fold_numbers(labels: Tensor, folds: int) -> Tensor:
-    """A fold for each image: of every class as many, neighbours in one, as they may be of one series."""
+    """A fold for each image: of every class as many; neighbours, maybe of one series, in the same."""
     numbers = torch.empty_like(labels)
     for label in labels.unique():
         members = labels == label

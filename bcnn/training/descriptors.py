@@ -1,9 +1,9 @@
 """Stage `last` without the features: descriptors computed once, then read from the store."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from filelock import Timeout
+from lightning.pytorch.strategies import Strategy
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,11 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.decoding import MARGIN, VERSION
 from bcnn.data.folder import ImageFolderData
-from bcnn.data.sampler import Draw
+from bcnn.data.sampler import Draw, Draws, place, share
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN, DEFAULT
 from bcnn.precision import autocast
+from bcnn.ranks import from_first
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
+
+WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give up after 30 minutes
 
 
 class DescriptorData(L.LightningDataModule):
@@ -80,10 +84,11 @@ class DescriptorData(L.LightningDataModule):
             return
         assert self.trainer is not None
         strategy = self.trainer.strategy
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        with self._lock() if rank == 0 else nullcontext():
-            missing, damaged = self.store.open() if rank == 0 else ([], 0)
-            missing = strategy.broadcast(missing)
+        rank, ranks = place(self.trainer)
+        with ExitStack() as until_built:
+            self._lock(until_built, rank, strategy)
+            missing, damaged = from_first(rank, strategy.broadcast, self.store.open)
+            self._refuse_unshared(strategy, self.store.folder.is_dir())
             if damaged:
                 self.trainer.print(f"{damaged} damaged chunks in the store: computing them again")
             if missing:
@@ -91,17 +96,21 @@ class DescriptorData(L.LightningDataModule):
                 strategy.barrier()
             if ranks > 1:
                 self.store.find_chunks()
-                strategy.barrier()
+                self._refuse_unshared(strategy, self.store.complete)
         self._ready = True
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.images.train, shuffle=True)
+        return self._loader(self.images.train, self.images.train_sampler(self.trainer))
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.images.val, shuffle=False)
+        return self.evaluation_dataloader(share(self.images.val, self.trainer))
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.images.test, shuffle=False)
+        return self.evaluation_dataloader(share(self.images.test, self.trainer))
+
+    def evaluation_dataloader(self, samples: Sequence[tuple[str, int]]) -> DataLoader:
+        """The first view of these images, in order."""
+        return self._loader(samples)
 
     def rows(self, samples: Sequence[tuple[str, int]]) -> list[int]:
         """Where the store has these images' descriptors (their mirror images' come next)."""
@@ -125,32 +134,44 @@ class DescriptorData(L.LightningDataModule):
         self.store.read(rows.tolist(), out)
         return torch.from_numpy(out), labels
 
-    def _loader(self, samples: Sequence[tuple[str, int]], shuffle: bool) -> DataLoader:
+    def _loader(self, samples: Sequence[tuple[str, int]], draws: Draws | None = None) -> DataLoader:
         return DataLoader(
             _Rows(self, samples),
-            batch_size=self.images.batch_size,
-            sampler=self.images.train_sampler(self.trainer) if shuffle else None,
+            batch_size=self.images.rank_batch(self.trainer),
+            sampler=draws,
             collate_fn=lambda batch: batch,  # already one, from __getitems__
         )
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """The store's lock; says so where another run has it."""
-        lock = self.store.lock()
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+    def _lock(self, until: ExitStack, rank: int, strategy: Strategy) -> None:
+        """Have rank 0 hold the store's lock; says so where another run has it."""
+
+        def held(seconds: float) -> bool:
+            lock = self.store.lock()
+            try:
+                until.enter_context(lock.acquire(seconds))
+            except Timeout:
+                return False
+            except OSError as error:
+                raise UserError(
+                    f"{lock.lock_file} cannot be written ({error.strerror}): set BCNN_STORES to "
+                    "another folder"
+                ) from error
+            return True
+
+        if from_first(rank, strategy.broadcast, lambda: held(0)):
+            return
+        if rank == 0:
             print("another run is building the same descriptors: waiting for it")
-            lock.acquire()
-        except OSError as error:
+        while not from_first(rank, strategy.broadcast, lambda: held(WAIT)):
+            pass
+
+    def _refuse_unshared(self, strategy: Strategy, there: bool) -> None:
+        """Raises UserError, on every rank, where one of them does not see what the others write."""
+        if not strategy.reduce_boolean_decision(there):
             raise UserError(
-                f"{lock.lock_file} cannot be written ({error.strerror}): set BCNN_STORES to another "
-                "folder"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
+                f"not every machine of this run sees the same {self.store.folder}: set BCNN_STORES to "
+                "a folder on a disk that they share, or choose last=sgd last.store=false"
+            )
 
     def _build(self, chunks: list[int], device: torch.device, show: bool) -> None:
         positions = [i for chunk in chunks for i in self.store.chunk_images(chunk)]

@@ -20,7 +20,7 @@ from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable
 from bcnn.model.description import LARGEST
 from bcnn.model.network import make_backbone, make_pooling
-from bcnn.precision import AUTOCAST, chosen_precision
+from bcnn.precision import AUTOCAST, chosen_precision, refuse_gpu
 from bcnn.training.record import RUN
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
@@ -285,6 +285,7 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
     asked = str(cfg.trainer.precision)
     if asked not in ("auto", "32-true", *AUTOCAST):
         raise UserError(f"trainer.precision={asked}: choose from auto, 32-true, {', '.join(AUTOCAST)}")
+    refuse_gpu(cfg.trainer.accelerator)
     precision = chosen_precision(cfg.trainer)
     try:
         trainer: L.Trainer = instantiate(

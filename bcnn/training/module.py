@@ -11,14 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, MetricCollection
 
-from bcnn.data.sampler import epoch_of
+from bcnn.data.sampler import PADDING, epoch_of
 from bcnn.model.network import BCNN
 from bcnn.precision import training_layout
+from bcnn.ranks import mean_over_ranks
 
 Stage = Literal["last", "finetune"]
+
+
+class Mean(MeanMetric):
+    """Of what `value` makes of each image, of any number of them at a time, on any number of ranks.
+
+    Args:
+        value: (logits (batch, classes), labels (batch,)) → (batch,).
+    """
+
+    def __init__(self, value: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(nan_strategy="disable")  # to look for them would wait for the device
+        self.value_of = value
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        super().update(self.value_of(logits, labels))
+
+
+def right(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+    """(batch,): 1 where the label is among the `k` likeliest, else 0."""
+    return (logits.topk(k).indices == labels[:, None]).any(dim=1).float()
 
 
 class BCNNModule(L.LightningModule):
@@ -77,11 +97,11 @@ class BCNNModule(L.LightningModule):
             },
             logger=False,  # loggers are told the whole configuration, under the same names
         )
-        count = len(model.classes)
-        # Labels are places in the data module's own list: to check them takes longer than to count.
-        accuracy = partial(MulticlassAccuracy, count, average="micro", validate_args=False)
-        metrics = MetricCollection({"top1": accuracy(), "top5": accuracy(top_k=min(5, count))})
+        top5 = partial(right, k=min(5, len(model.classes)))
+        # In groups, those that agree on the first batch would be one.
+        metrics = MetricCollection({"top1": Mean(right), "top5": Mean(top5)}, compute_groups=False)
         self.train_metrics = metrics.clone(prefix="train_")
+        metrics.add_metrics({"loss": Mean(partial(F.cross_entropy, reduction="none"))})
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
 
@@ -104,10 +124,17 @@ class BCNNModule(L.LightningModule):
             self.model.head.center_on(self._mean_descriptor())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        cross_entropy, logits = self._measure("train", self.train_metrics, batch)
-        self.log("loss", cross_entropy, prog_bar=True, logger=False)
-        self._losses.append(cross_entropy.detach())
-        loss: Tensor = self.loss(logits, batch[1])
+        inputs, labels = batch
+        logits = self(inputs)
+        cross_entropy = F.cross_entropy(logits, labels).detach()
+        self.train_metrics.update(logits, labels)
+        self.log("train_loss", cross_entropy, on_step=False, on_epoch=True, sync_dist=True)
+        self._losses.append(cross_entropy)
+        loss: Tensor = self.loss(logits, labels)
+        weight = getattr(self.loss, "weight", None)
+        if weight is not None:  # of each class: ranks count as their images weigh
+            mine = weight[labels].sum()
+            loss = loss * (mine / mean_over_ranks(mine))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -126,14 +153,19 @@ class BCNNModule(L.LightningModule):
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
         if self.polyak is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
+                scaler.unscale_(optimizer)  # a fused one would do so in its step, after the limit
+            loss = mean_over_ranks(loss)
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
             # The schedule's factor is on the rate already: the limit is that of the rate at its start.
             # Without a loss there is no gradient either: no step, not one of 0 / 0.
             floor = torch.finfo(norm.dtype).tiny
             longest = loss / (self.polyak * optimizer.defaults["lr"] * norm).clamp(min=floor)
-            nn.utils.clip_grads_with_norm_(parameters, longest, norm)
+            # What `nn.utils.clip_grads_with_norm_` does, which waits for the device to say `longest`.
+            torch._foreach_mul_(gradients, (longest / (norm + 1e-6)).clamp(max=1))
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:
@@ -143,11 +175,11 @@ class BCNNModule(L.LightningModule):
             self.model.head.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._measure("val", self.val_metrics, batch)
+        self._measure(self.val_metrics, batch)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._measure("test", self.test_metrics, batch)
+        self._measure(self.test_metrics, batch)
         self.log_dict(self.test_metrics)
 
     def configure_optimizers(self) -> Any:
@@ -169,22 +201,18 @@ class BCNNModule(L.LightningModule):
         "Rethinking 'Batch' in BatchNorm", 2021, §3 ("precise BN").
         """
         total = torch.zeros_like(self.model.head.mean)
-        count = 0
-        for images, _ in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
+        count = total.new_zeros(())
+        for images, labels in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
-                total += self.model.descriptor(images.to(self.device)).sum(dim=0)
-            count += len(images)
-        return self.trainer.strategy.reduce(total / count, reduce_op="mean")
+                rows = self.model.descriptor(images.to(self.device))
+            total += rows[labels != PADDING].sum(dim=0)
+            count += (labels != PADDING).sum()
+        return mean_over_ranks(total) / mean_over_ranks(count)
 
-    def _measure(
-        self, split: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _measure(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> None:
         inputs, labels = batch
-        logits = self(inputs)
-        loss = F.cross_entropy(logits, labels)
-        metrics.update(logits, labels)
-        self.log(f"{split}_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
-        return loss, logits
+        counted = labels != PADDING
+        metrics.update(self(inputs)[counted], labels[counted])
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:

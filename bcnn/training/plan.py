@@ -3,7 +3,6 @@
 import shutil
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
@@ -64,7 +63,7 @@ def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
 
 def plan(
     name: str, options: DictConfig, images: ImageFolderData, model: BCNN, precision: str
-) -> tuple[BCNNModule, L.LightningDataModule, dict[str, Any]]:
+) -> tuple[BCNNModule, ImageFolderData | DescriptorData, dict[str, Any]]:
     """What to fit in a stage, on what, and the trainer's limits that go with it.
 
     Args:
@@ -114,6 +113,7 @@ def plan(
     return BCNNModule(model, "last", **steps), data, limits
 
 
+@rank_zero_only
 def _refuse_full_disk(data: DescriptorData) -> None:
     """Say where the descriptors will be, or that there is no room for them."""
     free = shutil.disk_usage(made_stores_dir()).free

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bcnn.errors import UserError
 
-# rows × rows in float64, twice, is 2.3 GB at this many: 6,000 images in two views
+# rows × rows in float32 and in float64 is 1.7 GB at this many: 6,000 images in two views
 MAX_ROWS = 12_000
 
 BLOCK = 512  # rows in memory at a time: 0.27 GB in float32
@@ -89,7 +89,7 @@ class ConvexProblem:
         if self.primal:
             self.factor = torch.cat([_centred(rows, i, self.mean).double() for i in starts])
         else:
-            self.factor = cholesky(gram_matrix(rows, self.mean).double())
+            self.factor = cholesky(gram_matrix(rows, self.mean))
         self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
         self.bias = self.factor.new_zeros(classes).requires_grad_()
         self.optimizer = torch.optim.LBFGS(
@@ -177,7 +177,7 @@ class ConvexProblem:
 
 
 def cholesky(gram: Tensor) -> Tensor:
-    """Lower factor of a positive semi-definite matrix (n, n) in float64, whose diagonal it changes.
+    """Lower factor, in float64, of a positive semi-definite matrix (n, n) in float32.
 
     Rows that repeat, and float32's rounding of the products, leave eigenvalues about or under zero;
     as little as lifts them above it is added to the diagonal, from a millionth of its mean.
@@ -185,10 +185,12 @@ def cholesky(gram: Tensor) -> Tensor:
     Raises:
         ValueError: the matrix is not positive semi-definite, nor nearly.
     """
-    mean, diagonal = gram.diagonal().mean(), gram.diagonal().clone()
+    mean = gram.diagonal().double().mean()
+    factor = torch.empty_like(gram, dtype=torch.float64).mT  # by columns it is factored in place
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
     for share in (1e-6, 1e-5, 1e-4, 1e-3):
-        gram.diagonal().copy_(diagonal + (share * mean + 1e-12))
-        factor, failed = torch.linalg.cholesky_ex(gram)
+        factor.copy_(gram).diagonal().add_(share * mean + 1e-12)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
             return factor
     raise ValueError("the matrix is not positive semi-definite")

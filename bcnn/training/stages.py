@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import Logger
@@ -22,14 +23,16 @@ from bcnn.inference import predict_split
 from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
-from bcnn.precision import chosen_precision
+from bcnn.precision import about_device, chosen_precision, no_memory
+from bcnn.ranks import together
 from bcnn.report.files import write_images
 from bcnn.report.metrics import headline
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
-from bcnn.training.callbacks import CollapseGuard, Diverged, SeedEpochs
+from bcnn.training.callbacks import CollapseGuard, Diverged, Float16, SeedEpochs
 from bcnn.training.checkpoints import KeepEpoch, WholeCheckpoints
 from bcnn.training.convex import ConvexModule
+from bcnn.training.descriptors import DescriptorData
 from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refuse_strangers
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
@@ -83,6 +86,8 @@ def resume(folder: Path) -> float:
 
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
+    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    say(about_device(trainer.strategy.root_device, trainer.precision, trainer.world_size))
     images, model = _prepared(record)
     try:
         results = _train(record, images, model)
@@ -120,6 +125,7 @@ def _prepared(record: Record) -> tuple[ImageFolderData, BCNN]:
     return images, model
 
 
+@together()
 def _train(record: Record, images: ImageFolderData, model: BCNN) -> list[Result]:
     """Run the stages that have not ended already; ends with the first that fails."""
     cfg, output = record.cfg, Path(record.cfg.output)
@@ -201,7 +207,7 @@ def _trainer(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:
-        callbacks.append(CollapseGuard(len(images.classes), keep, advice(cfg, name)))
+        callbacks += [CollapseGuard(len(images.classes), keep, advice(cfg, name)), Float16()]
     # A finetune that begins validates what it starts from.
     begins = name == "finetune" and images.val and not keep.state.is_file()
     settings = {
@@ -211,6 +217,7 @@ def _trainer(
         "default_root_dir": keep.state.parent,
         "num_sanity_val_steps": -1 if begins else 0,
         "enable_model_summary": False,
+        "use_distributed_sampler": False,  # ranks share by what the data say
         **limits,
     }
     trainer: L.Trainer = instantiate(cfg.trainer, **settings)
@@ -226,6 +233,8 @@ def _fit(
         trainer.fit(module, datamodule=data, ckpt_path=keep.state if keep.state.is_file() else None)
     except Diverged as error:
         return f"stage {keep.state.parent.name}: {error}"
+    except torch.OutOfMemoryError as error:
+        raise UserError(no_memory(keep.state.parent.name)) from error
     return ""
 
 
@@ -263,13 +272,13 @@ def _kept(
 
 
 def _predictions(
-    images: ImageFolderData, data: L.LightningDataModule, model: BCNN, precision: str
+    images: ImageFolderData, data: ImageFolderData | DescriptorData, model: BCNN, precision: str
 ) -> Predictions | None:
     """Of the test images, or of those to validate where there are none."""
     samples = images.test or images.val
     if not samples:
         return None
-    loader = data.test_dataloader() if images.test else data.val_dataloader()
+    loader = data.evaluation_dataloader(samples)
     batches = (data.on_before_batch_transfer(batch, 0) for batch in loader)
     return predict_split(model, samples, batches, precision)
 
