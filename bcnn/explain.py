@@ -6,13 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import track
-
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.progress import track
 from bcnn.terminal import say
 
 if TYPE_CHECKING:
@@ -64,8 +62,7 @@ def main(options: Options) -> int:
     if target is not None and target == against:
         raise UserError(f"against={options.against}: choose another class than target")
     failed = 0
-    console = Console(stderr=True)
-    for path in track(paths, "explaining", console=console, transient=True):
+    for path in track(paths, "explaining"):
         try:
             explanation = explain(model, load_image(path, model.framing.side), target, against)
             for numbers in (explanation.probabilities, explanation.evidence, explanation.contrast):

@@ -1,4 +1,19 @@
-"""A trained model in a file for other programs, compared with PyTorch before you use it.
+"""A trained model in a file for other programs: the command."""
+
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bcnn.data.paths import find_images
+from bcnn.errors import UserError
+from bcnn.files import PART, refuse_unwritable, whole
+from bcnn.options import command
+from bcnn.terminal import say
+
+USAGE = """
+A trained model in a file for other programs, compared with PyTorch before you use it.
 
 python -m bcnn.export ckpt=FILE [OPTION=VALUE ...] [PATH ...]
 
@@ -16,22 +31,10 @@ ONNX and pt2 take uint8 RGB images (batch, 3, size, size) and normalise them ins
 preprocessing are in the metadata of all but pth: classes, size, resize, crop_pct, preprocessing.
 """
 
-import sys
-import tempfile
-import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from bcnn.data.paths import find_images
-from bcnn.errors import UserError
-from bcnn.files import PART, refuse_unwritable, whole
-from bcnn.options import command
-from bcnn.terminal import say
-
 
 @dataclass
 class Options:
-    """See the module's docstring."""
+    """See the usage."""
 
     ckpt: Path
     format: str = "onnx"
@@ -96,4 +99,4 @@ def _weights(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(command(Options, main, str(__doc__)))
+    sys.exit(command(Options, main, USAGE))

@@ -23,6 +23,8 @@ def raise_interruptions() -> None:
     def interrupt(number: int, frame: object) -> NoReturn:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        if os.getpid() == owner and os.isatty(2):  # where a bar may have hidden the cursor
+            os.write(2, b"\x1b[?25h\nending in order; Ctrl-C again ends at once\n")
         # In a process that was forked off, what torch and the standard library are ready for.
         raise Interruption(number) if os.getpid() == owner else KeyboardInterrupt
 

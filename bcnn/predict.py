@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.progress import progress
 from bcnn.report.rows import FORMATS
+from bcnn.terminal import say
 
 USAGE = """
 The likeliest classes of photographs, and their probabilities.
@@ -63,23 +62,25 @@ def main(options: Options) -> int:
     top = min(options.top, len(model.classes))
     failed, start = 0, time.perf_counter()
     try:
-        with _output(options.output) as out, _progress(out) as progress:
+        # Rows that come on the terminal are progress enough.
+        with (
+            _output(options.output) as out,
+            progress("predicting", len(paths), show=not out.isatty()) as task,
+        ):
             write = FORMATS[options.format](out, model.classes, paths, top)
-            task = progress.add_task("", total=len(paths), rate=0.0)
             for prediction in predict_paths(model, paths, top, options.batch, options.workers):
                 write(prediction)
                 out.flush()
                 failed += bool(prediction.error)
-                done = progress.tasks[task].completed + 1
-                progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
+                task.advance()
     except BrokenPipeError:  # who read the rows has read enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     seconds = time.perf_counter() - start
-    say = Console(stderr=True, highlight=False).print
-    say(f"{len(paths)} photographs in {seconds:.1f} s, {len(paths) / seconds:.1f} images/s")
+    rate = len(paths) / seconds
+    say(f"{len(paths)} photographs in {seconds:.1f} s, {rate:.1f} images/s", file=sys.stderr)
     if failed:
-        say(f"{failed} of them could not be read or predicted: their rows say why")
+        say(f"{failed} of them could not be read or predicted: their rows say why", file=sys.stderr)
     return int(failed > 0)
 
 
@@ -107,21 +108,6 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
         yield out
-
-
-def _progress(out: TextIO) -> Progress:
-    """Of images on standard error; rows that come on the terminal are progress enough."""
-    return Progress(
-        TextColumn("predicting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} images/s"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,
-        disable=out.isatty() or not sys.stderr.isatty(),
-    )
 
 
 if __name__ == "__main__":

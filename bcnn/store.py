@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from bcnn.errors import UserError
 from bcnn.files import PART, whole
 from bcnn.options import command
+from bcnn.progress import track
 from bcnn.terminal import say
 
 USAGE = """
@@ -125,7 +126,8 @@ class DescriptorStore:
         """Verify every chunk and change nothing; returns the damaged ones."""
         found = _files(self.folder, ROWS)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets go of the interpreter's lock
-            intact = list(pool.map(self._verifies, found))
+            verified = pool.map(self._verifies, found)
+            intact = list(track(verified, "verifying descriptors", len(found), "chunks"))
         chunks = zip(found, intact, strict=True)
         self._chunks = {int(path.name.split("-")[0]): path for path, good in chunks if good}
         return [path for path, good in zip(found, intact, strict=True) if not good]

@@ -25,7 +25,7 @@ def test_last_then_the_command_that_it_prints(
 ) -> None:
     last = train(*toy(images, "stage=last", "experiment=quick"))
     assert last.returncode == 0, last.stderr
-    assert re.search(r"test: top-1 \d+\.\d%, top-5 \d+\.\d%", last.stdout)
+    assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last.stdout)
     checkpoint = re.search(r"best checkpoint: (.+)", last.stdout)
     assert checkpoint and Path(checkpoint[1]).is_file()
     _, script, *overrides = next_command(last.stdout)

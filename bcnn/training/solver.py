@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
+from bcnn.progress import track
 
 # rows × rows in float64, twice, is 2.3 GB at this many: 6,000 images in two views
 MAX_ROWS = 12_000
@@ -167,7 +167,7 @@ def gram_matrix(rows: Rows, mean: Tensor) -> Tensor:
     Two blocks of rows are in memory at a time, so only the result grows with their number.
     """
     gram = mean.new_empty(len(rows), len(rows))
-    for i in track(range(0, len(rows), BLOCK), "Gram matrix", transient=True):
+    for i in track(range(0, len(rows), BLOCK), "Gram matrix", unit="blocks"):
         left = _centred(rows, i, mean)
         for j in range(0, i + 1, BLOCK):
             right = left if i == j else _centred(rows, j, mean)

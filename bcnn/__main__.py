@@ -1,0 +1,45 @@
+"""The command `bcnn`: one verb, and what it takes."""
+
+import sys
+from importlib import import_module
+
+from bcnn.options import command
+
+VERBS = {
+    "train": ("bcnn.training.command", "both stages, or one, on the photographs of a folder"),
+    "data": ("bcnn.data.__main__", "look at a folder of photographs before training"),
+    "evaluate": ("bcnn.evaluate", "figures and a report on labelled photographs"),
+    "predict": ("bcnn.predict", "the likeliest classes of photographs"),
+    "explain": ("bcnn.explain", "which places of a photograph spoke for its class"),
+    "export": ("bcnn.export", "ONNX, torch.export, and other forms of a model"),
+    "store": ("bcnn.store", "list and remove the descriptors that training keeps"),
+    "benchmark": ("bcnn.benchmark.__main__", "speed on this machine, beside the original's loop"),
+}
+USAGE = "\n".join(
+    (
+        "Fine-grained image recognition with bilinear CNNs.\n",
+        "bcnn VERB [OPTION=VALUE ...]\n",
+        *(f"  {verb:10} {sentence}" for verb, (_, sentence) in VERBS.items()),
+        "\nbcnn VERB --help has the options. To begin with, photographs in PHOTOS/<class>/*:\n",
+        "  bcnn train data=folder data.root=PHOTOS",
+    )
+)
+
+
+def main() -> int:
+    """Do what the first argument says, with the others; returns the exit code."""
+    verb, *words = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if verb not in VERBS:
+        print(f"error: there is no verb {verb}: choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 1
+    room = import_module(VERBS[verb][0])
+    if verb == "train":
+        return int(room.main(words))
+    return command(room.Options, room.main, room.USAGE, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
