@@ -2,7 +2,10 @@
 
 import os
 import signal
+from types import FrameType
 from typing import NoReturn
+
+SHOW_CURSOR = b"\x1b[?25h"  # a bar hides it
 
 
 class Interruption(BaseException):
@@ -20,13 +23,22 @@ def raise_interruptions() -> None:
     """From now on SIGINT and SIGTERM raise `Interruption` in this process."""
     owner = os.getpid()
 
-    def interrupt(number: int, frame: object) -> NoReturn:
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if os.getpid() == owner and os.isatty(2):  # where a bar may have hidden the cursor
-            os.write(2, b"\x1b[?25h\nending in order; Ctrl-C again ends at once\n")
+        if os.getpid() == owner and os.isatty(2):
+            os.write(2, SHOW_CURSOR + b"\nending in order; Ctrl-C again ends at once\n")
+        if os.getpid() == owner and _importing(frame):  # numpy and others do not survive that
+            os.write(2, f"interrupted ({signal.Signals(number).name})\n".encode())
+            os._exit(128 + number)
         # In a process that was forked off, what torch and the standard library are ready for.
         raise Interruption(number) if os.getpid() == owner else KeyboardInterrupt
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
