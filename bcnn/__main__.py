@@ -1,5 +1,6 @@
 """The command `bcnn`: one verb, and what it takes."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -20,7 +21,8 @@ USAGE = "\n".join(
         "Fine-grained image recognition with bilinear CNNs.\n",
         "bcnn VERB [OPTION=VALUE ...]\n",
         *(f"  {verb:10} {sentence}" for verb, (_, sentence) in VERBS.items()),
-        "\nbcnn VERB --help has the options. To begin with, photographs in PHOTOS/<class>/*:\n",
+        '\nCompletion in bash: eval "$(bcnn train --shell-completion install=bash)"; also zsh, fish.',
+        "bcnn VERB --help has the options. To begin with, photographs in PHOTOS/<class>/*:\n",
         "  bcnn train data=folder data.root=PHOTOS",
     )
 )
@@ -32,6 +34,8 @@ def main() -> int:
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
+    if verb == "-sc":
+        return _complete([verb, *words])
     if verb not in VERBS:
         print(f"error: there is no verb {verb}: choose from {', '.join(VERBS)}", file=sys.stderr)
         return 1
@@ -39,6 +43,19 @@ def main() -> int:
     if verb == "train":
         return int(room.main(words))
     return command(room.Options, room.main, room.USAGE, words)
+
+
+def _complete(words: list[str]) -> int:
+    """Tell a shell the verbs, or what Hydra knows of the options of `train`."""
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()
+    if len(typed) + line.endswith(" ") <= 2:
+        print(*VERBS)
+    elif typed[1] == "train":
+        os.environ["COMP_LINE"] = line.replace(" train", "", 1)
+        os.environ["COMP_POINT"] = str(int(os.environ["COMP_POINT"]) - len(" train"))
+        return int(import_module(VERBS["train"][0]).main(words))
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ import signal
 from types import FrameType
 from typing import NoReturn
 
-SHOW_CURSOR = b"\x1b[?25h"  # a bar hides it
-
 
 class Interruption(BaseException):
     """Raised wherever the program is when a signal asks it to end.
@@ -26,13 +24,17 @@ def raise_interruptions() -> None:
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if os.getpid() == owner and os.isatty(2):
-            os.write(2, SHOW_CURSOR + b"\nending in order; Ctrl-C again ends at once\n")
-        if os.getpid() == owner and _importing(frame):  # numpy and others do not survive that
+        # In a process that was forked off, what torch and the standard library are ready for.
+        if os.getpid() != owner:
+            raise KeyboardInterrupt
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h\n")  # a bar hides the cursor
+        if _importing(frame):  # which numpy and others do not survive
             os.write(2, f"interrupted ({signal.Signals(number).name})\n".encode())
             os._exit(128 + number)
-        # In a process that was forked off, what torch and the standard library are ready for.
-        raise Interruption(number) if os.getpid() == owner else KeyboardInterrupt
+        if os.isatty(2):
+            os.write(2, b"ending in order; Ctrl-C again ends at once\n")
+        raise Interruption(number)
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt)

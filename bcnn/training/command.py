@@ -17,8 +17,8 @@ from bcnn.terminal import say
 from bcnn.training.sweep import told
 
 PACKAGE = Path(__file__).parents[1]
-# Beside the package in a clone, inside it where it is installed.
-CONF = next(path for path in (PACKAGE.parent / "conf", PACKAGE / "conf") if path.is_dir())
+# In the package where it is installed, beside it in a clone.
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # over 0 in the processes of other GPUs
 
 
@@ -60,8 +60,15 @@ def _compose(words: list[str]) -> None:
         return told(room.run, cfg, list(HydraConfig.get().overrides.task))
 
     # What Hydra reads: `data.root=2024` is a folder, not a number.
-    sys.argv = [called[0], *(literal(word, sweep) for word in words)]
+    sys.argv = [called[0], *_own_configuration(words), *(literal(word, sweep) for word in words)]
     run()
+
+
+def _own_configuration(words: list[str]) -> list[str]:
+    """Have what the user keeps in `conf/` of the working folder be found, too."""
+    given = any(word.startswith(("--config-dir", "-cd")) for word in words)
+    there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
+    return ["--config-dir=conf"] if there and not given else []
 
 
 def _stages(opening: str) -> ModuleType:
