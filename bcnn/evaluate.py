@@ -8,6 +8,7 @@ from pathlib import Path
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable
 from bcnn.options import command
+from bcnn.progress import progress
 from bcnn.terminal import Console, say
 
 USAGE = """
@@ -46,12 +47,12 @@ class Options:
 
 def main(options: Options) -> int:
     """Predict the split, and print and write what came of it."""
-    # torch takes seconds that --help need not wait for
-    from bcnn import evaluation
-    from bcnn.inference import predict_split
-    from bcnn.precision import best_device, fastest_precision
-
     folder = _output(options)
+    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+        from bcnn import evaluation
+        from bcnn.inference import predict_split
+        from bcnn.precision import best_device, fastest_precision
+
     data, samples, model = evaluation.open_split(options.ckpt, options.data, options.split)
     device = best_device()
     loader = data.evaluation_dataloader(samples)

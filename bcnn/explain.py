@@ -10,7 +10,7 @@ from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
-from bcnn.progress import track
+from bcnn.progress import progress, track
 from bcnn.terminal import say
 
 if TYPE_CHECKING:
@@ -48,15 +48,15 @@ class Options:
 
 def main(options: Options) -> int:
     """Draw a figure for every photograph that can be explained."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.data.decoding import load_image
-    from bcnn.inference import draw, explain, refuse_overflow
-    from bcnn.model.weights import load_model
-    from bcnn.precision import best_device
-
     paths = find_images(options.paths)
     folder = options.output
     refuse_unwritable(folder)
+    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+        from bcnn.data.decoding import load_image
+        from bcnn.inference import draw, explain, refuse_overflow
+        from bcnn.model.weights import load_model
+        from bcnn.precision import best_device
+
     model = load_model(options.ckpt).to(best_device())
     target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
     if target is not None and target == against:

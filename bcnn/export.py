@@ -10,6 +10,7 @@ from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import PART, refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.progress import progress
 from bcnn.terminal import say
 
 USAGE = """
@@ -45,9 +46,9 @@ class Options:
 
 def main(options: Options) -> int:
     """Write the file, open it again, and compare the two: only a file that agrees gets its name."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.model.export import FORMATS, TOLERANCE, compare, comparison_images, network
-    from bcnn.model.weights import load_model
+    with progress("loading PyTorch"):  # takes seconds that --help need not wait for
+        from bcnn.model.export import FORMATS, TOLERANCE, compare, comparison_images, network
+        from bcnn.model.weights import load_model
 
     if options.format not in FORMATS:
         raise UserError(f"format={options.format}: choose from {', '.join(FORMATS)}")

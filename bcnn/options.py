@@ -53,6 +53,9 @@ def command(
         traceback.clear_frames(error.__traceback__)
         print(f"interrupted ({error}): files are whole or absent", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who read what it printed has read enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def program(verb: str) -> list[str]:

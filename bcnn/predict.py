@@ -1,6 +1,5 @@
 """The likeliest classes of photographs: the command."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -51,31 +50,27 @@ class Options:
 
 def main(options: Options) -> int:
     """Predict, and write a row a photograph."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.inference import predict_paths
-    from bcnn.model.weights import load_model
-    from bcnn.precision import best_device
-
     _check(options)
     paths = find_images(options.paths)
+    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+        from bcnn.inference import predict_paths
+        from bcnn.model.weights import load_model
+        from bcnn.precision import best_device
+
     model = load_model(options.ckpt).to(best_device())
     top = min(options.top, len(model.classes))
     failed, start = 0, time.perf_counter()
-    try:
-        # Rows that come on the terminal are progress enough.
-        with (
-            _output(options.output) as out,
-            progress("predicting", len(paths), show=not out.isatty()) as task,
-        ):
-            write = FORMATS[options.format](out, model.classes, paths, top)
-            for prediction in predict_paths(model, paths, top, options.batch, options.workers):
-                write(prediction)
-                out.flush()
-                failed += bool(prediction.error)
-                task.advance()
-    except BrokenPipeError:  # who read the rows has read enough (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    # Rows that come on the terminal are progress enough.
+    with (
+        _output(options.output) as out,
+        progress("predicting", len(paths), show=not out.isatty()) as task,
+    ):
+        write = FORMATS[options.format](out, model.classes, paths, top)
+        for prediction in predict_paths(model, paths, top, options.batch, options.workers):
+            write(prediction)
+            out.flush()
+            failed += bool(prediction.error)
+            task.advance()
     seconds = time.perf_counter() - start
     rate = len(paths) / seconds
     say(f"{len(paths)} photographs in {seconds:.1f} s, {rate:.1f} images/s", file=sys.stderr)
