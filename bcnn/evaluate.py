@@ -2,11 +2,10 @@
 
 import sys
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
 from bcnn.errors import UserError
-from bcnn.files import refuse_unwritable
+from bcnn.files import new_output, refuse_unwritable
 from bcnn.options import command
 from bcnn.progress import progress
 from bcnn.terminal import Console, say
@@ -77,8 +76,7 @@ def main(options: Options) -> int:
 def _output(options: Options) -> Path:
     if options.split not in SPLITS:
         raise UserError(f"split={options.split}: choose from {', '.join(SPLITS)}")
-    now = datetime.now()
-    folder = options.output or Path(f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}-evaluate")
+    folder = options.output or new_output("evaluate")
     if (folder / "figures.json").exists():
         raise UserError(f"{folder} holds an evaluation already: name another folder with output=…")
     refuse_unwritable(folder)

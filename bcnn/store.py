@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bcnn.errors import UserError
-from bcnn.files import PART, whole
+from bcnn.files import PART, cache_dir, whole
 from bcnn.options import command
 from bcnn.progress import track
 from bcnn.terminal import say
@@ -31,7 +31,7 @@ USAGE = """
 python -m bcnn.store                    lists the descriptor stores: key, size, what they belong to
 python -m bcnn.store remove=KEY[,KEY]   removes these; remove=all: every one
 
-They are in $BCNN_STORES, or in ~/.cache/bcnn/stores.
+They are in $BCNN_STORES, or in $XDG_CACHE_HOME/bcnn/stores, or in ~/.cache/bcnn/stores.
 """
 
 CHUNK = 16  # images
@@ -45,8 +45,8 @@ OURS = (re.compile(re.escape(ABOUT)), ROWS, LEFT)
 
 
 def stores_dir() -> Path:
-    """Where the stores are: $BCNN_STORES, or ~/.cache/bcnn/stores."""
-    return Path(os.environ.get("BCNN_STORES", "~/.cache/bcnn/stores")).expanduser()
+    """Where the stores are: $BCNN_STORES, or in the cache folder."""
+    return Path(os.environ.get("BCNN_STORES", cache_dir() / "stores")).expanduser()
 
 
 def made_stores_dir() -> Path:

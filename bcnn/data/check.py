@@ -22,7 +22,7 @@ from PIL import Image
 from bcnn.data.decoding import VERSION, decode, load_image
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
-from bcnn.files import whole
+from bcnn.files import cache_dir, whole
 from bcnn.progress import track
 
 CHUNK = 32  # images that a thread takes at a time: handing over costs as much as a small one
@@ -119,9 +119,8 @@ def write_broken(source: Path, reasons: dict[str, str]) -> Path:
 
 
 def cache_file(source: Path, suffix: str) -> Path:
-    """A file about `source` in $XDG_CACHE_HOME/bcnn/checks, or in ~/.cache/bcnn/checks."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "bcnn" / "checks"
+    """A file about `source` in the cache folder."""
+    folder = cache_dir() / "checks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
