@@ -6,7 +6,7 @@ from bcnn.terminal import printable
 class UserError(Exception):
     """A mistake in what was asked for: one sentence that names the file or option and the way out.
 
-    `train.py` and the `python -m bcnn.*` commands print it without a traceback and exit with code 1.
+    The commands print it without a traceback and exit with code 1.
     """
 
     def __str__(self) -> str:

@@ -2,12 +2,12 @@
 
 import sys
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
 from bcnn.errors import UserError
-from bcnn.files import refuse_unwritable
+from bcnn.files import new_output, refuse_unwritable
 from bcnn.options import command
+from bcnn.progress import progress
 from bcnn.terminal import Console, say
 
 USAGE = """
@@ -46,12 +46,12 @@ class Options:
 
 def main(options: Options) -> int:
     """Predict the split, and print and write what came of it."""
-    # torch takes seconds that --help need not wait for
-    from bcnn import evaluation
-    from bcnn.inference import predict_split
-    from bcnn.precision import best_device, fastest_precision
-
     folder = _output(options)
+    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+        from bcnn import evaluation
+        from bcnn.inference import predict_split
+        from bcnn.precision import best_device, fastest_precision
+
     data, samples, model = evaluation.open_split(options.ckpt, options.data, options.split)
     device = best_device()
     loader = data.evaluation_dataloader(samples)
@@ -76,8 +76,7 @@ def main(options: Options) -> int:
 def _output(options: Options) -> Path:
     if options.split not in SPLITS:
         raise UserError(f"split={options.split}: choose from {', '.join(SPLITS)}")
-    now = datetime.now()
-    folder = options.output or Path(f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}-evaluate")
+    folder = options.output or new_output("evaluate")
     if (folder / "figures.json").exists():
         raise UserError(f"{folder} holds an evaluation already: name another folder with output=…")
     refuse_unwritable(folder)

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from bcnn.data.decoding import load_image
@@ -15,6 +13,7 @@ from bcnn.errors import UserError
 from bcnn.inference import explain
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
+from bcnn.progress import track
 from bcnn.report.files import write_figures
 from bcnn.report.heatmap import overlay
 from bcnn.report.metrics import NAMES, headline, per_class, shown
@@ -58,7 +57,7 @@ def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Eviden
     """
     pictures: dict[int, Evidence] = {}
     mistakes = predictions.confident_mistakes(MISTAKES)
-    for index in track(mistakes, "explaining", console=Console(stderr=True), transient=True):
+    for index in track(mistakes, "explaining mistakes"):
         photograph = load_image(predictions.paths[index], model.framing.side)
         called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
         found = explain(model, photograph, called, against=truth)

@@ -6,13 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import track
-
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
-from bcnn.files import refuse_unwritable, whole
+from bcnn.files import new_output, refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.progress import progress, track
 from bcnn.terminal import say
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ python -m bcnn.explain ckpt=FILE PATH ... [OPTION=VALUE ...]
                         - for a list on standard input, a file a line
   target=CLASS          the class to explain; default: the likeliest
   against=CLASS         the class that it is compared with; default: the likeliest other one
-  output=explanations   a folder; figures that it holds already are kept
+  output=FOLDER         default: a new folder under outputs/; figures that it holds already are kept
 
 Left the photograph, with the crop that the network saw; then what each place added to the logit of
 the class (orange) or took from it (purple); then the same for the difference to the other class. The
@@ -45,27 +43,26 @@ class Options:
     paths: list[str] = field(default_factory=list)
     target: str = ""
     against: str = ""
-    output: Path = Path("explanations")
+    output: Path | None = None
 
 
 def main(options: Options) -> int:
     """Draw a figure for every photograph that can be explained."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.data.decoding import load_image
-    from bcnn.inference import draw, explain, refuse_overflow
-    from bcnn.model.weights import load_model
-    from bcnn.precision import best_device
-
     paths = find_images(options.paths)
-    folder = options.output
+    folder = options.output or new_output("explain")
     refuse_unwritable(folder)
+    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+        from bcnn.data.decoding import load_image
+        from bcnn.inference import draw, explain, refuse_overflow
+        from bcnn.model.weights import load_model
+        from bcnn.precision import best_device
+
     model = load_model(options.ckpt).to(best_device())
     target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
     if target is not None and target == against:
         raise UserError(f"against={options.against}: choose another class than target")
     failed = 0
-    console = Console(stderr=True)
-    for path in track(paths, "explaining", console=console, transient=True):
+    for path in track(paths, "explaining"):
         try:
             explanation = explain(model, load_image(path, model.framing.side), target, against)
             for numbers in (explanation.probabilities, explanation.evidence, explanation.contrast):

@@ -1,4 +1,20 @@
-"""A trained model in a file for other programs, compared with PyTorch before you use it.
+"""A trained model in a file for other programs: the command."""
+
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bcnn.data.paths import find_images
+from bcnn.errors import UserError
+from bcnn.files import PART, refuse_unwritable, whole
+from bcnn.options import command
+from bcnn.progress import progress
+from bcnn.terminal import say
+
+USAGE = """
+A trained model in a file for other programs, compared with PyTorch before you use it.
 
 python -m bcnn.export ckpt=FILE [OPTION=VALUE ...] [PATH ...]
 
@@ -16,22 +32,10 @@ ONNX and pt2 take uint8 RGB images (batch, 3, size, size) and normalise them ins
 preprocessing are in the metadata of all but pth: classes, size, resize, crop_pct, preprocessing.
 """
 
-import sys
-import tempfile
-import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from bcnn.data.paths import find_images
-from bcnn.errors import UserError
-from bcnn.files import PART, refuse_unwritable, whole
-from bcnn.options import command
-from bcnn.terminal import say
-
 
 @dataclass
 class Options:
-    """See the module's docstring."""
+    """See the usage."""
 
     ckpt: Path
     format: str = "onnx"
@@ -42,9 +46,9 @@ class Options:
 
 def main(options: Options) -> int:
     """Write the file, open it again, and compare the two: only a file that agrees gets its name."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.model.export import FORMATS, TOLERANCE, compare, comparison_images, network
-    from bcnn.model.weights import load_model
+    with progress("loading PyTorch"):  # takes seconds that --help need not wait for
+        from bcnn.model.export import FORMATS, TOLERANCE, compare, comparison_images, network
+        from bcnn.model.weights import load_model
 
     if options.format not in FORMATS:
         raise UserError(f"format={options.format}: choose from {', '.join(FORMATS)}")
@@ -96,4 +100,4 @@ def _weights(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(command(Options, main, str(__doc__)))
+    sys.exit(command(Options, main, USAGE))

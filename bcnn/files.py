@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever ends the process that writes them."""
+"""Files that are whole or absent, whatever ends the process that writes them, and where they go."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from bcnn.errors import UserError
@@ -69,13 +70,24 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
+def new_output(verb: str) -> Path:
+    """Where a verb puts what it makes now, below `outputs` in the working folder; it is not made."""
+    now = datetime.now()
+    return Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S-%f}-{verb}")
+
+
+def cache_dir() -> Path:
+    """What can be made again is kept in $XDG_CACHE_HOME/bcnn, or in ~/.cache/bcnn."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bcnn"
+
+
 def cache_folder(kind: str) -> Path:
-    """$XDG_CACHE_HOME/bcnn/`kind`, or ~/.cache/bcnn/`kind`, made where there is none.
+    """The folder `kind` in `cache_dir`, made where there is none.
 
     Raises:
         UserError: it cannot be written to.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bcnn" / kind
+    folder = cache_dir() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +17,7 @@ from bcnn.errors import UserError
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
 from bcnn.precision import autocast
+from bcnn.progress import progress
 from bcnn.report.heatmap import Box, evidence_figure
 from bcnn.report.predictions import Predictions
 from bcnn.report.rows import Prediction
@@ -111,8 +110,11 @@ def predict_split(
         UserError: the model's answer to an image is not finite.
     """
     model.eval()
-    shown = track(batches, "predicting", console=Console(stderr=True), transient=True)
-    parts = [probabilities(model, inputs, precision) for inputs, _ in shown]
+    parts = []
+    with progress("predicting", len(samples)) as task:
+        for inputs, _ in batches:
+            parts.append(probabilities(model, inputs, precision))
+            task.advance(len(inputs))
     paths, labels = zip(*samples, strict=True)
     found = torch.cat(parts)
     refuse_overflow(found, paths)

@@ -1,10 +1,12 @@
-"""Words of the command line: `key=value` and paths of `python -m bcnn.*`, and text for `train.py`."""
+"""Words of the command line: `key=value` and paths of the verbs, and text for `train`."""
 
 import codecs
 import io
 import math
 import os
+import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -16,7 +18,7 @@ from bcnn.terminal import say
 
 T = TypeVar("T")
 
-# Options of train.py that are text, which Hydra's grammar reads as a number or a list where it can.
+# Options of training that are text, which Hydra's grammar reads as a number or a list where it can.
 TEXTS = ("data.root", "data.list", "ckpt", "output", "model.weights")
 
 
@@ -39,20 +41,43 @@ def command(
     raise_interruptions()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words):
-        print(usage.strip())
+        print(as_called(usage.strip()))
         return 0
     try:
         return act(_parse(kind, words))
     except UserError as error:
-        say(f"error: {error}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)  # what was under way there ends: its bar
+        say(f"error: {as_called(str(error))}", file=sys.stderr)
         return 1
     except Interruption as error:
+        traceback.clear_frames(error.__traceback__)
         print(f"interrupted ({error}): files are whole or absent", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who read what it printed has read enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def program(verb: str) -> list[str]:
+    """The words that begin a command with this verb, for the user to type as they typed this one."""
+    called = Path(sys.argv[0])
+    if called.stem == "bcnn":
+        there = shutil.which("bcnn")
+        return ["bcnn" if there and Path(there).samefile(called) else str(called), verb]
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if called.parts[-2:] == ("bcnn", "__main__.py"):
+        return [python, "-m", "bcnn", verb]
+    return [python, sys.argv[0]] if verb == "train" else [python, "-m", f"bcnn.{verb}"]
+
+
+def as_called(text: str) -> str:
+    """The text with commands as the user types them: `bcnn VERB` or `python -m bcnn.VERB`."""
+    tool = Path(sys.argv[0]).stem == "bcnn"
+    return text.replace("python -m bcnn.", "bcnn ") if tool else text
 
 
 def print_any_text() -> None:
-    """Let standard output and error take any text, whatever their encoding.
+    """Let standard output and error take any text, whatever their encoding, and show lines at once.
 
     A character that they have no code for is written as `\\uXXXX`, a byte of a file name that is no
     valid Unicode as that byte.
@@ -60,11 +85,11 @@ def print_any_text() -> None:
     codecs.register_error("bcnn", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="bcnn")
+            stream.reconfigure(errors="bcnn", line_buffering=True)
 
 
 def literal(word: str, sweep: bool) -> str:
-    """An argument of `train.py` in which Hydra reads the text options (`TEXTS`) as they were typed.
+    """An argument of training in which Hydra reads the text options (`TEXTS`) as they were typed.
 
     Args:
         word: left alone if it is another option, or its value is null, quoted or has a `${`.

@@ -1,6 +1,5 @@
 """The likeliest classes of photographs: the command."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from bcnn.data.paths import find_images
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable, whole
 from bcnn.options import command
+from bcnn.progress import progress
 from bcnn.report.rows import FORMATS
+from bcnn.terminal import say
 
 USAGE = """
 The likeliest classes of photographs, and their probabilities.
@@ -52,34 +50,32 @@ class Options:
 
 def main(options: Options) -> int:
     """Predict, and write a row a photograph."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.inference import predict_paths
-    from bcnn.model.weights import load_model
-    from bcnn.precision import best_device
-
     _check(options)
     paths = find_images(options.paths)
+    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+        from bcnn.inference import predict_paths
+        from bcnn.model.weights import load_model
+        from bcnn.precision import best_device
+
     model = load_model(options.ckpt).to(best_device())
     top = min(options.top, len(model.classes))
     failed, start = 0, time.perf_counter()
-    try:
-        with _output(options.output) as out, _progress(out) as progress:
-            write = FORMATS[options.format](out, model.classes, paths, top)
-            task = progress.add_task("", total=len(paths), rate=0.0)
-            for prediction in predict_paths(model, paths, top, options.batch, options.workers):
-                write(prediction)
-                out.flush()
-                failed += bool(prediction.error)
-                done = progress.tasks[task].completed + 1
-                progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
-    except BrokenPipeError:  # who read the rows has read enough (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    # Rows that come on the terminal are progress enough.
+    with (
+        _output(options.output) as out,
+        progress("predicting", len(paths), show=not out.isatty()) as task,
+    ):
+        write = FORMATS[options.format](out, model.classes, paths, top)
+        for prediction in predict_paths(model, paths, top, options.batch, options.workers):
+            write(prediction)
+            out.flush()
+            failed += bool(prediction.error)
+            task.advance()
     seconds = time.perf_counter() - start
-    say = Console(stderr=True, highlight=False).print
-    say(f"{len(paths)} photographs in {seconds:.1f} s, {len(paths) / seconds:.1f} images/s")
+    rate = len(paths) / seconds
+    say(f"{len(paths)} photographs in {seconds:.1f} s, {rate:.1f} images/s", file=sys.stderr)
     if failed:
-        say(f"{failed} of them could not be read or predicted: their rows say why")
+        say(f"{failed} of them could not be read or predicted: their rows say why", file=sys.stderr)
     return int(failed > 0)
 
 
@@ -107,21 +103,6 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
         yield out
-
-
-def _progress(out: TextIO) -> Progress:
-    """Of images on standard error; rows that come on the terminal are progress enough."""
-    return Progress(
-        TextColumn("predicting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} images/s"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,
-        disable=out.isatty() or not sys.stderr.isatty(),
-    )
 
 
 if __name__ == "__main__":

@@ -23,15 +23,16 @@ from filelock import FileLock, Timeout
 
 from bcnn.cores import cores
 from bcnn.errors import UserError
-from bcnn.files import PART, whole
+from bcnn.files import PART, cache_dir, whole
 from bcnn.options import command
+from bcnn.progress import track
 from bcnn.terminal import say
 
 USAGE = """
 python -m bcnn.store                    lists the descriptor stores: key, size, what they belong to
 python -m bcnn.store remove=KEY[,KEY]   removes these; remove=all: every one
 
-They are in $BCNN_STORES, or in ~/.cache/bcnn/stores.
+They are in $BCNN_STORES, or in $XDG_CACHE_HOME/bcnn/stores, or in ~/.cache/bcnn/stores.
 """
 
 CHUNK = 16  # images
@@ -45,8 +46,8 @@ OURS = (re.compile(re.escape(ABOUT)), ROWS, LEFT)
 
 
 def stores_dir() -> Path:
-    """Where the stores are: $BCNN_STORES, or ~/.cache/bcnn/stores."""
-    return Path(os.environ.get("BCNN_STORES", "~/.cache/bcnn/stores")).expanduser()
+    """Where the stores are: $BCNN_STORES, or in the cache folder."""
+    return Path(os.environ.get("BCNN_STORES", cache_dir() / "stores")).expanduser()
 
 
 def made_stores_dir() -> Path:
@@ -131,7 +132,8 @@ class DescriptorStore:
         """Verify every chunk and change nothing; returns the damaged ones."""
         found = _files(self.folder, ROWS)
         with ThreadPoolExecutor(cores()) as pool:  # zlib lets go of the interpreter's lock
-            intact = list(pool.map(self._verifies, found))
+            verified = pool.map(self._verifies, found)
+            intact = list(track(verified, "verifying descriptors", len(found), "chunks"))
         chunks = zip(found, intact, strict=True)
         self._chunks = {int(path.name.split("-")[0]): path for path, good in chunks if good}
         return [path for path, good in zip(found, intact, strict=True) if not good]

@@ -1,6 +1,9 @@
 """What is said on the terminal: names come from strangers, and act on nothing there."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 import rich.console
@@ -16,10 +19,33 @@ def printable(text: str) -> str:
     return ACTING.sub(_escape, text)
 
 
+_logs: list[TextIO] = []
+
+
 def say(*lines: object, file: TextIO | None = None) -> None:
     """Print sentences, each on a line of its own, whatever names are in them."""
     for line in lines:
         print(printable(str(line)), file=file)
+    log(*lines)
+
+
+def log(*lines: object) -> None:
+    """Write sentences where `logged` has what is said be written, too."""
+    for file in _logs:
+        for line in lines:
+            print(printable(str(line)), file=file, flush=True)
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Have what is said until the block ends appended to a file as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        _logs.append(file)
+        try:
+            yield
+        finally:
+            _logs.remove(file)
 
 
 class Console(rich.console.Console):

@@ -25,7 +25,7 @@ def test_last_then_the_command_that_it_prints(
 ) -> None:
     last = train(*toy(images, "stage=last", "experiment=quick"))
     assert last.returncode == 0, last.stderr
-    assert re.search(r"test: top-1 \d+\.\d%, top-5 \d+\.\d%", last.stdout)
+    assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last.stdout)
     checkpoint = re.search(r"best checkpoint: (.+)", last.stdout)
     assert checkpoint and Path(checkpoint[1]).is_file()
     _, script, *overrides = next_command(last.stdout)
@@ -54,7 +54,7 @@ def test_a_job_that_fails_does_not_take_the_sweep_with_it(
 ) -> None:
     sweep = train("-m", *toy(images, "stage=last", "data.size=16,32,33.5"))
     assert sweep.returncode == 1 and "Traceback" not in sweep.stderr
-    assert len(list(tmp_path.glob("multirun/*/*/1/last/best.ckpt"))) == 1
+    assert len(list(tmp_path.glob("outputs/*/*-sweep/1/last/best.ckpt"))) == 1
     ending = sweep.stderr[sweep.stderr.index("jobs that failed (2):") :]
     assert "/0: " in ending and "data.size=16" in ending and "data.size=33.5" in ending
     assert "32 at least" in ending and "/1: " not in ending

@@ -104,16 +104,16 @@ def test_the_maps_sum_to_the_logits(model: BCNN) -> None:
 
 
 def test_figures_are_drawn_for_all_that_can_be_read(
-    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     photos.mkdir()
     marked((90, 80), (30, 30, 60, 60), RED).save(photos / "a.png")
     (photos / "b.jpg").write_text("no photograph")
     marked((80, 120), (20, 60, 60, 90), BLUE).save(photos / "c.png")
-    output = tmp_path / "figures"
-    words = (f"ckpt={ckpt}", str(photos), f"output={output}")
-    assert run(*words) == 1
+    assert run(f"ckpt={ckpt}", str(photos)) == 1
+    (output,) = tmp_path.glob("outputs/*/*-explain")
     said = capsys.readouterr()
     assert "a.png: red" in said.out and "c.png: blue" in said.out
     assert "cannot read the image" in said.err and "b.jpg" in said.err and "Traceback" not in said.err

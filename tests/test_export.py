@@ -70,7 +70,7 @@ def photographs(tmp_path: Path) -> list[str]:
 
 
 def run(*words: str) -> int:
-    return command(export.Options, export.main, str(export.__doc__), words)
+    return command(export.Options, export.main, export.USAGE, words)
 
 
 def batch(count: int) -> Tensor:

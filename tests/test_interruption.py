@@ -1,10 +1,13 @@
 """Signals that ask a process to end."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from bcnn.interruption import Interruption
 from bcnn.options import command
@@ -32,6 +35,33 @@ def test_the_first_signal_lets_it_end_and_the_second_does_not_wait(first: signal
     assert process.stdout.readline() == f"ending {first.name}\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == -signal.SIGINT
+
+
+IMPORTING = """
+from bcnn.interruption import raise_interruptions
+raise_interruptions()
+try:
+    import slow
+except BaseException:
+    print("survived")
+"""
+
+
+def test_in_the_midst_of_an_import_it_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "interrupted (SIGINT)\n")
+    assert process.returncode == 130
 
 
 def test_a_verb_that_is_interrupted_says_so_with_the_shells_exit_code(

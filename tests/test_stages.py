@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import lightning as L
@@ -25,8 +26,10 @@ def weights(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def metrics(text: str, stage: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith(stage)]
+def rows(text: str) -> list[list[str]]:
+    """The cells of the lines that tell of an epoch."""
+    cells = (line.split() for line in text.splitlines())
+    return [row for row in cells if row and re.fullmatch(r"start|\d+/\d+", row[0])]
 
 
 @pytest.mark.slow
@@ -35,8 +38,24 @@ def test_both_stages_train_test_and_hand_over(
 ) -> None:
     figure = run(configure(*toy(images, *SHORT, f"output={tmp_path / 'out'}")))
     assert figure >= 0.8  # three flat colours are easy
-    printed = capsys.readouterr().out
-    assert len(metrics(printed, "last ")) == len(metrics(printed, "finetune ")) == 2
+    printed, progress = capsys.readouterr()
+    assert "epoch" not in progress.lower()  # nothing took 2 s
+    λs, (start, epoch) = rows(printed)[:4], rows(printed)[4:]
+    assert [(row[0], row[4]) for row in λs] == [
+        *(("1/4", "0.0001"), ("2/4", "1e-05"), ("3/4", "1e-06"), ("4/4", "1e-07"))
+    ]
+    with (tmp_path / "out" / "last" / "metrics.csv").open() as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    assert [float(row[2]) for row in λs] == pytest.approx(losses, rel=1e-2)
+    bests = [loss < min(losses[:i], default=math.inf) for i, loss in enumerate(losses)]
+    assert [row[-3:] == ["best", "so", "far"] for row in λs] == bests
+    assert start[0] == "start" and start[2] == λs[bests.index(True) if sum(bests) == 1 else 3][2]
+    assert (epoch[0], epoch[3][-1]) == ("1/1", "%")
+    for heading, figures in (("validation top-1", 2), ("test top-1", 2)):
+        line = next(line for line in printed.splitlines() if line.startswith(heading))
+        assert line.count("%") == figures
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert log.partition("\n")[2] == printed
     for stage in ("last", "finetune"):
         model = load_model(tmp_path / "out" / stage / "best.ckpt")
         assert (model.classes, model.framing.size) == (["blue", "green", "red"], 32)
@@ -102,7 +121,9 @@ def test_without_validation_the_last_epoch_is_kept(
     options = ["stage=last", "data.val_fraction=0", f"output={tmp_path}"]
     assert math.isnan(run(configure(*toy(images, *options))))
     assert (tmp_path / "last" / "last.ckpt").is_file()
-    assert "test: top-1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "test top-1" in printed
+    assert re.search(r"4/4 +\S+ +– +– +1e-07 +\d", printed) and "best so far" not in printed
 
 
 @pytest.mark.slow
@@ -113,8 +134,8 @@ def test_without_a_test_folder_validation_alone_is_reported(
     options = ["stage=last", f"output={tmp_path}"]
     run(configure(*toy(tmp_path / "images", *options)))
     printed = capsys.readouterr().out
-    assert "no test images" in printed and "validation: top-1" in printed
-    assert "test: top-1" not in printed
+    assert "no test images" in printed and "validation top-1" in printed
+    assert "test top-1" not in printed
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from bcnn import store as store_module
 from bcnn.errors import UserError
 from bcnn.files import PART
 from bcnn.options import command
-from bcnn.store import CHUNK, USAGE, VIEWS, DescriptorStore, Options, main
+from bcnn.store import CHUNK, USAGE, VIEWS, DescriptorStore, Options, main, stores_dir
 
 WIDTH = 8
 
@@ -163,6 +163,14 @@ def test_rows_that_go_while_in_use_are_a_sentence() -> None:
     path.unlink()
     with pytest.raises(UserError, match=f"{path.name} cannot be read .*run again"):
         store.read([0], np.empty((1, WIDTH), np.float16))
+
+
+def test_stores_are_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BCNN_STORES")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert stores_dir() == Path("/cache/bcnn/stores")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert stores_dir() == Path.home() / ".cache" / "bcnn" / "stores"
 
 
 def test_stores_below_a_file_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

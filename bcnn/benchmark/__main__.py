@@ -8,6 +8,7 @@ from rich.console import Console
 from bcnn.benchmark.options import Options
 from bcnn.errors import UserError
 from bcnn.options import command
+from bcnn.progress import progress
 
 USAGE = """
 This project beside the original's plain loop, on your machine.
@@ -41,8 +42,8 @@ def main(options: Options) -> int:
     """Measure, and print a table."""
     if options.stage not in PARTS:
         raise UserError(f"stage={options.stage}: choose from {', '.join(PARTS)}")
-    # torch takes seconds that --help need not wait for
-    part = import_module(f"bcnn.benchmark.{options.stage}")
+    with progress("loading PyTorch"):  # takes seconds that --help need not wait for
+        part = import_module(f"bcnn.benchmark.{options.stage}")
     Console(markup=False, emoji=False).print(part.table(options))
     return 0
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +22,7 @@ from bcnn.data.folder import ImageFolderData, ImageList
 from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model
+from bcnn.progress import track
 
 SIZES = ((500, 375), (4000, 3000))  # px: photographs as the benchmark sets have them, and as cameras do
 EPOCHS = 3  # that are timed, after one that starts the workers
@@ -87,7 +87,7 @@ def decisions(options: Options) -> dict[str, float]:
     model = load_model(options.ckpt).to(device).eval()
     transform = Framing(options.size, model.framing.resize).evaluation()
     reduced, changed, largest = 0, 0, 0.0
-    for path, _ in track(_samples(options), "classifying", transient=True):
+    for path, _ in track(_samples(options), "classifying"):
         whole, ours = load_image(path), load_image(path, options.size)
         if ours.size == whole.size:
             continue

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
-from rich.progress import track
+
+from bcnn.progress import track
 
 _DISCS = 4000
 
@@ -13,7 +14,7 @@ _DISCS = 4000
 def write(folder: Path, size: tuple[int, int], count: int) -> None:
     """`count` photographs of `size` (width, height) into the new `folder`."""
     folder.mkdir()
-    for index in track(range(count), f"making {folder.name}", transient=True):
+    for index in track(range(count), f"making {folder.name}"):
         image = photograph(size, np.random.default_rng(index))
         image.save(folder / f"{index:04d}.jpg", quality=90)
 

@@ -4,7 +4,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from rich.table import Table
 from bcnn.data.layout import Layout, mistakes, read_folder, read_list
 from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.errors import UserError
+from bcnn.files import new_output
 from bcnn.options import command
 from bcnn.terminal import Console
 
@@ -27,7 +27,7 @@ python -m bcnn.data PATH [OPTION=VALUE ...]
 
 Decodes every image of PATH and tells what training on it would meet: images of each class and split,
 their formats and sizes, broken files, the same image in training and test, classes without images or
-with few. Draws a contact sheet (outputs/<date>/<time>/contact_sheet.png), and trains nothing.
+with few. Draws a contact sheet (outputs/<date>/<time>-data/contact_sheet.png), and trains nothing.
 
 PATH is a folder with train/, val/ and test/ of class folders, a folder of class folders, or a CSV or
 text file with lines of path,label[,split].
@@ -77,7 +77,7 @@ def main(options: Options) -> int:
     if intact.samples:
         console.print(_formats(findings))
         console.print(_sizes(findings))
-        picture = Path("outputs", f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}", "contact_sheet.png")
+        picture = new_output("data") / "contact_sheet.png"
         contact_sheet(intact.classes, intact.samples, picture)
         console.print(f"contact sheet: {picture.resolve()}")
     if reasons:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from rich.progress import track
 
 from bcnn.errors import UserError
+from bcnn.progress import track
 
 Array = NDArray[Any]
 
@@ -88,7 +88,7 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
         write_species = partial(_write_species, made, seed=seed, counts={"train": train, "test": test})
         with ProcessPoolExecutor() as pool:
             written = pool.map(write_species, range(len(SPECIES)))
-            list(track(written, "Drawing butterflies", total=len(SPECIES)))
+            list(track(written, "drawing butterflies", len(SPECIES), "species"))
         (made / _RECORD).write_text(json.dumps(record))
         made.rename(root)  # only a finished set ever bears the name
     return root

@@ -16,15 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from rich.progress import track
 
 from bcnn.cores import cores
 from bcnn.data.decoding import VERSION, decode, load_image
 from bcnn.data.formats import open_image
 from bcnn.errors import UserError
 from bcnn.files import cache_folder, whole
+from bcnn.progress import track
 
 CHUNK = 32  # images that a thread takes at a time: handing over costs as much as a small one
 
@@ -133,11 +132,10 @@ def _is_flat(pixels: Image.Image) -> bool:
 def _inspect_all(paths: Sequence[str], found: dict[str, Finding]) -> None:
     # Threads: Pillow lets go of the interpreter's lock while it decodes.
     pool = ThreadPoolExecutor(cores())
-    quiet = getattr(rank_zero_only, "rank", 0) != 0
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     try:
         results = chain.from_iterable(pool.map(lambda chunk: [inspect(p) for p in chunk], chunks))
-        progress = track(results, "Checking images", total=len(paths), disable=quiet)
+        progress = track(results, "checking images", len(paths))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about what it can live with
             for path, finding in zip(paths, progress, strict=True):

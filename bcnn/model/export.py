@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -18,6 +16,7 @@ from bcnn.data.decoding import load_image
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import describe, load_model, write_model
+from bcnn.progress import track
 
 OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
@@ -37,7 +36,7 @@ def comparison_images(model: BCNN, paths: Sequence[str]) -> Iterator[Tensor]:
         shape = (3, 3, model.framing.size, model.framing.size)
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     transform = model.framing.evaluation()
-    for path in track(paths, "comparing", console=Console(stderr=True), disable=not paths):
+    for path in track(paths, "comparing", show=bool(paths)):
         yield transform(load_image(path, model.framing.side))[None].as_subclass(Tensor)
 
 

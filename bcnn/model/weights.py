@@ -231,7 +231,7 @@ def _set_normalization(
     if choice not in TORCHVISION:
         raise UserError(
             f"{source} does not say how its images were normalised, as imagenet (mean 0.485…, std "
-            "0.229…) or as imagenet_features (mean 0.482…, std 1/255): tell train.py by "
+            "0.229…) or as imagenet_features (mean 0.482…, std 1/255): say which in training by "
             "model.normalization=…, bcnn.load_model by normalization=…"
         )
     _normalize_like(model, choice)

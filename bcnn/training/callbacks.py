@@ -6,10 +6,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from bcnn import terminal
 from bcnn.data.sampler import epoch_of, mixed
 from bcnn.training.checkpoints import KeepEpoch
+
+say = rank_zero_only(terminal.say)
 
 LOOK = 10  # steps between two looks at the loss on a GPU, for which it has to be waited
 SCALE, GROWTH = 2.0**17, 200  # of gradients in float16, at first, and steps after which it is doubled
@@ -127,7 +131,7 @@ class CollapseGuard(L.Callback):
             self._refuse_weights(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = trainer.callback_metrics  # first, as rank 0's progress bar has them reduced already
+        metrics = trainer.callback_metrics
         loss = float(metrics["train_loss"])
         self._refuse_weights(trainer, pl_module)  # where there is nothing to validate on
         top1 = float(metrics.get("val_top1", math.nan))
@@ -137,7 +141,7 @@ class CollapseGuard(L.Callback):
             trouble = f"the training loss, {loss:.2f}, is above that of guessing, {self.guessing:.2f}"
         else:
             return
-        trainer.print(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
+        say(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
 
     def _look(self, trainer: L.Trainer, loss: Tensor) -> None:
         """The one place in a step where the device is waited for."""

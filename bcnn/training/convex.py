@@ -83,7 +83,6 @@ class ConvexModule(BCNNModule):
         values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss}
         logged = {key: torch.as_tensor(value).float() for key, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True)
-        self.print(f"λ = {l2:g}: cross-entropy {loss:.4f}, gradient norm {gradient_norm:.1e}")
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()

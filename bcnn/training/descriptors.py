@@ -13,13 +13,6 @@ import numpy as np
 import torch
 from filelock import Timeout
 from lightning.pytorch.strategies import Strategy
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,8 +22,10 @@ from bcnn.data.sampler import Draw, Draws, place, share
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN, DEFAULT
 from bcnn.precision import autocast
+from bcnn.progress import progress, track
 from bcnn.ranks import from_first
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
+from bcnn.terminal import say
 
 WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give up after 30 minutes
 
@@ -90,9 +85,9 @@ class DescriptorData(L.LightningDataModule):
             missing, damaged = from_first(rank, strategy.broadcast, self.store.open)
             self._refuse_unshared(strategy, self.store.folder.is_dir())
             if damaged:
-                self.trainer.print(f"{damaged} damaged chunks in the store: computing them again")
+                say(f"{damaged} damaged chunks in the store: computing them again")
             if missing:
-                self._build(missing[rank::ranks], strategy.root_device, show=rank == 0)
+                self._build(missing[rank::ranks], strategy.root_device)
                 strategy.barrier()
             if ranks > 1:
                 self.store.find_chunks()
@@ -161,7 +156,7 @@ class DescriptorData(L.LightningDataModule):
         if from_first(rank, strategy.broadcast, lambda: held(0)):
             return
         if rank == 0:
-            print("another run is building the same descriptors: waiting for it")
+            say("another run is building the same descriptors: waiting for it")
         while not from_first(rank, strategy.broadcast, lambda: held(WAIT)):
             pass
 
@@ -173,22 +168,13 @@ class DescriptorData(L.LightningDataModule):
                 "a folder on a disk that they share, or choose last=sgd last.store=false"
             )
 
-    def _build(self, chunks: list[int], device: torch.device, show: bool) -> None:
+    def _build(self, chunks: list[int], device: torch.device) -> None:
         positions = [i for chunk in chunks for i in self.store.chunk_images(chunk)]
         samples = [(self.paths[i], i) for i in positions]
         # Chunks are whole but for the very last one, so a batch of CHUNK images is one chunk.
         loader = self.images.evaluation_dataloader(samples, batch_size=CHUNK)
         model = self.model.to(device)
-        progress = Progress(
-            TextColumn("descriptors"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.1f} images/s"),
-            TimeRemainingColumn(),
-            disable=not show,
-        )
-        with progress, torch.no_grad():
-            task = progress.add_task("", total=len(samples), rate=0.0)
+        with progress("computing descriptors", len(samples)) as task, torch.no_grad():
             for chunk, (images, _) in zip(chunks, loader, strict=True):
                 images = images.to(device)
                 with autocast(device, self.precision):
@@ -196,9 +182,7 @@ class DescriptorData(L.LightningDataModule):
                 rows = torch.stack(views, dim=1).flatten(0, 1).cpu().numpy()
                 self._refuse_overflow(chunk, rows)
                 self.store.write(chunk, rows)
-                done = progress.tasks[task]
-                progress.advance(task, len(images))
-                progress.update(task, rate=done.completed / max(done.elapsed or 0, 1e-9))
+                task.advance(len(images))
 
     def _refuse_overflow(self, chunk: int, rows: np.ndarray) -> None:
         """Raises UserError where rows are not finite on disk, which no later run could mend."""
@@ -259,4 +243,5 @@ def hash_files(paths: Sequence[str]) -> str:
     """Of their bytes, in their order."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda path: hashlib.sha256(Path(path).read_bytes()).digest(), paths)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        read = track(digests, "reading images", len(paths))
+        return hashlib.sha256(b"".join(read)).hexdigest()

@@ -15,7 +15,6 @@ from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import initialise_backbone, load_model
-from bcnn.precision import best_device
 from bcnn.store import VIEWS, made_stores_dir, stores_dir
 from bcnn.training.convex import ConvexModule
 from bcnn.training.descriptors import DescriptorData
@@ -26,8 +25,13 @@ from bcnn.training.solver import MAX_ROWS
 say = rank_zero_only(terminal.say)
 
 
-def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
+def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) -> BCNN:
     """The network that the first stage starts from: new, or that of `ckpt`, whose splits it brings.
+
+    Args:
+        cfg: the whole configuration.
+        images: set up already.
+        device: to compute on what the weights depend on; the network is on the CPU.
 
     Raises:
         UserError: the weights cannot be had, or `ckpt` was trained on other classes.
@@ -37,7 +41,6 @@ def build_model(cfg: DictConfig, images: ImageFolderData) -> BCNN:
         model = BCNN(images.classes, images.framing, *network)
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
         if cfg.model.project is not None:
-            device = torch.device("cpu") if cfg.trainer.accelerator == "cpu" else best_device()
             fit_projection(model.backbone, images, device, cfg.trainer.precision)
         model.split = images.split
         return model

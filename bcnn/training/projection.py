@@ -15,7 +15,6 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from bcnn.data.decoding import VERSION
@@ -23,6 +22,7 @@ from bcnn.data.folder import ImageFolderData
 from bcnn.files import cache_folder, whole
 from bcnn.model.backbones import Backbone
 from bcnn.precision import autocast
+from bcnn.progress import track
 from bcnn.training.descriptors import hash_files, hash_tensors
 
 
@@ -58,7 +58,7 @@ def fit_projection(
     except (OSError, ValueError, EOFError):  # there is none, or it is damaged
         backbone.to(device)
         with autocast(device, precision):
-            shown = track(loader, "principal axes", transient=True)
+            shown = track(loader, "principal axes", unit="batches")
             axes = principal_axes(backbone.unprojected(batch.to(device)) for batch, _ in shown).numpy()
         backbone.to("cpu")
         with whole(file) as part:

@@ -30,7 +30,7 @@ class Record:
 
     Args:
         cfg: everything that was composed, paths being absolute and the precision that of the machine.
-        words: the overrides it was composed from; None where it was not by `train.py`.
+        words: the overrides it was composed from; None where no command did.
         identity: tells runs apart.
         images: digest of the split.
         finished: all is done, the report too.

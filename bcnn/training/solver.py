@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
+from bcnn.progress import track
 
 # rows × rows in float32 and in float64 is 1.7 GB at this many: 6,000 images in two views
 MAX_ROWS = 12_000
@@ -139,7 +139,7 @@ class ConvexProblem:
         folds = folds.to(self.factor.device)
         logits = self.factor.new_empty(len(folds), len(self.bias))
         solved = [part.detach().clone() for part in (self.theta, self.bias)]
-        for fold in track(folds.unique(), "cross-validation", transient=True):
+        for fold in track(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
             self._descend(l2, ~held, self.optimizer.step)
             with torch.no_grad():
@@ -202,7 +202,7 @@ def gram_matrix(rows: Rows, mean: Tensor) -> Tensor:
     Two blocks of rows are in memory at a time, so only the result grows with their number.
     """
     gram = mean.new_empty(len(rows), len(rows))
-    for i in track(range(0, len(rows), BLOCK), "Gram matrix", transient=True):
+    for i in track(range(0, len(rows), BLOCK), "Gram matrix", unit="blocks"):
         left = _centred(rows, i, mean)
         for j in range(0, i + 1, BLOCK):
             right = left if i == j else _centred(rows, j, mean)

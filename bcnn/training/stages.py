@@ -2,13 +2,16 @@
 
 import math
 import os
+import shlex
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -36,8 +39,11 @@ from bcnn.training.descriptors import DescriptorData
 from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refuse_strangers
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
-from bcnn.training.summary import advice, say_how_to_go_on, summarise
+from bcnn.training.rows import EpochRows
+from bcnn.training.summary import advice, say_figures, say_how_to_go_on, say_where
 from bcnn.training.tracking import close, log_configuration, log_results, make_loggers
+
+LOG = "train.log"  # in the output folder: all that was said
 
 say = rank_zero_only(terminal.say)
 
@@ -86,30 +92,41 @@ def resume(folder: Path) -> float:
 
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
-    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
-    say(about_device(trainer.strategy.root_device, trainer.precision, trainer.world_size))
-    images, model = _prepared(record)
-    try:
-        results = _train(record, images, model)
-        summarise(record, results, images)
-        _report(cfg, results, images, model)
-        rank_zero_only(record.finish)()
-    except (Interruption, UserError, OSError):
-        say_how_to_go_on(output)
-        raise
-    if results[-1].failure:
-        raise UserError(results[-1].failure)
+    with terminal.logged(output / LOG):
+        terminal.log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+        try:
+            trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+            device = trainer.strategy.root_device
+            say(about_device(device, trainer.precision, trainer.world_size))
+            images, model = _prepared(record, device)
+            results = _train(record, images, model)
+            say_figures(results, images)
+            report = _report(cfg, results, images, model)
+            rank_zero_only(record.finish)()
+        except (Interruption, UserError, OSError) as error:
+            terminal.log(f"{type(error).__name__}: {error}")
+            say_how_to_go_on(output)
+            raise
+        say_where(record, results, report)
+        if results[-1].failure:
+            terminal.log(results[-1].failure)
+            raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
 
 
-def _prepared(record: Record) -> tuple[ImageFolderData, BCNN]:
-    """The images, set up, and the network that the first stage starts from."""
+def _prepared(record: Record, device: torch.device) -> tuple[ImageFolderData, BCNN]:
+    """The images, set up, and the network that the first stage starts from.
+
+    Args:
+        record: of the run.
+        device: that it computes on.
+    """
     cfg = record.cfg
     images: ImageFolderData = instantiate(cfg.data)
     images.prepare_data()
     images.setup()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    model = build_model(cfg, images)
+    model = build_model(cfg, images, device)
     images.step, images.least = model.backbone.stride, model.backbone.smallest
     before, record.images = record.images, digest(images.split)
     if before not in ("", record.images):
@@ -171,10 +188,13 @@ def run_stage(
     rank_zero_only(record.write)()
     keep = KeepEpoch(folder, len(images.val))
     loggers = make_loggers(cfg.get("logger"), folder, f"{record.identity}-{name}")
-    trainer = _trainer(cfg, name, images, keep, loggers, limits)
+    rows = EpochRows(keep, cfg[name].get("l2", ()), cfg.trainer.get("enable_progress_bar", True))
+    trainer = _trainer(cfg, name, images, keep, rows, loggers, limits)
     log_configuration(loggers, cfg, name)
     try:
         failure = _fit(trainer, module, data, keep)
+        if keep.last and keep.metrics == keep.last and not rows.improved:
+            say("kept: the last epoch, which validation does not tell from the best")
         result = _kept(cfg, name, model, keep, origin, failure)
         if isinstance(module, ConvexModule):
             result.held_out = module.held_out_predictions(images.train)
@@ -196,14 +216,13 @@ def _trainer(
     name: str,
     images: ImageFolderData,
     keep: KeepEpoch,
+    rows: EpochRows,
     loggers: list[Logger],
     limits: dict[str, Any],
 ) -> L.Trainer:
     """What trains a stage, and what watches it beside the callback that keeps its weights."""
-    callbacks: list[L.Callback] = [keep, SeedEpochs(cfg.seed)]
+    callbacks: list[L.Callback] = [keep, SeedEpochs(cfg.seed), rows]
     callbacks += map(instantiate, (cfg.get("callbacks") or {}).values())
-    if cfg.trainer.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar())
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:
@@ -218,6 +237,7 @@ def _trainer(
         "num_sanity_val_steps": -1 if begins else 0,
         "enable_model_summary": False,
         "use_distributed_sampler": False,  # ranks share by what the data say
+        "enable_progress_bar": False,  # the rows' is there
         **limits,
     }
     trainer: L.Trainer = instantiate(cfg.trainer, **settings)
@@ -292,17 +312,18 @@ def _test_figures(predictions: Predictions | None) -> dict[str, float]:
 
 
 @rank_zero_only
-def _report(cfg: DictConfig, results: list[Result], images: ImageFolderData, model: BCNN) -> None:
+def _report(
+    cfg: DictConfig, results: list[Result], images: ImageFolderData, model: BCNN
+) -> Path | None:
     """The page on what the last stage ended with, and the files of its figures."""
     predictions, output = results[-1].predictions, Path(cfg.output)
     held_out = next((result.held_out for result in results if result.held_out), None)
     if held_out:
         write_images(output / "held_out.csv", held_out)
     if predictions is None:
-        return
+        return None
     logs = logged_stages(Path(cfg.ckpt)) if cfg.ckpt else []
     logs += [(result.stage, output / result.stage / "metrics.csv") for result in results]
     title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
     settings = OmegaConf.to_yaml(cfg, resolve=True)
-    report = write_results(output, model, predictions, title, logs, settings, held_out)
-    say(f"report: {report}")
+    return write_results(output, model, predictions, title, logs, settings, held_out)

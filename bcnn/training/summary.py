@@ -1,8 +1,7 @@
 """What a run says when it ends or is interrupted: figures, and the command that goes on from there."""
 
 import shlex
-import shutil
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from bcnn.data.folder import ImageFolderData
-from bcnn.options import literal
+from bcnn.options import literal, program
 from bcnn.terminal import say
 from bcnn.training.record import RUN, Record, Result
 
@@ -18,21 +17,29 @@ SPLITS = {"val": "validation", "test": "test"}
 
 
 @rank_zero_only
-def summarise(record: Record, results: list[Result], images: ImageFolderData) -> None:
-    """The figures of the stages, where the best weights are, and what to do next."""
-    say("")
-    for result in results:
-        for split, count in (("val", len(images.val)), ("test", len(images.test))):
-            if f"{split}_top1" in result.metrics:
-                top1, top5 = (result.metrics[f"{split}_{name}"] for name in ("top1", "top5"))
-                say(
-                    f"{result.stage:9}{SPLITS[split]:>11}: top-1 {top1:.1%}, top-5 {top5:.1%} "
-                    f"({count} images)"
-                )
+def say_figures(results: list[Result], images: ImageFolderData) -> None:
+    """The figures of the stages, side by side."""
+    say("", _row("", (result.stage for result in results)))
+    for split, count in (("val", len(images.val)), ("test", len(images.test))):
+        for name in ("top1", "top5") if len(images.classes) > 5 else ("top1",):
+            figures = [result.metrics.get(f"{split}_{name}") for result in results]
+            if any(figure is not None for figure in figures):
+                cells = ("–" if figure is None else f"{figure:.1%}" for figure in figures)
+                say(_row(f"{SPLITS[split]} top-{name[-1]}", cells) + f"  of {count} images")
     if not images.test:
         say(f"{images.root} has no test images: no test figures")
-    say(f"best checkpoint: {results[-1].checkpoint}")
+
+
+@rank_zero_only
+def say_where(record: Record, results: list[Result], report: Path | None) -> None:
+    """Where everything is, and what to do next."""
+    checkpoint = results[-1].checkpoint
+    say("", f"all of this run: {record.cfg.output}")
+    if report:
+        say(f"report: {report}")
+    say(f"best checkpoint: {checkpoint}")
     if record.words is not None:
+        say(f"predict: {shlex.join([*program('predict'), f'ckpt={checkpoint.resolve()}', 'PHOTO'])}")
         say(f"next: {_next(record.cfg, record.words, results[-1])}")
 
 
@@ -62,6 +69,9 @@ def _next(cfg: DictConfig, words: list[str], result: Result) -> str:
 
 
 def _command(*words: str | None) -> str:
-    """`python train.py *words`, for a shell, with the Python and the script of this process."""
-    program = "python" if shutil.which("python") == sys.executable else sys.executable
-    return shlex.join([program, sys.argv[0], *map(str, words)])
+    """What trains with these words, for a shell."""
+    return shlex.join([*program("train"), *map(str, words)])
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"{name:16}" + "".join(f"{cell:>12}" for cell in cells)

@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from bcnn.errors import UserError
+from bcnn.options import as_called
 from bcnn.terminal import say
 
 FILE = "failed.txt"  # in a job's folder: what went wrong
@@ -33,7 +35,8 @@ def told(act: Callable[..., float], *arguments: Any) -> float:
         return act(*arguments)
     except (UserError, OSError) as error:  # OSError: such as a disk that is full
         sentence = str(error)
-        say(f"error: {sentence}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)  # what was under way there ends: its bar
+        say(f"error: {as_called(sentence)}", file=sys.stderr)
     except Exception as error:
         if not in_sweep():
             raise

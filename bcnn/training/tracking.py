@@ -34,7 +34,7 @@ def make_loggers(options: Mapping[str, Any] | None, folder: Path, identity: str)
 
 @rank_zero_only
 def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: str) -> None:
-    """What `train.py` composed, with the name of the stage that these loggers follow."""
+    """What was composed, with the name of the stage that these loggers follow."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
         logger.log_hyperparams({**values, "stage": stage})

@@ -1,0 +1,81 @@
+"""Train a bilinear CNN: the command, `bcnn train` or `python train.py`."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from bcnn.interruption import Interruption, raise_interruptions
+from bcnn.options import literal, print_any_text
+from bcnn.progress import progress
+from bcnn.terminal import say
+from bcnn.training.sweep import told
+
+PACKAGE = Path(__file__).parents[1]
+# In the package where it is installed, beside it in a clone.
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # over 0 in the processes of other GPUs
+
+
+def main(words: list[str]) -> int:
+    """Train by Hydra's overrides and flags, or go on by `resume=FOLDER`; returns the exit code."""
+    print_any_text()
+    raise_interruptions()
+    resumed = [word for word in words if word.startswith("resume=")]
+    if resumed and words[1:]:
+        sentence = f"{resumed[0]} goes on with the options of that run: give no others"
+        say(f"error: {sentence}", file=sys.stderr)
+        return 1
+    try:
+        if resumed:
+            folder = Path(resumed[0].removeprefix("resume=")).expanduser()
+            told(_stages(f"going on with {folder}").resume, folder)
+        else:
+            _compose(words)
+    except Interruption as error:
+        traceback.clear_frames(error.__traceback__)  # what was under way there ends: its bar
+        say(f"interrupted ({error})", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _compose(words: list[str]) -> None:
+    """Have Hydra make a configuration of the words, or in a sweep several, and train by each."""
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(words)
+    called = sys.argv
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def run(cfg: DictConfig) -> float:
+        """Returns validation top-1, for sweeps to maximise."""
+        sys.argv = called  # by which Lightning starts the processes of other GPUs
+        stages = "last, then finetune" if cfg.stage == "both" else cfg.stage
+        images = cfg.data.get("list") or cfg.data.get("root")
+        output = os.path.relpath(cfg.output)
+        room = _stages(f"training stage {stages}; images: {images}; output: {output}")
+        return told(room.run, cfg, list(HydraConfig.get().overrides.task))
+
+    # What Hydra reads: `data.root=2024` is a folder, not a number.
+    sys.argv = [called[0], *_own_configuration(words), *(literal(word, sweep) for word in words)]
+    run()
+
+
+def _own_configuration(words: list[str]) -> list[str]:
+    """Have what the user keeps in `conf/` of the working folder be found, too."""
+    given = any(word.startswith(("--config-dir", "-cd")) for word in words)
+    there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
+    return ["--config-dir=conf"] if there and not given else []
+
+
+def _stages(opening: str) -> ModuleType:
+    """`bcnn.training.stages`, whose torch and Lightning take seconds to load, after a first line."""
+    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+    if first:
+        say(opening)
+    with progress("loading PyTorch", show=first):
+        from bcnn.training import stages
+    return stages
