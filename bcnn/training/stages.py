@@ -188,7 +188,8 @@ def run_stage(
     rank_zero_only(record.write)()
     keep = KeepEpoch(folder, len(images.val))
     loggers = make_loggers(cfg.get("logger"), folder, f"{record.identity}-{name}")
-    rows = EpochRows(keep, cfg[name].get("l2", ()), cfg.trainer.get("enable_progress_bar", True))
+    l2 = module.l2 if isinstance(module, ConvexModule) else ()
+    rows = EpochRows(keep, l2, cfg.trainer.get("enable_progress_bar", True))
     trainer = _trainer(cfg, name, images, keep, rows, loggers, limits)
     log_configuration(loggers, cfg, name)
     try:
