@@ -194,7 +194,7 @@ def run_stage(
     log_configuration(loggers, cfg, name)
     try:
         failure = _fit(trainer, module, data, keep)
-        if keep.last and keep.metrics == keep.last and not rows.improved:
+        if keep.last and keep.metrics is keep.last and not rows.improved:
             say("kept: the last epoch, which validation does not tell from the best")
         result = _kept(cfg, name, model, keep, origin, failure)
         if isinstance(module, ConvexModule):
