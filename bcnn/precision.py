@@ -70,7 +70,8 @@ def about_device(device: torch.device, precision: str, ranks: int) -> str:
     fastest = precision == fastest_precision(device.type)
     parts = [_name(device), f"{precision} ({'the fastest here' if fastest else 'as asked for'})"]
     if device.type == "cpu":
-        parts.append(f"{torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        parts.append(f"{threads} thread{'s' * (threads > 1)}")
     if ranks > 1:
         parts.append(f"{ranks} processes that share every batch")
     return ", ".join(parts)

@@ -1,12 +1,16 @@
 """Stage `last` from the store is stage `last` through the frozen network."""
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from conftest import build, folder_data, network, quiet_trainer, write_images
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from bcnn.errors import UserError
@@ -159,6 +163,71 @@ def test_of_two_runs_at_once_one_builds_and_the_other_uses_it(images: Path) -> N
     for run in runs:
         run.join(120)
     assert sorted(queue.get(timeout=1) for _ in runs) == [0, 24 * VIEWS]
+
+
+class Ranks(SingleDeviceStrategy):
+    """What a rank sees of the others, without them: `first` is what rank 0 broadcasts to it."""
+
+    def __init__(self, all_see: bool = True, first: Iterator[object] = iter(())) -> None:  # noqa: B008
+        super().__init__("cpu")
+        self.all_see = all_see
+        self.first = first
+
+    def broadcast(self, obj: object, src: int = 0) -> object:
+        return next(self.first, obj)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision and self.all_see
+
+
+def of_rank(images: Path, model: BCNN, rank: int, strategy: Ranks) -> DescriptorData:
+    """The data of a rank of two, which it shares with another that is not there."""
+    data = DescriptorData(folder_data(images), model, "32-true")
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank, world_size=2, strategy=strategy, print=print
+    )
+    return data
+
+
+def test_machines_without_a_shared_disk_are_a_sentence(images: Path, tiny: BCNN) -> None:
+    data = of_rank(images, tiny, 0, Ranks(all_see=False))
+    expected = rf"not every machine of this run sees .*{data.store.key}: set BCNN_STORES .*store=false"
+    with pytest.raises(UserError, match=expected):
+        data.setup()
+    data.trainer.strategy.all_see = True
+    with pytest.raises(UserError, match=expected):  # the other's half is not there
+        data.setup()
+    assert len(list(data.store.folder.glob("*.rows"))) == 1
+    assert not data.store.lock().is_locked
+
+
+def test_a_mistake_of_the_first_rank_is_told_by_every_other(images: Path, tiny: BCNN) -> None:
+    data = of_rank(images, tiny, 1, Ranks(first=iter([True, UserError("cannot be written")])))
+    with pytest.raises(UserError, match="cannot be written"):
+        data.setup()
+    assert not data.store.folder.exists()  # nor does it make the folder
+
+
+def test_ranks_that_wait_for_another_run_meet_now_and_then(
+    images: Path, tiny: BCNN, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bcnn.training.descriptors.WAIT", 0.01)
+    strategy = Ranks()
+    data = of_rank(images, tiny, 0, strategy)
+    other, told = data.store.lock(), []
+
+    def broadcast(obj: object, src: int = 0) -> object:
+        told.append(obj)
+        if len(told) == 4:
+            other.release()
+        return obj
+
+    monkeypatch.setattr(strategy, "broadcast", broadcast)
+    monkeypatch.setattr(data, "_build", lambda *_, **__: None)
+    with other, suppress(UserError):  # of chunks that are not there
+        data.setup()
+    assert told[:4] == [False] * 4 and True in told
+    assert capsys.readouterr().out.count("another run is building the same descriptors") == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

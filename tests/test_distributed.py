@@ -6,14 +6,19 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, configure, toy, write_images
+from conftest import ROOT, TINY, configure, folder_data, toy, write_images
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from bcnn.errors import UserError
 from bcnn.model import backbones
+from bcnn.model.network import BCNN
+from bcnn.training.plan import plan
 from bcnn.training.stages import run
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -89,3 +94,17 @@ def test_two_processes_do_what_one_does_until_one_is_killed(
     assert [process.returncode for process in pair] == [1, -9], (first, killed)
     assert "Traceback" not in first
     assert "error: another process of this run has ended" in first
+
+
+def test_the_first_rank_alone_asks_for_room(
+    images: Path, tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        free = 100
+
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Full)
+    options = configure(*toy(images, f"output={tmp_path}")).last
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+        with pytest.raises(UserError, match="no room") if rank == 0 else nullcontext():
+            plan("last", options, folder_data(images), tiny, "32-true")

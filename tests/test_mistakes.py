@@ -12,6 +12,7 @@ from bcnn.model.weights import load_model
 from bcnn.training.stages import run
 
 CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
+DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,8 @@ CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
         (["+trainer.gradient_clip_val=1"], r"trainer\.gradient_clip_val .*last=convex takes none"),
         (["+trainer.limit_train_batches=1"], r"last=convex takes none"),
         (["trainer.precision=bf16-true"], "choose from auto, 32-true, bf16-mixed, 16-mixed"),
+        ([*DDP, "trainer.devices=3"], r"finetune\.batch_size=16 .* 3 devices: choose 15 or 18"),
+        ([*DDP, "trainer.devices=24"], r"finetune\.batch_size=16 .* 24 devices: choose 24, or"),
         (["trainer.precision=16-mixed"], "this device computes in bf16-mixed"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
         (["trainer.devices=many"], "trainer: .*devices"),

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import network, quiet_trainer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.model.network import BCNN
@@ -167,6 +169,20 @@ def test_checkpoints_describe_themselves() -> None:
         "split": None,
         "stage": "last",
     }
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_in_a_forward_pass_is_on_another_device(training: bool) -> None:
+    module = BCNNModule(network(), "finetune", centering=True).train(training)
+    with FakeTensorMode():  # which refuses two devices in one operation, without any of them
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+        images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        with torch.no_grad():
+            assert functional_call(module, state, images).device.type == "cuda"
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])

@@ -1,15 +1,16 @@
 """data.sampler=balanced: every class equally often in training batches, and nowhere else."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build, set_up, write_classes
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import SequentialSampler
 
-from bcnn.data.folder import ImageFolderData
-from bcnn.data.sampler import Draws
+from bcnn.data.folder import ImageFolderData, Sampling
+from bcnn.data.sampler import PADDING, Draws
+from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.training.descriptors import DescriptorData
 
@@ -46,15 +47,56 @@ def test_descriptors_are_drawn_balanced_too(uneven: ImageFolderData) -> None:
     assert isinstance(data.val_dataloader().sampler, SequentialSampler)
 
 
-def test_ranks_share_the_draws_of_an_epoch(uneven: ImageFolderData) -> None:
-    sampler = uneven.train_dataloader().sampler
-    assert isinstance(sampler, Draws)
-    labels = torch.tensor([label for _, label in uneven.train])
-    for rank in range(2):
-        mine = DistributedSamplerWrapper(sampler, num_replicas=2, rank=rank)  # Lightning's under DDP
-        drawn = [index for _ in range(40) for index, _ in mine]
-        assert len(mine) == 17
-        assert 0.42 < (labels[drawn] == 0).float().mean() < 0.58
+def of_rank(data: ImageFolderData, rank: int, ranks: int) -> ImageFolderData:
+    """The data as one of the processes that train together has them, in their first epoch."""
+    progress = SimpleNamespace(current=SimpleNamespace(processed=0))
+    fit_loop = SimpleNamespace(epoch_progress=progress)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=fit_loop)  # type: ignore[assignment]
+    return data
+
+
+def drawn(data: ImageFolderData, rank: int = 0, ranks: int = 1) -> list[list[tuple[int, int]]]:
+    """The batches of an epoch, as a rank draws them."""
+    return list(of_rank(data, rank, ranks).train_dataloader().batch_sampler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", ["balanced", None])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_batches_of_all_ranks_together_are_those_of_one(
+    uneven: ImageFolderData, sampler: Sampling, ranks: int
+) -> None:
+    uneven.sampler, uneven.batch_size = sampler, 8
+    alone = drawn(uneven)
+    assert [len(batch) for batch in alone] == [8, 8, 8, 8]  # of 33 images
+    each = [drawn(uneven, rank, ranks) for rank in range(ranks)]
+    for batch, *shares in zip(alone, *each, strict=True):
+        assert sorted(batch) == sorted(draw for share in shares for draw in share)
+
+
+@pytest.mark.parametrize("batch_size", [64, 128])
+def test_a_set_smaller_than_a_batch_is_one_batch_on_any_number_of_ranks(
+    uneven: ImageFolderData, batch_size: int
+) -> None:
+    uneven.sampler, uneven.batch_size = None, batch_size
+    for ranks, share in ((1, 33), (2, 16), (8, 4), (32, 1)):
+        for rank in range(ranks):
+            assert [len(batch) for batch in drawn(uneven, rank, ranks)] == [share]
+
+
+def test_fewer_images_than_devices_are_a_sentence(uneven: ImageFolderData) -> None:
+    with pytest.raises(UserError, match="33 images to train on are fewer than the 64 devices"):
+        drawn(uneven, 0, 64)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_evaluate_every_image_once_in_as_many_batches(
+    uneven: ImageFolderData, ranks: int
+) -> None:
+    uneven.batch_size = 8
+    batches = [list(of_rank(uneven, rank, ranks).val_dataloader()) for rank in range(ranks)]
+    assert len({len(each) for each in batches}) == 1
+    labels = torch.cat([labels for each in batches for _, labels in each])
+    assert sorted(labels[labels != PADDING].tolist()) == sorted(label for _, label in uneven.val)
 
 
 def test_draws_are_a_function_of_seed_and_epoch() -> None:

@@ -106,7 +106,7 @@ class ImageFolderData(L.LightningDataModule):
             split, else 0.
         broken: what to do about files that cannot be decoded: "stop", or "skip" them.
         sampler: "balanced" draws every class equally often in training; None: every image once.
-        batch_size: images a step, of all ranks together.
+        batch_size: images a step, of all ranks together, as many of each.
         num_workers: processes that decode images; None: one a core, 8 at most.
         seed: of the shares, and of the classes, that are drawn.
 
@@ -287,20 +287,8 @@ class ImageFolderData(L.LightningDataModule):
         return Draws(len(self.train), self.seed, weights, epoch, rank, ranks)
 
     def rank_batch(self, trainer: L.Trainer | None) -> int:
-        """Images that one rank takes of a batch.
-
-        Raises:
-            UserError: a batch cannot be shared equally.
-        """
-        _, ranks = place(trainer)
-        if self.batch_size % ranks:
-            below = self.batch_size // ranks * ranks
-            choices = " or ".join(str(n) for n in (below, below + ranks) if n)
-            raise UserError(
-                f"batch_size={self.batch_size} cannot be shared equally by {ranks} devices: choose "
-                f"{choices}, or set trainer.devices"
-            )
-        return self.batch_size // ranks
+        """Images that one rank takes of a batch."""
+        return max(1, self.batch_size // place(trainer)[1])
 
     def train_dataloader(self) -> DataLoader:
         transform = self.framing.training(self.train_scale, self.step, self.least)

@@ -293,6 +293,15 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
         )
     except Exception as error:  # Lightning and Hydra raise whatever they like
         raise UserError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error
+    ranks = trainer.world_size
+    for stage in stages:
+        batch = cfg[stage].get("batch_size", ranks)
+        if batch % ranks:
+            choices = sorted({max(1, batch // ranks) * ranks, (batch // ranks + 1) * ranks})
+            raise UserError(
+                f"{stage}.batch_size={batch} cannot be shared equally by {ranks} devices: choose "
+                f"{' or '.join(map(str, choices))}, or set trainer.devices"
+            )
     if trainer.precision != precision:
         raise UserError(
             f"trainer.precision={precision}: this device computes in {trainer.precision} instead; "
