@@ -1,9 +1,13 @@
 """Run the stages that a configuration names, each from the best weights of the one before."""
 
+import logging
 import math
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,22 @@ LOG = "train.log"  # in the output folder: all that was said
 say = rank_zero_only(terminal.say)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks on the machine, and on what a stage means to do."""
+    remarks = logging.getLogger("lightning.pytorch")
+    level = remarks.level
+    remarks.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for module in ("lightning", "torch.utils.data"):
+                warnings.filterwarnings("ignore", module=module)
+            yield
+    finally:
+        remarks.setLevel(level)
+
+
+@_quiet()
 def run(cfg: DictConfig, words: list[str] | None = None) -> float:
     """Train the stages, test them, and say where the results are.
 
@@ -70,6 +90,7 @@ def run(cfg: DictConfig, words: list[str] | None = None) -> float:
     return _run(Record(cfg, words))
 
 
+@_quiet()
 def resume(folder: Path) -> float:
     """Go on with a run that was interrupted, to the same weights as if it had not been.
 
