@@ -44,7 +44,7 @@ from bcnn.training.tracking import close, log_configuration, log_results, make_l
 
 LOG = "train.log"  # in the output folder: all that was said
 
-say = rank_zero_only(terminal.say)
+say, log = rank_zero_only(terminal.say), rank_zero_only(terminal.log)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def resume(folder: Path) -> float:
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
     with terminal.logged(output / LOG):
-        terminal.log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+        log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
         try:
             images, model = _prepared(record)
             results = _train(record, images, model)
@@ -117,12 +117,12 @@ def _run(record: Record) -> float:
             report = _report(cfg, results, images, model)
             rank_zero_only(record.finish)()
         except (Interruption, UserError, OSError) as error:
-            terminal.log(f"{type(error).__name__}: {error}")
+            log(f"{type(error).__name__}: {error}")
             say_how_to_go_on(output)
             raise
         say_where(record, results, report)
         if results[-1].failure:
-            terminal.log(results[-1].failure)
+            log(results[-1].failure)
             raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
 
