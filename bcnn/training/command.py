@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -27,10 +28,13 @@ def main(words: list[str]) -> int:
     print_any_text()
     raise_interruptions()
     resumed = [word for word in words if word.startswith("resume=")]
+    # What follows a flag is its value.
+    bare = [word for flag, word in pairwise(["", *words]) if "=" not in word and flag[:1] != "-"]
+    folders = [word for word in bare if Path(word).is_dir()]
     if resumed and words[1:]:
-        sentence = f"{resumed[0]} goes on with the options of that run: give no others"
-        say(f"error: {sentence}", file=sys.stderr)
-        return 1
+        return _mistake(f"{resumed[0]} goes on with the options of that run: give no others")
+    if folders:
+        return _mistake(f"{folders[0]}: to train on a folder, write data=folder data.root={folders[0]}")
     try:
         if resumed:
             folder = Path(resumed[0].removeprefix("resume=")).expanduser()
@@ -42,6 +46,11 @@ def main(words: list[str]) -> int:
         say(f"interrupted ({error})", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _mistake(sentence: str) -> int:
+    say(f"error: {sentence}", file=sys.stderr)
+    return 1
 
 
 def _compose(words: list[str]) -> None:
