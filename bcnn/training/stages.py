@@ -50,16 +50,18 @@ say, log = rank_zero_only(terminal.say), rank_zero_only(terminal.log)
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's remarks on the machine, and on what a stage means to do."""
-    remarks = logging.getLogger("lightning.pytorch")
-    level = remarks.level
-    remarks.setLevel(logging.WARNING)
+    remarks = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
+    levels = [each.level for each in remarks]
+    for each in remarks:
+        each.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for module in ("lightning", "torch.utils.data"):
                 warnings.filterwarnings("ignore", module=module)
             yield
     finally:
-        remarks.setLevel(level)
+        for each, level in zip(remarks, levels, strict=True):
+            each.setLevel(level)
 
 
 @_quiet()
