@@ -9,7 +9,7 @@ from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.options import literal, print_any_text
@@ -62,10 +62,7 @@ def _compose(words: list[str]) -> None:
     def run(cfg: DictConfig) -> float:
         """Returns validation top-1, for sweeps to maximise."""
         sys.argv = called  # by which Lightning starts the processes of other GPUs
-        stages = "last, then finetune" if cfg.stage == "both" else cfg.stage
-        images = cfg.data.get("list") or cfg.data.get("root")
-        output = os.path.relpath(cfg.output)
-        room = _stages(f"training stage {stages}; images: {images}; output: {output}")
+        room = _stages(_opening(cfg))
         return told(room.run, cfg, list(HydraConfig.get().overrides.task))
 
     # What Hydra reads: `data.root=2024` is a folder, not a number.
@@ -78,6 +75,16 @@ def _own_configuration(words: list[str]) -> list[str]:
     given = any(word.startswith(("--config-dir", "-cd")) for word in words)
     there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
     return ["--config-dir=conf"] if there and not given else []
+
+
+def _opening(cfg: DictConfig) -> str:
+    """The first line; mistakes are found later."""
+    stage, images, images_list, output = (
+        OmegaConf.select(cfg, name) for name in ("stage", "data.root", "data.list", "output")
+    )
+    stages = "last, then finetune" if stage == "both" else stage
+    here = str(output).removeprefix(f"{Path.cwd()}{os.sep}")
+    return f"training stage {stages}; images: {images_list or images}; output: {here}"
 
 
 def _stages(opening: str) -> ModuleType:
