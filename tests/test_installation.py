@@ -85,6 +85,13 @@ def test_help_names_every_verb(tool: Callable[..., int], capsys: pytest.CaptureF
     assert "no verb predikt: choose from train," in capsys.readouterr().err
 
 
+def test_a_folder_alone_is_told_how_it_is_written(
+    tool: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert tool("train", str(tmp_path)) == 1
+    assert f"write data=folder data.root={tmp_path}" in capsys.readouterr().err
+
+
 def test_commands_are_named_as_they_were_called(
     tool: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bcnn.data.cells import harmless, name_of
 from bcnn.data.folder import ImageFolderData
-from bcnn.data.layout import read_list
+from bcnn.data.layout import read_folder, read_list
 from bcnn.errors import UserError
 
 
@@ -267,6 +267,38 @@ def test_any_list_is_read_or_told_in_a_sentence(tmp_path: Path) -> None:
                 assert all(Path(path).is_file() for path in layout.paths)
 
     holds()
+
+
+def describe(folder: Path, **labels: str) -> None:
+    """Images in a folder, and Hugging Face's list of them."""
+    for name in labels:
+        write(folder / f"{name}.png")
+    lines = [f'"a photograph",{name}.png,{label}' for name, label in labels.items()]
+    (folder / "metadata.csv").write_text("\n".join(["text,file_name,label", *lines]))
+
+
+def test_images_labelled_by_a_metadata_file(tmp_path: Path) -> None:
+    describe(tmp_path / "all", a="red", b="blue", c="red")
+    layout = read_folder(tmp_path / "all")
+    assert (layout.classes, layout.divided) == (["blue", "red"], False)
+    assert {(Path(path).name, layout.classes[label]) for path, label in layout.samples} == {
+        *(("a.png", "red"), ("b.png", "blue"), ("c.png", "red"))
+    }
+    describe(tmp_path / "parts" / "train", a="red", b="blue", c="green")
+    describe(tmp_path / "parts" / "validation", d="red")
+    layout = read_folder(tmp_path / "parts")
+    assert layout.classes == ["blue", "green", "red"] and layout.divided
+    assert [len(samples) for samples in layout.splits.values()] == [3, 1, 0]
+    assert layout.val == [(str(tmp_path / "parts" / "validation" / "d.png"), 2)]
+    write_images(tmp_path / "parts" / "test", 1)
+    with pytest.raises(UserError, match=r"parts/test has no metadata\.csv"):
+        read_folder(tmp_path / "parts")
+
+
+def test_class_folders_count_where_images_are_in_them(images: Path) -> None:
+    for folder in (images, images / "train"):
+        (folder / "metadata.csv").write_text("file_name,label\nred/0.png,blue\n")
+    assert read_folder(images).classes == ["blue", "green", "red"]
 
 
 def test_a_folder_or_a_list_and_not_both(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Both stages from a configuration, in this process, at toy size."""
 
 import csv
+import logging
 import math
 import re
 from pathlib import Path
@@ -38,8 +39,7 @@ def test_both_stages_train_test_and_hand_over(
 ) -> None:
     figure = run(configure(*toy(images, *SHORT, f"output={tmp_path / 'out'}")))
     assert figure >= 0.8  # three flat colours are easy
-    printed, progress = capsys.readouterr()
-    assert "epoch" not in progress.lower()  # nothing took 2 s
+    printed = capsys.readouterr().out
     λs, (start, epoch) = rows(printed)[:4], rows(printed)[4:]
     assert [(row[0], row[4]) for row in λs] == [
         *(("1/4", "0.0001"), ("2/4", "1e-05"), ("3/4", "1e-06"), ("4/4", "1e-07"))
@@ -62,6 +62,19 @@ def test_both_stages_train_test_and_hand_over(
         assert (tmp_path / "out" / stage / "curves.png").stat().st_size > 5_000
         assert (tmp_path / "out" / stage / "metrics.csv").is_file()
     assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
+
+
+def test_lightning_does_not_join_in(
+    images: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    run(configure(*toy(images, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'out'}")))
+    logging.getLogger("lightning.pytorch").removeHandler(handler)
+    assert [record.getMessage() for record in heard] == []
+    assert [str(each.message) for each in recwarn if "lightning" in each.filename] == []
 
 
 @pytest.mark.slow

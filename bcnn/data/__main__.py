@@ -30,7 +30,8 @@ their formats and sizes, broken files, the same image in training and test, clas
 with few. Draws a contact sheet (outputs/<date>/<time>-data/contact_sheet.png), and trains nothing.
 
 PATH is a folder with train/, val/ and test/ of class folders, a folder of class folders, or a CSV or
-text file with lines of path,label[,split].
+text file with lines of path,label[,split]. Images beside a metadata.csv of file_name,label (Hugging
+Face's imagefolder), in one folder or in train/, val/ and test/, are labelled by that.
 
   val_fraction=0.1     of each class, where no image is in val
   test_fraction=null   of each class, where no image is in test; null: 0.2 without any split, else 0

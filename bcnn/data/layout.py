@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,8 @@ SPLITS = {
 BESIDE = {"set", "data", "images", "photos", "split"}  # words that say nothing beside a split's
 
 OWN = ("outputs", "multirun")  # where a run in a folder of photographs puts its files
+
+METADATA = "metadata.csv"  # of file_name,label
 
 WAYS_IN = "<class>/<images>, {train,val,test}/<class>/<images>, or a list (data.list)"
 
@@ -81,12 +83,16 @@ class Layout:
 def read_folder(root: Path) -> Layout:
     """`root/{train,val,test}/<class>/*`, by any name of `SPLITS`, or `root/<class>/*`.
 
+    Images without class folders are labelled by a `metadata.csv` beside them.
+
     Raises:
         UserError: there is no such folder, two folders for one split, or a folder that looks like a
             split, or stands beside splits, and is none that is known.
     """
     if not root.is_dir():
         raise UserError(f"no such folder: {root} (data.root)")
+    if lists := _metadata(root):
+        return _read_lists(lists)
     parts = _split_folders(root)
     folders = [
         (split, _name(folder.name), folder)
@@ -110,6 +116,39 @@ def read_folder(root: Path) -> Layout:
         )
     if not parts:
         layout.remarks += _alike(root)
+    return layout
+
+
+def _metadata(root: Path) -> dict[str, Path]:
+    """Hugging Face's lists of a folder's images, which are beside them: one, or one of each split."""
+    named = ((_split_of(folder.name), folder) for folder in subfolders(root))
+    parts = {found[0]: folder for found, folder in named if found and not found[1]}
+    places = {split: folder / METADATA for split, folder in {"": root, **parts}.items()}
+    lists = {
+        split: file
+        for split, file in places.items()
+        if file.is_file() and _holds_images(file.parent) and _labels(_rows(file)[0][1])
+    }
+    if lists and "" not in lists and (others := parts.keys() - lists):
+        raise UserError(
+            f"{parts[min(others)]} has no {METADATA} of file_name,label and images beside it, as "
+            f"{listed(map(str, lists.values()))}: add it, or move the folder away"
+        )
+    return lists
+
+
+def _read_lists(lists: Mapping[str, Path]) -> Layout:
+    """A list of all, called "", or a list of each split."""
+    if "" in lists:
+        return read_list(lists[""])
+    read = {split: read_list(file) for split, file in lists.items()}
+    layout = Layout(sorted({name for part in read.values() for name in part.classes}))
+    for split, part in read.items():
+        names = [part.classes[label] for _, label in part.samples]
+        layout.splits[split] += [
+            (path, layout.classes.index(name))
+            for (path, _), name in zip(part.samples, names, strict=True)
+        ]
     return layout
 
 
@@ -200,11 +239,11 @@ def read_list(file: Path) -> Layout:
         UserError: the list or an image of it cannot be found, or a line is not understood.
     """
     rows = _rows(file)
-    header = [cell.lower() for cell in rows[0][1]]
-    if {"path", "label"} <= set(header):
+    header = _labels(rows[0][1])
+    if header:
         rows = rows[1:]
     else:
-        header = ["path", "label", "split"][: len(header)]
+        header = ["path", "label", "split"][: len(rows[0][1])]
     if len(header) < 2:
         raise UserError(f"{file}, line {rows[0][0]}: expected path,label or path,label,split")
     folder = file.parent
@@ -241,6 +280,12 @@ def read_list(file: Path) -> Layout:
     for path, (name, split, _) in entries.items():
         layout.splits[split].append((path, labels[name]))
     return layout
+
+
+def _labels(cells: list[str]) -> list[str]:
+    """The names of a list's columns, if that is what its first line has; else none."""
+    header = ["path" if cell.lower() == "file_name" else cell.lower() for cell in cells]
+    return header if {"path", "label"} <= set(header) else []
 
 
 def no_images(layout: Layout, source: Path) -> list[str]:

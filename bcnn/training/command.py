@@ -3,12 +3,13 @@
 import os
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.options import literal, print_any_text
@@ -27,10 +28,13 @@ def main(words: list[str]) -> int:
     print_any_text()
     raise_interruptions()
     resumed = [word for word in words if word.startswith("resume=")]
+    # What follows a flag is its value.
+    bare = [word for flag, word in pairwise(["", *words]) if "=" not in word and flag[:1] != "-"]
+    folders = [word for word in bare if Path(word).is_dir()]
     if resumed and words[1:]:
-        sentence = f"{resumed[0]} goes on with the options of that run: give no others"
-        say(f"error: {sentence}", file=sys.stderr)
-        return 1
+        return _mistake(f"{resumed[0]} goes on with the options of that run: give no others")
+    if folders:
+        return _mistake(f"{folders[0]}: to train on a folder, write data=folder data.root={folders[0]}")
     try:
         if resumed:
             folder = Path(resumed[0].removeprefix("resume=")).expanduser()
@@ -44,6 +48,11 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _mistake(sentence: str) -> int:
+    say(f"error: {sentence}", file=sys.stderr)
+    return 1
+
+
 def _compose(words: list[str]) -> None:
     """Have Hydra make a configuration of the words, or in a sweep several, and train by each."""
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(words)
@@ -53,10 +62,7 @@ def _compose(words: list[str]) -> None:
     def run(cfg: DictConfig) -> float:
         """Returns validation top-1, for sweeps to maximise."""
         sys.argv = called  # by which Lightning starts the processes of other GPUs
-        stages = "last, then finetune" if cfg.stage == "both" else cfg.stage
-        images = cfg.data.get("list") or cfg.data.get("root")
-        output = os.path.relpath(cfg.output)
-        room = _stages(f"training stage {stages}; images: {images}; output: {output}")
+        room = _stages(_opening(cfg))
         return told(room.run, cfg, list(HydraConfig.get().overrides.task))
 
     # What Hydra reads: `data.root=2024` is a folder, not a number.
@@ -69,6 +75,16 @@ def _own_configuration(words: list[str]) -> list[str]:
     given = any(word.startswith(("--config-dir", "-cd")) for word in words)
     there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
     return ["--config-dir=conf"] if there and not given else []
+
+
+def _opening(cfg: DictConfig) -> str:
+    """The first line; mistakes are found later."""
+    stage, images, images_list, output = (
+        OmegaConf.select(cfg, name) for name in ("stage", "data.root", "data.list", "output")
+    )
+    stages = "last, then finetune" if stage == "both" else stage
+    here = str(output).removeprefix(f"{Path.cwd()}{os.sep}")
+    return f"training stage {stages}; images: {images_list or images}; output: {here}"
 
 
 def _stages(opening: str) -> ModuleType:

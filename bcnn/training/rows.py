@@ -43,6 +43,7 @@ class EpochRows(L.Callback):
         say(_row("epoch", "train loss", "val loss", "val top-1", "λ" if self.l2 else "rate", "time"))
         if self.keep.start and not self.keep.resumed:
             say(_row("start", "–", *_validation(self.keep.start), "–", "–"))
+        self._begin("preparing the first epoch")  # a pass over images where the head is centered
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -75,8 +76,9 @@ class EpochRows(L.Callback):
     def on_exception(self, *_: Any) -> None:
         self._shown.close()
 
-    def _begin(self, what: str, batches: float, left: Callable[[], str] | None = None) -> None:
-        shown = progress(what, int(batches), "batches", left, self.show)
+    def _begin(self, what: str, batches: float = 0, left: Callable[[], str] | None = None) -> None:
+        self._shown.close()
+        shown = progress(what, int(batches) or None, "batches", left, self.show)
         self._task = self._shown.enter_context(shown)
 
     def _left(self, trainer: L.Trainer) -> str:

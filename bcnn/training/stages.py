@@ -1,9 +1,13 @@
 """Run the stages that a configuration names, each from the best weights of the one before."""
 
+import logging
 import math
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,9 +49,27 @@ from bcnn.training.tracking import close, log_configuration, log_results, make_l
 
 LOG = "train.log"  # in the output folder: all that was said
 
-say = rank_zero_only(terminal.say)
+say, log = rank_zero_only(terminal.say), rank_zero_only(terminal.log)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks on the machine, and on what a stage means to do."""
+    remarks = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
+    levels = [each.level for each in remarks]
+    for each in remarks:
+        each.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for module in ("lightning", "torch.utils.data"):
+                warnings.filterwarnings("ignore", module=module)
+            yield
+    finally:
+        for each, level in zip(remarks, levels, strict=True):
+            each.setLevel(level)
+
+
+@_quiet()
 def run(cfg: DictConfig, words: list[str] | None = None) -> float:
     """Train the stages, test them, and say where the results are.
 
@@ -75,6 +97,7 @@ def run(cfg: DictConfig, words: list[str] | None = None) -> float:
     return _run(Record(cfg, words))
 
 
+@_quiet()
 def resume(folder: Path) -> float:
     """Go on with a run that was interrupted, to the same weights as if it had not been.
 
@@ -93,7 +116,7 @@ def resume(folder: Path) -> float:
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
     with terminal.logged(output / LOG):
-        terminal.log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+        log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
         try:
             trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
             device = trainer.strategy.root_device
@@ -104,12 +127,12 @@ def _run(record: Record) -> float:
             report = _report(cfg, results, images, model)
             rank_zero_only(record.finish)()
         except (Interruption, UserError, OSError) as error:
-            terminal.log(f"{type(error).__name__}: {error}")
+            log(f"{type(error).__name__}: {error}")
             say_how_to_go_on(output)
             raise
         say_where(record, results, report)
         if results[-1].failure:
-            terminal.log(results[-1].failure)
+            log(results[-1].failure)
             raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
 

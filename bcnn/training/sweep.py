@@ -4,7 +4,6 @@ import logging
 import math
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,6 @@ def in_sweep() -> bool:
 
 def told(act: Callable[..., float], *arguments: Any) -> float:
     """Do it; a mistake is a sentence and ends the program with exit code 1, or is noted in a sweep."""
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", module="torch.utils.data")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         return act(*arguments)
     except (UserError, OSError) as error:  # OSError: such as a disk that is full
