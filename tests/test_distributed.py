@@ -18,6 +18,7 @@ from torch import Tensor
 from bcnn.errors import UserError
 from bcnn.model import backbones
 from bcnn.model.network import BCNN
+from bcnn.ranks import from_first
 from bcnn.training.plan import plan
 from bcnn.training.stages import run
 
@@ -108,3 +109,20 @@ def test_the_first_rank_alone_asks_for_room(
         monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
         with pytest.raises(UserError, match="no room") if rank == 0 else nullcontext():
             plan("last", options, folder_data(images), tiny, "32-true")
+
+
+def test_a_mistake_of_the_first_rank_reaches_the_others_before_it_ends() -> None:
+    sent: list[object] = []
+
+    def broadcast(outcome: object) -> object:
+        sent.append(outcome)
+        return outcome
+
+    def mistake() -> None:
+        raise UserError("no space left")
+
+    with pytest.raises(UserError, match="no space left"):
+        from_first(0, broadcast, mistake)
+    assert [type(outcome) for outcome in sent] == [UserError]
+    with pytest.raises(UserError, match="no space left"):
+        from_first(1, lambda mine: sent[0], lambda: pytest.fail("only the first asks"))

@@ -37,9 +37,9 @@ class SeedEpochs(L.Callback):
 class Float16(L.Callback):
     """The scale of the gradients in 16-mixed, and what it costs; nothing in other precisions.
 
-    The smallest gradients of a finetune are lost in float16 at torch's scale, 65,536, at which its
-    largest, 9e3, leave room for twice that: hence `SCALE`. Torch would double it after 2,000 steps,
-    more than many a finetune has.
+    Of the gradients of conv1 to conv3 a third are too small for float16's full precision at torch's
+    scale, 65,536, at which the largest come to 9e3 of 65,504: `SCALE` is twice that. One too large
+    costs a step each time it is halved; one too small torch would double after 2,000 steps only.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
