@@ -13,7 +13,7 @@ from bcnn.store import VIEWS
 from bcnn.training.module import BCNNModule
 from bcnn.training.solver import ConvexProblem, Rows
 
-LEAST = 1e-10  # the smallest λ that a path is extended to: less is lost in the factor's rounding
+LEAST = 1e-9  # the smallest λ that a path is extended to: less is lost in the factor's rounding
 
 
 class ConvexModule(BCNNModule):

@@ -53,7 +53,8 @@ class ConvexProblem:
         labels: (rows,), in 0..classes - 1.
         classes: how many.
         loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
-        tolerance: largest entry of the gradient at which a solution counts as converged.
+        tolerance: largest entry of the gradient at which a solution counts as converged; λ where that
+            is less.
         device: to compute on.
 
     Attributes:
@@ -77,6 +78,7 @@ class ConvexProblem:
             device = "cpu"
         self.rows = rows
         self.labels = labels.to(device)
+        self.tolerance = tolerance
         self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(device, torch.float64)
         starts = range(0, len(rows), BLOCK)
         sums = [rows[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
@@ -141,17 +143,23 @@ class ConvexProblem:
         solved = [part.detach().clone() for part in (self.theta, self.bias)]
         for fold in track(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
+            with torch.no_grad():
+                self.theta.zero_()
+                self.bias.zero_()
             self._descend(l2, ~held, self.optimizer.step)
             with torch.no_grad():
                 logits[held] = (self.factor @ self.theta + self.bias)[held]
-                for part, value in zip((self.theta, self.bias), solved, strict=True):
-                    part.copy_(value)
+        with torch.no_grad():
+            for part, value in zip((self.theta, self.bias), solved, strict=True):
+                part.copy_(value)
         return logits
 
     def _descend(
         self, l2: float, seen: Tensor | slice, step: Callable[[Callable[[], Tensor]], object]
     ) -> None:
         """To the optimum on the rows that are seen, where it leaves the gradients."""
+        # A gradient as large as λ tells nothing of the solution's length.
+        self.optimizer.param_groups[0]["tolerance_grad"] = min(self.tolerance, l2)
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
