@@ -24,6 +24,9 @@ from bcnn.progress import track
 # rows × rows in float32 and in float64 is 1.7 GB at this many: 6,000 images in two views
 MAX_ROWS = 12_000
 
+STEPS = 1000  # of L-BFGS at most, for one λ
+FOLD_STEPS = 100  # for one fold, of which no weights are kept
+
 BLOCK = 512  # rows in memory at a time: 0.27 GB in float32
 
 
@@ -96,7 +99,7 @@ class ConvexProblem:
         self.bias = self.factor.new_zeros(classes).requires_grad_()
         self.optimizer = torch.optim.LBFGS(
             [self.theta, self.bias],
-            max_iter=1000,
+            max_iter=STEPS,
             history_size=30,
             tolerance_grad=tolerance,
             tolerance_change=1e-12,
@@ -126,7 +129,7 @@ class ConvexProblem:
             )
 
     def held_out(self, l2: float, folds: Tensor) -> Tensor:
-        """What solutions say of rows that they have not seen, in cross-validation.
+        """What solutions, or nearly, say of rows that they have not seen, in cross-validation.
 
         Rows of the factor stand for the rows themselves, so a fold is the same problem with some left
         out of the loss, begun from the last solution. That one is left as it is.
@@ -141,6 +144,8 @@ class ConvexProblem:
         folds = folds.to(self.factor.device)
         logits = self.factor.new_empty(len(folds), len(self.bias))
         solved = [part.detach().clone() for part in (self.theta, self.bias)]
+        (group,) = self.optimizer.param_groups
+        group["max_iter"] = FOLD_STEPS
         for fold in track(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
             with torch.no_grad():
@@ -149,6 +154,7 @@ class ConvexProblem:
             self._descend(l2, ~held, self.optimizer.step)
             with torch.no_grad():
                 logits[held] = (self.factor @ self.theta + self.bias)[held]
+        group["max_iter"] = STEPS
         with torch.no_grad():
             for part, value in zip((self.theta, self.bias), solved, strict=True):
                 part.copy_(value)
