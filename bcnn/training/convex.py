@@ -14,6 +14,7 @@ from bcnn.training.module import BCNNModule
 from bcnn.training.solver import ConvexProblem, Rows
 
 LEAST = 1e-9  # the smallest λ that a path is extended to: less is lost in the factor's rounding
+ENOUGH = 0.01  # validation loss under which there is nothing left to gain by it
 
 
 class ConvexModule(BCNNModule):
@@ -95,7 +96,7 @@ class ConvexModule(BCNNModule):
         *before, loss = self._val_losses
         last = self.l2[-1]
         at_end = before and len(before) + 1 == len(self.l2) and last == min(self.l2)
-        if at_end and loss < 0.99 * min(before) and last > 1.5 * LEAST:
+        if at_end and ENOUGH < loss < 0.99 * min(before) and last > 1.5 * LEAST:
             self.l2.append(last / 10)
             self.trainer.fit_loop.max_epochs = len(self.l2)
 
