@@ -34,7 +34,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 # `make torture` draws more of the same; neither leaves files behind, nor depends on the day.
 settings.register_profile(
     "default",
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,

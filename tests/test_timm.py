@@ -155,13 +155,13 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_both_stages(images: Path, tmp_path: Path) -> None:
-    torch.save(network("tf_efficientnet_lite0").state_dict(), tmp_path / "theirs.pth")
-    chosen = ["model/backbone=timm", "model.backbone.model=tf_efficientnet_lite0", "data.size=64"]
+    torch.save(network("resnet10t").state_dict(), tmp_path / "theirs.pth")
+    chosen = ["model/backbone=timm", "model.backbone.model=resnet10t", "data.size=64"]
     options = [*chosen, "finetune.epochs=1", f"output={tmp_path / 'out'}"]
     words = toy(images, *options, f"model.weights={tmp_path / 'theirs.pth'}")
     run(configure(*(word for word in words if word != "model.weights=random")))
     model = load_model(tmp_path / "out" / "finetune" / "best.ckpt")
-    assert model.chosen["backbone"]["model"] == "tf_efficientnet_lite0"
+    assert model.chosen["backbone"]["model"] == "resnet10t"
     write_onnx(model, tmp_path / "model.onnx", softmax=True)
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     found = read_onnx(tmp_path / "model.onnx")(pixels)
