@@ -100,6 +100,12 @@ def bounded(seconds: float = 20, megabytes: int = 3000) -> Iterator[None]:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < megabytes * 1000
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, dealt to two processes: else one waits at the end for the other's last."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+    items[:] = items[::2] + items[1::2]
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
