@@ -243,7 +243,7 @@ def _refuse_values(cfg: DictConfig) -> None:
 def _refuse_network(cfg: DictConfig) -> None:
     """What the network will not take, found by making one without memory for its weights."""
     with torch.device("meta"):
-        backbone = make_backbone(**cfg.model.backbone, project=cfg.model.project)
+        backbone = make_backbone(**cfg.model.backbone, project=cfg.model.get("project"))
         make_pooling(backbone.channels, **cfg.model.pooling)
     if cfg.finetune.open_from not in (None, *backbone.layers):
         raise UserError(

@@ -37,10 +37,10 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
         UserError: the weights cannot be had, or `ckpt` was trained on other classes.
     """
     if cfg.ckpt is None:
-        network = (cfg.model.backbone, cfg.model.pooling, cfg.model.project)
+        network = (cfg.model.backbone, cfg.model.pooling, cfg.model.get("project"))
         model = BCNN(images.classes, images.framing, *network)
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
-        if cfg.model.project is not None:
+        if cfg.model.get("project") is not None:
             fit_projection(model.backbone, images, device, cfg.trainer.precision)
         model.split = images.split
         return model
@@ -96,7 +96,7 @@ def plan(
         # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
         limits = {"max_epochs": len(options.l2), "limit_train_batches": 1, "precision": "32-true"}
         views = data.views(images.train)
-        return ConvexModule(model, *views, options.l2, loss, folds=options.folds), data, limits
+        return ConvexModule(model, *views, options.l2, loss, folds=options.get("folds")), data, limits
     limits = {"max_epochs": options.epochs, "accumulate_grad_batches": options.accumulate}
     scheduler = instantiate(options.scheduler)
     if getattr(scheduler, "func", None) is reduce_on_plateau and not images.val:
