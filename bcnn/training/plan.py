@@ -37,10 +37,11 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
         UserError: the weights cannot be had, or `ckpt` was trained on other classes.
     """
     if cfg.ckpt is None:
-        network = (cfg.model.backbone, cfg.model.pooling, cfg.model.get("project"))
+        project = cfg.model.get("project")
+        network = (cfg.model.backbone, cfg.model.pooling, project)
         model = BCNN(images.classes, images.framing, *network)
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
-        if cfg.model.get("project") is not None:
+        if project is not None:
             fit_projection(model.backbone, images, device, cfg.trainer.precision)
         model.split = images.split
         return model
