@@ -71,7 +71,7 @@ class Float16(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         skipped, steps = int(self._skipped), trainer.global_step - self._steps
         if skipped > steps * MANY:
-            trainer.print(
+            say(
                 f"epoch {trainer.current_epoch + 1}: {skipped} of {steps} steps were left out, their "
                 "gradients being too large for float16: try trainer.precision=32-true"
             )
