@@ -10,7 +10,7 @@ GROUPS = {
     for group in (ROOT / "conf").iterdir()
     if group.is_dir()
 }
-PLACES = {"schedule": "schedule@finetune.scheduler"}  # groups that are composed elsewhere
+PLACES = {"schedule": "schedule@finetune.scheduler", "optimizer": "optimizer@finetune.optimizer"}  # groups that are composed elsewhere
 CHOICES = [
     f"{PLACES.get(group, group)}={choice}" for group, choices in GROUPS.items() for choice in choices
 ]
@@ -81,3 +81,54 @@ def test_protocol_of_the_papers(name: str, resize: str, side: int) -> None:
     assert cfg.data.size / cfg.data.crop_pct == side
     assert (cfg.stage, cfg.model.weights) == ("both", "imagenet")
     assert type(instantiate(cfg.data)).__name__.lower() == name
+
+
+RECIPES = {  # by the authors' code, each named in its file
+    "bcnn": ("bilinear", None, "Adam", 1e-4, 1e-5, 45, 128, [0.556]),
+    "improved": ("sqrt", None, "Adam", 1e-4, 1e-5, 45, 128, [0.556]),
+    "isqrt": ("sqrt", 256, "SGD", 3e-3, 1e-4, 40, 10, [0.5]),
+    "cbp": ("compact", None, "SGD", 1e-3, 5e-4, 100, 10, None),
+}
+
+
+@pytest.mark.parametrize("data", ["cub200", "aircraft", "cars", "nabirds"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_the_constants_of_its_authors_on_any_set(name: str, data: str) -> None:
+    cfg = configure(f"experiment={name}", f"data={data}")
+    assert cfg.data == configure(f"data={data}").data
+    tuning = cfg.finetune
+    assert (
+        cfg.model.pooling.name,
+        cfg.model.project,
+        tuning.optimizer._target_.removeprefix("torch.optim."),
+        tuning.optimizer.lr,
+        tuning.optimizer.weight_decay,
+        tuning.epochs,
+        tuning.batch_size * tuning.accumulate,
+        tuning.scheduler and tuning.scheduler.milestones,
+    ) == RECIPES[name]
+    assert (cfg.stage, cfg.model.weights, cfg.data.size) == ("both", "imagenet", 448)
+    assert tuning.polyak is None and not tuning.centering
+    assert cfg.model.pooling.get("root", "signed") == (None if name == "isqrt" else "signed")
+    assert cfg.model.pooling.get("centred", False) == (name == "isqrt")
+
+
+def test_foundation_is_one_stage_of_frozen_features() -> None:
+    cfg = configure("experiment=foundation", "data=folder", "data.root=photos")
+    assert (cfg.stage, cfg.data.size, cfg.model.project) == ("last", 224, 256)
+    assert (cfg.model.backbone.name, cfg.model.weights) == ("timm", "pretrained")
+    assert cfg.model.backbone.model.startswith("vit_small_patch14_dinov2")
+
+
+def test_multistep_falls_at_shares_of_the_steps() -> None:
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
+    cfg = configure("schedule@finetune.scheduler=multistep", "finetune.scheduler.milestones=[0.5,0.75]")
+    schedule = instantiate(cfg.finetune.scheduler)(optimizer, total_steps=8)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])

@@ -36,6 +36,7 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
         (["finetune.epochs=2.5"], r"finetune\.epochs: .*2\.5"),
         (["finetune.polyak=many"], r"finetune\.polyak: .*many"),
         (["finetune.polyak=0"], r"finetune\.polyak=0: a number over zero"),
+        (["optimizer@finetune.optimizer=adam"], r"finetune\.polyak .*Adam.*add finetune\.polyak=null"),
         (["last.folds=1"], r"last\.folds=1: 2 or more, or null"),
         (["last.l2=[]"], r"last\.l2=\[\]: one number over zero"),
         (["last=sgd", "last.batch_size=0"], r"last\.batch_size=0"),

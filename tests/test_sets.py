@@ -599,7 +599,8 @@ def test_some_classes_of_a_set(publish: Publish, tmp_path: Path) -> None:
 def test_both_stages_on_a_set_from_the_web(publish: Publish, tmp_path: Path) -> None:
     publish(aircraft())
     options = [
-        "experiment=aircraft",
+        "experiment=bcnn",
+        "data=aircraft",
         f"data.root={tmp_path / 'data'}",
         "data.size=32",
         "data.num_workers=0",

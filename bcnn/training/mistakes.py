@@ -52,7 +52,9 @@ MADE = (
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
 )
-SCHEDULES = {"bcnn.training.module.warmup_cosine", "bcnn.training.module.reduce_on_plateau"}
+SCHEDULES = {
+    f"bcnn.training.module.{name}" for name in ("warmup_cosine", "multistep", "reduce_on_plateau")
+}
 INSTEAD = {
     "accumulate_grad_batches": "last.accumulate (of last=sgd) and finetune.accumulate",
     "callbacks": "callbacks=NAME, or +callbacks.NAME._target_=…",
@@ -232,6 +234,12 @@ def _refuse_values(cfg: DictConfig) -> None:
         raise UserError(f"last.folds={folds}: 2 or more, or null for no cross-validation")
     if cfg.finetune.polyak is not None and cfg.finetune.polyak <= 0:
         raise UserError(f"finetune.polyak={cfg.finetune.polyak}: a number over zero, or null")
+    kind = cfg.finetune.optimizer._target_
+    if cfg.finetune.polyak is not None and kind.startswith("torch.optim.Adam"):
+        raise UserError(
+            f"finetune.polyak limits gradients, and the steps of {kind} are as long whatever the length of "
+            "those: add finetune.polyak=null"
+        )
     if cfg.finetune.centering and cfg.finetune.batch_size < 4:
         raise UserError(
             f"finetune.batch_size={cfg.finetune.batch_size} is too small to take its mean off: use 4 "

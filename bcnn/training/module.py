@@ -1,7 +1,7 @@
 """The LightningModule: a stage flag that freezes the features or opens them, the step, the metrics."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
 from bcnn.data.sampler import PADDING, epoch_of
@@ -229,6 +229,14 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -
         return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total_steps - ramp)))
 
     return LambdaLR(optimizer, factor)
+
+
+def multistep(
+    optimizer: Optimizer, total_steps: int, milestones: Sequence[float] = (0.5,), factor: float = 0.1
+) -> MultiStepLR:
+    """torch's `MultiStepLR`, of milestones that are shares of the steps."""
+    steps = [round(share * total_steps) for share in milestones]
+    return MultiStepLR(optimizer, steps, factor)
 
 
 def reduce_on_plateau(
