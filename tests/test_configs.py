@@ -10,7 +10,10 @@ GROUPS = {
     for group in (ROOT / "conf").iterdir()
     if group.is_dir()
 }
-PLACES = {"schedule": "schedule@finetune.scheduler", "optimizer": "optimizer@finetune.optimizer"}  # groups that are composed elsewhere
+PLACES = {  # groups that are composed elsewhere
+    "schedule": "schedule@finetune.scheduler",
+    "optimizer": "optimizer@finetune.optimizer",
+}
 CHOICES = [
     f"{PLACES.get(group, group)}={choice}" for group, choices in GROUPS.items() for choice in choices
 ]
