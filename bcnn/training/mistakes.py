@@ -237,8 +237,8 @@ def _refuse_values(cfg: DictConfig) -> None:
     kind = cfg.finetune.optimizer._target_
     if cfg.finetune.polyak is not None and kind.startswith("torch.optim.Adam"):
         raise UserError(
-            f"finetune.polyak limits gradients, and steps of {kind} are as long whatever their length: add "
-            "finetune.polyak=null"
+            f"finetune.polyak limits gradients, and steps of {kind} are as long whatever those are: "
+            "add finetune.polyak=null"
         )
     if cfg.finetune.centering and cfg.finetune.batch_size < 4:
         raise UserError(
