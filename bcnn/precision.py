@@ -11,6 +11,10 @@ from bcnn.errors import UserError
 # what autocast computes convolutions in; other precisions need no autocast
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
+# NVIDIA's compute capabilities with half of float32's rate in float64; others have a 32nd or a 64th
+# ("CUDA C++ Programming Guide", throughput of native arithmetic instructions).
+FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
 
 def fastest_precision(accelerator: str = "auto") -> str:
     """bf16-mixed where the device computes in bfloat16, 16-mixed on older GPUs, else 32-true.
@@ -36,6 +40,12 @@ def best_device() -> torch.device:
         _refuse_unbuilt()
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def double_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 what is on a device: there, or on the CPU where that is faster."""
+    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_DOUBLE
+    return torch.device("cpu") if slow or device.type == "mps" else device
 
 
 def autocast(device: torch.device, precision: str | None = None) -> AbstractContextManager[object]:

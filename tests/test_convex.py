@@ -245,11 +245,6 @@ def test_solution_is_that_of_the_formulas_as_they_stand(
     assert torch.equal(rows, before)
 
 
-def test_a_device_without_float64_leaves_the_work_to_the_cpu(rows: Tensor) -> None:
-    problem = ConvexProblem(rows, LABELS, CLASSES, device="mps")
-    assert problem.mean.device.type == problem.factor.device.type == "cpu"
-
-
 def descriptors(root: Path) -> DescriptorData:
     return build(DescriptorData(folder_data(root, val_fraction=0), network(), "32-true"))
 

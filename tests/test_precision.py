@@ -8,7 +8,7 @@ import torch
 from conftest import configure, toy
 
 from bcnn.errors import UserError
-from bcnn.precision import about_device, best_device, fastest_precision
+from bcnn.precision import about_device, best_device, double_device, fastest_precision
 from bcnn.training.mistakes import refuse_mistakes
 from bcnn.training.stages import run
 
@@ -86,3 +86,21 @@ def test_a_gpu_that_is_asked_for_and_not_seen(monkeypatch: pytest.MonkeyPatch) -
         match=r"trainer\.accelerator=gpu: torch .*, built for CUDA 13\.0, sees no GPU; .* nvidia-smi",
     ):
         refuse_mistakes(configure("trainer=gpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "there"),
+    [
+        ("cpu", (0, 0), True),
+        ("mps", (0, 0), False),  # which has no float64
+        ("cuda", (8, 0), True),
+        ("cuda", (9, 0), True),
+        ("cuda", (8, 9), False),  # a 64th of float32's rate
+        ("cuda", (12, 0), False),
+    ],
+)
+def test_float64_is_computed_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], there: bool
+) -> None:
+    pretend(monkeypatch, capability)
+    assert double_device(torch.device(device)).type == (device if there else "cpu")

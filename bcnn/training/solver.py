@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
+from bcnn.precision import double_device
 from bcnn.progress import track
 
 # rows × rows in float32 and in float64 is 1.7 GB at this many: 6,000 images in two views
@@ -58,7 +59,7 @@ class ConvexProblem:
         loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
         tolerance: largest entry of the gradient at which a solution counts as converged; λ where that
             is less.
-        device: to compute on.
+        device: to multiply rows on; what is in float64 is computed where that is fast.
 
     Attributes:
         mean: of the rows, (width,) in float32.
@@ -77,12 +78,11 @@ class ConvexProblem:
         tolerance: float = 1e-7,
         device: torch.device | str = "cpu",
     ) -> None:
-        if torch.device(device).type == "mps":  # which has no float64
-            device = "cpu"
+        double = double_device(torch.device(device))
         self.rows = rows
-        self.labels = labels.to(device)
+        self.labels = labels.to(double)
         self.tolerance = tolerance
-        self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(device, torch.float64)
+        self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(double, torch.float64)
         starts = range(0, len(rows), BLOCK)
         sums = [rows[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
         self.mean = torch.stack(sums).sum(dim=0) / len(rows)
@@ -92,9 +92,10 @@ class ConvexProblem:
             )
         self.primal = len(rows) > len(self.mean)
         if self.primal:
-            self.factor = torch.cat([_centred(rows, i, self.mean).double() for i in starts])
+            blocks = [_centred(rows, i, self.mean).to(double).double() for i in starts]
+            self.factor = torch.cat(blocks)
         else:
-            self.factor = cholesky(gram_matrix(rows, self.mean))
+            self.factor = cholesky(gram_matrix(rows, self.mean).to(double))
         self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
         self.bias = self.factor.new_zeros(classes).requires_grad_()
         self.optimizer = torch.optim.LBFGS(
@@ -183,7 +184,8 @@ class ConvexProblem:
         """W = αᵀX, a block of rows at a time."""
         if self.primal:
             return self.theta.mT.float()
-        alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True).float()
+        alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True)
+        alpha = alpha.float().to(self.mean.device)
         weight = self.mean.new_zeros(alpha.shape[1], len(self.mean))
         for i in range(0, len(alpha), BLOCK):
             weight.addmm_(alpha[i : i + BLOCK].mT, _centred(self.rows, i, self.mean))
