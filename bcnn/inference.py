@@ -24,13 +24,17 @@ from bcnn.report.rows import Prediction
 
 
 @torch.no_grad()
-def probabilities(model: BCNN, inputs: Tensor, precision: str | None = None) -> Tensor:
+def probabilities(
+    model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False
+) -> Tensor:
     """Class probabilities of images or stored rows: the one place where a trained model sees any.
 
     Args:
         model: on any device.
         inputs: images as a backbone takes them, or rows (batch, width).
         precision: Lightning's name; None: the fastest of the model's device.
+        mirror: take the mean of the logits of an image and of its mirror image. As the head is linear,
+            they are those of the two's mean row.
 
     Returns:
         (batch, classes), in float32, on the CPU; nan where logits are not finite.
@@ -39,6 +43,8 @@ def probabilities(model: BCNN, inputs: Tensor, precision: str | None = None) -> 
     with autocast(device, precision):
         x = inputs.to(device)
         logits: Tensor = model.head(x) if x.ndim == 2 else model(x)
+        if mirror:
+            logits = (logits + model(x.flip(-1))) / 2
     return _softmax(logits).cpu()
 
 
@@ -56,7 +62,12 @@ def refuse_overflow(outputs: Tensor, paths: Sequence[str]) -> None:
 
 
 def predict_paths(
-    model: BCNN, paths: Sequence[str], top: int = 5, batch: int = 16, workers: int | None = None
+    model: BCNN,
+    paths: Sequence[str],
+    top: int = 5,
+    batch: int = 16,
+    workers: int | None = None,
+    mirror: bool = False,
 ) -> Iterator[Prediction]:
     """Predictions of photographs in their order, in the fastest precision of the model's device.
 
@@ -67,6 +78,7 @@ def predict_paths(
         top: number of classes a photograph, at most all.
         batch: photographs that pass the network together.
         workers: processes that decode; None: one a core, 8 at most.
+        mirror: see `probabilities`.
     """
     if workers is None:
         workers = min(8, cores())
@@ -79,7 +91,8 @@ def predict_paths(
     )
     for names, errors, images in loader:
         if images is not None:
-            likeliest = probabilities(model, images).topk(min(top, len(model.classes)))
+            said = probabilities(model, images, mirror=mirror)
+            likeliest = said.topk(min(top, len(model.classes)))
             found = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         for path, error in zip(names, errors, strict=True):
             if error:
@@ -97,6 +110,7 @@ def predict_split(
     samples: Sequence[tuple[str, int]],
     batches: Iterable[tuple[Tensor, Tensor]],
     precision: str | None = None,
+    mirror: bool = False,
 ) -> Predictions:
     """The model's class probabilities for labelled images, with a progress bar.
 
@@ -105,6 +119,7 @@ def predict_split(
         samples: (path, label) of the images, in the order of `batches`.
         batches: of (inputs, labels); inputs are images, or stored rows, which skip the backbone.
         precision: Lightning's name; None: the fastest of the device.
+        mirror: of images, see `probabilities`.
 
     Raises:
         UserError: the model's answer to an image is not finite.
@@ -113,7 +128,7 @@ def predict_split(
     parts = []
     with progress("predicting", len(samples)) as task:
         for inputs, _ in batches:
-            parts.append(probabilities(model, inputs, precision))
+            parts.append(probabilities(model, inputs, precision, mirror))
             task.advance(len(inputs))
     paths, labels = zip(*samples, strict=True)
     found = torch.cat(parts)

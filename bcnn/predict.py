@@ -27,6 +27,7 @@ python -m bcnn.predict ckpt=FILE PATH ... [OPTION=VALUE ...]
   top=5            how many classes of each photograph
   format=table     table | jsonl | csv
   output=FILE      write there, once all is done, not to standard output; FILE must not exist
+  mirror=false     true: of each photograph and its mirror image together; twice the time
   batch=16         photographs that pass the network together
   workers=N        processes that decode photographs; default: one a core, 8 at most
 
@@ -46,6 +47,7 @@ class Options:
     output: Path | None = None
     batch: int = 16
     workers: int | None = None
+    mirror: bool = False
 
 
 def main(options: Options) -> int:
@@ -66,7 +68,8 @@ def main(options: Options) -> int:
         progress("predicting", len(paths), show=not out.isatty()) as task,
     ):
         write = FORMATS[options.format](out, model.classes, paths, top)
-        for prediction in predict_paths(model, paths, top, options.batch, options.workers):
+        of = top, options.batch, options.workers, options.mirror
+        for prediction in predict_paths(model, paths, *of):
             write(prediction)
             out.flush()
             failed += bool(prediction.error)

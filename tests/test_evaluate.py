@@ -90,6 +90,23 @@ def test_files_agree_with_each_other_and_with_the_model(
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), expected)
 
 
+def test_mirror_takes_the_mean_logits_of_both(
+    checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(images / "test", 2, seed=5)
+    out = tmp_path / "out"
+    words = [f"ckpt={checkpoint}", f"data={images}", f"output={out}", "mirror=true"]
+    assert evaluate(*words) == 0
+    saved = np.load(out / "predictions.npz")
+    data = ImageFolderData(images, size=32, num_workers=0)
+    data.setup()
+    batch = next(iter(data.evaluation_dataloader([(path, 0) for path in saved["paths"].tolist()])))
+    with torch.no_grad():
+        expected = ((model.eval()(batch[0]) + model(batch[0].flip(-1))) / 2).softmax(1)
+    torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), expected)
+    assert "mirror: True" in (out / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_original_pth_says_the_same(
     checkpoint: Path, model: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, ROOT, Run, write_images
@@ -95,6 +96,34 @@ def test_probabilities_are_the_model_s_own_in_every_format(
     heading, line = capsys.readouterr().out.splitlines()
     assert line.startswith(path) and classes[0] in line and f"{values[0]:.1%}" in line
     assert line[heading.index("class") :].startswith(classes[0])
+
+
+def test_mirror_says_the_same_of_a_photograph_and_its_mirror_image(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photos / "red" / "0.png"
+    with Image.open(path) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB").resize((32, 32))))
+        pixels[:, :16] = pixels[:, :16] // 2
+    Image.fromarray(pixels.numpy()).save(path)
+    Image.fromarray(pixels.flip(1).numpy()).save(photos / "red" / "mirrored.png")
+    model = load_model(ckpt)
+    both = torch.stack([pixels, pixels.flip(1)]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits = model(both)
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+
+    def said(*words: str) -> list[float]:
+        assert predict(ckpt, "format=jsonl", *words) == 0
+        found = json.loads(capsys.readouterr().out)["predictions"]
+        by_class = {entry["class"]: entry["probability"] for entry in found}
+        return [by_class[name] for name in model.classes]
+
+    alone, mirrored = (said(f"photos/red/{name}.png") for name in ("0", "mirrored"))
+    assert alone != pytest.approx(mirrored, abs=0.01)
+    for name in ("0", "mirrored"):
+        together = said("mirror=true", f"photos/red/{name}.png")
+        assert together == pytest.approx(logits.mean(dim=0).softmax(0).tolist(), abs=0.02)
 
 
 NAMES = {
