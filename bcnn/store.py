@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ They are in $BCNN_STORES, or in $XDG_CACHE_HOME/bcnn/stores, or in ~/.cache/bcnn
 """
 
 CHUNK = 16  # images
-VIEWS = 2  # the evaluation crop and its mirror image
+VIEWS = 2  # the evaluation crop and its mirror image, which training alone reads
 
 KEY = re.compile("[0-9a-f]{16}")  # name of a store's folder, and of its lock
 ROWS = re.compile(r"([0-9]{6,})-([0-9a-f]{8})\.rows")  # number and checksum of a chunk
@@ -68,12 +68,15 @@ def made_stores_dir() -> Path:
 class DescriptorStore:
     """Rows of one image list: row 2·i is image i's descriptor, row 2·i + 1 its mirror image's.
 
+    Chunks without an image that is mirrored have no rows of mirror images, until somebody needs them.
+
     Args:
         identity: what determines the rows; any change of it leads to another store.
         images: number of images.
         width: entries a row.
         dtype: of the entries on disk.
         about: what `python -m bcnn.store` says it belongs to; not part of the identity.
+        mirrored: the images whose mirror image is read, too; None: all.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class DescriptorStore:
         width: int,
         dtype: str = "float16",
         about: str = "",
+        mirrored: Iterable[int] | None = None,
     ) -> None:
         rows = {"rows": identity, "images": images, "width": width, "entries": dtype}
         self.key = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
@@ -91,12 +95,18 @@ class DescriptorStore:
         self.width = width
         self.dtype = np.dtype(dtype)
         self.about = about
-        self._chunks: dict[int, Path] = {}
+        self._mirrored = None if mirrored is None else {image // CHUNK for image in mirrored}
+        self._chunks: dict[int, tuple[Path, int]] = {}  # and how many views it has of an image
+
+    @property
+    def rows(self) -> int:
+        """How many there are, complete."""
+        return sum(len(self.chunk_images(c)) * self.views(c) for c in range(self.chunk_count))
 
     @property
     def nbytes(self) -> int:
         """Size of the rows on disk, complete."""
-        return self.images * VIEWS * self.width * self.dtype.itemsize
+        return self.rows * self.width * self.dtype.itemsize
 
     @property
     def chunk_count(self) -> int:
@@ -132,27 +142,36 @@ class DescriptorStore:
         """Verify every chunk and change nothing; returns the damaged ones."""
         found = _files(self.folder, ROWS)
         with ThreadPoolExecutor(cores()) as pool:  # zlib lets go of the interpreter's lock
-            verified = pool.map(self._verifies, found)
-            intact = list(track(verified, "verifying descriptors", len(found), "chunks"))
-        chunks = zip(found, intact, strict=True)
-        self._chunks = {int(path.name.split("-")[0]): path for path, good in chunks if good}
-        return [path for path, good in zip(found, intact, strict=True) if not good]
+            verified = pool.map(self._verified_views, found)
+            views = list(track(verified, "verifying descriptors", len(found), "chunks"))
+        self._chunks = {}
+        for path, count in zip(found, views, strict=True):
+            chunk = int(path.name.split("-")[0])
+            if count and count >= self.views(chunk):
+                self._chunks[chunk] = path, count
+        return [path for path, count in zip(found, views, strict=True) if not count]
 
-    def _verifies(self, path: Path) -> bool:
+    def _verified_views(self, path: Path) -> int:
+        """How many views of its images a chunk has; 0 where it is damaged."""
         chunk, checksum = path.stem.split("-")
-        size = len(self.chunk_images(int(chunk))) * VIEWS * self.width * self.dtype.itemsize
+        row = self.width * self.dtype.itemsize
         try:
-            complete = 0 < size == path.stat().st_size
-            return complete and checksum == f"{zlib.crc32(path.read_bytes()):08x}"
+            views, rest = divmod(path.stat().st_size, len(self.chunk_images(int(chunk))) * row or 1)
+            complete = not rest and 0 < views <= VIEWS
+            return views * (complete and checksum == f"{zlib.crc32(path.read_bytes()):08x}")
         except OSError:
-            return False
+            return 0
+
+    def views(self, chunk: int) -> int:
+        """How many rows a chunk has to have of each of its images."""
+        return VIEWS if self._mirrored is None or chunk in self._mirrored else 1
 
     def chunk_images(self, chunk: int) -> range:
         """Positions of the images whose rows the chunk holds."""
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.images))
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
-        """Keep the rows of `chunk_images(chunk)`: (images · 2, width), finite in the dtype on disk.
+        """Keep the rows of `chunk_images(chunk)`: (images · views, width), finite in the dtype on disk.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
@@ -168,7 +187,7 @@ class DescriptorStore:
                 "kept), set BCNN_STORES to a folder on another disk, or choose last=sgd "
                 "last.store=false"
             ) from error
-        self._chunks[chunk] = path
+        self._chunks[chunk] = path, len(rows) // len(self.chunk_images(chunk))
 
     def read(self, rows: Sequence[int], out: np.ndarray) -> None:
         """Rows by index, in the order asked for, into (len(rows), width), in the dtype on disk.
@@ -177,11 +196,13 @@ class DescriptorStore:
         memory until somebody else needs it.
         """
         for row, place in zip(rows, out, strict=True):
-            chunk, offset = divmod(row, CHUNK * VIEWS)
-            path = self._chunks[chunk]
+            image, view = divmod(row, VIEWS)
+            path, views = self._chunks[image // CHUNK]
+            if view >= views:
+                raise IndexError(f"row {row} is of a mirror image that was not asked for")
             try:
                 with path.open("rb", buffering=0) as file:
-                    file.seek(offset * place.nbytes)
+                    file.seek((image % CHUNK * views + view) * place.nbytes)
                     read = file.readinto(place.data)
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror}): run again") from error

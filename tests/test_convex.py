@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
+from bcnn.model.weights import load_model
 from bcnn.report.predictions import Predictions
 from bcnn.training import solver
 from bcnn.training.convex import ConvexModule, fold_numbers
@@ -164,11 +165,37 @@ def test_a_wrong_label_is_found(images: Path, tmp_path: Path) -> None:
     assert page.index("Training photographs to look at") < page.index(str(wrong))
 
 
+def test_without_validation_images_a_cross_validation_chooses_lambda(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels of no meaning: the weaker λ, the worse is what has not been seen."""
+    for i, path in enumerate(sorted((images / "train").glob("*/*.png"))):
+        path.rename(path.parents[1] / ("blue", "green", "red")[i % 3] / f"moved{i}.png")
+    options = ["stage=last", "data.val_fraction=0", "last.l2=[1,1e-2,1e-4]", "last.folds=3"]
+    top1 = run(configure(*toy(images, f"output={tmp_path / 'out'}", *options)))
+    with (tmp_path / "out" / "last" / "metrics.csv").open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["val_loss"]]
+    losses = [float(row["val_loss"]) for row in rows]
+    assert len(losses) == 3 and losses.index(min(losses)) == 0
+    assert top1 == pytest.approx(float(rows[0]["val_top1"]))
+    kept = load_model(tmp_path / "out" / "last" / "best.ckpt")
+    folder = folder_data(images, val_fraction=0)
+    data = build(DescriptorData(folder, kept, "32-true"))
+    problem = ConvexProblem(*data.means(folder.train), CLASSES)
+    torch.testing.assert_close(kept.head.weight, problem.solve(1).weight, rtol=1e-4, atol=1e-6)
+    with (tmp_path / "out" / "held_out.csv").open() as lines:
+        right = [row["correct"] == "1" for row in csv.DictReader(lines)]
+    assert np.mean(right) == pytest.approx(top1)
+    printed = capsys.readouterr().out
+    assert "3-fold cross-validation" in printed
+    assert re.search(r"validation top-1 .* of the training images, each by classifiers", printed)
+
+
 def test_a_class_of_one_image_is_left_out_of_the_cross_validation(images: Path) -> None:
     data = descriptors(images)
     samples = [sample for sample in data.images.train if sample[1] < 2][:9]
     samples += [sample for sample in data.images.train if sample[1] == 2][:1]
-    module = ConvexModule(data.model, *data.views(samples), [1e-4], folds=3)
+    module = ConvexModule(data.model, *data.means(samples), [1e-4], folds=3)
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     found = module.held_out_predictions(samples)
@@ -251,7 +278,7 @@ def descriptors(root: Path) -> DescriptorData:
 
 def test_the_path_leads_through_each_optimum(images: Path) -> None:
     data = descriptors(images)
-    rows, labels = data.views(data.images.train)
+    rows, labels = data.means(data.images.train)
     module = ConvexModule(data.model, rows, labels, [1e-2, 1e-4, 1e-6])
     problem = ConvexProblem(rows[:], labels, CLASSES)  # of a tensor
     seen: list[dict[str, float]] = []
@@ -289,7 +316,7 @@ def test_the_path_goes_on_while_its_end_is_best(
 ) -> None:
     data = build(DescriptorData(folder_data(images), network(), "32-true"))
     asked = path[: 2 if len(path) > 3 else 3]
-    module = ConvexModule(data.model, *data.views(data.images.train), asked)
+    module = ConvexModule(data.model, *data.means(data.images.train), asked)
     validated = iter(losses)
     module.validation_step = lambda batch, batch_idx: module.log("val_loss", next(validated))  # type: ignore[method-assign]
     trainer = quiet_trainer(max_epochs=len(asked), limit_train_batches=1)
@@ -300,14 +327,14 @@ def test_the_path_goes_on_while_its_end_is_best(
 
 def test_a_path_of_one_is_what_was_asked_for(images: Path) -> None:
     data = descriptors(images)
-    module = ConvexModule(data.model, *data.views(data.images.train), [1e-4])
+    module = ConvexModule(data.model, *data.means(data.images.train), [1e-4])
     quiet_trainer(max_epochs=1, limit_train_batches=1).fit(module, datamodule=data)
     assert module.l2 == [1e-4]
 
 
 def test_the_problem_s_memory_is_free_after_the_fit(images: Path) -> None:
     data = descriptors(images)
-    module = ConvexModule(data.model, *data.views(data.images.train), [L2])
+    module = ConvexModule(data.model, *data.means(data.images.train), [L2])
     held: list[weakref.ref[Tensor]] = []
     module.on_train_end = lambda: held.extend(  # type: ignore[method-assign]
         weakref.ref(tensor) for tensor in (module.problem.factor, module.problem.theta)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
-from bcnn.store import VIEWS
+from bcnn.store import CHUNK, VIEWS
 from bcnn.training.descriptors import DescriptorData, StoredRows
 from bcnn.training.module import BCNNModule
 
@@ -45,6 +45,28 @@ def test_rows_are_the_descriptors_of_the_crop_and_its_mirror_image(images: Path)
             found = StoredRows(data.store, [row + view for row in first])[:]
             # of a unit row, whose entries are about 0.003; float16 is in steps of 6e-8 near zero
             torch.testing.assert_close(found.float(), expected, rtol=2**-11, atol=3e-8)
+
+
+def test_a_row_an_image_is_the_mean_of_its_views(images: Path) -> None:
+    folder = folder_data(images)
+    data = build(DescriptorData(folder, network(), "32-true"))
+    rows, labels = data.means(folder.train)
+    first, second = (
+        StoredRows(data.store, [r + k for r in data.rows(folder.train)])[:] for k in (0, 1)
+    )
+    assert not torch.equal(first, second)
+    assert len(rows) == len(folder.train) and labels.tolist() == [label for _, label in folder.train]
+    torch.testing.assert_close(rows[:], (first.float() + second.float()) / 2, rtol=1e-6, atol=0)
+    assert torch.equal(rows[3:5], rows[:][3:5])
+
+
+def test_what_is_only_tested_has_no_mirror_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(images / "test", 6, seed=9)  # 18 images to test on, the first in the order of paths
+    counts = forward_images(monkeypatch)
+    data = build(DescriptorData(folder_data(images), network(), "32-true"))
+    assert sum(counts) == CHUNK + VIEWS * (36 - CHUNK) == data.store.rows
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert all(rows.any() for rows, _ in (data.on_before_batch_transfer(b, 0) for b in loader))
 
 
 def test_images_pass_the_features_once_and_never_again(

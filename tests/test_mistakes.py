@@ -142,9 +142,11 @@ def test_an_experiment_serves_one_stage_as_well_as_both(images: Path, tmp_path: 
 def test_too_many_rows_for_the_convex_solver(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bcnn.training.plan.MAX_ROWS", 20)
-    with pytest.raises(UserError, match=r"24 rows .* more than the 20 .* choose last=sgd"):
+    monkeypatch.setattr("bcnn.training.plan.MAX_ENTRIES", 100)
+    with pytest.raises(UserError, match=r"12 .* more than the 10 .* choose last=sgd, .* at most 8 num"):
         run(configure(*toy(images, f"output={tmp_path}")))
+    short = ["model/pooling=compact", "model.pooling.width=8", "stage=last"]
+    run(configure(*toy(images, f"output={tmp_path}", *short)))
 
 
 def test_no_room_for_descriptors(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """docs/scale.md, computed again."""
 
+import math
 import re
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bcnn.data.transforms import Framing
 from bcnn.model.network import BCNN
 from bcnn.store import VIEWS
+from bcnn.training.solver import MAX_ENTRIES
 
 TEXT = (ROOT / "docs" / "scale.md").read_text()
 H100 = 300e12  # FLOP/s, as the text assumes
@@ -67,6 +69,12 @@ def test_photographs() -> None:
             f"{finetune:.1e} FLOP",
             *times,
         ]
+
+
+def test_images_that_the_convex_solver_takes() -> None:
+    assert f"Up to {math.isqrt(MAX_ENTRIES):,} training images" in TEXT
+    short = widths()[1]
+    assert f"up to {MAX_ENTRIES // short:,} images" in TEXT.replace("\n  ", " ")
 
 
 def test_classes() -> None:

@@ -48,6 +48,34 @@ def test_rows_come_back_in_any_order_within_their_precision() -> None:
         assert store.nbytes == sum(p.stat().st_size for p in store.folder.glob("*.rows"))
 
 
+def test_mirror_images_are_there_for_the_chunks_that_somebody_trains_on() -> None:
+    of_first, content = [3], rows()
+    tested = DescriptorStore({}, 40, WIDTH, mirrored=of_first)
+    assert tested.open() == ([0, 1, 2], 0)
+    assert [tested.views(c) for c in (0, 1, 2)] == [2, 1, 1] and tested.rows == 32 + 16 + 8
+    for chunk in (0, 1, 2):
+        images = tested.chunk_images(chunk)
+        part = content[images.start * VIEWS : images.stop * VIEWS]
+        tested.write(chunk, part[:: VIEWS // tested.views(chunk)])
+    assert tested.nbytes == sum(p.stat().st_size for p in tested.folder.glob("*.rows"))
+    for reader in (tested, DescriptorStore({}, 40, WIDTH, mirrored=of_first)):
+        if reader is not tested:
+            assert reader.open() == ([], 0)
+        found = np.empty((4, WIDTH), "float16")
+        reader.read([7, 6, 40, 78], found)
+        np.testing.assert_allclose(found, content[[7, 6, 40, 78]], rtol=2**-11)
+        with pytest.raises(IndexError, match="mirror image"):
+            reader.read([41], found[:1])
+    trained = make()  # on all of them
+    assert trained.key == tested.key and trained.open() == ([1, 2], 0)
+    fill(trained, [1, 2])
+    whole = np.empty((80, WIDTH), "float16")
+    trained.read(range(80), whole)
+    np.testing.assert_allclose(whole, content, rtol=2**-11)
+    assert make().open() == ([], 0)
+    assert DescriptorStore({}, 40, WIDTH, mirrored=of_first).open() == ([], 0)
+
+
 def test_identity_alone_decides_which_store_it_is() -> None:
     assert make(size=1).key == make(size=1).key
     others = [make(size=2), make(size=1, precision="x"), make(images=41, size=1)]

@@ -17,7 +17,7 @@ from bcnn.training.solver import ConvexProblem
 
 
 def convex_solver(options: Options) -> dict[str, float]:
-    """Stage `last` solved for one λ on `options.images` random descriptors in two views each."""
+    """Stage `last` solved for one λ on random descriptors of `options.images` in two views each."""
     count, width = options.images, packed_size(CHANNELS)
     store = DescriptorStore({"benchmark": "random rows"}, count, width)
     store.open()
@@ -25,8 +25,8 @@ def convex_solver(options: Options) -> dict[str, float]:
     for chunk in range(store.chunk_count):
         content = generator.random((len(store.chunk_images(chunk)) * VIEWS, width), np.float32)
         store.write(chunk, content / np.linalg.norm(content, axis=1, keepdims=True))
-    rows = StoredRows(store, range(count * VIEWS))
-    labels = torch.arange(count * VIEWS) // VIEWS % options.classes
+    rows = StoredRows(store, range(0, count * VIEWS, VIEWS), VIEWS)
+    labels = torch.arange(count) % options.classes
     start = time.perf_counter()
     ConvexProblem(rows, labels, options.classes, device=torch_device(options)).solve(1e-6)
     return {"seconds": now(torch_device(options)) - start}
@@ -36,6 +36,6 @@ def table(options: Options) -> Table:
     """A line for each number of rows."""
     table = Table("rows", "seconds", "memory", title=title(options))
     for rows in options.rows:
-        row = measure(convex_solver, replace(options, images=rows // VIEWS))
+        row = measure(convex_solver, replace(options, images=rows))
         table.add_row(str(rows), f"{row['seconds']:.1f}", f"{row['peak'] / 1e9:.2f} GB")
     return table

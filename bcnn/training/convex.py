@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bcnn.model.network import BCNN
 from bcnn.report.predictions import Predictions
-from bcnn.store import VIEWS
 from bcnn.training.module import BCNNModule
 from bcnn.training.solver import ConvexProblem, Rows
 
@@ -25,15 +24,18 @@ class ConvexModule(BCNNModule):
 
     Args:
         model: the network.
-        rows: descriptors (rows, 131328) to train on, read first in `setup`.
-        labels: (rows,).
+        rows: descriptors (images, 131328) to train on, read first in `setup`.
+        labels: (images,).
         l2: the λ, from strong to weak: each solution starts the next. To several, tenths of the last
             are added while it has the lowest validation loss.
         loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
         tolerance: largest entry of the gradient at which a solution counts as converged.
         folds: parts of a cross-validation at the best λ, after all are solved; None: there is none.
+        choose: of several λ the best by such a cross-validation at each, there being no validation
+            images; what it says of the training images is logged as validation.
 
     Attributes:
+        cross_validates: whether training images choose λ.
         held_out: logits (rows, classes) of each row by solutions that have not seen its fold.
     """
 
@@ -48,6 +50,7 @@ class ConvexModule(BCNNModule):
         loss: nn.Module | None = None,
         tolerance: float = 1e-7,
         folds: int | None = None,
+        choose: bool = False,
     ) -> None:
         super().__init__(model, "last", loss=loss)
         self.automatic_optimization = False
@@ -56,6 +59,7 @@ class ConvexModule(BCNNModule):
         self.l2 = list(l2)
         self.tolerance = tolerance
         self.folds = folds
+        self.cross_validates = choose and folds is not None and len(self.l2) > 1
         self._val_losses: list[float] = []  # a λ
 
     def setup(self, stage: str) -> None:
@@ -84,6 +88,20 @@ class ConvexModule(BCNNModule):
         values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss}
         logged = {key: torch.as_tensor(value).float() for key, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True)
+        if self.cross_validates:
+            self._cross_validate(l2)
+
+    def _cross_validate(self, l2: float) -> None:
+        held_out = self._hold_out(l2)
+        self.val_metrics.update(held_out.float().to(self.device), self.labels.to(self.device))
+        self.log_dict(self.val_metrics, on_step=False, on_epoch=True)
+        loss = nn.functional.cross_entropy(held_out, self.labels)
+        if not self._val_losses or loss < min(self._val_losses):
+            self.held_out = held_out
+
+    def _hold_out(self, l2: float) -> Tensor:
+        assert self.folds is not None
+        return self.problem.held_out(l2, fold_numbers(self.labels, self.folds)).cpu()
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -101,28 +119,26 @@ class ConvexModule(BCNNModule):
             self.trainer.fit_loop.max_epochs = len(self.l2)
 
     def on_fit_end(self) -> None:
-        if self.folds is not None:
-            losses = self._val_losses or [0.0]
-            best = self.l2[losses.index(min(losses)) if self._val_losses else -1]
-            folds = fold_numbers(self.labels[: len(self.labels) // VIEWS], self.folds).repeat(VIEWS)
-            self.held_out = self.problem.held_out(best, folds).cpu()
+        if self.folds is not None and self.held_out is None:
+            losses = self._val_losses
+            self.held_out = self._hold_out(self.l2[losses.index(min(losses)) if losses else -1])
         # Gigabytes, and of no use to the stage after; the trainer holds a part, in the optimizer.
         del self.problem
         self.trainer.strategy.optimizers = []
 
     def held_out_predictions(self, samples: Sequence[tuple[str, int]]) -> Predictions | None:
-        """What the cross-validation said of the training images, from all views of each.
+        """What the cross-validation said of the training images.
 
         Args:
-            samples: (path, label), in the order of the rows' first views. Those that are alone in their
-                class are left out: no solution has learnt it without them.
+            samples: (path, label), in the order of the rows. Those that are alone in their class are
+                left out: no solution has learnt it without them.
         """
         if self.held_out is None:
             return None
         paths, labels = zip(*samples, strict=True)
         truth = torch.tensor(labels)
         known = (truth.bincount()[truth] > 1).nonzero()[:, 0]
-        shares = self.held_out.unflatten(0, (VIEWS, -1)).mean(dim=0).softmax(dim=1).float()
+        shares = self.held_out.softmax(dim=1).float()
         kept = [paths[i] for i in known.tolist()]
         return Predictions(self.model.classes, kept, truth[known], shares[known])
 

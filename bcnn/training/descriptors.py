@@ -33,8 +33,8 @@ WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give 
 class DescriptorData(L.LightningDataModule):
     """The image set of another data module, as descriptors from the store.
 
-    Every image has two rows, of its evaluation crop and of that crop's mirror image. Training draws
-    one of the two at random, validation and test read the first.
+    An image has a row of its evaluation crop and, if it is trained on, one of that crop's mirror image.
+    Training draws one of the two at random, or takes their mean; validation and test read the first.
 
     Args:
         images: set up already; its splits, labels and batch size are used.
@@ -71,6 +71,7 @@ class DescriptorData(L.LightningDataModule):
             model.pooling.width,
             dtype,
             about=f"{images.root.resolve()} at {images.framing}, {precision}",
+            mirrored=[self._position[path] for path, _ in images.train],
         )
 
     def setup(self, stage: str | None = None) -> None:
@@ -111,11 +112,13 @@ class DescriptorData(L.LightningDataModule):
         """Where the store has these images' descriptors (their mirror images' come next)."""
         return [self._position[path] * VIEWS for path, _ in samples]
 
-    def views(self, samples: Sequence[tuple[str, int]]) -> tuple["StoredRows", Tensor]:
-        """Every view of these images, to be read once the store is set up, and their labels."""
-        rows = [first + view for view in range(VIEWS) for first in self.rows(samples)]
-        labels = torch.tensor([label for _, label in samples] * VIEWS)
-        return StoredRows(self.store, rows), labels
+    def means(self, samples: Sequence[tuple[str, int]]) -> tuple["StoredRows", Tensor]:
+        """A row an image, the mean of its views, to be read once the store is set up; and the labels.
+
+        A linear classifier's logits of a mean are the mean of its logits.
+        """
+        labels = torch.tensor([label for _, label in samples])
+        return StoredRows(self.store, self.rows(samples), VIEWS), labels
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Row numbers → descriptors, where the next batch's will be too.
@@ -177,8 +180,9 @@ class DescriptorData(L.LightningDataModule):
         with progress("computing descriptors", len(samples)) as task, torch.no_grad():
             for chunk, (images, _) in zip(chunks, loader, strict=True):
                 images = images.to(device)
+                flipped = [images.flip(-1)] if self.store.views(chunk) > 1 else []
                 with autocast(device, self.precision):
-                    views = [model.descriptor(images), model.descriptor(images.flip(-1))]
+                    views = [model.descriptor(view) for view in (images, *flipped)]
                 rows = torch.stack(views, dim=1).flatten(0, 1).cpu().numpy()
                 self._refuse_overflow(chunk, rows)
                 self.store.write(chunk, rows)
@@ -189,7 +193,7 @@ class DescriptorData(L.LightningDataModule):
         with np.errstate(over="ignore"):
             finite = np.isfinite(rows.astype(self.store.dtype)).all(axis=1)
         if not finite.all():
-            image = self.store.chunk_images(chunk)[int(finite.argmin()) // VIEWS]
+            image = self.store.chunk_images(chunk)[int(finite.argmin()) // self.store.views(chunk)]
             raise UserError(
                 f"the features of {self.paths[image]} are not finite numbers in {self.precision}: try "
                 "trainer.precision=32-true, or other weights"
@@ -197,20 +201,30 @@ class DescriptorData(L.LightningDataModule):
 
 
 class StoredRows:
-    """Rows of a store by index, read when a slice of them is asked for, in the dtype on disk."""
+    """Rows of a store, read when a slice of them is asked for.
 
-    def __init__(self, store: DescriptorStore, indices: Sequence[int]) -> None:
+    Args:
+        store: complete.
+        indices: of the rows; the first of several.
+        views: rows to take the mean of, in float32; of one, it is in the dtype on disk.
+    """
+
+    def __init__(self, store: DescriptorStore, indices: Sequence[int], views: int = 1) -> None:
         self.store = store
         self.indices = indices
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        indices = self.indices[part]
+        indices = [first + view for first in self.indices[part] for view in range(self.views)]
         out = np.empty((len(indices), self.store.width), self.store.dtype)
         self.store.read(indices, out)
-        return torch.from_numpy(out)
+        rows = torch.from_numpy(out)
+        if self.views == 1:
+            return rows
+        return rows.unflatten(0, (-1, self.views)).mean(dim=1, dtype=torch.float32)
 
 
 class _Rows(Dataset[tuple[Tensor, Tensor]]):

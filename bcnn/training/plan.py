@@ -1,6 +1,7 @@
 """What a stage fits: the network to start from, the module around it, and its data."""
 
 import shutil
+from math import isqrt
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from bcnn.data.layout import listed
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.weights import initialise_backbone, load_model
-from bcnn.store import VIEWS, made_stores_dir, stores_dir
+from bcnn.store import made_stores_dir, stores_dir
 from bcnn.training.convex import ConvexModule
 from bcnn.training.descriptors import DescriptorData
 from bcnn.training.module import BCNNModule, reduce_on_plateau
 from bcnn.training.projection import fit_projection
-from bcnn.training.solver import MAX_ROWS
+from bcnn.training.solver import MAX_ENTRIES
 
 say = rank_zero_only(terminal.say)
 
@@ -86,18 +87,30 @@ def plan(
     balanced = options.class_weights or (convex and images.sampler == "balanced")
     loss: nn.Module = instantiate(options.loss)(weight=images.class_weights() if balanced else None)
     if convex:
-        rows = len(images.train) * VIEWS
-        if rows > MAX_ROWS:
+        rows = len(images.train)
+        if rows * min(rows, model.pooling.width) > MAX_ENTRIES:
             raise UserError(
-                f"{rows} rows (two views of each training image) are more than the {MAX_ROWS} that "
-                "last=convex takes: choose last=sgd"
+                f"{rows} training images are more than the {isqrt(MAX_ENTRIES)} that last=convex "
+                f"takes: choose last=sgd, or rows of at most {MAX_ENTRIES // rows} numbers "
+                "(model.project, model/pooling=compact model.pooling.width)"
             )
         data = DescriptorData(images, model, precision)
         _refuse_full_disk(data)
         # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
         limits = {"max_epochs": len(options.l2), "limit_train_batches": 1, "precision": "32-true"}
-        views = data.views(images.train)
-        return ConvexModule(model, *views, options.l2, loss, folds=options.get("folds")), data, limits
+        module = ConvexModule(
+            model,
+            *data.means(images.train),
+            options.l2,
+            loss,
+            folds=options.get("folds"),
+            choose=not images.val,
+        )
+        if module.cross_validates:
+            say(
+                f"no validation images: λ is chosen by {module.folds}-fold cross-validation in training"
+            )
+        return module, data, limits
     limits = {"max_epochs": options.epochs, "accumulate_grad_batches": options.accumulate}
     scheduler = instantiate(options.scheduler)
     if getattr(scheduler, "func", None) is reduce_on_plateau and not images.val:
@@ -121,7 +134,7 @@ def plan(
 def _refuse_full_disk(data: DescriptorData) -> None:
     """Say where the descriptors will be, or that there is no room for them."""
     free = shutil.disk_usage(made_stores_dir()).free
-    size = f"{len(data.paths)} images × {VIEWS} views, {data.store.nbytes / 1e9:.2f} GB"
+    size = f"{data.store.rows} rows of {len(data.paths)} images, {data.store.nbytes / 1e9:.2f} GB"
     if not data.store.folder.exists() and data.store.nbytes > free:
         raise UserError(
             f"no room for descriptors ({size}): {free / 1e9:.2f} GB are free in {stores_dir()}; set "

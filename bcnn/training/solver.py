@@ -22,8 +22,8 @@ from bcnn.errors import UserError
 from bcnn.precision import double_device
 from bcnn.progress import track
 
-# rows × rows in float32 and in float64 is 1.7 GB at this many: 6,000 images in two views
-MAX_ROWS = 12_000
+# of the factor: in float32 and in float64 they are 1.7 GB
+MAX_ENTRIES = 12_000**2
 
 STEPS = 1000  # of L-BFGS at most, for one λ
 FOLD_STEPS = 100  # for one fold, of which no weights are kept

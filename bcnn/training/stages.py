@@ -209,9 +209,11 @@ def run_stage(
     images.batch_size = cfg[name].get("batch_size", images.batch_size)
     module, data, limits = plan(name, cfg[name], images, model, cfg.trainer.precision)
     rank_zero_only(record.write)()
-    keep = KeepEpoch(folder, len(images.val))
+    l2, crossed = (
+        (module.l2, module.cross_validates) if isinstance(module, ConvexModule) else ((), False)
+    )
+    keep = KeepEpoch(folder, len(images.train if crossed else images.val))
     loggers = make_loggers(cfg.get("logger"), folder, f"{record.identity}-{name}")
-    l2 = module.l2 if isinstance(module, ConvexModule) else ()
     rows = EpochRows(keep, l2, cfg.trainer.get("enable_progress_bar", True))
     trainer = _trainer(cfg, name, images, keep, rows, loggers, limits)
     log_configuration(loggers, cfg, name)

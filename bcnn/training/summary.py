@@ -20,12 +20,14 @@ SPLITS = {"val": "validation", "test": "test"}
 def say_figures(results: list[Result], images: ImageFolderData) -> None:
     """The figures of the stages, side by side."""
     say("", _row("", (result.stage for result in results)))
-    for split, count in (("val", len(images.val)), ("test", len(images.test))):
+    crossed = "the training images, each by classifiers that have not seen it"
+    counted = {name: f"{len(of)} images" for name, of in (("val", images.val), ("test", images.test))}
+    for split, count in (counted if images.val else counted | {"val": crossed}).items():
         for name in ("top1", "top5") if len(images.classes) > 5 else ("top1",):
             figures = [result.metrics.get(f"{split}_{name}") for result in results]
             if any(figure is not None for figure in figures):
                 cells = ("–" if figure is None else f"{figure:.1%}" for figure in figures)
-                say(_row(f"{SPLITS[split]} top-{name[-1]}", cells) + f"  of {count} images")
+                say(_row(f"{SPLITS[split]} top-{name[-1]}", cells) + f"  of {count}")
     if not images.test:
         say(f"{images.root} has no test images: no test figures")
 
