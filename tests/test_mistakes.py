@@ -18,6 +18,11 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["output=null"], "output is missing"),
+        (["~last"], "last is missing"),
+        (["~trainer"], "trainer is missing"),
+        (["seed=null"], "seed is missing"),
+        (["seed=1.5"], r"seed=1\.5: a whole number, 0 at least"),
         (["stage=lst"], "stage=lst: choose from both, last, finetune"),
         (["+stag=last"], "no option stag: .*stage"),
         (["+last.epochs=3"], r"last\.epochs is an option of last=sgd, and last=convex is chosen"),
@@ -69,6 +74,11 @@ def test_mistakes_are_told_before_an_image_is_read(
     with pytest.raises(UserError, match=sentence) as refusal:
         run(configure(*missing))
     assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_a_run_without_data() -> None:
+    with pytest.raises(UserError, match="data is missing: a run cannot do without"):
+        run(configure("~data", "output=here"))
 
 
 @pytest.mark.parametrize("options", [["data.size=64.5"], ["data.size=big"], ["data.val_fraction=some"]])

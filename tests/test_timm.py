@@ -153,6 +153,18 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         initialise_backbone(model, "pretrained")
 
 
+def test_the_licence_of_published_weights_is_said(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = network("resnet10t").state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: state)
+    chosen = ["model/backbone=timm", "model.backbone.model=resnet10t.c3_in1k", "data.size=64"]
+    options = ["stage=last", "model/pooling=compact", f"output={tmp_path / 'out'}", *chosen]
+    run(configure(*toy(images, *options, "model.weights=pretrained")))
+    assert "weights as published: licence apache-2.0" in capsys.readouterr().out
+    assert Timm("convnextv2_atto.fcmae").licence == "cc-by-nc-4.0"
+
+
 @pytest.mark.slow
 def test_both_stages(images: Path, tmp_path: Path) -> None:
     torch.save(network("resnet10t").state_dict(), tmp_path / "theirs.pth")

@@ -25,6 +25,7 @@ from bcnn.training.record import RUN
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
 GROUPS = {"model", "last", "finetune", "data", "trainer", "callbacks", "logger"}
+NEEDED = ("output", "seed", "stage", "data", "model", "last", "finetune", "trainer")
 
 # Of Lightning's Trainer: options that both stages obey, and those that only steps along gradients do.
 TRAINER = {
@@ -130,6 +131,11 @@ def refuse_mistakes(cfg: DictConfig) -> None:
     Raises:
         UserError: an option that is unknown, of the wrong kind, or does not go with the others.
     """
+    for name in NEEDED:
+        if OmegaConf.select(cfg, name) is None:
+            raise UserError(f"{name} is missing: a run cannot do without (no ~{name}, {name}=null)")
+    if type(cfg.seed) is not int or cfg.seed < 0:
+        raise UserError(f"seed={cfg.seed}: a whole number, 0 at least")
     if cfg.stage not in STAGES:
         raise UserError(
             f"stage={cfg.stage}: choose from {', '.join(STAGES)}; options that stood at stage.last.… "

@@ -42,6 +42,8 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
         network = (cfg.model.backbone, cfg.model.pooling, project)
         model = BCNN(images.classes, images.framing, *network)
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
+        if cfg.model.weights == "pretrained":
+            say(f"weights as published: licence {model.backbone.licence or 'not stated'}")
         if project is not None:
             fit_projection(model.backbone, images, device, cfg.trainer.precision)
         model.split = images.split

@@ -86,12 +86,12 @@ def run(cfg: DictConfig, words: list[str] | None = None) -> float:
             and said, a stage that ended worse than it started or diverged.
     """
     for place in ("output", "ckpt"):
-        if cfg[place] is not None:
+        if cfg.get(place) is not None:
             cfg[place] = str(Path(str(cfg[place])).expanduser())
+    refuse_mistakes(cfg)
     # SLURM runs the same command again in a job that it puts back into its queue.
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and Path(cfg.output, RUN).is_file():
         return resume(Path(cfg.output))
-    refuse_mistakes(cfg)
     refuse_output(Path(cfg.output))
     cfg.trainer.precision = chosen_precision(cfg.trainer)
     return _run(Record(cfg, words))

@@ -18,6 +18,7 @@ class Backbone(nn.Module):
         smallest: side in pixels of the smallest image that leaves 2 × 2 locations.
         multiple: that the sides of images have to be of, 1 for convolutions.
         layers: names that `open_from` takes, from the first up.
+        licence: of the weights that are published for it; "": not known.
     and implements `maps` and `open_from`. Images are normalised here, with the mean and standard
     deviation that the weights were trained with, so the two cannot be mispaired.
     """
@@ -27,6 +28,7 @@ class Backbone(nn.Module):
     smallest: int
     multiple: int = 1
     layers: tuple[str, ...] = ()
+    licence: str = ""
     mean: Tensor
     std: Tensor
 

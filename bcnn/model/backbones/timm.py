@@ -39,6 +39,7 @@ class Timm(Backbone):
         self.channels, self.stride = chosen["num_chs"], chosen["reduction"]
         self.smallest, self.multiple = 2 * self.stride, self.stride
         self.layers = tuple(dict.fromkeys(map(_layer, dict(self.network.named_parameters()))))
+        self.licence = self.about.get("license") or ""
         self.set_normalization(self.about["mean"], self.about["std"])
 
     def initialise(self) -> None:
