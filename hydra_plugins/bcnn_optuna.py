@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bcnn.errors import UserError
-from bcnn.training.sweep import told
+from bcnn.training.sweep import COMMAND, told
 
 STUDY = "study.log"  # in the sweep's folder: Optuna's journal
 
@@ -48,11 +47,11 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         told(self._sweep, arguments)
 
-    def _sweep(self, arguments: list[str]) -> float:
-        """Returns how many jobs there are.
+    def _sweep(self, arguments: list[str]) -> None:
+        """Run jobs until there are enough.
 
         Raises:
-            UserError: no option has values to choose from, or the folder holds another sweep.
+            UserError: no option has values to choose from.
         """
         import optuna  # takes a while
 
@@ -60,27 +59,16 @@ class OptunaSweeper(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         fixed, space = self._options(arguments)
         folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / f".{STUDY}.lock", blocking=False):
-                journal = optuna.storages.journal.JournalFileBackend(str(folder / STUDY))
-                study = optuna.create_study(
-                    storage=optuna.storages.JournalStorage(journal),
-                    study_name="sweep",
-                    direction="maximize",
-                    load_if_exists=True,
-                )
-                options = {"fixed": fixed, "space": {name: str(each) for name, each in space.items()}}
-                if study.user_attrs.get("options", options) != options:
-                    raise UserError(
-                        f"hydra.sweep.dir={folder} holds a sweep with other options: name another"
-                    )
-                study.set_user_attr("options", options)
-                while batch := self._next_trials(study, space):
-                    self._launch(study, batch, fixed)
-        except Timeout as error:
-            raise UserError(f"hydra.sweep.dir={folder}: another sweep is running there") from error
-        return len(study.trials)
+        OmegaConf.save(self.config, folder / COMMAND)
+        journal = optuna.storages.journal.JournalFileBackend(str(folder / STUDY))
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(journal),
+            study_name="sweep",
+            direction="maximize",
+            load_if_exists=True,
+        )
+        while batch := self._next_trials(study, space):
+            self._launch(study, batch, fixed)
 
     def _options(self, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         """Overrides of all jobs, and distributions by an option's name."""

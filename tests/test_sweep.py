@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Run, toy
+from filelock import FileLock
 
 from bcnn.interruption import Interruption
 from bcnn.report.jobs import Job, in_order, swept_options, write_jobs
@@ -191,7 +192,7 @@ def test_the_same_command_goes_on_with_an_interrupted_sweep(
     assert whole == parts and len(whole) == 3
 
 
-def test_a_study_takes_no_other_options(
+def test_a_folder_takes_no_other_sweep(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["sweep=optuna", "hydra.sweep.dir=s", "hydra.sweeper.jobs=1"]
@@ -200,6 +201,9 @@ def test_a_study_takes_no_other_options(
     assert main(*words, "last.optimizer.lr=1,2") == 0
     assert main(*words, "last.optimizer.lr=1,3") == 1
     assert "holds a sweep with other options" in capsys.readouterr().err
+    with FileLock(tmp_path / "s" / ".lock"):
+        assert main(*words, "last.optimizer.lr=1,2") == 1
+    assert "another sweep is running there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

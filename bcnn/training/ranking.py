@@ -13,8 +13,12 @@ from bcnn.training.record import Result
 from bcnn.training.sweep import FILE
 
 
-def say_ranking(folder: Path) -> bool:
+def say_ranking(folder: Path, interrupted: list[str] | None) -> bool:
     """Say and write how the jobs of a sweep went; returns whether all went well.
+
+    Args:
+        folder: of the sweep.
+        interrupted: the command's words, where it has not come to its end.
 
     Raises:
         UserError: a file of a job is damaged, or one of the sweep cannot be written.
@@ -41,13 +45,10 @@ def say_ranking(folder: Path) -> bool:
     if left := [job for job in jobs if job.seconds is None]:
         say(f"jobs that have not ended ({len(left)}):", file=sys.stderr)
         say(*(f"  {job.folder}" for job in left), file=sys.stderr)
+    if interrupted is not None:
+        words = [word for word in interrupted if not word.startswith("hydra.sweep.dir=")]
+        say(f"go on with the sweep: {_command([*words, f'hydra.sweep.dir={folder}'])}")
     return len(ended) == len(jobs)
-
-
-def say_how_to_go_on(folder: Path, words: list[str]) -> None:
-    """The command of a sweep that was interrupted, with its folder."""
-    kept = [word for word in words if not word.startswith("hydra.sweep.dir=")]
-    say(f"go on with the sweep: {_command([*kept, f'hydra.sweep.dir={folder}'])}")
 
 
 def _job(file: Path) -> Job:

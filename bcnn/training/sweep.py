@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -21,11 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.cores import cores
 from bcnn.errors import UserError
 from bcnn.files import whole
-from bcnn.interruption import Interruption
 from bcnn.options import as_called
 from bcnn.terminal import say
 
 FILE = "job.json"  # in a job's folder: what it is, how long it took, and what went wrong
+COMMAND = "multirun.yaml"  # in the sweep's folder: what it was begun with, by Hydra's sweeper
 HOW = {"launcher", "sweep"}  # groups that say how jobs are run, not what is trained
 # What a launcher or sweeper is loaded from, and the package that brings it.
 PACKAGES = {
@@ -37,7 +38,7 @@ PACKAGES = {
 
 T = TypeVar("T")
 
-_begun: list[Path] = []  # folder of the sweep that this process leads
+_begun: list[FileLock] = []  # in the folder of the sweep that this process leads
 
 
 def told(act: Callable[..., T], *arguments: Any) -> T:
@@ -86,14 +87,14 @@ def in_sweep() -> bool:
 
 
 class Sweep(Callback):
-    """Refuses, before anything is trained, what is not installed or not for a sweep."""
+    """Refuses, before anything is trained, what is not installed, not for a sweep, or in its way."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         told(_refuse_how, config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         told(_refuse_missing, config)
-        _begun.append(Path(config.hydra.sweep.dir))
+        _begun.append(told(_claimed, Path(config.hydra.sweep.dir), config.hydra.overrides.task))
 
 
 @contextmanager
@@ -103,25 +104,25 @@ def ranked(words: list[str]) -> Iterator[None]:
     Args:
         words: of the command, for one that goes on with it.
     """
-    _begun.clear()
     try:
         yield
-    except BaseException as error:
-        _end(words if isinstance(error, Interruption) else None)
+    except BaseException:
+        _end(words, interrupted=True)
         raise
-    if not _end(None):
+    if not _end(words, interrupted=False):
         sys.exit(1)
 
 
-def _end(interrupted: list[str] | None) -> bool:
+def _end(words: list[str], interrupted: bool) -> bool:
     if not _begun:
         return True
-    from bcnn.training import ranking  # with torch, which takes seconds
+    from bcnn.training.ranking import say_ranking  # with torch, which takes seconds
 
-    well = told(ranking.say_ranking, _begun[0])
-    if interrupted is not None:
-        ranking.say_how_to_go_on(_begun[0], interrupted)
-    return well
+    lock = _begun.pop()
+    try:
+        return told(say_ranking, Path(lock.lock_file).parent, words if interrupted else None)
+    finally:
+        lock.release()
 
 
 def jobs_at_once() -> int:
@@ -171,3 +172,21 @@ def _write(folder: Path, note: dict[str, Any]) -> None:
     """A file, since launchers run jobs in processes of their own."""
     with whole(folder / FILE) as part:
         part.write_text(json.dumps(note, indent=1))
+
+
+def _claimed(folder: Path, words: list[str]) -> FileLock:
+    """The lock of a sweep's folder, which is new or holds jobs of the same command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"hydra.sweep.dir={folder}: another sweep is running there") from error
+    if any(folder.glob(f"**/{FILE}")):
+        there, here = (
+            [word for word in each if not word.startswith("launcher=")]
+            for each in (OmegaConf.load(folder / COMMAND).hydra.overrides.task, words)
+        )
+        if there != here:
+            raise UserError(f"hydra.sweep.dir={folder} holds a sweep with other options: name another")
+    return lock
