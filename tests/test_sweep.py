@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import Run, toy
@@ -143,16 +144,17 @@ def test_jobs_that_fail_are_named_and_the_others_ranked(
 
 
 def interrupt_job(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C when that job has run its stage."""
-    run, begun = stages._train, []
+    """Ctrl-C when that job has trained."""
+    fit, begun = stages._fit, []
 
-    def interrupted(*arguments: object) -> object:
+    def interrupted(*arguments: Any) -> str:
         begun.append(arguments)
+        failure = fit(*arguments)
         if len(begun) == number + 1:
             raise Interruption(signal.SIGINT)
-        return run(*arguments)
+        return failure
 
-    monkeypatch.setattr(stages, "_train", interrupted)
+    monkeypatch.setattr(stages, "_fit", interrupted)
 
 
 @pytest.mark.parametrize(
