@@ -133,6 +133,16 @@ def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
     assert once and again and once.metrics == again.metrics
 
 
+def test_without_validation_images_no_job_is_the_best(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("last.optimizer.lr=1,2", "data.val_fraction=0", "hydra.sweep.dir=s") == 0
+    said = capsys.readouterr().out
+    assert "without validation images to rank them by" in said and "train it again" not in said
+    page = (tmp_path / "s" / "sweep.html").read_text()
+    assert "no validation images" in page and "The best again" not in page
+
+
 def test_jobs_that_fail_are_named_and_the_others_ranked(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

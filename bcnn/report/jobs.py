@@ -47,6 +47,11 @@ class Job:
         """The text of each override, by the option's name."""
         return {key_of(word): word.partition("=")[2] for word in self.words}
 
+    @property
+    def ranked(self) -> bool:
+        """Whether it has ended well, and there were validation images to rank it by."""
+        return self.well and not math.isnan(self.metrics.get("val_top1", math.nan))
+
     def said(self, options: Sequence[str]) -> str:
         """Its values of these options."""
         return " ".join(f"{name}={self.options[name]}" for name in options if name in self.options)
@@ -68,8 +73,7 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
     """By validation top-1, then by validation loss; those that failed come last."""
 
     def order(job: Job) -> tuple[bool, float, float, int, str]:
-        top1, loss = (job.metrics.get(name, math.nan) for name in ("val_top1", "val_loss"))
-        best = (-top1, loss) if job.well and not math.isnan(top1) else (0.0, 0.0)
+        best = (-job.metrics["val_top1"], job.metrics["val_loss"]) if job.ranked else (0.0, 0.0)
         return not job.well, *best, len(job.folder.name), job.folder.name
 
     return sorted(jobs, key=order)
@@ -88,7 +92,6 @@ def write_jobs(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
         UserError: one cannot be written.
     """
     options = swept_options(jobs)
-    ended = [job for job in jobs if job.well]
     with table(folder / "sweep.csv") as writer:
         writer.writerow(["job", *options, *FIGURES, "seconds", "checkpoint", "command", "failure"])
         for job in jobs:
@@ -97,18 +100,20 @@ def write_jobs(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
             seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
             rest = [str(job.checkpoint or ""), harmless(job.command), harmless(job.failure)]
             writer.writerow([job.folder.name, *values, *figures, seconds, *rest])
+    ranked = [job for job in jobs if job.ranked]
+    shares = [job.metrics["val_top1"] for job in ranked]
     pictures = [
-        Markup(option_svg(name, [job.options.get(name, "") for job in known], shares))
+        Markup(option_svg(name, [job.options.get(name, "") for job in ranked], shares))
         for name in options
-        if (known := [job for job in ended if "val_top1" in job.metrics])
-        and (shares := [job.metrics["val_top1"] for job in known])
+        if ranked
     ]
     common = [word for word in jobs[0].words if key_of(word) not in options]
     write_page(
         folder / "sweep.html",
         "sweep.html",
         title=f"Sweep of {len(jobs)} jobs",
-        jobs=ended,
+        best=ranked[0] if ranked else None,
+        jobs=[job for job in jobs if job.well],
         failed=[job for job in jobs if not job.well],
         options=options,
         common=common,

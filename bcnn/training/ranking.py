@@ -29,12 +29,16 @@ def say_ranking(folder: Path, interrupted: list[str] | None) -> bool:
     ended, failed = [job for job in jobs if job.well], [job for job in jobs if job.failure]
     if ended:
         options = swept_options(jobs)
-        say("", "jobs, the best validation top-1 first (the test decides nothing):")
+        best = ended[0].ranked
+        order = "the best validation top-1 first (the test decides nothing)"
+        say("", f"jobs, {order if best else 'without validation images to rank them by'}:")
         say(f"{'job':>5}{'validation':>12}{'loss':>9}{'test':>9}{'seconds':>9}")
         for job in ended:
             cells = f"{job.shown('val_top1'):>12}{job.shown('val_loss'):>9}{job.shown('test_top1'):>9}"
             say(f"{job.folder.name:>5}{cells}{job.seconds:>9.1f}  {job.said(options)}")
-        say("", f"best checkpoint: {ended[0].checkpoint}", f"train it again: {ended[0].command}")
+        say("")
+        if best:
+            say(f"best checkpoint: {ended[0].checkpoint}", f"train it again: {ended[0].command}")
     table, page = write_jobs(folder, jobs)
     say(f"table: {table}", f"page: {page}")
     if failed:
