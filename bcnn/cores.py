@@ -9,12 +9,13 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in each s
 
 
 def cores() -> int:
-    """Of the machine's cores, those left to this process: by affinity, by SLURM, by its container."""
+    """Of the machine's cores, those left to this process by affinity, SLURM, container, sweep."""
     found = [os.cpu_count() or 1]
     with suppress(AttributeError):  # Linux alone has it
         found.append(len(os.sched_getaffinity(0)))
-    with suppress(KeyError, ValueError):
-        found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    for name in ("SLURM_CPUS_PER_TASK", "BCNN_CORES"):  # ours: of a job of a sweep, where others run
+        with suppress(KeyError, ValueError):
+            found.append(int(os.environ[name]))
     with suppress(OSError, ValueError):
         quota, period = QUOTA.read_text().split()
         found.append(math.ceil(int(quota) / int(period)))

@@ -20,29 +20,6 @@ def next_command(printed: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sweep_over_rates_shares_the_store(
-    train: Run, images: Path, tmp_path: Path, stores: Path
-) -> None:
-    sweep = train("-m", *toy(images, "stage=last", "last=sgd", "last.optimizer.lr=0.1,1,10"))
-    assert sweep.returncode == 0, sweep.stderr
-    assert len(list(stores.glob("*/store.json"))) == 1
-    checkpoints = set(re.findall(r"best checkpoint: (.+)", sweep.stdout))
-    assert len(checkpoints) == 3 and all(Path(path).is_file() for path in checkpoints)
-
-
-@pytest.mark.slow
-def test_a_job_that_fails_does_not_take_the_sweep_with_it(
-    train: Run, images: Path, tmp_path: Path
-) -> None:
-    sweep = train("-m", *toy(images, "stage=last", "data.size=16,32,33.5"))
-    assert sweep.returncode == 1 and "Traceback" not in sweep.stderr
-    assert len(list(tmp_path.glob("outputs/*/*-sweep/1/last/best.ckpt"))) == 1
-    ending = sweep.stderr[sweep.stderr.index("jobs that failed (2):") :]
-    assert "/0: " in ending and "data.size=16" in ending and "data.size=33.5" in ending
-    assert "32 at least" in ending and "/1: " not in ending
-
-
-@pytest.mark.slow
 def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
     images: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,8 @@ def many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(module, "QUOTA", tmp_path / "cpu.max")
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    for name in ("SLURM_CPUS_PER_TASK", "BCNN_CORES"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path / "cpu.max"
 
 
@@ -30,7 +31,12 @@ def test_what_the_machine_has(many: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_left_to_the_process(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many.write_text("250000 100000\n")
     assert cores() == 3
+    monkeypatch.setenv("BCNN_CORES", "")  # where a launcher does not say
+    assert cores() == 3
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert cores() == 2
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    monkeypatch.setenv("BCNN_CORES", "2")
     assert cores() == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
     assert cores() == 1

@@ -21,7 +21,7 @@ BUILD = "from setuptools import build_meta; build_meta.build_wheel('.')"
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("clone")
-    for part in ("bcnn", "conf"):
+    for part in ("bcnn", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, folder)
@@ -31,10 +31,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_every_file_of_package_and_configuration(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if not name.startswith("bcnn-")}
-    files = [*(ROOT / "bcnn").rglob("*"), *(ROOT / "conf").rglob("*")]
+    files = [path for part in ("bcnn", "conf", "hydra_plugins") for path in (ROOT / part).rglob("*")]
     ours = {path for path in files if path.suffix in (".py", ".yaml", ".html")}
     names = {path.relative_to(ROOT).as_posix() for path in ours}
-    assert packed == {name if name.startswith("bcnn/") else f"bcnn/{name}" for name in names}
+    assert packed == {f"bcnn/{name}" if name.startswith("conf/") else name for name in names}
 
 
 def test_installed_it_finds_its_configuration_and_that_of_the_working_folder(

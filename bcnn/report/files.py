@@ -37,7 +37,7 @@ def write_figures(folder: Path, predictions: Predictions) -> None:
 
 
 def _write_classes(path: Path, predictions: Predictions) -> None:
-    with _table(path) as writer:
+    with table(path) as writer:
         ends = [f"{name}{end}" for name in ("recall", "precision") for end in ("", "_low", "_high")]
         writer.writerow(["class", "images", "predicted", *ends])
         for row in per_class(predictions):
@@ -52,7 +52,7 @@ def write_images(path: Path, predictions: Predictions) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with _table(path) as writer:
+    with table(path) as writer:
         writer.writerow(["path", "class", "predicted", "confidence", "of_class", "correct"])
         names = [harmless(name) for name in predictions.classes]
         for image, label, called, confidence, of_truth in zip(
@@ -70,7 +70,7 @@ def write_images(path: Path, predictions: Predictions) -> None:
 
 
 @contextmanager
-def _table(path: Path) -> Iterator[Any]:
+def table(path: Path) -> Iterator[Any]:
     """A csv.writer of a file that is whole or absent."""
     with (
         whole(path) as part,

@@ -72,12 +72,10 @@ def write_report(
         configuration: shown as it is.
         held_out: of the training images, each by classifiers that have not seen it.
     """
-    environment = Environment(
-        loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
-    )
-    environment.filters["percent"] = _percent
     bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
-    html = environment.get_template("page.html").render(
+    write_page(
+        page,
+        "page.html",
         title=title,
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
@@ -96,6 +94,19 @@ def write_report(
         configuration=configuration,
         versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
     )
+
+
+def write_page(page: Path, template: str, **content: object) -> None:
+    """Write what a template of this package makes of its content.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
+    )
+    environment.filters["percent"] = _percent
+    html = environment.get_template(template).render(content)
     with whole(page) as part:
         part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
 

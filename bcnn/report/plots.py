@@ -2,9 +2,11 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib import rc_context
@@ -117,6 +119,66 @@ def calibration_svg(bins: Sequence[Bin]) -> str:
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(lw=0.6)
         return _svg(figure)
+
+
+def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
+    """Validation top-1 over the values of an option, a dot a job, a line through the means.
+
+    Args:
+        name: of the option.
+        values: of the jobs, the best first, as text; numbers are put on an axis, which is logarithmic
+            where they span decades.
+        top1: of the jobs.
+    """
+    texts = list(dict.fromkeys(values))
+    try:
+        places = {text: float(text) for text in texts}
+    except ValueError:
+        places = {}
+    numbers = bool(places) and all(map(math.isfinite, places.values()))
+    if not numbers:
+        texts.sort()
+        places = {text: float(index) for index, text in enumerate(texts)}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+        axes = figure.subplots()
+        if numbers:
+            _scale(axes, sorted(set(places.values())))
+        else:
+            names = [text if len(text) <= 14 else f"{text[:13]}…" for text in texts]
+            axes.set_xticks(range(len(texts)), names, parse_math=False)
+            axes.set_xlim(-0.5, len(texts) - 0.5)
+        means = [
+            (
+                places[text],
+                mean(share for value, share in zip(values, top1, strict=True) if value == text),
+            )
+            for text in sorted(texts, key=places.__getitem__)
+        ]
+        if len(texts) < len(values):  # a grid
+            axes.plot(*zip(*means, strict=True), color=SOFT, lw=1.2, zorder=1)
+        x = [places[value] for value in values]
+        axes.scatter(x[1:], top1[1:], 30, color=HIT, alpha=0.7, lw=0, zorder=2, clip_on=False)
+        axes.scatter(x[:1], top1[:1], 44, color=MISS, lw=0, zorder=3, clip_on=False)
+        axes.set_title(name, pad=10, parse_math=False)
+        axes.set_ylabel("validation top-1")
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
+        axes.grid(axis="y", lw=0.6)
+        return _svg(figure)
+
+
+def _scale(axes: Axes, numbers: list[float]) -> None:
+    """Logarithmic where the numbers span a decade, zero a decade below the least."""
+    above = [number for number in numbers if number > 0]
+    if numbers[0] >= 0 and above and above[-1] >= 10 * above[0]:
+        if numbers[0] > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=above[0], linscale=1)
+    if len(numbers) <= 6:
+        axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+        axes.minorticks_off()
 
 
 def _draw_curves(axes: Axes, rows: Rows, metric: str, colours: tuple[str, str]) -> None:

@@ -15,7 +15,7 @@ from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.options import literal, print_any_text
 from bcnn.progress import progress
 from bcnn.terminal import say
-from bcnn.training.sweep import told
+from bcnn.training.sweep import in_sweep, ranked, run_job, told
 
 PACKAGE = Path(__file__).parents[1]
 # In the package where it is installed, beside it in a clone.
@@ -63,11 +63,13 @@ def _compose(words: list[str]) -> None:
         """Returns validation top-1, for sweeps to maximise."""
         sys.argv = called  # by which Lightning starts the processes of other GPUs
         room = _stages(_opening(cfg))
-        return told(room.run, cfg, list(HydraConfig.get().overrides.task))
+        overrides = list(HydraConfig.get().overrides.task)
+        return run_job(room, cfg, overrides) if in_sweep() else told(room.run, cfg, overrides)
 
     # What Hydra reads: `data.root=2024` is a folder, not a number.
     sys.argv = [called[0], *_own_configuration(words), *(literal(word, sweep) for word in words)]
-    run()
+    with ranked(words):
+        run()
 
 
 def _own_configuration(words: list[str]) -> list[str]:

@@ -126,6 +126,7 @@ def _run(record: Record) -> float:
             say_figures(results, images)
             report = _report(cfg, results, images, model)
             rank_zero_only(record.finish)()
+            rank_zero_only(results[-1].write)(output)
         except (Interruption, UserError, OSError) as error:
             log(f"{type(error).__name__}: {error}")
             say_how_to_go_on(output)
