@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_holds_every_file_of_package_and_configuration(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if not name.startswith("bcnn-")}
     files = [*(ROOT / "bcnn").rglob("*"), *(ROOT / "conf").rglob("*")]
-    ours = {path for path in files if path.suffix in (".py", ".yaml", ".html")}
+    ours = {path for path in files if path.suffix in (".py", ".yaml", ".css", ".html")}
     names = {path.relative_to(ROOT).as_posix() for path in ours}
     assert packed == {name if name.startswith("bcnn/") else f"bcnn/{name}" for name in names}
 
