@@ -80,7 +80,7 @@ def test_help_names_every_verb(tool: Callable[..., int], capsys: pytest.CaptureF
     for words in ([], ["--help"]):
         assert tool(*words) == 0
         said = capsys.readouterr().out
-        assert all(f"\n  {verb} " in said for verb in VERBS) and len(VERBS) == 8
+        assert all(f"\n  {verb} " in said for verb in VERBS) and len(VERBS) == 9
     assert tool("predikt", "x.jpg") == 1
     assert "no verb predikt: choose from train," in capsys.readouterr().err
 

@@ -2,8 +2,6 @@
 
 import csv
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +20,6 @@ from bcnn.report.heatmap import evidence_figure
 from bcnn.report.page import MISTAKES, confused_pairs, confusion_order, write_report
 from bcnn.report.plots import curves_svg, plot_curves
 from bcnn.report.predictions import Predictions
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 0,0,,,1.4,0.4
@@ -204,18 +199,6 @@ def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None
     write_report(tmp_path / "report.html", made, "All right")
     text = (tmp_path / "report.html").read_text()
     assert "No class was taken for another" in text and "every image was recognised" in text
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:

@@ -26,6 +26,7 @@ def overlay(photograph: Image.Image, box: Box, shares: np.ndarray, limit: float)
         limit: the share that has the full colour; the weaker, the more of the photograph is seen.
     """
     left, top, right, bottom = (round(edge) for edge in box)
+    right, bottom = max(right, left + 1), max(bottom, top + 1)  # of a line of pixels, too
     small = Image.fromarray(shares.astype(np.float32) / limit)
     large = small.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     unit = np.zeros((photograph.height, photograph.width), np.float32)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -72,12 +72,8 @@ def write_report(
         configuration: shown as it is.
         held_out: of the training images, each by classifiers that have not seen it.
     """
-    environment = Environment(
-        loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
-    )
-    environment.filters["percent"] = _percent
     bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
-    html = environment.get_template("page.html").render(
+    html = template("page.html").render(
         title=title,
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
@@ -98,6 +94,15 @@ def write_report(
     )
     with whole(page) as part:
         part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def template(name: str) -> Template:
+    """A page of this folder; what it is rendered with is escaped, and names act on nothing."""
+    environment = Environment(
+        loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
+    )
+    environment.filters["percent"] = _percent
+    return environment.get_template(name)
 
 
 def confusion_order(predictions: Predictions) -> list[int]:
@@ -144,7 +149,7 @@ def _side(predictions: Predictions, one: int, other: int) -> Side:
         called, share = predictions.predicted[index], predictions.confidence[index]
         wrong = bool(called != one)
         caption = f"{names[called]} {_percent(float(share))}" if wrong else "right"
-        return Photo(_thumbnail(load_image(predictions.paths[index])), caption, wrong)
+        return Photo(thumbnail(load_image(predictions.paths[index])), caption, wrong)
 
     return Side(names[one], len(members), int(taken.sum()), [photo(index) for index in shown])
 
@@ -155,8 +160,8 @@ def _mistakes(
     return [
         {
             "path": predictions.paths[index],
-            "photo": _thumbnail(load_image(predictions.paths[index])),
-            "evidence": [_thumbnail(picture) for picture in evidence.get(index, ())],
+            "photo": thumbnail(load_image(predictions.paths[index])),
+            "evidence": [thumbnail(picture) for picture in evidence.get(index, ())],
             "called": predictions.classes[predictions.predicted[index]],
             "confidence": float(predictions.confidence[index]),
             "truth": predictions.classes[predictions.labels[index]],
@@ -215,9 +220,10 @@ def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _thumbnail(picture: Image.Image) -> str:
+def thumbnail(picture: Image.Image, side: int = THUMBNAIL) -> str:
+    """A data URI of the picture, its long side `side` pixels at most."""
     small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
