@@ -18,7 +18,7 @@ from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
 from bcnn.precision import autocast
 from bcnn.progress import progress
-from bcnn.report.heatmap import overlay
+from bcnn.report.heatmap import overlay, scaled
 from bcnn.report.page import THUMBNAIL, template, thumbnail
 
 CLASSES = 6  # shown, each with a picture
@@ -133,14 +133,11 @@ class Answers:
         logits = maps.sum(dim=(1, 2))
         refuse_overflow(torch.cat([seen.probabilities, logits])[None], ["the photograph"])
         crop = [edge / side for edge, side in zip(seen.crop, photograph.size * 2, strict=True)]
-        box = [edge / side for edge, side in zip(seen.box, photograph.size * 2, strict=True)]
+        width = photograph.width
         photograph.thumbnail((SIDE, SIDE))
-        left, top_, right, bottom = (
-            edge * side for edge, side in zip(box, photograph.size * 2, strict=True)
-        )
+        box = scaled(seen.box, photograph.width / width)
         pictures = [
-            overlay(photograph, (left, top_, right, bottom), shared, float(abs(shared).max()) or 1.0)
-            for shared in maps.numpy()
+            overlay(photograph, box, shared, float(abs(shared).max()) or 1.0) for shared in maps.numpy()
         ]
         return {
             "photograph": thumbnail(photograph, SIDE),

@@ -2,10 +2,9 @@
 
 import base64
 import io
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +16,20 @@ from scipy.spatial.distance import squareform
 
 from bcnn.data.decoding import load_image
 from bcnn.files import whole
-from bcnn.report.metrics import NAMES, calibration, headline, per_class, shown
+from bcnn.report.metrics import MEANINGS, NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion
+from bcnn.report.software import software
 from bcnn.terminal import printable
 
 PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
 MISTAKES = 8  # with two pictures of evidence each
 DOUBTS = 20  # training photographs: 80 in all at most
-THUMBNAIL = 280  # px, the long side
-LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
+CHANGES = 6  # photographs that a stage put right, and as many that it put wrong
+THUMBNAIL, CHANGED = 280, 180  # px, the long side
 
 Evidence = tuple[Image.Image, Image.Image]
+Before = tuple[str, Predictions]  # name of a stage, and what it said of the same images
 NONE: Mapping[int, Evidence] = {}
 
 
@@ -59,6 +60,8 @@ def write_report(
     evidence: Mapping[int, Evidence] | None = None,
     configuration: str = "",
     held_out: Predictions | None = None,
+    facts: Mapping[str, str] | None = None,
+    before: Before | None = None,
 ) -> None:
     """Write the report on a set of predictions.
 
@@ -71,13 +74,20 @@ def write_report(
             the image, for those of `predictions.confident_mistakes(MISTAKES)`.
         configuration: shown as it is.
         held_out: of the training images, each by classifiers that have not seen it.
+        facts: where the model and the figures come from, by name; what is unknown is left out or "".
+        before: the stage before the last of `stages`, shown beside it if it is of the same images.
     """
     bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
     html = template("page.html").render(
         title=title,
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
-        cards=[(NAMES[name], *shown(name, figure)) for name, figure in headline(predictions).items()],
+        facts={**(facts or {}), "report of": _now(), **software()},
+        cards=[
+            (NAMES[name], *shown(name, figure), MEANINGS[name])
+            for name, figure in headline(predictions).items()
+        ],
+        change=_change(before, predictions),
         stages=stages,
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(stages, metric))],
         matrix=_matrix(predictions),
@@ -90,7 +100,6 @@ def write_report(
         taken=_taken(predictions),
         calibration=Markup(calibration_svg(bins)),
         configuration=configuration,
-        versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
     )
     with whole(page) as part:
         part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
@@ -130,6 +139,31 @@ def confused_pairs(predictions: Predictions, count: int) -> list[tuple[int, int]
         reverse=True,
     )
     return pairs[:count]
+
+
+def _change(before: Before | None, after: Predictions) -> dict[str, object] | None:
+    """Figures of two stages, and photographs that only one of them was right about."""
+    if before is None or not after.of_same_images(before[1]):
+        return None
+    name, earlier = before
+    figures, now = headline(earlier), headline(after)
+
+    def photos(right: Predictions, wrong: Predictions) -> tuple[int, list[Photo]]:
+        changed = (right.correct & ~wrong.correct).nonzero()[:, 0]
+        surest = changed[wrong.confidence[changed].argsort(descending=True, stable=True)]
+        return len(changed), [photo(index, wrong) for index in surest[:CHANGES].tolist()]
+
+    def photo(index: int, wrong: Predictions) -> Photo:
+        truth, called = (after.classes[each[index]] for each in (after.labels, wrong.predicted))
+        caption = f"{truth}, not {called} ({_percent(float(wrong.confidence[index]))})"
+        return Photo(thumbnail(load_image(after.paths[index]), CHANGED), caption)
+
+    return {
+        "before": name,
+        "rows": [(NAMES[k], MEANINGS[k], (shown(k, figures[k]), shown(k, now[k]))) for k in NAMES],
+        "gained": photos(after, earlier),
+        "lost": photos(earlier, after),
+    }
 
 
 def _pairs(predictions: Predictions) -> list[tuple[Side, Side]]:
@@ -207,6 +241,10 @@ def _taken(predictions: Predictions) -> list[str]:
         f"{predictions.classes[column]} ({count})" if count else ""
         for count, column in zip(counts.tolist(), columns.tolist(), strict=True)
     ]
+
+
+def _now() -> str:
+    return f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
 
 
 def _visible(value: object) -> object:
