@@ -12,6 +12,7 @@ VERBS = {
     "evaluate": ("bcnn.evaluate", "figures and a report on labelled photographs"),
     "predict": ("bcnn.predict", "the likeliest classes of photographs"),
     "explain": ("bcnn.explain", "which places of a photograph spoke for its class"),
+    "demo": ("bcnn.demo", "a page on this machine to drop photographs on"),
     "export": ("bcnn.export", "ONNX, torch.export, and other forms of a model"),
     "store": ("bcnn.store", "list and remove the descriptors that training keeps"),
     "benchmark": ("bcnn.benchmark.__main__", "speed on this machine, beside the original's loop"),

@@ -1,12 +1,13 @@
 """How good a trained model is on labelled images: the command."""
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bcnn.errors import UserError
 from bcnn.files import new_output, refuse_unwritable
-from bcnn.options import command
+from bcnn.options import command, program
 from bcnn.progress import progress
 from bcnn.terminal import Console, say
 
@@ -52,10 +53,11 @@ def main(options: Options) -> int:
     with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
         from bcnn import evaluation
         from bcnn.inference import predict_split
-        from bcnn.precision import best_device, fastest_precision
+        from bcnn.precision import about_device, best_device, fastest_precision
 
     data, samples, model = evaluation.open_split(options.ckpt, options.data, options.split)
     device = best_device()
+    precision = fastest_precision(device.type)
     loader = data.evaluation_dataloader(samples)
     predictions = predict_split(model.to(device), samples, loader, mirror=options.mirror)
     console = Console()
@@ -66,11 +68,25 @@ def main(options: Options) -> int:
         **asdict(options),
         "framing": str(model.framing),
         "device": str(device),
-        "precision": fastest_precision(device.type),
+        "precision": precision,
     }
     configuration = "\n".join(f"{name}: {value}" for name, value in settings.items())
+    given = (f"{name}={value}" for name, value in asdict(options).items() if value is not None)
+    split = model.split
+    facts = {
+        "command": shlex.join([*program("evaluate"), *given]),
+        "photographs": f"{options.data.absolute()}, split={options.split}",
+        "trained on": f"{len(split.train)} different images, by its record" if split else "not known",
+        "computed on": about_device(device, precision, ranks=1),
+        "checkpoint": str(options.ckpt.absolute()),
+    }
     stages = evaluation.logged_stages(options.ckpt)
-    report = evaluation.write_results(folder, model, predictions, title, stages, configuration)
+    before = None
+    if options.ckpt.parent.name == "finetune":
+        before = evaluation.kept_predictions(options.ckpt.parent.with_name("last"))
+    report = evaluation.write_results(
+        folder, model, predictions, title, stages, configuration, facts=facts, before=before
+    )
     say(f"figures and predictions: {folder}", f"report: {report}")
     return 0
 

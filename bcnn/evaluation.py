@@ -1,7 +1,8 @@
 """What evaluation writes and prints: the report with its evidence, figures, tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from rich.table import Table
@@ -15,13 +16,14 @@ from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.progress import track
 from bcnn.report.files import write_figures
-from bcnn.report.heatmap import overlay
+from bcnn.report.heatmap import framed, overlay, scaled
 from bcnn.report.metrics import NAMES, headline, per_class, shown
-from bcnn.report.page import MISTAKES, THUMBNAIL, Evidence, write_report
+from bcnn.report.page import MISTAKES, THUMBNAIL, Before, Evidence, write_report
 from bcnn.report.predictions import Predictions
 from bcnn.terminal import say
 
 STAGES = ("last", "finetune")
+PREDICTIONS = "predictions.npz"  # in the folder of a stage, or of a run
 
 
 def open_split(
@@ -68,8 +70,8 @@ def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Eviden
         small = photograph.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         scale = small.width / photograph.width
-        left, top, right, bottom = (edge * scale for edge in found.box)
-        wrong, right_one = (overlay(small, (left, top, right, bottom), m, limit) for m in maps)
+        crop, box = scaled(found.crop, scale), scaled(found.box, scale)
+        wrong, right_one = (framed(overlay(small, box, m, limit), crop) for m in maps)
         pictures[index] = (wrong, right_one)
     return pictures
 
@@ -82,6 +84,8 @@ def write_results(
     stages: Sequence[tuple[str, Path]],
     configuration: str,
     held_out: Predictions | None = None,
+    facts: Mapping[str, str] | None = None,
+    before: Before | None = None,
 ) -> Path:
     """The report and the files of figures.
 
@@ -90,9 +94,7 @@ def write_results(
         model: whose predictions these are; its mistakes are explained.
         predictions: as `predict_split` returns them.
         title: of the report.
-        stages: as for `write_report`.
-        configuration: shown in the report as it is.
-        held_out: as for `write_report`.
+        stages, configuration, held_out, facts, before: as for `write_report`.
 
     Returns:
         The report.
@@ -101,7 +103,8 @@ def write_results(
     write_figures(folder, predictions)
     report = folder / "report.html"
     evidence = evidence_pictures(model, predictions)
-    write_report(report, predictions, title, stages, evidence, configuration, held_out)
+    known = (configuration, held_out, facts, before)
+    write_report(report, predictions, title, stages, evidence, *known)
     return report
 
 
@@ -111,6 +114,19 @@ def logged_stages(checkpoint: Path) -> list[tuple[str, Path]]:
     before = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else ()
     logs = [(name, run / name / "metrics.csv") for name in before]
     return [(name, path) for name, path in logs if path.is_file()]
+
+
+def kept_predictions(stage: Path) -> Before | None:
+    """Name and predictions of the stage whose folder this is, where its run left them."""
+    places = [stage]
+    if stage.name == STAGES[0] and not (stage.parent / STAGES[1]).exists():
+        places.append(stage.parent)  # of a run of this stage alone
+    for place in places:
+        try:
+            return stage.name, Predictions.load(place / PREDICTIONS)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none, or damaged
+            continue
+    return None
 
 
 def headline_table(predictions: Predictions, title: str) -> Table:

@@ -137,6 +137,50 @@ def predict_split(
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A photograph as the network sees it.
+
+    Args:
+        maps: (1, channels, h, w), of the backbone.
+        row: (1, width), the descriptor, of unit length.
+        logits: (classes,).
+        crop: what the network saw of the photograph, in its pixels.
+        box: what the maps cover: the crop, but for the pixels that its size has over whole locations.
+    """
+
+    maps: Tensor
+    row: Tensor
+    logits: Tensor
+    crop: Box
+    box: Box
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(classes,), in float32, on the CPU; nan where logits are not finite."""
+        return _softmax(self.logits).cpu()
+
+
+@torch.no_grad()
+def see(model: BCNN, photograph: Image.Image) -> Seen:
+    """Pass a photograph through the network, in the fastest precision of the model's device.
+
+    Args:
+        model: as `load_model` returns it, on any device.
+        photograph: upright, RGB, as `load_image` returns it.
+    """
+    device = _device(model)
+    with autocast(device):
+        maps = model.backbone(model.framing.evaluation()(photograph)[None].to(device))
+        row = model.pooling(maps)
+        logits = model.head(row)[0]
+    left, top, right, bottom = crop = model.framing.crop(*photograph.size)
+    stride, size = model.backbone.stride, model.framing.size
+    across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
+    box = (left, top, left + (right - left) * across, top + (bottom - top) * down)
+    return Seen(maps, row, logits, crop, box)
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What spoke for a class on one photograph.
 
@@ -147,8 +191,7 @@ class Explanation:
         against: the class that it is compared with.
         evidence: (h, w), shares of the target's logit; see `bcnn.model.evidence`.
         contrast: (h, w), shares of the target's logit less the other's.
-        crop: what the network saw of the photograph, in its pixels.
-        box: what the shares cover: the crop, but for the pixels that its size has over whole locations.
+        crop, box: of `Seen`.
     """
 
     photograph: Image.Image
@@ -161,39 +204,31 @@ class Explanation:
     box: Box
 
 
-@torch.no_grad()
 def explain(
     model: BCNN, photograph: Image.Image, target: int | None = None, against: int | None = None
 ) -> Explanation:
     """Explain the answer to a photograph, in the fastest precision of the model's device.
 
     Args:
-        model: as `load_model` returns it, on any device.
-        photograph: upright, RGB, as `load_image` returns it.
+        model, photograph: as for `see`.
         target: the class to explain; None: the likeliest.
         against: the class to compare it with; None: the likeliest other one.
     """
-    device = _device(model)
-    with autocast(device):
-        maps = model.backbone(model.framing.evaluation()(photograph)[None].to(device))
-        logits = model.head(model.pooling(maps))[0]
-    likeliest = logits.argsort(descending=True).tolist()
+    seen = see(model, photograph)
+    likeliest = seen.logits.argsort(descending=True).tolist()
     target = likeliest[0] if target is None else target
     if against is None:
         against = next(label for label in likeliest if label != target)
-    this, that = (torch.tensor([label], device=device) for label in (target, against))
-    left, top, right, bottom = crop = model.framing.crop(*photograph.size)
-    stride, size = model.backbone.stride, model.framing.size
-    across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
+    this, that = (torch.tensor([label], device=_device(model)) for label in (target, against))
     return Explanation(
         photograph=photograph,
-        probabilities=_softmax(logits).cpu(),
+        probabilities=seen.probabilities,
         target=target,
         against=against,
-        evidence=shares(model, maps, this)[0].cpu(),
-        contrast=shares(model, maps, this, that)[0].cpu(),
-        crop=crop,
-        box=(left, top, left + (right - left) * across, top + (bottom - top) * down),
+        evidence=shares(model, seen.maps, this)[0].cpu(),
+        contrast=shares(model, seen.maps, this, that)[0].cpu(),
+        crop=seen.crop,
+        box=seen.box,
     )
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -29,6 +30,8 @@ from bcnn.model.network import BCNN
 from bcnn.training.descriptors import DescriptorData
 
 ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
 # `make torture` draws more of the same; neither leaves files behind, nor depends on the day.
@@ -230,6 +233,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     model = BCNN(["blue", "green", "red"], Framing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)
     return model.eval()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 def quiet_trainer(**options: object) -> L.Trainer:

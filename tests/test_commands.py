@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run, toy
 
-VERBS = ("data", "predict", "evaluate", "explain", "export", "store", "benchmark")
+VERBS = ("data", "predict", "evaluate", "explain", "demo", "export", "store", "benchmark")
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.transforms import Framing
 from bcnn.evaluate import USAGE, Options, main
-from bcnn.evaluation import evidence_pictures, logged_stages
+from bcnn.evaluation import evidence_pictures, kept_predictions, logged_stages
 from bcnn.inference import predict_split
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
@@ -22,6 +22,7 @@ from bcnn.model.weights import save_model
 from bcnn.options import command
 from bcnn.report.heatmap import Box
 from bcnn.report.page import MISTAKES, THUMBNAIL
+from bcnn.report.predictions import Predictions
 
 
 @pytest.fixture
@@ -316,6 +317,39 @@ def test_logs_of_the_stages_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert names == ["last", "finetune"]
     assert [name for name, _ in logged_stages(tmp_path / "last" / "best.ckpt")] == ["last"]
     assert logged_stages(tmp_path / "elsewhere" / "best.ckpt") == []
+
+
+def test_predictions_of_a_stage_are_those_that_its_run_left(tmp_path: Path) -> None:
+    last, made = tmp_path / "last", Predictions(["a"], ["x.png"], torch.tensor([0]), torch.ones(1, 1))
+    assert kept_predictions(last) is None
+    made.save(tmp_path / "predictions.npz")  # of a run of one stage
+    found = kept_predictions(last)
+    assert found and found[0] == "last" and found[1].of_same_images(made)
+    (tmp_path / "finetune").mkdir()
+    assert kept_predictions(last) is None  # of a run of both, these are the other's
+    last.mkdir()
+    for damaged in (b"", b"PK"):
+        (last / "predictions.npz").write_bytes(damaged)
+        assert kept_predictions(last) is None
+    made.save(last / "predictions.npz")
+    assert kept_predictions(last)
+
+
+@pytest.mark.slow
+def test_a_finetuned_checkpoint_stands_beside_what_it_began_with(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    finetuned = tmp_path / "run" / "finetune" / "best.ckpt"
+    finetuned.parent.mkdir()
+    shutil.copy(checkpoint, finetuned)
+    before = tmp_path / "before"
+    assert evaluate(f"ckpt={checkpoint}", f"data={images}", f"output={before}") == 0
+    shutil.copy(before / "predictions.npz", checkpoint.parent)
+    for split, shown in (("test", True), ("all", False)):
+        out = tmp_path / split
+        words = (f"ckpt={finetuned}", f"data={images}", f"split={split}", f"output={out}")
+        assert evaluate(*words) == 0
+        assert ("From last to" in (out / "report.html").read_text()) == shown
 
 
 def test_an_answer_that_is_not_finite_is_a_sentence_and_no_figures(

@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_holds_every_file_of_package_and_configuration(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if not name.startswith("bcnn-")}
     files = [path for part in ("bcnn", "conf", "hydra_plugins") for path in (ROOT / part).rglob("*")]
-    ours = {path for path in files if path.suffix in (".py", ".yaml", ".html")}
+    ours = {path for path in files if path.suffix in (".py", ".yaml", ".css", ".html")}
     names = {path.relative_to(ROOT).as_posix() for path in ours}
     assert packed == {f"bcnn/{name}" if name.startswith("conf/") else name for name in names}
 
@@ -80,7 +80,7 @@ def test_help_names_every_verb(tool: Callable[..., int], capsys: pytest.CaptureF
     for words in ([], ["--help"]):
         assert tool(*words) == 0
         said = capsys.readouterr().out
-        assert all(f"\n  {verb} " in said for verb in VERBS) and len(VERBS) == 8
+        assert all(f"\n  {verb} " in said for verb in VERBS) and len(VERBS) == 9
     assert tool("predikt", "x.jpg") == 1
     assert "no verb predikt: choose from train," in capsys.readouterr().err
 

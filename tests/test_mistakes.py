@@ -20,7 +20,6 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
     [
         (["output=null"], "output is missing"),
         (["~last"], "last is missing"),
-        (["~trainer"], "trainer is missing"),
         (["seed=null"], "seed is missing"),
         (["seed=1.5"], r"seed=1\.5: a whole number, 0 at least"),
         (["stage=lst"], "stage=lst: choose from both, last, finetune"),

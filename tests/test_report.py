@@ -2,9 +2,11 @@
 
 import csv
 import re
-import shutil
-from collections.abc import Iterator
+import subprocess
+from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,11 @@ from matplotlib import rc_context
 from PIL import Image
 
 from bcnn.report.files import write_figures
-from bcnn.report.heatmap import evidence_figure
+from bcnn.report.heatmap import evidence_figure, framed
 from bcnn.report.page import MISTAKES, confused_pairs, confusion_order, write_report
 from bcnn.report.plots import curves_svg, plot_curves
 from bcnn.report.predictions import Predictions
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+from bcnn.report.software import commit
 
 LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 0,0,,,1.4,0.4
@@ -146,6 +146,25 @@ def test_names_that_act_on_terminals_and_spreadsheets_do_nothing_in_files(
         assert "'=1+1" in found and found <= {"'=1+1", *HOSTILE[1:]}
 
 
+def test_the_commit_of_a_clone_and_of_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "within").mkdir()
+    assert commit(tmp_path) == ""
+    (tmp_path / "file").write_text("a")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", commit(tmp_path))
+    (tmp_path / "file").write_text("b")
+    assert re.fullmatch("[0-9a-f]{12}, with altered files", commit(tmp_path))
+    assert commit(tmp_path / "within") == ""  # of another project's clone
+
+
+def test_the_frame_is_around_what_the_network_saw() -> None:
+    pixels = np.asarray(framed(Image.new("RGB", (40, 20), "grey"), (10, 0, 30, 20))).astype(int)
+    assert (pixels[10, [9, 10, 29, 30], 0] == [0, 255, 255, 0]).all()
+    assert (pixels[10, :9, 0] == 128).all() and (pixels[10, 11:29, 0] == 128).all()
+
+
 class Addresses(HTMLParser):
     """Everything that a page would fetch."""
 
@@ -175,6 +194,47 @@ def mistaken(photographs: list[str]) -> Predictions:
     return Predictions(names, photographs, labels, logits.softmax(1))
 
 
+def text_of(page: Path) -> str:
+    """As it is read, on one line."""
+    shown = re.sub("(?s)<(style|script|svg).*?</\\1>", "", page.read_text())
+    return " ".join(re.sub("<[^>]*>", " ", shown).split())
+
+
+def test_the_card_says_what_is_known_and_nothing_of_what_is_not(
+    mistaken: Predictions, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    write_report(page, mistaken, "A", facts={"command": "bcnn <b>train</b>", "training took": ""})
+    text = page.read_text()
+    assert "bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
+    assert re.search(r"report of 20\d\d-\d\d-\d\d \d\d:\d\d", text_of(page))
+    assert f"torch {version('torch')}" in text_of(page)
+
+
+def test_two_stages_stand_side_by_side(mistaken: Predictions, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    right = mistaken.correct
+    called = mistaken.labels.clone()  # all right, but for the first two that the other has right
+    lost = right.nonzero()[:2, 0]
+    called[lost] = (called[lost] + 1) % 3
+    after = replace(mistaken, probabilities=0.7 * torch.eye(3)[called] + 0.1)
+    stages = [("last", tmp_path / "none"), ("finetune", tmp_path / "none")]
+    write_report(page, after, "A", stages, before=("last", mistaken))
+    text, gained = text_of(page), int((~right).sum())
+    assert "From last to finetune Both of the same 24 images" in text
+    for of in (right.float().mean(), 22 / 24):
+        assert f" {of:.1%} " in text
+    assert f"{gained} images that finetune got right and last wrong" in text
+    assert "2 images that last got right and finetune wrong:" in text
+    truth, wrongly = (mistaken.classes[k] for k in (mistaken.labels[lost[1]], called[lost[1]]))
+    assert f"{escape(truth)}, not {escape(wrongly)} (80.0%)" in page.read_text()
+
+    elsewhere = replace(mistaken, paths=[f"other/{path}" for path in mistaken.paths])
+    for others in (elsewhere, replace(mistaken, labels=mistaken.labels.flip(0))):
+        write_report(page, after, "A", stages, before=("last", others))
+        assert "From last" not in page.read_text()
+
+
 @pytest.fixture
 def page(mistaken: Predictions, tmp_path: Path) -> Path:
     log = tmp_path / "metrics.csv"
@@ -183,7 +243,9 @@ def page(mistaken: Predictions, tmp_path: Path) -> Path:
     evidence = {index: (picture, picture) for index in mistaken.confident_mistakes(MISTAKES)}
     path = tmp_path / "report.html"
     stages = [("last", log), ("finetune", log)]
-    write_report(path, mistaken, "A <title>", stages, evidence, configuration="seed: 0")
+    facts = {"command": f"bcnn train data.root={'folder/' * 30}", "numbers": "3 to train on"}
+    before = ("last", replace(mistaken, probabilities=mistaken.probabilities.roll(1, 0)))
+    write_report(path, mistaken, "A <title>", stages, evidence, "seed: 0", facts=facts, before=before)
     return path
 
 
@@ -195,7 +257,7 @@ def test_the_page_is_one_file_with_a_bounded_number_of_photographs(
     assert all(re.match("data:|#", address) for address in addresses.found)
     photographs = [address for address in addresses.found if address.startswith("data:image/jpeg")]
     mistakes = min(MISTAKES, int((~mistaken.correct).sum()))
-    assert 3 * mistakes < len(photographs) <= 60
+    assert 3 * mistakes < len(photographs) <= 72
 
 
 def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None:
@@ -204,18 +266,6 @@ def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None
     write_report(tmp_path / "report.html", made, "All right")
     text = (tmp_path / "report.html").read_text()
     assert "No class was taken for another" in text and "every image was recognised" in text
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:
@@ -263,6 +313,9 @@ def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) 
 
     tab.set_viewport_size({"width": 390, "height": 844})
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    cells = "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])"
+    edges = np.array(tab.eval_on_selector_all(":is(td, th):not(:empty)", cells))
+    assert len(edges) > 20 and edges.min() >= 0 and edges.max() <= 390
     assert said == []
 
 

@@ -43,6 +43,36 @@ def test_counts_sizes_formats_and_a_contact_sheet(
     assert len(list(tmp_path.glob("outputs/*/*-data/*"))) == 1
 
 
+def test_copies_that_were_saved_again_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def smooth(seed: int) -> Image.Image:
+        coarse = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
+        return Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC)
+
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            (tmp_path / split / name).mkdir(parents=True)
+        for k in range(8):
+            smooth(k + 100 * (name == "dog")).save(tmp_path / "train" / name / f"{k}.jpg")
+            smooth(k + 200 + 100 * (name == "dog")).save(tmp_path / "test" / name / f"{k}.jpg")
+    again = tmp_path / "test" / "dog"
+    smooth(3).resize((200, 150)).save(again / "small.jpg", quality=40)
+    smooth(4).save(again / "same.jpg")  # of the same pixels, which is said as before
+    for split in ("train", "test"):
+        Image.new("RGB", (40, 40), "red" if split == "test" else "blue").save(
+            tmp_path / split / "cat" / "flat.png"
+        )
+    assert main(Options([str(tmp_path)], val_fraction=0.0)) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 19 images in test are in train too" in printed
+    assert "1 of 19 images in test look the same as one in train" in printed
+    (sheet,) = tmp_path.glob("outputs/*/*-data/look_alike.png")
+    with Image.open(sheet) as picture:
+        halves = np.asarray(picture.convert("RGB"), np.float32)[30:150, :384].reshape(120, 2, 192, 3)
+        assert np.corrcoef(halves[:, 0, :180].ravel(), halves[:, 1, :180].ravel())[0, 1] > 0.95
+
+
 def test_names_that_act_on_a_terminal_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,8 @@ def test_both_stages_train_test_and_hand_over(
     for heading, figures in (("validation top-1", 2), ("test top-1", 2)):
         line = next(line for line in printed.splitlines() if line.startswith(heading))
         assert line.count("%") == figures
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>From last to finetune</h2>" in report and "12 to train on, 6 to validate" in report
     log = (tmp_path / "out" / "train.log").read_text()
     assert log.partition("\n")[2] == printed
     for stage in ("last", "finetune"):
@@ -105,6 +107,9 @@ def test_finetune_after_last_alone_is_the_second_half_of_both(images: Path, tmp_
     start = tmp_path / "both" / "last" / "best.ckpt"
     options = ["stage=finetune", *SHORT, f"ckpt={start}"]
     run(configure(*toy(images, *options, f"output={tmp_path / 'alone'}")))
+    reports = [(tmp_path / name / "report.html").read_text() for name in ("both", "alone")]
+    changes = [re.findall(r"\d+ images? that \w+ got right", report) for report in reports]
+    assert len(changes[0]) == 2 and changes[0] == changes[1]
     both = weights(tmp_path / "both" / "finetune" / "best.ckpt")
     alone = weights(tmp_path / "alone" / "finetune" / "best.ckpt")
     assert all(torch.equal(both[key], alone[key]) for key in both)
@@ -131,7 +136,7 @@ def test_sgd_from_the_store_learns_what_the_convex_solver_learns(images: Path, t
 def test_without_validation_the_last_epoch_is_kept(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["stage=last", "data.val_fraction=0", f"output={tmp_path}"]
+    options = ["stage=last", "last.folds=null", "data.val_fraction=0", f"output={tmp_path}"]
     assert math.isnan(run(configure(*toy(images, *options))))
     assert (tmp_path / "last" / "last.ckpt").is_file()
     printed = capsys.readouterr().out

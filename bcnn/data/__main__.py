@@ -27,7 +27,8 @@ python -m bcnn.data PATH [OPTION=VALUE ...]
 
 Decodes every image of PATH and tells what training on it would meet: images of each class and split,
 their formats and sizes, broken files, the same image in training and test, classes without images or
-with few. Draws a contact sheet (outputs/<date>/<time>-data/contact_sheet.png), and trains nothing.
+with few. Draws a contact sheet (outputs/<date>/<time>-data/contact_sheet.png) and, beside it, images to
+validate or test on that look the same as one to train on (look_alike.png), and trains nothing.
 
 PATH is a folder with train/, val/ and test/ of class folders, a folder of class folders, or a CSV or
 text file with lines of path,label[,split]. Images beside a metadata.csv of file_name,label (Hugging
@@ -55,8 +56,8 @@ def main(options: Options) -> int:
     """Print the report and write the contact sheet."""
     # torch takes seconds that --help need not wait for
     from bcnn.data.check import broken, check, write_broken
-    from bcnn.data.review import duplicates, flat, imbalance
-    from bcnn.data.sheet import contact_sheet
+    from bcnn.data.review import duplicates, flat, imbalance, lookalikes
+    from bcnn.data.sheet import contact_sheet, pair_sheet
 
     if len(options.paths) != 1:
         raise UserError("name one folder or list of images: see --help")
@@ -73,12 +74,12 @@ def main(options: Options) -> int:
     )
     drawn = draw_splits(intact, content, *fractions, options.seed)
 
-    console = Console(soft_wrap=True)
+    console, folder = Console(soft_wrap=True), new_output("data")
     console.print(_counts(layout, drawn, reasons))
     if intact.samples:
         console.print(_formats(findings))
         console.print(_sizes(findings))
-        picture = new_output("data") / "contact_sheet.png"
+        picture = folder / "contact_sheet.png"
         contact_sheet(intact.classes, intact.samples, picture)
         console.print(f"contact sheet: {picture.resolve()}")
     if reasons:
@@ -86,7 +87,17 @@ def main(options: Options) -> int:
         errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
         for path, reason in list(reasons.items())[:MOST_BROKEN]:
             console.print(f"broken: {path}: {reason}")
-    seen = duplicates(drawn, findings) + flat(intact, findings) + imbalance(drawn)
+    seen = duplicates(drawn, findings)
+    twins = {split: pairs for split, pairs in lookalikes(drawn, findings).items() if pairs}
+    if twins:
+        sheet = folder / "look_alike.png"
+        pair_sheet([pair for pairs in twins.values() for pair in pairs], sheet)
+        for split, pairs in twins.items():
+            of = f"{len(pairs)} of {len(drawn.splits[split])} images in {split}"
+            seen.append(
+                f"{of} look the same as one in train, which flatters the figures: {sheet.resolve()}"
+            )
+    seen += flat(intact, findings) + imbalance(drawn)
     for warning in layout.remarks + seen:
         console.print(f"warning: {warning}")
     for error in errors:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -53,20 +54,23 @@ def is_image(name: str) -> bool:
     return not is_ignored(name) and name.lower().endswith(_SUFFIXES)
 
 
-def open_image(path: str | Path) -> ImageFile.ImageFile:
+def open_image(path: str | Path | BinaryIO) -> ImageFile.ImageFile:
     """As `Image.open`, of `FORMATS` only, whatever the file is named; its pixels are not decoded yet.
+
+    Args:
+        path: of the file, or what is in it.
 
     Raises:
         UnidentifiedImageError: the file is of none of these formats.
         OSError: it cannot be opened, or is none: a named pipe would wait for ever.
     """
-    if not os.path.isfile(path) and os.path.exists(path):
+    if isinstance(path, str | Path) and not os.path.isfile(path) and os.path.exists(path):
         raise OSError("not a regular file")
     try:
         image = Image.open(path, "r", [name for name in Image.ID if name in FORMATS])
     except UnidentifiedImageError:
         reason = "not an image, damaged at its beginning, or of a kind that Pillow cannot read"
-        if os.path.getsize(path) == 0:
+        if isinstance(path, str | Path) and os.path.getsize(path) == 0:
             reason = "an empty file"
         elif str(path).lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
             reason = "HEIC needs a plug-in: pip install pillow-heif"

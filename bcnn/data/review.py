@@ -2,10 +2,18 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bcnn.data.check import Finding
 from bcnn.data.layout import Layout
+from bcnn.progress import track
 
 IMBALANCE = 20  # images of the largest class to one of the smallest, above which it is said
+# Bits of 63 in which images that look the same differ at most. Of flowers17's 272 test images 22 have
+# one such in training, the same photograph each; of 2,485 groceries and 200 butterflies none has.
+NEAR = 6
+BLOCK = 1024  # images at a time
 
 
 def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
@@ -21,6 +29,37 @@ def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
                 f"the figures: {examples}"
             )
     return sentences
+
+
+def lookalikes(layout: Layout, findings: Mapping[str, Finding]) -> dict[str, list[tuple[str, str]]]:
+    """Images to validate and test on that look the same as one to train on, each with that one.
+
+    They are copies that were saved again, at another size or quality. Those of the same pixels
+    (`duplicates`), and what is of one colour, are left out.
+    """
+    trained = [path for path, _ in layout.train if not findings[path].flat]
+    if not trained:
+        return {}
+    known, digests = _bits(trained, findings), {findings[path].digest for path in trained}
+    found = {}
+    for split, samples in (("val", layout.val), ("test", layout.test)):
+        held = [path for path, _ in samples if not findings[path].flat]
+        held = [path for path in held if findings[path].digest not in digests]
+        pairs: list[tuple[str, str]] = []
+        parts = [held[start : start + BLOCK] for start in range(0, len(held), BLOCK)]
+        for part in track(parts, f"comparing {split} with train", unit="blocks"):
+            differ = (known.shape[1] - _bits(part, findings) @ known.T) / 2
+            nearest = differ.argmin(axis=1)
+            near = differ[range(len(part)), nearest] <= NEAR
+            pairs += [(part[i], trained[nearest[i]]) for i in near.nonzero()[0]]
+        found[split] = pairs
+    return found
+
+
+def _bits(paths: list[str], findings: Mapping[str, Finding]) -> NDArray[np.float32]:
+    """(images, 64), each 1 or -1: the product of two rows tells how many differ."""
+    looks = np.array([findings[path].look for path in paths], ">u8")
+    return 2 * np.unpackbits(looks.view(np.uint8)).reshape(-1, 64).astype(np.float32) - 1
 
 
 def flat(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:

@@ -1,5 +1,6 @@
-"""A contact sheet: some images of every class in one picture."""
+"""Contact sheets: some images of every class in one picture, and pairs that look the same."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ THUMB = 96  # px, side of an image's place
 CAPTION = 20  # px, height of the line above a class's images
 COLUMNS = 16  # images side by side
 MOST_CLASSES = 1600
+MOST_PAIRS = 200
 
 _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
@@ -46,6 +48,32 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
         for place, path in enumerate(_spread(paths, each)):
             thumb = ImageOps.contain(load_image(path, THUMB), (THUMB - 2, THUMB - 2))
             sheet.paste(thumb, (left + place * THUMB, top + CAPTION))
+    with whole(picture) as part:
+        sheet.save(part)
+
+
+def pair_sheet(pairs: Sequence[tuple[str, str]], picture: Path) -> None:
+    """Write a PNG of pairs of images, side by side over the names of their folders and files.
+
+    Args:
+        pairs: the first `MOST_PAIRS` of them are shown.
+        picture: the file to write; its folder is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    shown, across = pairs[:MOST_PAIRS], COLUMNS // 4
+    width, height = 4 * THUMB, 2 * (THUMB + CAPTION)
+    sheet = Image.new("RGB", (across * width, -(-len(shown) // across) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(_FONT, 12)
+    for index, pair in enumerate(shown):
+        left, top = index % across * width, index // across * height
+        for path, x in zip(pair, (left, left + 2 * THUMB), strict=True):
+            thumb = ImageOps.contain(load_image(path, 2 * THUMB), (2 * THUMB - 2, 2 * THUMB - 2))
+            sheet.paste(thumb, (x, top + CAPTION))
+            name = printable(str(Path(*Path(path).parts[-2:])))
+            draw.text((x + 2, top + 3), _caption(name, "", font, 2 * THUMB - 6), "black", font)
     with whole(picture) as part:
         sheet.save(part)
 

@@ -8,7 +8,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 COLOURS = colormaps["PuOr_r"]  # orange for, purple against: told apart in every colour vision
 SIDE = 640  # px of a panel, the photograph's long side
@@ -26,6 +26,7 @@ def overlay(photograph: Image.Image, box: Box, shares: np.ndarray, limit: float)
         limit: the share that has the full colour; the weaker, the more of the photograph is seen.
     """
     left, top, right, bottom = (round(edge) for edge in box)
+    right, bottom = max(right, left + 1), max(bottom, top + 1)  # of a line of pixels, too
     small = Image.fromarray(shares.astype(np.float32) / limit)
     large = small.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     unit = np.zeros((photograph.height, photograph.width), np.float32)
@@ -35,6 +36,24 @@ def overlay(photograph: Image.Image, box: Box, shares: np.ndarray, limit: float)
     opacity = 0.9 * np.abs(unit)[..., None] ** 0.7
     mixed = (0.25 + 0.7 * grey) * (1 - opacity) + colour * opacity
     return Image.fromarray((mixed * 255).round().astype(np.uint8))
+
+
+def scaled(box: Box, scale: float) -> Box:
+    """The same part of a picture of another size."""
+    left, top, right, bottom = (edge * scale for edge in box)
+    return left, top, right, bottom
+
+
+def framed(picture: Image.Image, crop: Box) -> Image.Image:
+    """The picture with a thin frame around what the network saw of it, seen on dark and on light."""
+    left, top, right, bottom = (round(edge) for edge in crop)
+    framed = picture.copy()
+    draw = ImageDraw.Draw(framed)
+    for apart, colour in ((0, "white"), (1, "black")):
+        draw.rectangle(
+            (left - apart, top - apart, right - 1 + apart, bottom - 1 + apart), outline=colour
+        )
+    return framed
 
 
 def evidence_figure(
@@ -56,7 +75,7 @@ def evidence_figure(
     scale = SIDE / max(photograph.size)
     width, height = (max(1, round(side * scale)) for side in photograph.size)
     small = photograph.resize((width, height), Image.Resampling.LANCZOS)
-    crop, box = (tuple(edge * scale for edge in edges) for edges in (crop, box))  # type: ignore[assignment]
+    crop, box = scaled(crop, scale), scaled(box, scale)
     panels = 1 + len(maps)
     figure = Figure(figsize=(width / 150 * panels + 1.5, height / 150 + 1.2), layout="constrained")
     figure.suptitle(_printable(title), fontsize=11, parse_math=False)

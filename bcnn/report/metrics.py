@@ -83,6 +83,14 @@ NAMES = {
     "nll": "negative log-likelihood",
 }
 
+MEANINGS = {
+    "top1": "of the images are called what they are",
+    "top5": "have their class among the five likeliest",
+    "macro_top1": "top-1, each class counting the same, however few its images",
+    "ece": "how far confidence is off the share that is right, on average; 0 is best",
+    "nll": "the mean of −ln p of the true class: 0 is best, to be sure and wrong costs most",
+}
+
 
 def shown(name: str, figure: Estimate) -> tuple[str, str]:
     """Value and interval of a figure as text: "nll" a number, all else in percent; "–" is unknown."""

@@ -2,14 +2,13 @@
 
 import base64
 import io
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -17,18 +16,20 @@ from scipy.spatial.distance import squareform
 
 from bcnn.data.decoding import load_image
 from bcnn.files import whole
-from bcnn.report.metrics import NAMES, calibration, headline, per_class, shown
+from bcnn.report.metrics import MEANINGS, NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion
+from bcnn.report.software import software
 from bcnn.terminal import printable
 
 PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
 MISTAKES = 8  # with two pictures of evidence each
 DOUBTS = 20  # training photographs: 80 in all at most
-THUMBNAIL = 280  # px, the long side
-LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
+CHANGES = 6  # photographs that a stage put right, and as many that it put wrong
+THUMBNAIL, CHANGED = 280, 180  # px, the long side
 
 Evidence = tuple[Image.Image, Image.Image]
+Before = tuple[str, Predictions]  # name of a stage, and what it said of the same images
 NONE: Mapping[int, Evidence] = {}
 
 
@@ -59,6 +60,8 @@ def write_report(
     evidence: Mapping[int, Evidence] | None = None,
     configuration: str = "",
     held_out: Predictions | None = None,
+    facts: Mapping[str, str] | None = None,
+    before: Before | None = None,
 ) -> None:
     """Write the report on a set of predictions.
 
@@ -71,6 +74,8 @@ def write_report(
             the image, for those of `predictions.confident_mistakes(MISTAKES)`.
         configuration: shown as it is.
         held_out: of the training images, each by classifiers that have not seen it.
+        facts: where the model and the figures come from, by name; what is unknown is left out or "".
+        before: the stage before the last of `stages`, shown beside it if it is of the same images.
     """
     bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
     write_page(
@@ -79,7 +84,12 @@ def write_report(
         title=title,
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
-        cards=[(NAMES[name], *shown(name, figure)) for name, figure in headline(predictions).items()],
+        facts={**(facts or {}), "report of": _now(), **software()},
+        cards=[
+            (NAMES[name], *shown(name, figure), MEANINGS[name])
+            for name, figure in headline(predictions).items()
+        ],
+        change=_change(before, predictions),
         stages=stages,
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(stages, metric))],
         matrix=_matrix(predictions),
@@ -92,23 +102,27 @@ def write_report(
         taken=_taken(predictions),
         calibration=Markup(calibration_svg(bins)),
         configuration=configuration,
-        versions=[("Python", platform.python_version()), *((n, version(n)) for n in LIBRARIES)],
     )
 
 
-def write_page(page: Path, template: str, **content: object) -> None:
-    """Write what a template of this package makes of its content.
+def write_page(page: Path, name: str, **content: object) -> None:
+    """Write what the template of this name makes of its content.
 
     Raises:
         UserError: the file cannot be written.
     """
+    html = template(name).render(content)
+    with whole(page) as part:
+        part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def template(name: str) -> Template:
+    """A page of this folder; what it is rendered with is escaped, and names act on nothing."""
     environment = Environment(
         loader=PackageLoader("bcnn.report", "."), autoescape=True, finalize=_visible
     )
     environment.filters["percent"] = _percent
-    html = environment.get_template(template).render(content)
-    with whole(page) as part:
-        part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
+    return environment.get_template(name)
 
 
 def confusion_order(predictions: Predictions) -> list[int]:
@@ -138,6 +152,31 @@ def confused_pairs(predictions: Predictions, count: int) -> list[tuple[int, int]
     return pairs[:count]
 
 
+def _change(before: Before | None, after: Predictions) -> dict[str, object] | None:
+    """Figures of two stages, and photographs that only one of them was right about."""
+    if before is None or not after.of_same_images(before[1]):
+        return None
+    name, earlier = before
+    figures, now = headline(earlier), headline(after)
+
+    def photos(right: Predictions, wrong: Predictions) -> tuple[int, list[Photo]]:
+        changed = (right.correct & ~wrong.correct).nonzero()[:, 0]
+        surest = changed[wrong.confidence[changed].argsort(descending=True, stable=True)]
+        return len(changed), [photo(index, wrong) for index in surest[:CHANGES].tolist()]
+
+    def photo(index: int, wrong: Predictions) -> Photo:
+        truth, called = (after.classes[each[index]] for each in (after.labels, wrong.predicted))
+        caption = f"{truth}, not {called} ({_percent(float(wrong.confidence[index]))})"
+        return Photo(thumbnail(load_image(after.paths[index]), CHANGED), caption)
+
+    return {
+        "before": name,
+        "rows": [(NAMES[k], MEANINGS[k], (shown(k, figures[k]), shown(k, now[k]))) for k in NAMES],
+        "gained": photos(after, earlier),
+        "lost": photos(earlier, after),
+    }
+
+
 def _pairs(predictions: Predictions) -> list[tuple[Side, Side]]:
     pairs = confused_pairs(predictions, PAIRS)
     return [(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs]
@@ -155,7 +194,7 @@ def _side(predictions: Predictions, one: int, other: int) -> Side:
         called, share = predictions.predicted[index], predictions.confidence[index]
         wrong = bool(called != one)
         caption = f"{names[called]} {_percent(float(share))}" if wrong else "right"
-        return Photo(_thumbnail(load_image(predictions.paths[index])), caption, wrong)
+        return Photo(thumbnail(load_image(predictions.paths[index])), caption, wrong)
 
     return Side(names[one], len(members), int(taken.sum()), [photo(index) for index in shown])
 
@@ -166,8 +205,8 @@ def _mistakes(
     return [
         {
             "path": predictions.paths[index],
-            "photo": _thumbnail(load_image(predictions.paths[index])),
-            "evidence": [_thumbnail(picture) for picture in evidence.get(index, ())],
+            "photo": thumbnail(load_image(predictions.paths[index])),
+            "evidence": [thumbnail(picture) for picture in evidence.get(index, ())],
             "called": predictions.classes[predictions.predicted[index]],
             "confidence": float(predictions.confidence[index]),
             "truth": predictions.classes[predictions.labels[index]],
@@ -215,6 +254,10 @@ def _taken(predictions: Predictions) -> list[str]:
     ]
 
 
+def _now() -> str:
+    return f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+
+
 def _visible(value: object) -> object:
     """Names with escapes for what would turn the text around them; lines of text stay lines."""
     if isinstance(value, str) and not isinstance(value, Markup):
@@ -226,9 +269,10 @@ def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _thumbnail(picture: Image.Image) -> str:
+def thumbnail(picture: Image.Image, side: int = THUMBNAIL) -> str:
+    """A data URI of the picture, its long side `side` pixels at most."""
     small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -52,6 +52,14 @@ class Predictions:
         """(classes, classes) numbers of images, a row a true class, a column a predicted one."""
         return multiclass_confusion_matrix(self.predicted, self.labels, len(self.classes))
 
+    def of_same_images(self, others: "Predictions") -> bool:
+        """Whether these are of the same images, with the same labels, in the same order."""
+        return (
+            (self.classes, self.paths) == (others.classes, others.paths)
+            and self.probabilities.shape == others.probabilities.shape
+            and torch.equal(self.labels, others.labels)
+        )
+
     def confident_mistakes(self, count: int) -> list[int]:
         """Indices of wrongly classified images, the most confident first."""
         wrong = (~self.correct).nonzero()[:, 0]

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from bcnn.data.splits import Split
 from bcnn.errors import UserError
+from bcnn.evaluation import PREDICTIONS
 from bcnn.files import whole
 from bcnn.report.predictions import Predictions
 from bcnn.training.checkpoints import STATE
@@ -95,8 +96,9 @@ class Result:
         inside = self.checkpoint.is_relative_to(output)
         place = self.checkpoint.relative_to(output) if inside else self.checkpoint.absolute()
         plain = {"checkpoint": str(place), "metrics": self.metrics, "failure": self.failure}
-        if self.held_out:
-            self.held_out.save(output / self.stage / HELD_OUT)
+        for found, name in ((self.predictions, PREDICTIONS), (self.held_out, HELD_OUT)):
+            if found:
+                found.save(output / self.stage / name)
         with whole(output / self.stage / STAGE) as part:
             part.write_text(json.dumps(plain, indent=1))
 
@@ -113,13 +115,13 @@ class Result:
         try:
             plain = json.loads(file.read_text())
             checkpoint = output / plain["checkpoint"]
-            kept = output / stage / HELD_OUT
+            kept = [output / stage / name for name in (PREDICTIONS, HELD_OUT)]
             return cls(
                 stage,
                 checkpoint,
                 dict(plain["metrics"]),
                 str(plain["failure"]),
-                held_out=Predictions.load(kept) if kept.is_file() else None,
+                *(Predictions.load(each) if each.is_file() else None for each in kept),
             )
         except (ValueError, TypeError, KeyError, BadZipFile) as error:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +25,18 @@ from bcnn import terminal
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
-from bcnn.evaluation import logged_stages, write_results
+from bcnn.evaluation import kept_predictions, logged_stages, write_results
 from bcnn.files import remove_parts
 from bcnn.inference import predict_split
 from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.precision import about_device, chosen_precision, no_memory
+from bcnn.progress import span
 from bcnn.ranks import together
 from bcnn.report.files import write_images
 from bcnn.report.metrics import headline
+from bcnn.report.page import Before
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
 from bcnn.training.callbacks import CollapseGuard, Diverged, Float16, SeedEpochs
@@ -44,7 +47,7 @@ from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refus
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
 from bcnn.training.rows import EpochRows
-from bcnn.training.summary import advice, say_figures, say_how_to_go_on, say_where
+from bcnn.training.summary import advice, facts, say_figures, say_how_to_go_on, say_where
 from bcnn.training.tracking import close, log_configuration, log_results, make_loggers
 
 LOG = "train.log"  # in the output folder: all that was said
@@ -115,16 +118,21 @@ def resume(folder: Path) -> float:
 
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
+    began, resumed = time.monotonic(), record.images != ""
     with terminal.logged(output / LOG):
         log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
         try:
             trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
             device = trainer.strategy.root_device
-            say(about_device(device, trainer.precision, trainer.world_size))
+            computed_on = about_device(device, trainer.precision, trainer.world_size)
+            say(computed_on)
             images, model = _prepared(record, device)
             results = _train(record, images, model)
             say_figures(results, images)
-            report = _report(cfg, results, images, model)
+            took = span(time.monotonic() - began)
+            if resumed:
+                took += " since it was gone on with; how long before is not known"
+            report = _report(record, results, images, model, computed_on, took)
             rank_zero_only(record.finish)()
             rank_zero_only(results[-1].write)(output)
         except (Interruption, UserError, OSError) as error:
@@ -340,10 +348,16 @@ def _test_figures(predictions: Predictions | None) -> dict[str, float]:
 
 @rank_zero_only
 def _report(
-    cfg: DictConfig, results: list[Result], images: ImageFolderData, model: BCNN
+    record: Record,
+    results: list[Result],
+    images: ImageFolderData,
+    model: BCNN,
+    computed_on: str,
+    took: str,
 ) -> Path | None:
     """The page on what the last stage ended with, and the files of its figures."""
-    predictions, output = results[-1].predictions, Path(cfg.output)
+    cfg, kept = record.cfg, results[-1]
+    predictions, output = kept.predictions, Path(cfg.output)
     held_out = next((result.held_out for result in results if result.held_out), None)
     if held_out:
         write_images(output / "held_out.csv", held_out)
@@ -353,4 +367,16 @@ def _report(
     logs += [(result.stage, output / result.stage / "metrics.csv") for result in results]
     title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
     settings = OmegaConf.to_yaml(cfg, resolve=True)
-    return write_results(output, model, predictions, title, logs, settings, held_out)
+    known = facts(record, results, images, computed_on, took)
+    before = None
+    if kept.checkpoint.is_relative_to(output / kept.stage):  # else it kept what it started from
+        before = _before(results, cfg.ckpt)
+    return write_results(output, model, predictions, title, logs, settings, held_out, known, before)
+
+
+def _before(results: list[Result], ckpt: str | None) -> Before | None:
+    """What the stage before the last said: in this run, or in that of the checkpoint."""
+    if len(results) > 1:
+        earlier = results[-2]
+        return (earlier.stage, earlier.predictions) if earlier.predictions else None
+    return kept_predictions(Path(ckpt).parent) if ckpt else None

@@ -52,7 +52,30 @@ def say_how_to_go_on(output: Path) -> None:
         return
     found = [path for stage in ("finetune", "last") for path in (output / stage).glob("*t.ckpt")]
     say("", f"best weights until now: {found[0] if found else 'none yet'}")
-    say(f"go on with: {_command(f'resume={output.absolute()}')}")
+    say(f"go on with: {train_command(f'resume={output.absolute()}')}")
+
+
+def facts(
+    record: Record, results: list[Result], images: ImageFolderData, device: str, time: str
+) -> dict[str, str]:
+    """Where the model of a run comes from, for its report.
+
+    Args:
+        record, results, images: of the run.
+        device: what it computed on.
+        time: that it took, in words.
+    """
+    kept, words = results[-1], record.words
+    splits = (("to train on", images.train), ("to validate", images.val), ("to test", images.test))
+    return {
+        "what went wrong": kept.failure,
+        "command": "" if words is None else train_command(*words),
+        "photographs": str(Path(images.list or images.root).absolute()),
+        "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
+        "computed on": device,
+        "training took": time,
+        "checkpoint": str(kept.checkpoint.absolute()),
+    }
 
 
 def advice(cfg: DictConfig, stage: str) -> str:
@@ -67,10 +90,12 @@ def _next(cfg: DictConfig, words: list[str], result: Result) -> str:
         change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
     given = OverridesParser.create().parse_overrides(words)
     kept = [each.input_line for each in given if each.key_or_group not in {*change, "output"}]
-    return _command(*(literal(f"{name}={value}", sweep=False) for name, value in change.items()), *kept)
+    return train_command(
+        *(literal(f"{name}={value}", sweep=False) for name, value in change.items()), *kept
+    )
 
 
-def _command(*words: str | None) -> str:
+def train_command(*words: str | None) -> str:
     """What trains with these words, for a shell."""
     return shlex.join([*program("train"), *map(str, words)])
 

@@ -1,0 +1,37 @@
+"""What a report was made with."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
+CLONE = Path(__file__).parents[2]
+
+
+def software() -> dict[str, str]:
+    """Versions by name, and the commit where this is a clone."""
+    versions = {name: version(name) for name in LIBRARIES}
+    found = ", ".join(f"{name} {each}" for name, each in versions.items())
+    return {"commit": commit(CLONE), "versions": f"Python {platform.python_version()}, {found}"}
+
+
+def commit(clone: Path) -> str:
+    """What is checked out in a clone, and whether files are altered; "" in any other folder."""
+    if not (clone / ".git").exists():
+        return ""  # git would look in the folders above, which are of something else
+    asked = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(clone),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        run = subprocess.run(asked, capture_output=True, check=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # there is no git, or the clone is somebody else's
+        return ""
+    return run.stdout.strip().replace("-dirty", ", with altered files")
