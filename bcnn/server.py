@@ -65,9 +65,8 @@ class Server(ThreadingTCPServer):
         address, nor the names of this machine.
         """
         name = re.sub(":[0-9]*$", "", host).strip("[]").lower()
-        return name in ("localhost", self.host.lower(), socket.gethostname().lower()) or _is_address(
-            name
-        )
+        own = socket.gethostname().lower()
+        return name in ("localhost", self.host.lower(), own, f"{own}.local") or _is_address(name)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):  # by which browsers leave
@@ -98,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         if self._refused("/photograph"):
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not re.fullmatch("[0-9]{1,15}", length):
             return self._say(411, "the request does not say how long the photograph is")
         if int(length) > MEGABYTES * 1e6:
             return self._say(413, f"a photograph may have {MEGABYTES} MB: choose a smaller one")

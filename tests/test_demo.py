@@ -9,15 +9,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, set_up, write_images
+from conftest import COLOURS, bounded, mutated, set_up, write_images
+from hypothesis import given
 from PIL import Image
 
 from bcnn import demo
 from bcnn.answers import NEAREST, Answers, Gallery
+from bcnn.errors import UserError
 from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import save_model
@@ -67,6 +70,12 @@ def jpeg(colour: tuple[int, int, int] = (40, 60, 200), size: tuple[int, int] = (
     noise = np.random.default_rng(0).normal(0, 40, (*size[::-1], 3))
     content = io.BytesIO()
     Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(content, "JPEG")
+    return content.getvalue()
+
+
+def encoded(kind: str) -> bytes:
+    content = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(size=(60, 50)))).save(content, kind)
     return content.getvalue()
 
 
@@ -121,6 +130,17 @@ def test_photographs_of_any_shape_and_networks_of_one_class(tiny: BCNN) -> None:
     assert only["probability"] == 1
 
 
+@pytest.mark.fuzz
+@given(content=mutated([jpeg(), *map(encoded, ("PNG", "GIF", "TIFF", "WEBP"))]))
+def test_whatever_is_sent_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> None:
+    with bounded(), catch_warnings():
+        simplefilter("ignore")
+        try:
+            assert Answers(tiny).answer(content)["classes"]
+        except UserError as error:
+            assert "choose a photograph" in str(error)
+
+
 def bomb() -> bytes:
     content = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(content, "PNG")
@@ -160,7 +180,8 @@ def test_pages_of_others_get_nothing(server: Server) -> None:
 def test_requests_that_are_none(server: Server) -> None:
     assert ask(server, path="/nowhere")[0] == ask(server, path="/../demo.py", verb="GET")[0] == 404
     assert ask(server, path="/photograph", verb="GET")[0] == 404
-    assert ask(server, Content_Length="-1")[0] == 411
+    for length in ("-1", "", "9" * 5000):
+        assert ask(server, Content_Length=length)[0] == 411
     status, said, _ = ask(server, Content_Length=str(MEGABYTES * 10**6 + 1))
     assert status == 413 and "50 MB" in said["error"]
 

@@ -226,6 +226,7 @@ def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
     (tmp_path / "run").rename(tmp_path / "moved")
     resume(tmp_path / "moved")
     assert f"best checkpoint: {tmp_path}/moved/last/best.ckpt" in capsys.readouterr().out
+    assert "how long before is not known" in (tmp_path / "moved" / "report.html").read_text()
     record = begun(images, tmp_path / "other")
     write(images / "train" / "red" / "new.png", seed=99)
     with pytest.raises(UserError, match=r"not those that .*other was begun with"):

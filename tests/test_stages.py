@@ -102,13 +102,16 @@ def test_first_validation_of_finetune_is_the_last_of_last_in_float32(
 
 
 @pytest.mark.slow
-def test_finetune_after_last_alone_is_the_second_half_of_both(images: Path, tmp_path: Path) -> None:
-    run(configure(*toy(images, *SHORT, f"output={tmp_path / 'both'}")))
+def test_finetune_after_last_alone_is_the_second_half_of_both(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(configure(*toy(images, *SHORT, "output=both")))
     start = tmp_path / "both" / "last" / "best.ckpt"
     options = ["stage=finetune", *SHORT, f"ckpt={start}"]
-    run(configure(*toy(images, *options, f"output={tmp_path / 'alone'}")))
+    run(configure(*toy(images, *options, "output=alone")))
     reports = [(tmp_path / name / "report.html").read_text() for name in ("both", "alone")]
-    changes = [re.findall(r"\d+ images? that \w+ got right", report) for report in reports]
+    changes = [re.findall(r"\w+ images? that \w+ got right", report) for report in reports]
     assert len(changes[0]) == 2 and changes[0] == changes[1]
     both = weights(tmp_path / "both" / "finetune" / "best.ckpt")
     alone = weights(tmp_path / "alone" / "finetune" / "best.ckpt")
@@ -186,6 +189,8 @@ def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     start = tmp_path / "start" / "last" / "best.ckpt"
     assert "epoch 1: " in printed and "try finetune.optimizer.lr=0.3" in printed
     assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
+    report = (tmp_path / "report.html").read_text()
+    assert "<dt>what went wrong</dt>" in report and "<h2>From last" not in report
 
 
 @pytest.mark.slow

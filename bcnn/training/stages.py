@@ -368,15 +368,18 @@ def _report(
     title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
     settings = OmegaConf.to_yaml(cfg, resolve=True)
     known = facts(record, results, images, computed_on, took)
-    before = None
-    if kept.checkpoint.is_relative_to(output / kept.stage):  # else it kept what it started from
-        before = _before(results, cfg.ckpt)
+    before = _before(results, cfg.ckpt)
     return write_results(output, model, predictions, title, logs, settings, held_out, known, before)
 
 
 def _before(results: list[Result], ckpt: str | None) -> Before | None:
-    """What the stage before the last said: in this run, or in that of the checkpoint."""
+    """What the stage before the last said, in this run or in that of `ckpt`.
+
+    None where nobody knows, or the last one kept what it started from.
+    """
+    kept = results[-1].checkpoint
     if len(results) > 1:
         earlier = results[-2]
-        return (earlier.stage, earlier.predictions) if earlier.predictions else None
-    return kept_predictions(Path(ckpt).parent) if ckpt else None
+        changed = kept != earlier.checkpoint
+        return (earlier.stage, earlier.predictions) if changed and earlier.predictions else None
+    return kept_predictions(Path(ckpt).parent) if ckpt and kept != Path(ckpt) else None
