@@ -54,13 +54,14 @@ class OptunaSweeper(Sweeper):
             UserError: no option has values to choose from.
         """
         import optuna  # takes a while
+        from optuna.storages.journal import JournalFileBackend
 
         assert self.config is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         fixed, space = self._options(arguments)
         folder = Path(self.config.hydra.sweep.dir)
         OmegaConf.save(self.config, folder / COMMAND)
-        journal = optuna.storages.journal.JournalFileBackend(str(folder / STUDY))
+        journal = JournalFileBackend(str(folder / STUDY))
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(journal),
             study_name="sweep",
@@ -121,10 +122,11 @@ def _distribution(override: Override) -> Any:
     values = override.value()
     if not isinstance(values, IntervalSweep):
         return distributions.CategoricalDistribution(tuple(override.sweep_string_iterator()))
-    ends = values.start, values.end
-    whole = all(isinstance(end, int) for end in ends)
-    kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-    return kind(*ends, log="log" in values.tags)
+    low, high, log = values.start, values.end, "log" in values.tags
+    assert low is not None and high is not None
+    if isinstance(low, int) and isinstance(high, int):
+        return distributions.IntDistribution(low, high, log=log)
+    return distributions.FloatDistribution(low, high, log=log)
 
 
 def _text(value: Any) -> str:
