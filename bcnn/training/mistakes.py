@@ -131,8 +131,9 @@ def refuse_mistakes(cfg: DictConfig) -> None:
     Raises:
         UserError: an option that is unknown, of the wrong kind, or does not go with the others.
     """
+    given = OmegaConf.to_container(cfg, resolve=False)
     for name in NEEDED:
-        if OmegaConf.select(cfg, name) is None:
+        if given.get(name) is None:  # type: ignore[union-attr]
             raise UserError(f"{name} is missing: a run cannot do without (no ~{name}, {name}=null)")
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: a whole number, 0 at least")
