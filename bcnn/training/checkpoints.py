@@ -153,8 +153,14 @@ class KeepEpoch(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Also, have the loggers go on: the training figures of an epoch come after its state."""
+        """Also, have the loggers go on: the training figures of an epoch come after its state.
+
+        And say which epoch it is: workers begin to draw its images when a schedule asks how many steps
+        there are, which is before Lightning has loaded that.
+        """
         self.resumed = True
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        trainer.fit_loop.epoch_progress.load_state_dict(progress)
         state = checkpoint["callbacks"][self.state_key]
         trainer.should_stop = state["stopped"]
         for logger in trainer.loggers:
