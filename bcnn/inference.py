@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bcnn.cores import cores
+from bcnn.cores import default_workers
 from bcnn.data.decoding import load_image
 from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
@@ -77,11 +77,11 @@ def predict_paths(
         model: as `load_model` returns it, on any device.
         top: number of classes a photograph, at most all.
         batch: photographs that pass the network together.
-        workers: processes that decode; None: one a core, 8 at most.
+        workers: processes that decode; None: see `default_workers`.
         mirror: see `probabilities`.
     """
     if workers is None:
-        workers = min(8, cores())
+        workers = default_workers()
     loader = DataLoader(
         _Photographs(paths, model.framing),
         batch_size=batch,

@@ -4,6 +4,7 @@ import copy
 import math
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,18 @@ def test_too_little_memory_names_what_needs_less(images: Path, tmp_path: Path) -
         patch.setattr(BCNNModule, "training_step", step)
         with pytest.raises(UserError, match=r"last\.batch_size, with last\.accumulate"):
             run(configure(*toy(images, *options)))
+
+
+def test_a_compiler_that_fails_is_an_option_to_do_without(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no compiler is installed")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    options = ["last=sgd", "last.epochs=1", "finetune.batch_size=4"]
+    with pytest.raises(UserError, match=r"no compiler is installed.*finetune\.compile=false"):
+        run(configure(*toy(images, *options, "finetune.compile=true", f"output={tmp_path / 'out'}")))
 
 
 def half_trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:

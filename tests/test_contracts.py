@@ -1,5 +1,6 @@
 """What the network asks of every backbone and every pooling that there is."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ def test_checkpointing_changes_no_gradient(backbone: Backbone) -> None:
         backbone.checkpointing = checkpointing
         gradients.append(torch.autograd.grad(backbone(images).sum(), [*backbone.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
+
+
+def test_compiling_changes_no_gradient(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced and differentiated ahead of time, but not made into machine code, for want of a compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    images = torch.rand(3, 3, backbone.smallest, backbone.smallest)
+    backbone.open_from(None)
+    gradients = []
+    for compiling in (False, True):
+        backbone.compiling = compiling
+        gradients.append(torch.autograd.grad(backbone(images).sum(), [*backbone.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
+    assert not {"maps", "_compiled"} & {*backbone.state_dict()}
 
 
 @pytest.mark.parametrize("places", [WIDE, FEW])

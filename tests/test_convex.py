@@ -51,6 +51,32 @@ def test_gram_matrix_in_blocks(rows: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-6)
 
 
+class Counted:
+    """Rows that count how many of them were read."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.read = rows, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        self.read += len(self.rows[part])
+        return self.rows[part]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_are_read_once_where_there_is_room_for_them(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    monkeypatch.setattr(solver, "BLOCK", 7)
+    monkeypatch.setattr(solver, "_room", lambda device: rows.nbytes if fits else rows.nbytes - 1)
+    counted = Counted(rows)
+    solution = ConvexProblem(counted, LABELS, CLASSES).solve(L2)
+    assert (counted.read <= len(rows) + 1) == fits  # one to see how large they are
+    assert torch.equal(solution.weight, ConvexProblem(rows, LABELS, CLASSES).solve(L2).weight)
+
+
 def test_factor_of_a_matrix_that_rounding_left_indefinite() -> None:
     rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))  # rank 8 of 60
     gram = rows @ rows.mT

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bcnn import cores as module
-from bcnn.cores import cores
+from bcnn.cores import cores, default_workers
 
 
 @pytest.fixture
@@ -40,3 +40,14 @@ def test_what_is_left_to_the_process(many: Path, monkeypatch: pytest.MonkeyPatch
     assert cores() == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
     assert cores() == 1
+
+
+def test_processes_that_decode_share_the_machine(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_workers() == 16
+    assert default_workers(4) == 4
+    assert default_workers(32) == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
+    assert default_workers() == default_workers(8) == 16
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")  # of each of the eight
+    assert default_workers(8) == 6

@@ -17,8 +17,9 @@ from torchvision.datasets.folder import pil_loader
 from bcnn.benchmark import photographs
 from bcnn.benchmark.harness import measure, torch_device
 from bcnn.benchmark.options import Options
+from bcnn.cores import default_workers
 from bcnn.data.decoding import load_image
-from bcnn.data.folder import ImageFolderData, ImageList
+from bcnn.data.folder import ImageList
 from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model
@@ -136,7 +137,7 @@ def table(options: Options) -> Table:
 
 def _speed(images: Dataset[tuple[Tensor, int]], options: Options) -> dict[str, float]:
     """Images a second, from a loader with as many workers as training has."""
-    workers = ImageFolderData(options.root).num_workers
+    workers = default_workers()
     loader = DataLoader(
         Clocked(images),
         options.batch,

@@ -20,12 +20,20 @@ def checkpointed_step(options: Options) -> dict[str, float]:
     return project_step(options, checkpointing=True)
 
 
-def project_step(options: Options, checkpointing: bool = False) -> dict[str, float]:
+def compiled_step(options: Options) -> dict[str, float]:
+    """`project_step` with `finetune.compile=true`."""
+    return project_step(options, compiling=True)
+
+
+def project_step(
+    options: Options, checkpointing: bool = False, compiling: bool = False
+) -> dict[str, float]:
     """This project's finetune step, in the fastest precision of the device."""
     device = torch_device(options)
     model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).to(device)
     model.to(memory_format=training_layout(device, fastest_precision(device.type)))
     model.backbone.checkpointing = checkpointing
+    model.backbone.compiling = compiling
     module = BCNNModule(model, "finetune", centering=True).train()
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 
@@ -44,11 +52,16 @@ def project_step(options: Options, checkpointing: bool = False) -> dict[str, flo
 
 def table(options: Options) -> Table:
     """The two side by side, and how near ours comes to the device's limit."""
-    original, ours, less = (
-        measure(c, options) for c in (original_loop, project_step, checkpointed_step)
-    )
+    contenders = {
+        "original's": original_loop,
+        "this project's": project_step,
+        "with checkpointing": checkpointed_step,
+    }
+    if torch_device(options).type == "cuda":
+        contenders["with torch.compile"] = compiled_step
+    rows = {label: measure(contender, options) for label, contender in contenders.items()}
+    original, ours = rows["original's"], rows["this project's"]
     table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=title(options))
-    rows = {"original's": original, "this project's": ours, "with checkpointing": less}
     for label, row in rows.items():
         table.add_row(
             label,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bcnn import terminal
-from bcnn.cores import cores
+from bcnn.cores import default_workers
 from bcnn.data.check import broken, check, write_broken
 from bcnn.data.decoding import load_image
 from bcnn.data.layout import (
@@ -107,7 +107,7 @@ class ImageFolderData(L.LightningDataModule):
         broken: what to do about files that cannot be decoded: "stop", or "skip" them.
         sampler: "balanced" draws every class equally often in training; None: every image once.
         batch_size: images a step, of all ranks together, as many of each.
-        num_workers: processes that decode images; None: one a core, 8 at most.
+        num_workers: processes that decode images, of each rank; None: see `default_workers`.
         seed: of the shares, and of the classes, that are drawn.
 
     Raises:
@@ -154,7 +154,7 @@ class ImageFolderData(L.LightningDataModule):
         self.broken = broken
         self.sampler = sampler
         self.batch_size = batch_size
-        self.num_workers = min(8, cores()) if num_workers is None else num_workers
+        self.num_workers = num_workers
         self.seed = seed
         self.classes, self.train, self.val, self.test = [], [], [], []
 
@@ -323,14 +323,17 @@ class ImageFolderData(L.LightningDataModule):
         batch_size: int,
         draws: Draws | None = None,
     ) -> DataLoader:
+        count = self.num_workers
+        if count is None:
+            count = default_workers(self.trainer.num_devices if self.trainer else 1)
         return DataLoader(
             ImageList(samples, transform, self.framing.side),
             batch_size=batch_size,
             sampler=draws,
             # a rest of one image has no mean
             drop_last=draws is not None and len(draws) > batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=count,
+            persistent_workers=count > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcnn.ranks import mean_over_ranks
@@ -43,8 +44,11 @@ class Head(nn.Linear):
         in_training = self.training and self.batch_mean
         mean = mean_over_ranks(rows.mean(dim=0)) if in_training else self.mean
         with torch.autocast(rows.device.type, enabled=False):
-            logits: Tensor = _CenteredLinear.apply(rows, mean, self.weight, self.bias)
-            return logits
+            if rows.device.type == "cpu":
+                logits: Tensor = _CenteredLinear.apply(rows, mean, self.weight, self.bias)
+                return logits
+            bias = self.bias - self.weight @ mean
+            return F.linear(rows.to(self.weight.dtype), self.weight, bias)
 
     @torch.no_grad()
     def center_on(self, mean: Tensor) -> None:
@@ -61,9 +65,10 @@ class Head(nn.Linear):
 class _CenteredLinear(torch.autograd.Function):
     """W·(x − mean) + b, for x in any precision, multiplied and summed in that of W.
 
-    Most of a step from the store is spent here, on matrices that are wide and low. So nothing as large
-    as x is made, of W there is one gradient, and `BLOCKS` times `BLOCK` columns are taken at a time,
-    which are converted and read again within the processor's cache; the rest of the columns come last.
+    On a CPU, where most of a step from the store is spent here, on matrices that are wide and low. So
+    nothing as large as x is made, of W there is one gradient, and `BLOCKS` times `BLOCK` columns are
+    taken at a time, which are converted and read again within the processor's cache; the rest of the
+    columns come last.
     """
 
     @staticmethod

@@ -1,8 +1,9 @@
 """Stage `last` without the features: descriptors computed once, then read from the store."""
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from bcnn.ranks import from_first
 from bcnn.store import CHUNK, VIEWS, DescriptorStore
 from bcnn.terminal import say
 
+WRITERS = 4  # threads that write chunks: checksum and disk let go of the interpreter's lock
 WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give up after 30 minutes
 
 
@@ -79,6 +81,7 @@ class DescriptorData(L.LightningDataModule):
         if self._ready:
             return
         assert self.trainer is not None
+        self.images.trainer = self.trainer  # whose ranks share the cores
         strategy = self.trainer.strategy
         rank, ranks = place(self.trainer)
         with ExitStack() as until_built:
@@ -177,23 +180,34 @@ class DescriptorData(L.LightningDataModule):
         # Chunks are whole but for the very last one, so a batch of CHUNK images is one chunk.
         loader = self.images.evaluation_dataloader(samples, batch_size=CHUNK)
         model = self.model.to(device)
-        with progress("computing descriptors", len(samples)) as task, torch.no_grad():
+        dtype = torch.from_numpy(np.empty(0, self.store.dtype)).dtype
+        written: deque[Future[None]] = deque()
+        with (
+            progress("computing descriptors", len(samples)) as task,
+            ThreadPoolExecutor(WRITERS) as writers,
+            torch.no_grad(),
+        ):
             for chunk, (images, _) in zip(chunks, loader, strict=True):
-                images = images.to(device)
+                images = images.to(device, non_blocking=True)
                 flipped = [images.flip(-1)] if self.store.views(chunk) > 1 else []
                 with autocast(device, self.precision):
                     views = [model.descriptor(view) for view in (images, *flipped)]
-                rows = torch.stack(views, dim=1).flatten(0, 1).cpu().numpy()
+                rows = torch.stack(views, dim=1).flatten(0, 1).to(dtype)
                 self._refuse_overflow(chunk, rows)
-                self.store.write(chunk, rows)
+                written.append(writers.submit(self.store.write, chunk, rows.cpu().numpy()))
+                if len(written) > 2 * WRITERS:
+                    written.popleft().result()
                 task.advance(len(images))
+            for each in written:
+                each.result()
 
-    def _refuse_overflow(self, chunk: int, rows: np.ndarray) -> None:
+    def _refuse_overflow(self, chunk: int, rows: Tensor) -> None:
         """Raises UserError where rows are not finite on disk, which no later run could mend."""
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(rows.astype(self.store.dtype)).all(axis=1)
+        finite = rows.isfinite().all(dim=1)
         if not finite.all():
-            image = self.store.chunk_images(chunk)[int(finite.argmin()) // self.store.views(chunk)]
+            image = self.store.chunk_images(chunk)[
+                int(finite.int().argmin()) // self.store.views(chunk)
+            ]
             raise UserError(
                 f"the features of {self.paths[image]} are not finite numbers in {self.precision}: try "
                 "trainer.precision=32-true, or other weights"

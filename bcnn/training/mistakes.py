@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class Finetune:
     scheduler: Any
     class_weights: bool
     loss: Any
+    compile: bool = False  # runs that were begun before there was any do not say
 
 
 def refuse_mistakes(cfg: DictConfig) -> None:
@@ -174,7 +175,8 @@ def _refuse_fields(part: str, options: DictConfig, kind: type) -> None:
     if kind is Convex and (given := of_sgd.intersection(options)):
         raise UserError(f"last.{min(given)} is an option of last=sgd, and last=convex is chosen")
     _refuse_unknown(f"{part}.", options, names)
-    for name in names - {*options}:
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    for name in needed - {*options}:
         raise UserError(f"{part}.{name} is missing: write {part}.{name}=…")
     try:
         OmegaConf.merge(OmegaConf.structured(kind), options)

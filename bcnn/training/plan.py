@@ -123,6 +123,7 @@ def plan(
     steps = {"optimizer": instantiate(options.optimizer), "scheduler": scheduler, "loss": loss}
     if name == "finetune":
         model.backbone.checkpointing = options.checkpointing
+        model.backbone.compiling = options.get("compile", False)
         tuning = {key: options[key] for key in ("centering", "polyak", "open_from")}
         return BCNNModule(model, "finetune", **steps, **tuning), images, limits
     if not options.store:

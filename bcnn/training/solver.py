@@ -53,7 +53,8 @@ class ConvexProblem:
     """Rows and their labels, made ready to be solved for one λ after the other.
 
     Args:
-        rows: (rows, width), of any floating type; read in blocks of `BLOCK`, time and again.
+        rows: (rows, width), of any floating type; read in blocks of `BLOCK`, time and again, but to a
+            GPU with room for them only once.
         labels: (rows,), in 0..classes - 1.
         classes: how many.
         loss: (logits, labels) → loss, convex in the logits; by default cross-entropy.
@@ -78,8 +79,9 @@ class ConvexProblem:
         tolerance: float = 1e-7,
         device: torch.device | str = "cpu",
     ) -> None:
-        double = double_device(torch.device(device))
-        self.rows = rows
+        device = torch.device(device)
+        double = double_device(device)
+        self.rows = rows = resident(rows, device, _room(device))
         self.labels = labels.to(double)
         self.tolerance = tolerance
         self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(double, torch.float64)
@@ -190,6 +192,21 @@ class ConvexProblem:
         for i in range(0, len(alpha), BLOCK):
             weight.addmm_(alpha[i : i + BLOCK].mT, _centred(self.rows, i, self.mean))
         return weight
+
+
+def resident(rows: Rows, device: torch.device, room: int) -> Rows:
+    """The rows on a device, read once, where they take no more than `room` bytes; else as they are."""
+    if len(rows) * rows[:1].nbytes > room:
+        return rows
+    starts = range(0, len(rows), BLOCK)
+    blocks = track(starts, "reading descriptors", unit="blocks")
+    return torch.cat([rows[i : i + BLOCK].to(device) for i in blocks])
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that rows may take on a device: a third of what is free, since `torch.cat` takes as much
+    again. None on the CPU, where a block is read faster than it is multiplied."""
+    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
 
 
 def cholesky(gram: Tensor) -> Tensor:

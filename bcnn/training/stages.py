@@ -290,6 +290,13 @@ def _fit(
         return f"stage {keep.state.parent.name}: {error}"
     except torch.OutOfMemoryError as error:
         raise UserError(no_memory(keep.state.parent.name)) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise UserError(
+            f"torch.compile fails here ({reason}): finetune.compile=false does without"
+        ) from error
     return ""
 
 

@@ -1,6 +1,7 @@
 """Backbones: normalised images in, maps of local features out. A file each; its name is the choice."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.checkpointing = False  # of activations: less memory in training, more time
+        self.compiling = False  # by torch.compile, what is computed in training
         self.projection: nn.Module = nn.Identity()
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
@@ -74,7 +76,12 @@ class Backbone(nn.Module):
         x = images.to(self.mean.dtype)
         if not images.is_floating_point():
             x = x / 255
-        return self.maps((x - self.mean) / self.std)
+        maps = self._compiled if self.compiling and torch.is_grad_enabled() else self.maps
+        return maps((x - self.mean) / self.std)
+
+    @cached_property
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        return torch.compile(self.maps)
 
     def project(self, channels: int) -> None:
         """Give the maps this many channels, by a 1 × 1 convolution after all else: at first the first.

@@ -49,17 +49,20 @@ class VGG16(Backbone):
     def maps(self, x: Tensor) -> Tensor:
         """Normalised images (batch, 3, h, w) → relu5_3 (batch, 512, h // 16, w // 16).
 
-        The maps lie in memory as the weights do. Where that is channels last, the pools are computed
-        again in the backward pass: where their maxima were (int64) takes as much memory as their inputs
-        do in half precision. So is conv1_1, whose output is as large as any and soon made. Elsewhere
-        (float32 on a CPU, see `training_layout`) that costs an eighth of the step, and nothing is.
+        The maps lie in memory as the weights do. On a CPU where that is channels last, the pools are
+        computed again in the backward pass: where their maxima were (int64) takes as much memory as
+        their inputs do in half precision. So is conv1_1, whose output is as large as any and soon made.
+        In float32 (see `training_layout`) that costs an eighth of the step, and on a GPU a tenth: there
+        nothing is.
         With `checkpointing`, the first two blocks are computed again, two images at a time: they have
         most of the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
         channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x = x.contiguous(memory_format=layout)
-        if not (torch.is_grad_enabled() and (channels_last or self.checkpointing)):
+        x = x.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        recomputing = self.checkpointing or (channels_last and x.device.type == "cpu")
+        if not (recomputing and torch.is_grad_enabled()):
             return self.features(x)
         if self.checkpointing:
             start = LAYERS["conv3_1"]
