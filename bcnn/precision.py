@@ -77,8 +77,10 @@ def chosen_precision(trainer: DictConfig) -> str:
 
 def about_device(device: torch.device, precision: str, ranks: int) -> str:
     """What a run computes on and why, in which of Lightning's precisions, in how many processes."""
-    fastest = precision == fastest_precision(device.type)
-    parts = [_name(device), f"{precision} ({'the fastest here' if fastest else 'as asked for'})"]
+    why = "the fastest here" if precision == fastest_precision(device.type) else "as asked for"
+    if device.type == "cuda" and precision not in AUTOCAST and torch.backends.cudnn.allow_tf32:
+        why += ", convolutions in TF32 where it has that"
+    parts = [_name(device), f"{precision} ({why})"]
     if device.type == "cpu":
         threads = torch.get_num_threads()
         parts.append(f"{threads} thread{'s' * (threads > 1)}")

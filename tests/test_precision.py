@@ -43,6 +43,8 @@ def test_a_run_on_gpus_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
         "every batch"
     )
     assert "16-mixed (as asked for)" in about_device(torch.device("cuda", 0), "16-mixed", 1)
+    single = about_device(torch.device("cuda", 0), "32-true", 1)
+    assert "32-true (as asked for, convolutions in TF32" in single
     assert "as asked for), 32-true" in about_device(torch.device("cpu"), "32-true", 1)
 
 

@@ -205,9 +205,8 @@ class DescriptorData(L.LightningDataModule):
         """Raises UserError where rows are not finite on disk, which no later run could mend."""
         finite = rows.isfinite().all(dim=1)
         if not finite.all():
-            image = self.store.chunk_images(chunk)[
-                int(finite.int().argmin()) // self.store.views(chunk)
-            ]
+            first = int(finite.int().argmin()) // self.store.views(chunk)
+            image = self.store.chunk_images(chunk)[first]
             raise UserError(
                 f"the features of {self.paths[image]} are not finite numbers in {self.precision}: try "
                 "trainer.precision=32-true, or other weights"
