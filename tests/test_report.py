@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from bcnn.report.heatmap import evidence_figure, framed
 from bcnn.report.page import MISTAKES, confused_pairs, confusion_order, write_report
 from bcnn.report.plots import curves_svg, plot_curves
 from bcnn.report.predictions import Predictions
-from bcnn.report.software import commit
+from bcnn.report.software import commit, software
 
 LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 0,0,,,1.4,0.4
@@ -144,6 +144,16 @@ def test_names_that_act_on_terminals_and_spreadsheets_do_nothing_in_files(
         with (tmp_path / "out" / name).open(errors="surrogateescape", newline="") as file:
             found = {row[column] for row in csv.DictReader(file)}
         assert "'=1+1" in found and found <= {"'=1+1", *HOSTILE[1:]}
+
+
+def test_a_clone_that_is_not_installed_has_versions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(name: str) -> str:
+        if name == "bcnn":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr("bcnn.report.software.version", lookup)
+    assert "bcnn not installed, torch 1.2" in software()["versions"]
 
 
 def test_the_commit_of_a_clone_and_of_nothing_else(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
@@ -11,9 +11,15 @@ CLONE = Path(__file__).parents[2]
 
 def software() -> dict[str, str]:
     """Versions by name, and the commit where this is a clone."""
-    versions = {name: version(name) for name in LIBRARIES}
-    found = ", ".join(f"{name} {each}" for name, each in versions.items())
+    found = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
     return {"commit": commit(CLONE), "versions": f"Python {platform.python_version()}, {found}"}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # `python train.py` in a clone needs no installation
+        return "not installed"
 
 
 def commit(clone: Path) -> str:
