@@ -1,7 +1,8 @@
 """What a run computes on, and in which of Lightning's precisions; what a device is built for."""
 
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from omegaconf import DictConfig
@@ -57,6 +58,17 @@ def autocast(device: torch.device, precision: str | None = None) -> AbstractCont
     """
     dtype = AUTOCAST.get(precision or fastest_precision(device.type))
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply float32 matrices on a GPU in float32, whatever the machine allows."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def training_layout(device: torch.device, precision: str) -> torch.memory_format:

@@ -6,6 +6,7 @@ import re
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,27 @@ def test_gram_matrix_in_blocks(rows: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-6)
 
 
+def test_gram_matrix_of_a_machine_that_allows_tf32(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def centred(*arguments: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return original(*arguments)
+
+    original = solver._centred
+    monkeypatch.setattr(solver, "_centred", centred)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        gram_matrix(rows, rows.mean(0))
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Counted:
     """Rows that count how many of them were read."""
 
@@ -93,7 +115,7 @@ def test_each_lift_is_added_to_the_matrix_itself() -> None:
 
 
 def test_a_matrix_that_no_lift_can_mend() -> None:
-    with pytest.raises(ValueError, match="semi-definite"):
+    with pytest.raises(UserError, match=r"semi-definite.*last=sgd"):
         cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
 
 

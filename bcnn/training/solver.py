@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
-from bcnn.precision import double_device
+from bcnn.precision import double_device, without_tf32
 from bcnn.progress import track
 
 # of the factor: in float32 and in float64 they are 1.7 GB
@@ -67,7 +67,7 @@ class ConvexProblem:
         optimizer: L-BFGS on θ and the bias.
 
     Raises:
-        UserError: the rows hold values that are not finite.
+        UserError: the rows hold values that are not finite, or cannot be told apart in float32.
     """
 
     def __init__(
@@ -182,6 +182,7 @@ class ConvexProblem:
         self.optimizer.state.clear()  # the curvature seen on this problem misleads on the next
         closure()
 
+    @without_tf32()
     def _weight(self) -> Tensor:
         """W = αᵀX, a block of rows at a time."""
         if self.primal:
@@ -216,7 +217,7 @@ def cholesky(gram: Tensor) -> Tensor:
     as little as lifts them above it is added to the diagonal, from a millionth of its mean.
 
     Raises:
-        ValueError: the matrix is not positive semi-definite, nor nearly.
+        UserError: the matrix is not positive semi-definite, nor nearly.
     """
     mean = gram.diagonal().double().mean()
     factor = torch.empty_like(gram, dtype=torch.float64).mT  # by columns it is factored in place
@@ -226,19 +227,27 @@ def cholesky(gram: Tensor) -> Tensor:
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
             return factor
-    raise ValueError("the matrix is not positive semi-definite")
+    raise UserError(
+        "rounding leaves the matrix of the descriptors' inner products not positive semi-definite: "
+        "choose last=sgd, or trainer=cpu"
+    )
 
 
+@without_tf32()
 def gram_matrix(rows: Rows, mean: Tensor) -> Tensor:
     """Inner products of the rows less `mean` (width,): (len(rows), len(rows)), in float32.
 
-    Two blocks of rows are in memory at a time, so only the result grows with their number.
+    Two blocks of rows are in memory at a time, so only the result grows with their number. A GPU that
+    is fast in float64 multiplies in it: in float32 an H200 made a matrix of 2,640 rows of 131,328
+    numbers that was not positive semi-definite.
     """
+    fast = mean.device.type == "cuda" and double_device(mean.device) == mean.device
+    dtype = torch.float64 if fast else torch.float32
     gram = mean.new_empty(len(rows), len(rows))
     for i in track(range(0, len(rows), BLOCK), "Gram matrix", unit="blocks"):
-        left = _centred(rows, i, mean)
+        left = _centred(rows, i, mean).to(dtype)
         for j in range(0, i + 1, BLOCK):
-            right = left if i == j else _centred(rows, j, mean)
+            right = left if i == j else _centred(rows, j, mean).to(dtype)
             product = left @ right.mT
             gram[i : i + BLOCK, j : j + BLOCK] = product
             gram[j : j + BLOCK, i : i + BLOCK] = product.mT
