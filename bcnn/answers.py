@@ -16,6 +16,7 @@ from bcnn.errors import UserError
 from bcnn.inference import refuse_overflow, see
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
+from bcnn.neighbours import nearest
 from bcnn.precision import autocast
 from bcnn.progress import progress
 from bcnn.report.heatmap import overlay, scaled
@@ -68,13 +69,9 @@ class Gallery:
             row: (width,), of unit length: distances go from 0, the same, to √2, nothing shared.
             count: how many, at most all.
         """
-        row = row.cpu().float()
-        apart = torch.cat([(part.float() - row).norm(dim=1) for part in self.rows.split(64)])
-        best = apart.topk(min(count, len(apart)), largest=False)
-        return [
-            (*self.samples[index], distance)
-            for index, distance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        distances, places = nearest(row[None].cpu().float(), self.rows.split(64), count)
+        found = zip(places[0].tolist(), distances[0].tolist(), strict=True)
+        return [(*self.samples[index], distance) for index, distance in found]
 
 
 class Answers:

@@ -18,7 +18,7 @@ from bcnn.progress import track
 from bcnn.report.files import write_figures
 from bcnn.report.heatmap import framed, overlay, scaled
 from bcnn.report.metrics import NAMES, headline, per_class, shown
-from bcnn.report.page import MISTAKES, THUMBNAIL, Before, Evidence, write_report
+from bcnn.report.page import MISTAKES, THUMBNAIL, Before, Evidence, Neighbour, write_report
 from bcnn.report.predictions import Predictions
 from bcnn.terminal import say
 
@@ -86,6 +86,7 @@ def write_results(
     held_out: Predictions | None = None,
     facts: Mapping[str, str] | None = None,
     before: Before | None = None,
+    nearest: Mapping[int, Sequence[Neighbour]] | None = None,
 ) -> Path:
     """The report and the files of figures.
 
@@ -94,7 +95,7 @@ def write_results(
         model: whose predictions these are; its mistakes are explained.
         predictions: as `predict_split` returns them.
         title: of the report.
-        stages, configuration, held_out, facts, before: as for `write_report`.
+        stages, configuration, held_out, facts, before, nearest: as for `write_report`.
 
     Returns:
         The report.
@@ -103,7 +104,7 @@ def write_results(
     write_figures(folder, predictions)
     report = folder / "report.html"
     evidence = evidence_pictures(model, predictions)
-    known = (configuration, held_out, facts, before)
+    known = (configuration, held_out, facts, before, nearest)
     write_report(report, predictions, title, stages, evidence, *known)
     return report
 

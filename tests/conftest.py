@@ -307,3 +307,15 @@ def train(python: Run) -> Run:
         return python(str(ROOT / "train.py"), *overrides, **environment)
 
     return run
+
+
+def watched(browser: Any) -> tuple[Any, list[str], list[str]]:
+    """A tab of a desktop's size, what it complains of, and the addresses that it asks for."""
+    tab = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    said: list[str] = []
+    fetched: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: said.append(dialog.message))
+    tab.on("request", lambda request: fetched.append(request.url))
+    return tab, said, fetched

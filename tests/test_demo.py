@@ -14,7 +14,7 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, bounded, mutated, set_up, write_images
+from conftest import COLOURS, bounded, mutated, set_up, watched, write_images
 from hypothesis import given
 from PIL import Image
 
@@ -245,13 +245,7 @@ DROP = """([text, type]) => {
 
 def test_the_page_in_a_browser(server: Server, tiny: BCNN, browser: Any, tmp_path: Path) -> None:
     tiny.classes = HOSTILE
-    tab = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
-    said: list[str] = []
-    fetched: list[str] = []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("dialog", lambda dialog: said.append(dialog.message))
-    tab.on("request", lambda request: fetched.append(request.url))
+    tab, said, fetched = watched(browser)
     tab.goto(server.address)
     assert not tab.is_visible("main")
 

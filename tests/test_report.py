@@ -15,7 +15,7 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, write_images
+from conftest import COLOURS, watched, write_images
 from matplotlib import rc_context
 from PIL import Image
 
@@ -279,13 +279,7 @@ def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None
 
 
 def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:
-    tab = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
-    said: list[str] = []
-    fetched: list[str] = []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("dialog", lambda dialog: said.append(dialog.message))
-    tab.on("request", lambda request: fetched.append(request.url))
+    tab, said, fetched = watched(browser)
     tab.goto(page.as_uri())
     assert tab.title() == "A <title>"
     assert [url for url in fetched if not url.startswith("data:")] == [page.as_uri()]

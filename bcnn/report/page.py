@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, Template
@@ -26,11 +27,13 @@ PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class
 MISTAKES = 8  # with two pictures of evidence each
 DOUBTS = 20  # training photographs: 80 in all at most
 CHANGES = 6  # photographs that a stage put right, and as many that it put wrong
-THUMBNAIL, CHANGED = 280, 180  # px, the long side
+NEIGHBOURS = 5  # training photographs beside a mistake
+THUMBNAIL, CHANGED, SMALL = 280, 180, 120  # px, the long side
 
 Evidence = tuple[Image.Image, Image.Image]
+Neighbour = tuple[str, str, float]  # path, class and distance of a training photograph
 Before = tuple[str, Predictions]  # name of a stage, and what it said of the same images
-NONE: Mapping[int, Evidence] = {}
+NONE: Mapping[int, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def write_report(
     held_out: Predictions | None = None,
     facts: Mapping[str, str] | None = None,
     before: Before | None = None,
+    nearest: Mapping[int, Sequence[Neighbour]] | None = None,
 ) -> None:
     """Write the report on a set of predictions.
 
@@ -76,6 +80,7 @@ def write_report(
         held_out: of the training images, each by classifiers that have not seen it.
         facts: where the model and the figures come from, by name; what is unknown is left out or "".
         before: the stage before the last of `stages`, shown beside it if it is of the same images.
+        nearest: the training photographs most like those of `evidence`, by the index of these.
     """
     bins = calibration(predictions.confidence.double().numpy(), predictions.correct.double().numpy())
     write_page(
@@ -94,7 +99,7 @@ def write_report(
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(stages, metric))],
         matrix=_matrix(predictions),
         pairs=_pairs(predictions),
-        mistakes=_mistakes(predictions, MISTAKES, evidence or {}),
+        mistakes=_mistakes(predictions, MISTAKES, evidence or {}, nearest or {}),
         held_out=len(held_out.paths) if held_out else 0,
         doubts=_mistakes(held_out, DOUBTS) if held_out else [],
         classes=per_class(predictions),
@@ -200,7 +205,10 @@ def _side(predictions: Predictions, one: int, other: int) -> Side:
 
 
 def _mistakes(
-    predictions: Predictions, count: int, evidence: Mapping[int, Evidence] = NONE
+    predictions: Predictions,
+    count: int,
+    evidence: Mapping[int, Evidence] = NONE,
+    nearest: Mapping[int, Sequence[Neighbour]] = NONE,
 ) -> list[dict[str, object]]:
     return [
         {
@@ -211,6 +219,14 @@ def _mistakes(
             "confidence": float(predictions.confidence[index]),
             "truth": predictions.classes[predictions.labels[index]],
             "of_truth": float(predictions.of_truth[index]),
+            "nearest": [
+                Photo(
+                    thumbnail(load_image(path, SMALL), SMALL),
+                    f"{name}, {distance:.2f}",
+                    wrong=name == predictions.classes[predictions.predicted[index]],
+                )
+                for path, name, distance in nearest.get(index, ())
+            ],
         }
         for index in predictions.confident_mistakes(count)
     ]

@@ -16,6 +16,7 @@ from bcnn.data.splits import Split
 from bcnn.errors import UserError
 from bcnn.evaluation import PREDICTIONS
 from bcnn.files import whole
+from bcnn.report.page import Neighbour
 from bcnn.report.predictions import Predictions
 from bcnn.training.checkpoints import STATE
 
@@ -90,6 +91,7 @@ class Result:
     failure: str = ""
     predictions: Predictions | None = None  # of test or validation images; on rank zero
     held_out: Predictions | None = None  # of training images, in cross-validation
+    nearest: dict[int, list[Neighbour]] = field(default_factory=dict)  # of the worst mistakes; not kept
 
     def write(self, output: Path) -> None:
         """Into the stage's folder of a run, with a relative path, since a run can be moved."""
@@ -115,13 +117,15 @@ class Result:
         try:
             plain = json.loads(file.read_text())
             checkpoint = output / plain["checkpoint"]
-            kept = [output / stage / name for name in (PREDICTIONS, HELD_OUT)]
+            files = (output / stage / name for name in (PREDICTIONS, HELD_OUT))
+            predictions, held_out = (Predictions.load(f) if f.is_file() else None for f in files)
             return cls(
                 stage,
                 checkpoint,
                 dict(plain["metrics"]),
                 str(plain["failure"]),
-                *(Predictions.load(each) if each.is_file() else None for each in kept),
+                predictions,
+                held_out,
             )
         except (ValueError, TypeError, KeyError, BadZipFile) as error:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from bcnn import terminal
+from bcnn import neighbours, terminal
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.layout import listed
 from bcnn.errors import UserError
@@ -32,11 +33,11 @@ from bcnn.interruption import Interruption
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.precision import about_device, chosen_precision, no_memory
-from bcnn.progress import span
+from bcnn.progress import progress, span
 from bcnn.ranks import together
 from bcnn.report.files import write_images
 from bcnn.report.metrics import headline
-from bcnn.report.page import Before
+from bcnn.report.page import MISTAKES, NEIGHBOURS, Before, Neighbour
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
 from bcnn.training.callbacks import CollapseGuard, Diverged, Float16, SeedEpochs
@@ -235,8 +236,9 @@ def run_stage(
             result.held_out = module.held_out_predictions(images.train)
         if trainer.is_global_zero:
             model.to(trainer.strategy.root_device)
-            result.predictions = _predictions(images, data, model, cfg.trainer.precision)
-            result.metrics |= _test_figures(result.predictions if images.test else None)
+            # Other ranks would wait for it too long.
+            ends = (name == STAGES[cfg.stage][-1] or failure) and trainer.world_size == 1
+            _test(result, images, data, model, cfg.trainer.precision, bool(ends))
             log_results(loggers, result.metrics, result.predictions)
     finally:
         close(loggers)
@@ -333,24 +335,66 @@ def _kept(
     return Result(name, origin, dict(start), failure)
 
 
-def _predictions(
-    images: ImageFolderData, data: ImageFolderData | DescriptorData, model: BCNN, precision: str
-) -> Predictions | None:
-    """Of the test images, or of those to validate where there are none."""
+def _test(
+    result: Result,
+    images: ImageFolderData,
+    data: ImageFolderData | DescriptorData,
+    model: BCNN,
+    precision: str,
+    ends: bool,
+) -> None:
+    """Leave in the result what the model says of the test images, or of those to validate without any.
+
+    Args:
+        ends: the run, whose report shows what is most like the worst mistakes.
+    """
     samples = images.test or images.val
     if not samples:
-        return None
-    loader = data.evaluation_dataloader(samples)
-    batches = (data.on_before_batch_transfer(batch, 0) for batch in loader)
-    return predict_split(model, samples, batches, precision)
+        return
+    result.predictions = predict_split(model, samples, _batches(data, samples), precision)
+    if images.test:
+        figures = headline(result.predictions)
+        names = {"test_top1": "top1", "test_top5": "top5", "test_loss": "nll"}
+        result.metrics |= {key: figures[name].value for key, name in names.items()}
+    if ends:
+        result.nearest = _nearest(images, data, model, result.predictions, precision)
 
 
-def _test_figures(predictions: Predictions | None) -> dict[str, float]:
-    if predictions is None:
+def _nearest(
+    images: ImageFolderData,
+    data: ImageFolderData | DescriptorData,
+    model: BCNN,
+    predictions: Predictions,
+    precision: str,
+) -> dict[int, list[Neighbour]]:
+    """The training photographs that are most like those of the worst mistakes."""
+    mistakes = predictions.confident_mistakes(MISTAKES)
+    if not mistakes:
         return {}
-    figures = headline(predictions)
-    names = {"test_top1": "top1", "test_top5": "top5", "test_loss": "nll"}
-    return {key: figures[name].value for key, name in names.items()}
+    asked = [(images.test or images.val)[index] for index in mistakes]
+    queries = torch.cat([*neighbours.rows(model, _batches(data, asked), precision)])
+
+    def known() -> Iterator[Tensor]:
+        with progress("nearest training photographs", len(images.train)) as task:
+            for batch in neighbours.rows(model, _batches(data, images.train), precision):
+                yield batch
+                task.advance(len(batch))
+
+    distances, places = neighbours.nearest(queries, known(), NEIGHBOURS)
+    return {
+        index: [
+            (images.train[k][0], model.classes[images.train[k][1]], apart)
+            for k, apart in zip(found, far, strict=True)
+        ]
+        for index, found, far in zip(mistakes, places.tolist(), distances.tolist(), strict=True)
+    }
+
+
+def _batches(
+    data: ImageFolderData | DescriptorData, samples: Sequence[tuple[str, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a trained model sees of these images, in order."""
+    return (data.on_before_batch_transfer(batch, 0) for batch in data.evaluation_dataloader(samples))
 
 
 @rank_zero_only
@@ -376,7 +420,9 @@ def _report(
     settings = OmegaConf.to_yaml(cfg, resolve=True)
     known = facts(record, results, images, computed_on, took)
     before = _before(results, cfg.ckpt)
-    return write_results(output, model, predictions, title, logs, settings, held_out, known, before)
+    return write_results(
+        output, model, predictions, title, logs, settings, held_out, known, before, kept.nearest
+    )
 
 
 def _before(results: list[Result], ckpt: str | None) -> Before | None:
