@@ -58,6 +58,8 @@ def job(
     from bcnn.training.module import BCNNModule
 
     bcnn.training.checkpoints.EVERY = 0
+    # For the loaders: of a server of their own, workers would outlive a job that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(variables)
     os.chdir(folder.parent)  # the words name the folder relatively
     seen: Counter[str] = Counter()
