@@ -116,10 +116,10 @@ def test_options_that_are_obeyed(images: Path, tmp_path: Path, options: list[str
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_callbacks_of_the_configuration_see_both_stages(images: Path, tmp_path: Path) -> None:
     mine = "+callbacks.mine._target_=test_mistakes.Seen"
-    run(configure(*toy(images, *FINETUNE, mine, f"output={tmp_path}")))
+    run(configure(*toy(images, *FINETUNE, "model.backbone.name=tiny", mine, f"output={tmp_path}")))
     assert Seen.stages == ["last", "finetune"]
 
 
@@ -129,8 +129,9 @@ def test_plateau_without_validation_images(images: Path, tmp_path: Path) -> None
         run(configure(*toy(images, *plateau, f"output={tmp_path / 'out'}")))
 
 
+@pytest.mark.usefixtures("tiny")
 def test_an_output_folder_is_used_once(images: Path, tmp_path: Path) -> None:
-    options = toy(images, "stage=last", f"output={tmp_path / 'out'}")
+    options = toy(images, "stage=last", "model.backbone.name=tiny", f"output={tmp_path / 'out'}")
     run(configure(*options))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     for again in (["seed=3"], ["stage=finetune", f"ckpt={tmp_path / 'out' / 'last' / 'best.ckpt'}"]):

@@ -262,7 +262,7 @@ def test_a_missing_checkpoint_leaves_no_empty_output(
 
 @pytest.mark.slow
 def test_as_a_command_rows_alone_reach_standard_output(python: Run, ckpt: Path, photos: Path) -> None:
-    words = ["-m", "bcnn.predict", f"ckpt={ckpt}", "photos", "format=csv", "batch=4", "workers=2"]
+    words = ["-m", "bcnn.predict", f"ckpt={ckpt}", "photos", "format=csv"]
     run = python(*words, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
     assert len(list(csv.DictReader(io.StringIO(run.stdout)))) == 6

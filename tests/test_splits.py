@@ -174,12 +174,13 @@ def unsplit(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_a_finetune_has_the_splits_of_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = unsplit(tmp_path / "images")
-    run(configure(*toy(images, "stage=last", "seed=1", f"output={tmp_path / 'a'}")))
+    small = "model.backbone.name=tiny"
+    run(configure(*toy(images, small, "stage=last", "seed=1", f"output={tmp_path / 'a'}")))
     start = load_model(tmp_path / "a" / "last" / "best.ckpt")
     assert start.split and start.split.recipe["seed"] == 1
     write_images(images, 1, seed=7)  # over 0.png of each class: one image gone, one new

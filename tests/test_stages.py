@@ -21,6 +21,7 @@ from bcnn.training.module import BCNNModule
 from bcnn.training.stages import run
 
 SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
+SMALL = "model.backbone.name=tiny"
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -66,6 +67,7 @@ def test_both_stages_train_test_and_hand_over(
     assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
 
 
+@pytest.mark.usefixtures("tiny")
 def test_lightning_does_not_join_in(
     images: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -73,7 +75,7 @@ def test_lightning_does_not_join_in(
     handler = logging.Handler()
     handler.emit = heard.append  # type: ignore[method-assign]
     logging.getLogger("lightning.pytorch").addHandler(handler)
-    run(configure(*toy(images, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'out'}")))
+    run(configure(*toy(images, SMALL, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'out'}")))
     logging.getLogger("lightning.pytorch").removeHandler(handler)
     assert [record.getMessage() for record in heard] == []
     assert [str(each.message) for each in recwarn if "lightning" in each.filename] == []
@@ -101,12 +103,12 @@ def test_first_validation_of_finetune_is_the_last_of_last_in_float32(
         assert float(value("b/finetune", 0, key)) == pytest.approx(last_of_last, rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_finetune_after_last_alone_is_the_second_half_of_both(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(configure(*toy(images, *SHORT, "output=both")))
+    run(configure(*toy(images, *SHORT, SMALL, "output=both")))
     start = tmp_path / "both" / "last" / "best.ckpt"
     options = ["stage=finetune", *SHORT, f"ckpt={start}"]
     run(configure(*toy(images, *options, "output=alone")))
@@ -118,11 +120,11 @@ def test_finetune_after_last_alone_is_the_second_half_of_both(
     assert all(torch.equal(both[key], alone[key]) for key in both)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_the_same_run_twice_gives_the_same_bits(images: Path, tmp_path: Path) -> None:
     runs = []
     for name in ("one", "two"):
-        short = [*SHORT, "data.num_workers=2", "last=sgd", "last.store=false", "last.epochs=2"]
+        short = [*SHORT, SMALL, "data.num_workers=2", "last=sgd", "last.store=false", "last.epochs=1"]
         run(configure(*toy(images, *short, f"output={tmp_path / name}")))
         runs.append(weights(tmp_path / name / "finetune" / "best.ckpt"))
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
@@ -142,11 +144,11 @@ def test_sgd_from_the_store_learns_what_the_convex_solver_learns(images: Path, t
         assert run(configure(*toy(images, *options))) >= 0.8
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_without_validation_the_last_epoch_is_kept(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["stage=last", "last.folds=null", "data.val_fraction=0", f"output={tmp_path}"]
+    options = [SMALL, "stage=last", "last.folds=null", "data.val_fraction=0", f"output={tmp_path}"]
     assert math.isnan(run(configure(*toy(images, *options))))
     assert (tmp_path / "last" / "last.ckpt").is_file()
     printed = capsys.readouterr().out
@@ -154,12 +156,12 @@ def test_without_validation_the_last_epoch_is_kept(
     assert re.search(r"4/4 +\S+ +– +– +1e-07 +\d", printed) and "best so far" not in printed
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_without_a_test_folder_validation_alone_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_images(tmp_path / "images" / "train", 6)
-    options = ["stage=last", f"output={tmp_path}"]
+    options = [SMALL, "stage=last", f"output={tmp_path}"]
     run(configure(*toy(tmp_path / "images", *options)))
     printed = capsys.readouterr().out
     assert "no test images" in printed and "validation top-1" in printed
@@ -252,9 +254,10 @@ def test_a_loss_that_is_no_number_ends_training_and_leaves_no_such_weights(
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("tiny")
 def test_without_validation_the_last_finite_weights_are_kept(images: Path, tmp_path: Path) -> None:
     ruin = "+callbacks.ruin._target_=test_stages.Ruin"
-    options = ["stage=last", "last=sgd", "last.epochs=4", "data.val_fraction=0", ruin]
+    options = [SMALL, "stage=last", "last=sgd", "last.epochs=4", "data.val_fraction=0", ruin]
     with pytest.raises(UserError, match="weights are not finite after batch 1 of epoch 3"):
         run(configure(*toy(images, *options, f"output={tmp_path / 'a'}")))
     state = weights(tmp_path / "a" / "last" / "last.ckpt")
@@ -301,8 +304,9 @@ def test_mistakes_are_one_sentence(
         run(configure(*toy(images, *options, f"output={tmp_path}")))
 
 
+@pytest.mark.usefixtures("tiny")
 def test_checkpoint_of_other_classes_is_refused(images: Path, tmp_path: Path) -> None:
-    run(configure(*toy(images, "stage=last", f"output={tmp_path}")))
+    run(configure(*toy(images, SMALL, "stage=last", f"output={tmp_path}")))
     options = ["stage=finetune", f"ckpt={tmp_path / 'last' / 'best.ckpt'}"]
     for split in ("train", "test"):
         (images / split / "red").rename(images / split / "rose")
@@ -310,7 +314,7 @@ def test_checkpoint_of_other_classes_is_refused(images: Path, tmp_path: Path) ->
         run(configure(*toy(images, *options, f"output={tmp_path / 'again'}")))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_classes_weigh_the_same_where_that_is_asked_for(images: Path, tmp_path: Path) -> None:
     for index in range(1, 5):
         (images / "train" / "red" / f"{index}.png").unlink()
@@ -318,7 +322,7 @@ def test_classes_weigh_the_same_where_that_is_asked_for(images: Path, tmp_path: 
     for i, option in enumerate(
         ["last.class_weights=false", "last.class_weights=true", "data.sampler=balanced"]
     ):
-        options = ["stage=last", "data.val_fraction=0", "last.l2=[10]", option]
+        options = [SMALL, "stage=last", "data.val_fraction=0", "last.l2=[10]", option]
         run(configure(*toy(images, *options, f"output={tmp_path / str(i)}")))
         biases.append(load_model(tmp_path / str(i) / "last" / "last.ckpt").head.bias.detach())
     # So strong an l2 leaves the bias alone to tell the classes apart, by how much they weigh.
