@@ -65,7 +65,7 @@ def table(options: Options) -> Table:
     for label, row in rows.items():
         table.add_row(
             label,
-            f"{row['epoch']:.3f}",
+            f"{row['epoch']:.3g}",
             f"{1 / row['epoch']:.2f}",
             f"{original['epoch'] / row['epoch']:.2f} ×",
             f"{row['peak'] / 1e9:.2f} GB",
