@@ -82,10 +82,9 @@ def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, st
 
 @pytest.mark.slow
 def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
-    for overrides in (["data=folder", "data.root=nowhere"], ["last.optimiser.lr=1"]):  # ours, Hydra's
-        run = train(*overrides)
-        assert run.returncode == 1
-        assert "Traceback" not in run.stderr
+    run = train("last.optimiser.lr=1")  # Hydra's; one of ours is below
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 

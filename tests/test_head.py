@@ -89,11 +89,11 @@ def test_rows_of_any_width(width: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_the_centre_of_a_finetuned_checkpoint_is_that_of_its_own_weights(
     images: Path, tmp_path: Path
 ) -> None:
-    epochs = ["finetune.epochs=2", "finetune.batch_size=6"]
+    epochs = ["model.backbone.name=tiny", "finetune.epochs=2", "finetune.batch_size=6"]
     run(configure(*toy(images, *epochs, f"output={tmp_path}")))
     network = load_model(tmp_path / "finetune" / "best.ckpt").eval()
     data = ImageFolderData(images, size=32, num_workers=0, val_fraction=0.34)

@@ -96,7 +96,7 @@ class Seen(L.Callback):
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     "options",
     [
@@ -111,7 +111,8 @@ FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
     ],
 )
 def test_options_that_are_obeyed(images: Path, tmp_path: Path, options: list[str]) -> None:
-    assert run(configure(*toy(images, *FINETUNE, f"output={tmp_path / 'out'}", *options))) >= 0.6
+    options = ["model.backbone.name=tiny", *FINETUNE, *options, f"output={tmp_path / 'out'}"]
+    assert run(configure(*toy(images, *options))) >= 0.6
     assert (tmp_path / "out" / "finetune" / "best.ckpt").is_file()
     assert (tmp_path / "out" / "report.html").is_file()
 
@@ -140,9 +141,9 @@ def test_an_output_folder_is_used_once(images: Path, tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_an_experiment_serves_one_stage_as_well_as_both(images: Path, tmp_path: Path) -> None:
-    options = ["experiment=quick", "finetune.epochs=1", "finetune.batch_size=6"]
+    options = ["experiment=quick", "model.backbone.name=tiny", *FINETUNE]
     run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}", *options)))
     start = f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}"
     run(configure(*toy(images, "stage=finetune", start, f"output={tmp_path / 'b'}", *options)))

@@ -131,7 +131,7 @@ FINETUNE = ("finetune.epochs=3", "finetune.batch_size=4", "finetune.optimizer.lr
         ),
         (
             ("data.val_fraction=0", "data.num_workers=2", "data.sampler=balanced"),
-            [("step", 4), ("step", 15), ("step", 6)],
+            [("step", 15), ("step", 6)],
         ),
     ],
 )
