@@ -99,6 +99,25 @@ def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp
     assert not list(tmp_path.glob("outputs/**/*.ckpt"))
 
 
+@pytest.mark.parametrize(
+    "launched",
+    [
+        {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+    ],
+)
+def test_processes_that_were_started_together_need_one_folder(
+    train: Run, tmp_path: Path, launched: dict[str, str]
+) -> None:
+    run = train("stage=last", **launched)
+    assert run.returncode == 1 and "add output=FOLDER" in run.stderr
+    assert not (tmp_path / "outputs").exists()
+    other = {name: "1" for name in launched if name in ("RANK", "SLURM_PROCID")}
+    assert train("stage=last", **{**launched, **other}).stderr == ""  # said once
+    named = train("stage=nowhere", "output=out", **launched)  # a mistake that is found later
+    assert "choose from both" in named.stderr
+
+
 def test_help_names_the_groups_and_their_choices(train: Run) -> None:
     run = train("--help")
     assert run.returncode == 0

@@ -33,6 +33,8 @@ def main(words: list[str]) -> int:
     folders = [word for word in bare if Path(word).is_dir()]
     if resumed and words[1:]:
         return _mistake(f"{resumed[0]} goes on with the options of that run: give no others")
+    if not resumed and _apart(words):
+        return _mistake("processes that were started together need one folder: add output=FOLDER")
     if folders:
         return _mistake(f"{folders[0]}: to train on a folder, write data=folder data.root={folders[0]}")
     try:
@@ -48,8 +50,17 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _apart(words: list[str]) -> bool:
+    """Whether torchrun or srun started several processes, each of which names a folder by itself."""
+    named = any(word.startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for word in words)
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return (torchrun or srun) and not named
+
+
 def _mistake(sentence: str) -> int:
-    say(f"error: {sentence}", file=sys.stderr)
+    if all(os.environ.get(name, "0") == "0" for name in RANKS):
+        say(f"error: {sentence}", file=sys.stderr)
     return 1
 
 
