@@ -16,8 +16,7 @@ from bcnn.errors import UserError
 from bcnn.inference import refuse_overflow, see
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
-from bcnn.neighbours import nearest
-from bcnn.precision import autocast
+from bcnn.neighbours import nearest, rows
 from bcnn.progress import progress
 from bcnn.report.heatmap import overlay, scaled
 from bcnn.report.page import THUMBNAIL, template, thumbnail
@@ -39,14 +38,13 @@ class Gallery:
         UserError: their rows do not fit into memory, or are not finite.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         model: BCNN,
         samples: Sequence[tuple[str, int]],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
-        device, width = model.head.bias.device, model.pooling.width
+        width = model.pooling.width
         self.samples = samples
         try:
             self.rows = torch.empty(len(samples), width, dtype=torch.float16)
@@ -54,13 +52,12 @@ class Gallery:
             size = f"{len(samples)} photographs, {2e-9 * len(samples) * width:.0f} GB"
             raise UserError(f"no memory for the rows of {size}: name a folder of fewer") from error
         done = 0
-        with progress("computing descriptors", len(samples)) as task, autocast(device):
-            for images, _ in batches:
-                rows = model.descriptor(images.to(device))
-                refuse_overflow(rows, [path for path, _ in samples[done : done + len(rows)]])
-                self.rows[done : done + len(rows)] = rows
-                done += len(rows)
-                task.advance(len(rows))
+        with progress("computing descriptors", len(samples)) as task:
+            for found in rows(model, batches):
+                refuse_overflow(found, [path for path, _ in samples[done : done + len(found)]])
+                self.rows[done : done + len(found)] = found
+                done += len(found)
+                task.advance(len(found))
 
     def nearest(self, row: Tensor, count: int) -> list[tuple[str, int, float]]:
         """Path, label and distance of the nearest photographs, the nearest first.
