@@ -18,6 +18,8 @@ from conftest import ROOT, Run, configure, toy, write
 
 from bcnn.errors import UserError
 from bcnn.interruption import Interruption, raise_interruptions
+from bcnn.model import backbones
+from bcnn.model.network import BCNN
 from bcnn.training.record import Record
 from bcnn.training.stages import resume, run
 
@@ -60,6 +62,7 @@ def job(
     bcnn.training.checkpoints.EVERY = 0
     # For the loaders: of a server of their own, workers would outlive a job that is killed.
     multiprocessing.set_start_method("fork", force=True)
+    backbones.__path__.append(variables["backbones"])
     os.environ.update(variables)
     os.chdir(folder.parent)  # the words name the folder relatively
     seen: Counter[str] = Counter()
@@ -85,7 +88,7 @@ def job(
 
 
 @pytest.fixture
-def killed(stores: Path) -> Callable[..., int]:
+def killed(stores: Path, tiny: BCNN) -> Callable[..., int]:
     """Run in a process of its own; returns its exit code."""
 
     def start(
@@ -97,6 +100,7 @@ def killed(stores: Path) -> Callable[..., int]:
     ) -> int:
         for name in ("BCNN_STORES", "XDG_CACHE_HOME"):
             variables[name] = os.environ[name]
+        variables["backbones"] = backbones.__path__[-1]
         process = fork.Process(target=job, args=(variables, words, folder, kill, number))
         process.start()
         process.join(200)
@@ -109,6 +113,7 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
     return torch.load(file, weights_only=True)["state_dict"]
 
 
+SMALL = "model.backbone.name=tiny"
 SGD = ("last=sgd", "last.epochs=2", "last.batch_size=4", "last.optimizer.lr=0.1")
 FINETUNE = ("finetune.epochs=3", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3")
 
@@ -142,7 +147,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     options: tuple[str, ...],
     kills: list[Kill],
 ) -> None:
-    words = toy(images, *SGD, *FINETUNE, *options)
+    words = toy(images, SMALL, *SGD, *FINETUNE, *options)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = [*words, "output=parts"]
     for kill in kills:
@@ -203,7 +208,7 @@ def test_ctrl_c_ends_a_sweep_says_how_to_go_on_and_that_does(
 def test_sigterm_and_a_job_that_slurm_runs_again(
     images: Path, tmp_path: Path, killed: Callable[..., int]
 ) -> None:
-    words = ["stage=last", *toy(images, *SGD), "output=run"]
+    words = ["stage=last", *toy(images, SMALL, *SGD), "output=run"]
     assert killed(words, tmp_path / "run", ("step", 5), signal.SIGTERM) == 143
     assert (tmp_path / "run" / "last" / "resume.ckpt").is_file()
     assert killed(words, tmp_path / "run", SLURM_RESTART_COUNT="1") == 0
