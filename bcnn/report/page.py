@@ -222,7 +222,7 @@ def _mistakes(
             "nearest": [
                 Photo(
                     thumbnail(load_image(path, SMALL), SMALL),
-                    f"{name}, {distance:.2f}",
+                    f"{name} {distance:.2f}",
                     wrong=name == predictions.classes[predictions.predicted[index]],
                 )
                 for path, name, distance in nearest.get(index, ())
