@@ -1,14 +1,21 @@
 """Both stages on a GPU: `make test-gpu`."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import configure, toy
 from torch import Tensor
 
+from bcnn.model.head import Head
 from bcnn.model.weights import load_model
+from bcnn.precision import double_device
+from bcnn.training.solver import cholesky, gram_matrix
 from bcnn.training.stages import run
+
+DEVICE = "cuda"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +68,26 @@ def test_autocast_on_the_gpu_keeps_the_head_in_float32(tmp_path: Path) -> None:
         descriptor = model.descriptor(images)
         assert descriptor.dtype == model.head(descriptor).dtype == torch.float32
     torch.testing.assert_close(descriptor.norm(dim=1), torch.ones(2, device="cuda"))
+
+
+def test_the_head_says_what_it_says_on_the_cpu() -> None:
+    head = Head(8256, 5).train()
+    head.batch_mean = True
+    torch.nn.init.normal_(head.weight)
+    rows = F.normalize(torch.rand(6, 8256))
+    there = copy.deepcopy(head).to(DEVICE)(rows.to(DEVICE))
+    torch.testing.assert_close(there.cpu(), head(rows), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_the_matrix_of_long_rows_can_be_factored(allowed: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)  # "high" is TF32
+    rows = F.normalize(torch.randn(2640, 131_328, device=DEVICE)).half()
+    try:
+        gram = gram_matrix(rows, rows.float().mean(dim=0)).to(double_device(rows.device))
+        least = torch.linalg.eigvalsh(gram.double())[0]  # 0, along the mean
+        assert abs(least) < 1e-4
+        cholesky(gram)
+    finally:
+        torch.set_float32_matmul_precision(before)
