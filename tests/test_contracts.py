@@ -98,24 +98,17 @@ def test_layers_are_opened_from_each_up(backbone: Backbone) -> None:
     assert trained[-1] > 0
 
 
-def test_checkpointing_changes_no_gradient(backbone: Backbone) -> None:
-    images = torch.rand(3, 3, backbone.smallest, backbone.smallest)
-    backbone.open_from(None)
-    gradients = []
-    for checkpointing in (False, True):
-        backbone.checkpointing = checkpointing
-        gradients.append(torch.autograd.grad(backbone(images).sum(), [*backbone.parameters()]))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
-
-
-def test_compiling_changes_no_gradient(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["checkpointing", "compiling"])
+def test_neither_checkpointing_nor_compiling_changes_a_gradient(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
     # Traced and differentiated ahead of time, but not made into machine code, for want of a compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     images = torch.rand(3, 3, backbone.smallest, backbone.smallest)
     backbone.open_from(None)
     gradients = []
-    for compiling in (False, True):
-        backbone.compiling = compiling
+    for on in (False, True):
+        setattr(backbone, way, on)
         gradients.append(torch.autograd.grad(backbone(images).sum(), [*backbone.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
     assert not {"maps", "_compiled"} & {*backbone.state_dict()}
