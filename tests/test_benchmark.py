@@ -1,5 +1,6 @@
 """The benchmark runs and compares like with like, at toy size."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bcnn.benchmark import convex, data, finetune, last, photographs, predict
 from bcnn.benchmark.harness import Contender
 from bcnn.benchmark.options import Options
 from bcnn.benchmark.original import OriginalNet
+from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 
@@ -59,6 +61,16 @@ def test_each_part_makes_its_table(part: Any, images: Path, in_one_process: None
     table = part.table(options)
     assert table.row_count >= 1
     assert all("GB" in cell for cell in table.columns[-1].cells)
+
+
+@pytest.mark.slow
+def test_a_step_with_another_pooling_is_measured_beside(in_one_process: None) -> None:
+    options = Options(size=32, batch=2, images=2, classes=3, device="cpu", pooling="sqrt", project=8)
+    labels = list(finetune.table(options).columns[0].cells)
+    assert labels[:2] == ["original's", "this project's"]
+    assert labels[-1] == "with pooling=sqrt, project=8"
+    with pytest.raises(UserError, match="squareroot"):
+        finetune.table(replace(options, pooling="squareroot"))
 
 
 def test_prediction_is_compared_on_the_same_photographs(

@@ -26,6 +26,7 @@ python -m bcnn.benchmark [OPTION=VALUE ...]
   batch=8          images a step of a network (steps over stored features take 64)
   images=32        images that the original's loop, the cache, loading and prediction are timed over
   classes=17       of stage=finetune, stage=convex and stage=predict
+  pooling=sqrt     of stage=finetune: this too, as model/pooling; and project=256, as model.project
   rows=[500,1000,2000]  of stage=convex
   epochs=55        of stage=last; 2 at least, as the first warms up
   root=FOLDER      image folder for stage=last; none: the embedded butterflies

@@ -25,12 +25,22 @@ def compiled_step(options: Options) -> dict[str, float]:
     return project_step(options, compiling=True)
 
 
+def pooled_step(options: Options) -> dict[str, float]:
+    """`project_step` with the pooling and the projection that the options name."""
+    return project_step(options, pooling=options.pooling, project=options.project)
+
+
 def project_step(
-    options: Options, checkpointing: bool = False, compiling: bool = False
+    options: Options,
+    checkpointing: bool = False,
+    compiling: bool = False,
+    pooling: str = "bilinear",
+    project: int | None = None,
 ) -> dict[str, float]:
     """This project's finetune step, in the fastest precision of the device."""
     device = torch_device(options)
-    model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).to(device)
+    classes = [str(k) for k in range(options.classes)]
+    model = BCNN(classes, Framing(options.size), None, {"name": pooling}, project).to(device)
     model.to(memory_format=training_layout(device, fastest_precision(device.type)))
     model.backbone.checkpointing = checkpointing
     model.backbone.compiling = compiling
@@ -59,6 +69,10 @@ def table(options: Options) -> Table:
     }
     if torch_device(options).type == "cuda":
         contenders["with torch.compile"] = compiled_step
+    if (options.pooling, options.project) != (Options.pooling, Options.project):
+        BCNN(["one"], pooling={"name": options.pooling}, project=options.project)  # there is such a one
+        projected = f", project={options.project}" if options.project else ""
+        contenders[f"with pooling={options.pooling}{projected}"] = pooled_step
     rows = {label: measure(contender, options) for label, contender in contenders.items()}
     original, ours = rows["original's"], rows["this project's"]
     table = Table("finetune step", "s an image", "images/s", "faster", "memory", title=title(options))

@@ -14,6 +14,8 @@ class Options:
     batch: int = 8
     images: int = 32
     classes: int = 17
+    pooling: str = "bilinear"
+    project: int | None = None
     rows: list[int] = field(default_factory=lambda: [500, 1000, 2000])
     epochs: int = 55
     root: Path | None = None
