@@ -29,7 +29,8 @@ python -m bcnn.export ckpt=FILE [OPTION=VALUE ...] [PATH ...]
                   input; none: random images
 
 ONNX and pt2 take uint8 RGB images (batch, 3, size, size) and normalise them inside. Class names and
-preprocessing are in the metadata of all but pth: classes, size, resize, crop_pct, preprocessing.
+preprocessing are in the metadata of all but pth: classes, size, resize, crop_pct, interpolation,
+preprocessing.
 """
 
 

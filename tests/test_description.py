@@ -19,8 +19,9 @@ from bcnn.model.weights import load_model
 
 PLACES = [
     *("classes", "framing", "framing.size", "framing.resize", "framing.crop_pct"),
+    *("framing.interpolation", "framing.more"),
     *("backbone", "backbone.name", "backbone.channels", "pooling", "pooling.name", "pooling.root"),
-    *("split", "split.recipe", "split.train", "split.val", "framing.more", "backbone.more", "more"),
+    *("split", "split.recipe", "split.train", "split.val", "backbone.more", "more"),
 ]
 
 
@@ -64,6 +65,7 @@ def save(model: BCNN, about: dict[str, Any], path: Path) -> Path:
         ("framing.crop_pct", 1e-9),
         ("framing.crop_pct", 10**400),
         ("framing.crop_pct", 0),
+        ("framing.interpolation", "random"),
         ("backbone", "tiny"),
         ("backbone.name", "../tiny"),
         ("backbone.name", "os"),
@@ -88,9 +90,12 @@ def test_a_description_that_makes_no_sense_is_a_sentence(
     assert len(str(refusal.value)) < 500
 
 
-def test_the_largest_framing_loads(tiny: BCNN, tmp_path: Path) -> None:
+def test_the_largest_framing_loads_and_what_it_leaves_out_is_as_before(
+    tiny: BCNN, tmp_path: Path
+) -> None:
     about = described(tiny, {"framing": {"size": LARGEST // 2, "crop_pct": 0.5}})
-    assert load_model(save(tiny, about, tmp_path / "large.ckpt")).framing.side == LARGEST
+    framing = load_model(save(tiny, about, tmp_path / "large.ckpt")).framing
+    assert (framing.side, framing.resize, framing.interpolation) == (LARGEST, "keep", "bilinear")
 
 
 @pytest.mark.fuzz

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from bcnn.model.weights import load_model, save_model
 from bcnn.options import command
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
+FRAMING = Framing(64, "keep", interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(CLASSES, Framing(64, "keep"))
+    model = BCNN(CLASSES, FRAMING)
     preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
     model.backbone.set_normalization(preset.mean, preset.std)
     for (
@@ -96,7 +98,9 @@ def test_onnx_says_what_it_takes_and_gives_and_nothing_of_this_machine(onnx_file
     said = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == CLASSES
     assert (said["size"], said["resize"], said["output"]) == ("64", "keep", "logits")
-    assert "short side to 64 px" in said["preprocessing"] and "centre crop" in said["preprocessing"]
+    assert said["interpolation"] == "bicubic"
+    for part in ("short side to 64 px (bicubic, antialiased)", "centre crop"):
+        assert part in said["preprocessing"]
     content = onnx.load(onnx_file)
     assert not any(node.metadata_props or node.doc_string for node in content.graph.node)
     # The upper triangle is in the file, not computed anew for every image.
@@ -117,12 +121,22 @@ def classify(onnx_path: Path, photograph: str) -> tuple[list[str], np.ndarray]:
 
 
 def test_a_consumer_with_numpy_and_pillow_alone_agrees(
-    model: BCNN, onnx_file: Path, photographs: list[str], capsys: pytest.CaptureFixture[str]
+    model: BCNN,
+    onnx_file: Path,
+    photographs: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Of files of before there was a choice, too, which do not say that theirs is bilinear."""
+    content = onnx.load(onnx_file)
+    (said,) = (each for each in content.metadata_props if each.key == "interpolation")
+    content.metadata_props.remove(said)
+    onnx.save(content, tmp_path / "before.onnx")
+    files = {onnx_file: FRAMING, tmp_path / "before.onnx": Framing(64, "keep")}
     capsys.readouterr()
-    for path in photographs:
-        classes, logits = classify(onnx_file, path)
-        image = Framing(64, "keep").evaluation()(load_image(path))
+    for (file, framing), path in product(files.items(), photographs):
+        classes, logits = classify(file, path)
+        image = framing.evaluation()(load_image(path))
         with torch.no_grad():
             expected = model(image[None])[0]
         assert classes == CLASSES

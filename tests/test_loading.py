@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from bcnn.benchmark.photographs import photograph
 from bcnn.data.decoding import MARGIN, load_image
 from bcnn.data.folder import ImageFolderData
-from bcnn.data.transforms import Framing, Resize
+from bcnn.data.transforms import Framing, Interpolation, Resize
 from bcnn.errors import UserError
 
 SIDE = 48
@@ -54,6 +54,19 @@ def test_the_crop_is_that_of_the_whole_image(
     assert reduced.size < whole.size
     assert difference(transform(reduced), transform(whole)) < BOUND
     assert difference(transform(ImageOps.mirror(reduced)), transform(whole)) > 5 * BOUND
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+def test_images_are_resized_as_pillow_does(interpolation: Interpolation, resize: Resize) -> None:
+    """In evaluation and training, to two grey levels: the two filters differ by more than ten."""
+    square = photograph((160, 160), np.random.default_rng(1))
+    framing = Framing(80, resize, interpolation=interpolation)
+    # Of a square, the one crop of all of its area and such an aspect is the whole.
+    for transform in (framing.evaluation(), framing.training(), framing.training(1.0, step=16)):
+        found = transform(square).permute(1, 2, 0).numpy().astype(int)
+        pillows = square.resize(found.shape[:2], Image.Resampling[interpolation.upper()])
+        assert any(abs(found - each).max() <= 2 for each in (pillows, ImageOps.mirror(pillows)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -164,7 +164,7 @@ def test_checkpoints_describe_themselves() -> None:
     assert dict(module.hparams) == {
         "backbone": {"name": "vgg16"},
         "pooling": {"name": "bilinear"},
-        "framing": {"size": 32, "resize": "keep", "crop_pct": 1.0},
+        "framing": {"size": 32, "resize": "keep", "crop_pct": 1.0, "interpolation": "bilinear"},
         "classes": ["blue", "green", "red"],
         "split": None,
         "stage": "last",

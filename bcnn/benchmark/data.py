@@ -86,7 +86,7 @@ def decisions(options: Options) -> dict[str, float]:
     assert options.ckpt is not None
     device = torch_device(options)
     model = load_model(options.ckpt).to(device).eval()
-    transform = Framing(options.size, model.framing.resize).evaluation()
+    transform = replace(model.framing, size=options.size, crop_pct=1.0).evaluation()
     reduced, changed, largest = 0, 0, 0.0
     for path, _ in track(_samples(options), "classifying"):
         whole, ours = load_image(path), load_image(path, options.size)

@@ -1,14 +1,15 @@
 """From an upright image to the uint8 tensor that the model takes."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 Resize = Literal["keep", "squash"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 STRIP = 8  # an image over this many times as long as wide is cut before it is resized
 
@@ -21,24 +22,32 @@ class Framing:
         size: side of the square in pixels.
         resize: the short side ("keep") or both sides ("squash") are resized, to `side`.
         crop_pct: share of the resized side that the square takes, as in timm.
+        interpolation: between pixels, antialiased, wherever an image is resized.
     """
 
     size: int = 448
     resize: Resize = "keep"
     crop_pct: float = 1.0
+    interpolation: Interpolation = "bilinear"
 
     def __str__(self) -> str:
-        return f"{self.size} px ({self.resize}, crop_pct {self.crop_pct:g})"
+        return f"{self.size} px ({self.resize}, crop_pct {self.crop_pct:g}, {self.interpolation})"
 
     @property
     def side(self) -> int:
         """The short side in pixels that an image is resized to: what decoding need not exceed."""
         return round(self.size / self.crop_pct)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others in the keys of what is kept of images."""
+        about = asdict(self)
+        if self.interpolation == "bilinear":  # not named by what was kept before there was another
+            del about["interpolation"]
+        return about
+
     def evaluation(self) -> v2.Compose:
         """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
-        resized = _resize(self.side, self.resize)
-        return v2.Compose([v2.ToImage(), resized, v2.CenterCrop(self.size)])
+        return v2.Compose([v2.ToImage(), self._resized(self.side), v2.CenterCrop(self.size)])
 
     def training(self, scale: float | None = None, step: int = 1, least: int = 1) -> v2.Compose:
         """Random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
@@ -56,12 +65,13 @@ class Framing:
         """
         crop: list[torch.nn.Module]
         if scale is None:
-            crop = [_resize(self.side, self.resize), v2.RandomCrop(self.size)]
+            crop = [self._resized(self.side), v2.RandomCrop(self.size)]
         else:
             side = max(least, step * round(0.9 * self.size / step))
-            crop = [v2.RandomResizedCrop(side, scale=(scale, 1.0), ratio=(0.8, 1.25), antialias=True)]
+            mode = InterpolationMode(self.interpolation)
+            crop = [v2.RandomResizedCrop(side, (scale, 1.0), (0.8, 1.25), mode, antialias=True)]
             if self.resize == "squash":  # to a side of which the smallest crop need not be enlarged
-                crop.insert(0, _resize(math.ceil(side / math.sqrt(scale)), self.resize))
+                crop.insert(0, self._resized(math.ceil(side / math.sqrt(scale))))
         return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
 
     def crop(self, width: int, height: int) -> tuple[float, float, float, float]:
@@ -75,10 +85,12 @@ class Framing:
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down
 
-
-def _resize(side: int, resize: Resize) -> torch.nn.Module:
-    """Short side to `side` pixels, keeping the aspect ratio, or both sides ("squash")."""
-    return v2.Resize([side, side], antialias=True) if resize == "squash" else _ResizeShortSide(side)
+    def _resized(self, side: int) -> torch.nn.Module:
+        """Short side to `side` pixels, keeping the aspect ratio, or both sides ("squash")."""
+        mode = InterpolationMode(self.interpolation)
+        if self.resize == "squash":
+            return v2.Resize([side, side], mode, antialias=True)
+        return _ResizeShortSide(side, mode)
 
 
 class _ResizeShortSide(torch.nn.Module):
@@ -88,15 +100,16 @@ class _ResizeShortSide(torch.nn.Module):
     after the resizing, or nearly, so that the middle comes out as that of the whole.
     """
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, mode: InterpolationMode) -> None:
         super().__init__()
         self.side = side
+        self.mode = mode
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[-2:]
         short, long = sorted((height, width))
         if long <= STRIP * short:
-            return F.resize(image, [self.side], antialias=True)
+            return F.resize(image, [self.side], self.mode, antialias=True)
         resized = int(self.side * long / short)
         # What is cut off either end, before and after; that even, which keeps `CenterCrop`'s rounding.
         least, most = -(-(long - STRIP * short) // 2), (2 * long - STRIP * short) // 4
@@ -107,4 +120,4 @@ class _ResizeShortSide(torch.nn.Module):
             part, size = image[..., before : long - before], [self.side, rest]
         else:
             part, size = image[..., before : long - before, :], [rest, self.side]
-        return F.resize(part, size, antialias=True)
+        return F.resize(part, size, self.mode, antialias=True)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from bcnn.data.splits import Split
-from bcnn.data.transforms import Framing, Resize
+from bcnn.data.transforms import Framing, Interpolation, Resize
 from bcnn.errors import UserError
 
 LARGEST = 8192  # px that the short side of an image is resized to; a larger image has no room
@@ -53,6 +53,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "framing.crop_pct",
         lambda share: type(share) in (int, float) and 0 < share <= 1,
         "a share from over 0 to 1",
+    ),
+    (
+        "framing.interpolation",
+        lambda interpolation: interpolation in get_args(Interpolation),
+        f"one of {get_args(Interpolation)}",
     ),
     ("framing", _fits, f"of images resized to {LARGEST} px at most"),
     ("split", _split, "a record of the images"),

@@ -168,8 +168,8 @@ def write_model(model: BCNN, path: Path) -> None:
 def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
-    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize` and `crop_pct` are
-    those of its framing, and `preprocessing` says in words what they ask for.
+    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize`, `crop_pct` and
+    `interpolation` are those of its framing, and `preprocessing` says in words what they ask for.
     """
     framing = model.framing
     size, side = framing.size, framing.side
@@ -177,8 +177,8 @@ def describe(model: BCNN) -> dict[str, str]:
     return {
         "classes": json.dumps(model.classes),
         **{name: str(value) for name, value in asdict(framing).items()},
-        "preprocessing": f"upright (EXIF), RGB, resized {resized} (bilinear, antialiased), centre crop "
-        f"of {size} × {size} px, uint8 in 0..255; the model normalises",
+        "preprocessing": f"upright (EXIF), RGB, resized {resized} ({framing.interpolation}, "
+        f"antialiased), centre crop of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
 
 

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ class DescriptorData(L.LightningDataModule):
         identity = {
             "features": hash_tensors(model.backbone.state_dict()),
             "images": hash_files(self.paths),
-            **asdict(images.framing),
+            **images.framing.identity(),
             "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
             "views": "evaluation crop, mirror image",
             "precision": precision,

@@ -11,7 +11,6 @@ Recognition", PAMI 2018, §6, and Li et al., "iSQRT-COV", CVPR 2018, §3; here f
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ def fit_projection(
     identity = {
         "features": hash_tensors(own),
         "images": hash_files([path for path, _ in loader.dataset.samples]),  # type: ignore[attr-defined]
-        **asdict(images.framing),
+        **images.framing.identity(),
         "decoding": VERSION,
         "precision": precision,
     }
