@@ -13,6 +13,7 @@ from conftest import build, folder_data, network, quiet_trainer, write_images
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
+from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
 from bcnn.store import CHUNK, VIEWS
@@ -82,7 +83,8 @@ def test_images_pass_the_features_once_and_never_again(
 
 
 @pytest.mark.parametrize(
-    "change", ["features", "image", "size", "resize", "precision", "mean", "decoding"]
+    "change",
+    ["features", "image", "size", "resize", "interpolation", "precision", "mean", "decoding"],
 )
 def test_whatever_determines_the_rows_makes_another_store(
     images: Path, change: str, monkeypatch: pytest.MonkeyPatch
@@ -100,8 +102,12 @@ def test_whatever_determines_the_rows_makes_another_store(
     elif change == "precision":
         precision = "bf16-mixed"
     else:
-        options = {"size": 40} if change == "size" else {"resize": "squash"}
+        options = {change: {"size": 40, "resize": "squash", "interpolation": "bicubic"}[change]}
     assert DescriptorData(folder_data(images, **options), model, precision).store.key != before
+
+
+def test_keys_of_before_there_was_a_choice_of_interpolation_are_today_s() -> None:
+    assert Framing(32).identity() == {"size": 32, "resize": "keep", "crop_pct": 1.0}
 
 
 def test_the_head_and_the_split_do_not(images: Path) -> None:

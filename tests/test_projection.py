@@ -51,6 +51,8 @@ def test_axes_are_of_the_images_and_found_once(images: Path, monkeypatch: pytest
     again.backbone.features.load_state_dict(model.backbone.features.state_dict())
     fit_projection(again.backbone, data, CPU, "32-true")
     torch.testing.assert_close(again.backbone.projection.weight[:4, :, 0, 0], weight)
+    with pytest.raises(TypeError):  # of other pixels, they are looked for
+        fit_projection(again.backbone, folder_data(images, interpolation="bicubic"), CPU, "32-true")
 
 
 def test_axes_that_are_damaged_are_found_again(

@@ -10,14 +10,18 @@ import lightning as L
 import pytest
 import torch
 from conftest import configure, quiet_trainer, toy, write_images
+from hydra.utils import instantiate
 from torch import Tensor
 
 from bcnn.data.folder import ImageFolderData
 from bcnn.errors import UserError
+from bcnn.evaluation import open_split
+from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
-from bcnn.model.weights import load_model
+from bcnn.model.weights import load_model, save_model
 from bcnn.training.checkpoints import no_worse
 from bcnn.training.module import BCNNModule
+from bcnn.training.plan import build_model
 from bcnn.training.stages import run
 
 SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
@@ -291,6 +295,7 @@ def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
         (["data.size=16"], "32 at least"),
         (["data.size=9000"], "more than 8192 px"),
         (["data.resize=stretch"], "keep, squash"),
+        (["data.interpolation=area"], "data.interpolation=area: choose null or bilinear, bicubic"),
         (["data.val_fraction=1"], "data.val_fraction=1"),
         (["finetune.batch_size=2"], "use 4 or more"),
         (["finetune.open_from=conv6_1"], "choose a layer from conv1_1"),
@@ -301,6 +306,35 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         run(configure(*toy(images, *options, f"output={tmp_path}")))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "taken"), [("null", "bicubic"), ("bilinear", "bilinear"), ("not said", "bilinear")]
+)
+def test_images_are_resized_as_the_weights_were_trained_unless_told(
+    tiny: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, taken: str
+) -> None:
+    """Runs that were begun before there was a choice do not say, and resized by the bilinear one."""
+    monkeypatch.setattr(type(tiny.backbone), "interpolation", "bicubic")
+    file = tmp_path / "model.safetensors"
+
+    def build(interpolation: str, *start: str) -> str:
+        cfg = configure(*toy(images, SMALL, *start))
+        cfg.data.interpolation = None if interpolation == "null" else interpolation
+        if interpolation == "not said":
+            del cfg.data.interpolation
+        data = instantiate(cfg.data)
+        data.setup()
+        model = build_model(cfg, data, torch.device("cpu"))
+        assert model.framing == data.framing
+        save_model(model, file)
+        return model.framing.interpolation
+
+    assert build(chosen) == taken
+    assert open_split(file, images, "all")[0].framing.interpolation == taken
+    assert build("null", f"ckpt={file}") == taken
+    other = "bilinear" if taken == "bicubic" else "bicubic"
+    assert build(other, f"ckpt={file}") == other
 
 
 @pytest.mark.usefixtures("tiny")

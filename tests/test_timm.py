@@ -102,12 +102,17 @@ def test_layers_are_blocks() -> None:
     assert Timm("resnet10t").layers[-1] == "layer4.0"
 
 
-def test_what_timm_says_of_its_weights_is_taken() -> None:
+def test_what_timm_says_of_its_weights_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = Timm("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     torch.testing.assert_close(vit.mean.flatten(), torch.full((3,), 0.5))
     model = BCNN(["a"], Framing(32), {"name": "timm", "model": "vit_tiny_patch16_224.augreg_in21k"})
     initialise_backbone(model, "random")
     torch.testing.assert_close(model.backbone.std.flatten(), torch.full((3,), 0.5))
+    dla = "dla46_c.in1k"
+    assert (Timm(dla).interpolation, model.backbone.interpolation) == ("bilinear", "bicubic")
+    known = timm.models._registry._model_pretrained_cfgs
+    monkeypatch.setattr(known[dla], "interpolation", "random")
+    assert Timm(dla).interpolation == "bicubic"
 
 
 @pytest.mark.parametrize(

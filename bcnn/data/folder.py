@@ -41,7 +41,7 @@ from bcnn.data.splits import (
     too_few,
 )
 from bcnn.data.subset import choose_classes
-from bcnn.data.transforms import Framing, Resize
+from bcnn.data.transforms import Framing, Interpolation, Resize
 from bcnn.errors import UserError
 
 Broken = Literal["stop", "skip"]
@@ -109,6 +109,8 @@ class ImageFolderData(L.LightningDataModule):
         batch_size: images a step, of all ranks together, as many of each.
         num_workers: processes that decode images, of each rank; None: see `default_workers`.
         seed: of the shares, and of the classes, that are drawn.
+        interpolation: between pixels, wherever an image is resized; None: the network's own, see
+            `resize_for`.
 
     Raises:
         UserError: from `setup`: an argument is out of range, a folder or its images are missing or
@@ -139,13 +141,15 @@ class ImageFolderData(L.LightningDataModule):
         broken: Broken = "stop",
         sampler: Sampling | None = None,
         train_scale: float | None = 0.5,
+        interpolation: Interpolation | None = "bilinear",  # as runs of before there was a choice mean
     ) -> None:
         super().__init__()
         self.list = None if list is None else Path(str(list)).expanduser()
         self.places = [place for place in (root, list) if place is not None]
         # what messages call the set; a folder called 2024 comes as a number from a configuration
         self.root = Path(str(self.places[0]) if self.places else "").expanduser()
-        self.framing = Framing(size, resize, crop_pct)
+        self.interpolation = interpolation
+        self.framing = Framing(size, resize, crop_pct, interpolation or "bilinear")
         self.step = self.least = 1  # of the sides of training images: what the backbone asks for
         self.train_scale = train_scale
         self.subset = classes
@@ -189,6 +193,11 @@ class ImageFolderData(L.LightningDataModule):
         for warning in duplicates(layout, findings) + flat(layout, findings):
             say(f"warning: {warning}")
         return layout
+
+    def resize_for(self, interpolation: Interpolation) -> None:
+        """Take a network's own interpolation, where none was chosen."""
+        if self.interpolation is None:
+            self.framing = replace(self.framing, interpolation=interpolation)
 
     def follow(self, before: Split) -> None:
         """Take the splits of a model that is going to be trained further.
@@ -240,6 +249,9 @@ class ImageFolderData(L.LightningDataModule):
         if self.framing.resize not in get_args(Resize):
             choices = ", ".join(get_args(Resize))
             raise UserError(f"data.resize={self.framing.resize}: choose from {choices}")
+        if self.interpolation not in (None, *get_args(Interpolation)):
+            choices = ", ".join(get_args(Interpolation))
+            raise UserError(f"data.interpolation={self.interpolation}: choose null or {choices}")
         if not 0 < self.framing.crop_pct <= 1:
             raise UserError(f"data.crop_pct={self.framing.crop_pct}: a share from over 0 to 1")
         if self.train_scale is not None and not 0 < self.train_scale <= 1:

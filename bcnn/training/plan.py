@@ -41,6 +41,8 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
         project = cfg.model.get("project")
         network = (cfg.model.backbone, cfg.model.pooling, project)
         model = BCNN(images.classes, images.framing, *network)
+        images.resize_for(model.backbone.interpolation)
+        model.framing = images.framing
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
         if cfg.model.weights == "pretrained":
             say(f"weights as published: licence {model.backbone.licence or 'not stated'}")
@@ -54,6 +56,7 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
             f"{cfg.ckpt} was trained on other classes than {images.root} holds "
             f"({_difference(model.classes, images.classes)}): train stage=last on them first"
         )
+    images.resize_for(model.framing.interpolation)
     if model.framing != images.framing:
         say(f"{cfg.ckpt} was trained at {model.framing}; going on at {images.framing}")
     model.framing = images.framing

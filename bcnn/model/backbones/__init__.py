@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from bcnn.data.transforms import Interpolation
 from bcnn.errors import UserError
 
 
@@ -20,6 +21,7 @@ class Backbone(nn.Module):
         multiple: that the sides of images have to be of, 1 for convolutions.
         layers: names that `open_from` takes, from the first up.
         licence: of the weights that are published for it; "": not known.
+        interpolation: that images were resized by when these were trained.
     and implements `maps` and `open_from`. Images are normalised here, with the mean and standard
     deviation that the weights were trained with, so the two cannot be mispaired.
     """
@@ -30,6 +32,7 @@ class Backbone(nn.Module):
     multiple: int = 1
     layers: tuple[str, ...] = ()
     licence: str = ""
+    interpolation: Interpolation = "bilinear"
     mean: Tensor
     std: Tensor
 

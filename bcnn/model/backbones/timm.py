@@ -40,6 +40,10 @@ class Timm(Backbone):
         self.smallest, self.multiple = 2 * self.stride, self.stride
         self.layers = tuple(dict.fromkeys(map(_layer, dict(self.network.named_parameters()))))
         self.licence = self.about.get("license") or ""
+        # timm evaluates by bicubic where weights say nothing; all that it publishes say one of the two.
+        # "random", which draws one of them in its training, is nothing that its evaluation can do.
+        bilinear = self.about.get("interpolation") == "bilinear"
+        self.interpolation = "bilinear" if bilinear else "bicubic"
         self.set_normalization(self.about["mean"], self.about["std"])
 
     def initialise(self) -> None:
