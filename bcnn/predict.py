@@ -25,7 +25,7 @@ python -m bcnn.predict ckpt=FILE PATH ... [OPTION=VALUE ...]
   PATH             a file; a folder, searched to the bottom; a pattern in quotes ("**/*.jpg");
                    - for a list on standard input, a file a line
   top=5            how many classes of each photograph
-  format=table     table | jsonl | csv
+  format=table     table | jsonl | csv | labelstudio: tasks to correct there, see docs/labels.md
   output=FILE      write there, once all is done, not to standard output; FILE must not exist
   mirror=false     true: of each photograph and its mirror image together; twice the time
   batch=16         photographs that pass the network together
@@ -66,8 +66,8 @@ def main(options: Options) -> int:
     with (
         _output(options.output) as out,
         progress("predicting", len(paths), show=not out.isatty()) as task,
+        FORMATS[options.format](out, model.classes, paths, top) as write,
     ):
-        write = FORMATS[options.format](out, model.classes, paths, top)
         of = top, options.batch, options.workers, options.mirror
         for prediction in predict_paths(model, paths, *of):
             write(prediction)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -96,6 +97,31 @@ def test_probabilities_are_the_model_s_own_in_every_format(
     heading, line = capsys.readouterr().out.splitlines()
     assert line.startswith(path) and classes[0] in line and f"{values[0]:.1%}" in line
     assert line[heading.index("class") :].startswith(classes[0])
+
+
+def test_tasks_for_label_studio_choose_the_likeliest_class(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "50 % #1.png").write_bytes((photos / "red" / "0.png").read_bytes())
+    (photos / "none.png").write_bytes(b"none")
+    names = ["photos/50 % #1.png", "photos/none.png"]
+    assert predict(ckpt, "format=labelstudio", "top=2", *names) == 1
+    sure, broken = json.loads(capsys.readouterr().out)
+    value, index = load_model(ckpt).predict(names[0])[0].max(dim=0)
+    (prediction,) = sure["predictions"]
+    assert prediction["score"] == pytest.approx(value.item(), abs=0.02)  # bfloat16 on some CPUs
+    (choice,) = prediction["result"]
+    assert choice["value"] == {"choices": [CLASSES[index]]}
+    configuration = (ROOT / "docs" / "labels.md").read_text()
+    assert f'<Choices name="{choice["from_name"]}" toName="{choice["to_name"]}"' in configuration
+    assert (
+        sure["data"]["bcnn"].startswith(f"{CLASSES[index]} ") and sure["data"]["bcnn"].count("%") == 2
+    )
+    address = urlsplit(sure["data"]["image"])
+    assert address.path == "/data/local-files/"
+    assert Path("/", parse_qs(address.query)["d"][0]) == photos.resolve() / "50 % #1.png"
+    assert broken["predictions"] == [] and "none.png" in broken["data"]["image"]
+    assert "cannot" in broken["data"]["bcnn"]
 
 
 def test_mirror_says_the_same_of_a_photograph_and_its_mirror_image(
@@ -239,7 +265,7 @@ def test_output_goes_to_a_new_file_and_never_over_an_old_one(
         (["photos", "top=0"], "top=0: 1 at least"),
         (["photos", "batch=0"], "batch=0: 1 at least"),
         (["photos", "workers=-1"], "workers=-1: 0 at least"),
-        (["photos", "format=xml"], "format=xml: choose from table, jsonl, csv"),
+        (["photos", "format=xml"], "format=xml: choose from table, jsonl, csv, labelstudio"),
         (["photos", "output=photos/notes.txt/rows.csv"], "photos/notes.txt cannot be written: Not a"),
     ],
 )
@@ -278,7 +304,7 @@ def overflowing(tiny: BCNN, tmp_path: Path) -> Path:
     return tmp_path / "huge.safetensors"
 
 
-@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv", "labelstudio"])
 def test_an_answer_that_is_not_finite_is_an_error_in_its_row(
     overflowing: Path, photos: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:

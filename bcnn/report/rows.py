@@ -2,9 +2,13 @@
 
 import csv
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
+from urllib.parse import quote
 
 from bcnn.data.cells import harmless
 from bcnn.terminal import printable, say
@@ -30,7 +34,8 @@ class Prediction:
 Writer = Callable[[Prediction], object]
 
 
-def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
+@contextmanager
+def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """A line a class. Widths are known before the first row, so that rows can come one by one."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, classes))
     say(f"{'photograph':{first}}  {'class':{second}}  probability", file=out)
@@ -43,10 +48,11 @@ def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Write
             say(f"{name:{first}}  {printable(label):{second}}  {value:>11.1%}", file=out)
             name = ""
 
-    return write
+    yield write
 
 
-def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
+@contextmanager
+def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """An object a line: path and predictions, or path and error."""
 
     def write(prediction: Prediction) -> None:
@@ -57,10 +63,11 @@ def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Write
         said = {"error": prediction.error} if prediction.error else {"predictions": found}
         print(json.dumps({"path": prediction.path, **said}), file=out)
 
-    return write
+    yield write
 
 
-def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
+@contextmanager
+def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """A row a photograph: path, class_1, probability_1, …, error; see `harmless` of its names."""
     writer = csv.writer(out, lineterminator="\n")
     shown = printable if out.isatty() else harmless  # on a terminal, nobody's program reads it
@@ -74,7 +81,35 @@ def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Writer:
         row = [shown(prediction.path), *(found or [""] * 2 * top), shown(prediction.error)]
         writer.writerow(row)
 
-    return write
+    yield write
 
 
-FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv}
+@contextmanager
+def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
+    """A task a photograph, of Label Studio's JSON: the likeliest class chosen, `top` of them in words.
+
+    The photograph is named as Label Studio serves files of its own machine, from the root of its disk.
+    """
+    start = "["
+
+    def write(prediction: Prediction) -> None:
+        nonlocal start
+        path = Path(os.path.abspath(prediction.path)).as_posix().lstrip("/")
+        place = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
+        said = zip(prediction.classes, prediction.probabilities, strict=True)
+        words = ", ".join(f"{label} {value:.1%}" for label, value in said) or prediction.error
+        value = {"choices": prediction.classes[:1]}
+        chosen = {"from_name": "class", "to_name": "image", "type": "choices", "value": value}
+        found = [
+            {"model_version": "bcnn", "score": round(likeliest, 6), "result": [chosen]}
+            for likeliest in prediction.probabilities[:1]
+        ]
+        task = {"data": {"image": place, "bcnn": words}, "predictions": found}
+        print(start, json.dumps(task), sep="\n", end="", file=out)
+        start = ","
+
+    yield write
+    print("\n]" if start == "," else "[]", file=out)
+
+
+FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv, "labelstudio": _labelstudio}
