@@ -1,4 +1,7 @@
-"""Every configuration composes, and what it describes can be made."""
+"""Every configuration composes, and what it describes can be made; README's options are there."""
+
+import re
+import shlex
 
 import pytest
 from conftest import ROOT, configure
@@ -17,6 +20,13 @@ PLACES = {  # groups that are composed elsewhere
 CHOICES = [
     f"{PLACES.get(group, group)}={choice}" for group, choices in GROUPS.items() for choice in choices
 ]
+README = (ROOT / "README.md").read_text()
+OPTIONS = README[README.index("| option of `bcnn train`, with its default") :].split("\n\n")[0]
+COMMANDS = {
+    command.replace("FLOWERS", "data=folder").replace("GROCERIES", "data=folder")
+    for command in re.findall(r"bcnn train(?: [^`#\n]*)?", README)
+    if "…" not in command and "resume=" not in command
+}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -135,3 +145,20 @@ def test_multistep_falls_at_shares_of_the_steps() -> None:
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_readme_says_the_defaults() -> None:
+    """In the first column of its table of options."""
+    folder = ["data=folder", "data.root=photos"]
+    cells = " ".join(row.split("|")[1] for row in OPTIONS.splitlines()[2:])
+    named = re.findall(r"`([^`]+=[^`]*)`", cells)
+    assert len(named) > 20
+    plain = configure(*folder)
+    for option in named:
+        assert configure(*folder, option) == plain, option
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_commands_of_the_readme_compose(command: str) -> None:
+    words = [word for word in shlex.split(command)[2:] if word != "-m"]
+    configure(*(re.sub(",.*", "", word) for word in words))
