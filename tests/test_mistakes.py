@@ -12,6 +12,7 @@ from bcnn.model.weights import load_model
 from bcnn.training.stages import run
 
 CALLBACKS = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.Timer}]"
+MINE = "+callbacks.mine._target_=lightning.pytorch.callbacks."
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
@@ -63,6 +64,13 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
         (["trainer.precision=16-mixed"], "this device computes in bf16-mixed"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),
         (["trainer.devices=many"], "trainer: .*devices"),
+        (
+            ["+callbacks.mine.patience=2"],
+            r"callbacks\.mine: say which one by callbacks\.mine\._target_=",
+        ),
+        ([f"{MINE}LearningRateFinder"], "LearningRateFinder .* use finetune.optimizer.lr, the most"),
+        ([f"{MINE}BatchSizeFinder"], r"callbacks\.mine: BatchSizeFinder .* use finetune\.batch_size$"),
+        ([f"{MINE}StochasticWeightAveraging"], "use EMAWeightAveraging: .* not kept"),
         (["finetune.optimizer._target_=torch.optim.SDG"], r"finetune\.optimizer: .*SDG"),
     ],
 )

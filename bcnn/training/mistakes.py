@@ -69,6 +69,16 @@ INSTEAD = {
     "max_epochs": "last.epochs (of last=sgd) and finetune.epochs",
     "max_steps": "last.epochs (of last=sgd) and finetune.epochs",
 }
+# Of Lightning's callbacks.
+INSTEAD_OF_CALLBACKS = {
+    "BackboneFinetuning": "finetune.open_from",
+    "BatchSizeFinder": "finetune.batch_size",
+    "GradientAccumulationScheduler": "finetune.accumulate",
+    "LearningRateFinder": "finetune.optimizer.lr, the most that a step takes: Polyak's limit finds how "
+    "much of it (docs/finetune.md); last=convex has no rate",
+    "StochasticWeightAveraging": "EMAWeightAveraging: an average that is made after the last epoch is "
+    "not validated, and not kept",
+}
 
 
 @dataclass
@@ -156,6 +166,7 @@ def refuse_mistakes(cfg: DictConfig) -> None:
     _refuse_values(cfg)
     _refuse_network(cfg)
     _refuse_ckpt(cfg, stages)
+    _refuse_callbacks(cfg)
     _refuse_trainer(cfg, stages)
 
 
@@ -286,6 +297,16 @@ def _refuse_ckpt(cfg: DictConfig, stages: tuple[str, ...]) -> None:
         )
     if stages[0] == "last" and cfg.ckpt is not None:
         raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
+
+
+def _refuse_callbacks(cfg: DictConfig) -> None:
+    for name, callback in (cfg.get("callbacks") or {}).items():
+        if not isinstance(callback, DictConfig) or "_target_" not in callback:
+            raise UserError(f"callbacks.{name}: say which one by callbacks.{name}._target_=…")
+        module, _, kind = str(callback["_target_"]).rpartition(".")
+        if "lightning" in module and kind in INSTEAD_OF_CALLBACKS:
+            way_out = INSTEAD_OF_CALLBACKS[kind]
+            raise UserError(f"callbacks.{name}: {kind} does not go with the stages: use {way_out}")
 
 
 def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
