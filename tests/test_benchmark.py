@@ -89,6 +89,8 @@ def test_loading_is_compared_on_the_same_photographs(
 ) -> None:
     monkeypatch.setattr(data, "SIZES", ((80, 60), (400, 300)))
     monkeypatch.setattr(data, "measure", lambda contender, options: contender(options))
+    monkeypatch.setenv("BCNN_STORES", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "set by a contender")
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     model = BCNN(["a", "b"])
     torch.nn.init.normal_(model.head.weight)
@@ -98,8 +100,9 @@ def test_loading_is_compared_on_the_same_photographs(
     with console.capture() as shown:
         console.print(data.table(options))
     lines = [line.split("│") for line in shown.get().splitlines() if "│" in line]
-    assert [line[2].strip() for line in lines] == ["plain", "bcnn"] * 2
-    assert lines[0][1].strip() == "80 × 60 px" and lines[2][1].strip() == "400 × 300 px"
+    assert [line[2].strip() for line in lines] == ["plain", "bcnn", "with data.cache=true"] * 2
+    assert lines[0][1].strip() == "80 × 60 px" and lines[3][1].strip() == "400 × 300 px"
+    assert list((tmp_path / "bcnn" / "reduced").glob("*/*.jpg"))
     assert "of 4 photographs decoded at a reduced scale" in " ".join(shown.get().split())
 
 

@@ -1,5 +1,6 @@
 """Large JPEGs: decoded at a fraction of their size, and the same photograph for the network."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 from bcnn.benchmark.photographs import photograph
 from bcnn.data.decoding import MARGIN, load_image
 from bcnn.data.folder import ImageFolderData
+from bcnn.data.reduced import load_reduced
 from bcnn.data.transforms import Framing, Interpolation, Resize
 from bcnn.errors import UserError
 
@@ -116,3 +118,55 @@ def test_folders_load_reduced_images(
     for loader in (data.train_dataloader(), data.evaluation_dataloader(samples)):
         assert next(iter(loader))[0].shape == (1, 3, SIDE, SIDE)
     assert sides == [64, 64]
+
+
+def test_a_large_file_is_kept_reduced_and_the_same_whether_it_is_kept_or_not(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(picture, tmp_path / "large.jpg")
+    for name, cache in (("kept", tmp_path), ("not", Path(os.devnull))):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        images = [load_reduced(path, SIDE) for _ in range(2)]
+        assert all(image.tobytes() == images[0].tobytes() for image in images), name
+        copies = list((tmp_path / "bcnn" / "reduced").rglob("*.*"))
+        assert len(copies) == 1 and min(images[0].size) == MARGIN * SIDE
+    transform = Framing(SIDE).evaluation()
+    assert difference(transform(images[0]), transform(picture)) < BOUND
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    Image.new("RGB", images[0].size, "red").save(copies[0])
+    assert load_reduced(path, SIDE).getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=4)
+    os.utime(path, ns=(0, 0))  # another file, for all that is known
+    assert load_reduced(path, SIDE).tobytes() == images[0].tobytes()
+
+
+def test_copies_are_upright_and_of_large_readable_files_alone(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = save(picture.resize((2 * SIDE, 2 * SIDE)), tmp_path / "small.jpg")
+    assert load_reduced(small, SIDE).tobytes() == load_image(small, SIDE).tobytes()
+    with pytest.raises(UserError, match=r"none\.jpg"):
+        load_reduced(tmp_path / "none.jpg", SIDE)
+    assert not (tmp_path / "bcnn").exists()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = save(picture, tmp_path / "turned.jpg", exif=exif)
+    for _ in range(2):
+        assert load_reduced(turned, SIDE).size[0] < load_reduced(turned, SIDE).size[1]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_is_trained_on_is_kept_reduced_and_what_is_evaluated_is_not(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("train/a/0", "train/b/1", "val/a/2", "val/b/3"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        save(ImageOps.mirror(picture) if "b" in name else picture, tmp_path / f"photos/{name}.jpg")
+    data = ImageFolderData(tmp_path / "photos", size=SIDE, num_workers=0, batch_size=2, cache=cache)
+    data.setup()
+    for loader in (data.val_dataloader(), data.sample_dataloader(), data.train_dataloader()):
+        assert not list(tmp_path.glob("bcnn/reduced/*/*"))
+        for _ in loader:
+            pass
+    assert len(list(tmp_path.glob("bcnn/reduced/*/*"))) == 2 * cache

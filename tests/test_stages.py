@@ -295,6 +295,7 @@ def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
         (["data.size=16"], "32 at least"),
         (["data.size=9000"], "more than 8192 px"),
         (["data.resize=stretch"], "keep, squash"),
+        (["data.cache=maybe"], "data.cache=maybe: true or false"),
         (["data.interpolation=area"], "data.interpolation=area: choose null or bilinear, bicubic"),
         (["data.val_fraction=1"], "data.val_fraction=1"),
         (["finetune.batch_size=2"], "use 4 or more"),

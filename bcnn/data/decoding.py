@@ -3,6 +3,8 @@
 import math
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +49,18 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
     Raises:
         UserError: the file cannot be decoded.
     """
+    with opened(path) as file:
+        return decode(file, side)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[ImageFile]:
+    """As `open_image`. Raises UserError: it cannot be opened, or what is done with it fails."""
     try:
         with open_image(path) as file:
-            return decode(file, side)
+            yield file
+    except UserError:
+        raise
     except Exception as error:  # decoders raise whatever the bytes lead them into
         raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
 

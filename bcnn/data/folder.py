@@ -27,6 +27,7 @@ from bcnn.data.layout import (
     read_folder,
     read_list,
 )
+from bcnn.data.reduced import load_reduced
 from bcnn.data.review import duplicates, flat, imbalance
 from bcnn.data.sampler import Draw, Draws, epoch_of, place, share
 from bcnn.data.splits import (
@@ -56,18 +57,18 @@ class ImageList(Dataset[tuple[Tensor, int]]):
     Args:
         samples: (path, label) pairs.
         transform: PIL image → uint8 tensor (3, height, width).
-        side: the short side that `transform` resizes to: see `load_image`.
+        load: path → PIL image.
     """
 
     def __init__(
         self,
         samples: Sequence[tuple[str, int]],
         transform: Callable[[Image.Image], Tensor],
-        side: int | None = None,
+        load: Callable[[str], Image.Image] = load_image,
     ) -> None:
         self.samples = samples
         self.transform = transform
-        self.side = side
+        self.load = load
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,7 +82,7 @@ class ImageList(Dataset[tuple[Tensor, int]]):
                 torch.default_generator.manual_seed(seed)
                 return self[index]
         path, label = self.samples[draw]
-        return self.transform(load_image(path, self.side)).as_subclass(Tensor), label
+        return self.transform(self.load(path)).as_subclass(Tensor), label
 
 
 class ImageFolderData(L.LightningDataModule):
@@ -111,6 +112,8 @@ class ImageFolderData(L.LightningDataModule):
         seed: of the shares, and of the classes, that are drawn.
         interpolation: between pixels, wherever an image is resized; None: the network's own, see
             `resize_for`.
+        cache: large photographs to train on are kept at the size needed, on disk, from the first epoch
+            on (`load_reduced`); those to evaluate are not.
 
     Raises:
         UserError: from `setup`: an argument is out of range, a folder or its images are missing or
@@ -142,6 +145,7 @@ class ImageFolderData(L.LightningDataModule):
         sampler: Sampling | None = None,
         train_scale: float | None = 0.5,
         interpolation: Interpolation | None = "bilinear",  # as runs of before there was a choice mean
+        cache: bool = False,
     ) -> None:
         super().__init__()
         self.list = None if list is None else Path(str(list)).expanduser()
@@ -149,6 +153,7 @@ class ImageFolderData(L.LightningDataModule):
         # what messages call the set; a folder called 2024 comes as a number from a configuration
         self.root = Path(str(self.places[0]) if self.places else "").expanduser()
         self.interpolation = interpolation
+        self.cache = cache
         self.framing = Framing(size, resize, crop_pct, interpolation or "bilinear")
         self.step = self.least = 1  # of the sides of training images: what the backbone asks for
         self.train_scale = train_scale
@@ -262,6 +267,8 @@ class ImageFolderData(L.LightningDataModule):
             raise UserError(
                 f"data.sampler={self.sampler}: choose null or {', '.join(get_args(Sampling))}"
             )
+        if not isinstance(self.cache, bool):
+            raise UserError(f"data.cache={self.cache}: true or false")
         refuse_fractions(self.val_fraction, self.test_fraction)
 
     def _without_broken(self, layout: Layout, reasons: dict[str, str]) -> Layout:
@@ -305,7 +312,8 @@ class ImageFolderData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         transform = self.framing.training(self.train_scale, self.step, self.least)
         draws = self.train_sampler(self.trainer)
-        return self._loader(self.train, transform, self.rank_batch(self.trainer), draws)
+        batch = self.rank_batch(self.trainer)
+        return self._loader(self.train, transform, batch, draws, self.cache)
 
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(share(self.val, self.trainer))
@@ -334,12 +342,14 @@ class ImageFolderData(L.LightningDataModule):
         transform: Callable[[Image.Image], Tensor],
         batch_size: int,
         draws: Draws | None = None,
+        cache: bool = False,
     ) -> DataLoader:
+        load = load_reduced if cache else load_image
         count = self.num_workers
         if count is None:
             count = default_workers(self.trainer.num_devices if self.trainer else 1)
         return DataLoader(
-            ImageList(samples, transform, self.framing.side),
+            ImageList(samples, transform, partial(load, side=self.framing.side)),
             batch_size=batch_size,
             sampler=draws,
             # a rest of one image has no mean
