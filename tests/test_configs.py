@@ -98,8 +98,8 @@ def test_protocol_of_the_papers(name: str, resize: str, side: int) -> None:
 
 RECIPES = {  # by the authors' code, each named in its file
     "bcnn": ("bilinear", None, "Adam", 1e-4, 1e-5, 45, 128, [0.556]),
-    "improved": ("sqrt", None, "Adam", 1e-4, 1e-5, 45, 128, [0.556]),
-    "isqrt": ("sqrt", 256, "SGD", 3e-3, 1e-4, 40, 10, [0.5]),
+    "improved": ("newton_schulz", None, "Adam", 1e-4, 1e-5, 45, 128, [0.556]),
+    "isqrt": ("newton_schulz", 256, "SGD", 3e-3, 1e-4, 40, 10, [0.5]),
     "cbp": ("compact", None, "SGD", 1e-3, 5e-4, 100, 10, None),
 }
 

@@ -143,10 +143,16 @@ def test_repeated_rows_are_no_obstacle(rows: Tensor) -> None:
     assert torch.equal(solution.logits.argmax(1), LABELS)
 
 
-@pytest.mark.parametrize("width", [90, 40, 20])  # fewer rows than columns, as many, more
-def test_solution_is_that_of_scikit_learn(rows: Tensor, width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "remembered"), [(90, 30), (40, 30), (20, 30), (90, 2)]
+)  # fewer rows than columns, as many, more; and with little memory
+def test_solution_is_that_of_scikit_learn(
+    rows: Tensor, width: int, remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = rows[:, :width]
+    monkeypatch.setattr(solver, "HISTORY_BYTES", remembered * 2 * min(40, width) * CLASSES * 8)
     problem = ConvexProblem(rows, LABELS, CLASSES)
+    assert problem.optimizer.param_groups[0]["history_size"] == remembered
     problem.solve(1e-2)
     solution = problem.solve(L2)
     weight = solution.weight.double()

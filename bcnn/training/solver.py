@@ -27,6 +27,8 @@ MAX_ENTRIES = 12_000**2
 
 STEPS = 1000  # of L-BFGS at most, for one λ
 FOLD_STEPS = 100  # for one fold, of which no weights are kept
+HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
+HISTORY_BYTES = 2**31  # that these may take; fewer are remembered then, and more steps taken
 
 BLOCK = 512  # rows in memory at a time: 0.27 GB in float32
 
@@ -99,11 +101,12 @@ class ConvexProblem:
         else:
             self.factor = cholesky(gram_matrix(rows, self.mean).to(double))
         self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
+        remembered = min(HISTORY, max(1, HISTORY_BYTES // (2 * self.theta.nbytes)))
         self.bias = self.factor.new_zeros(classes).requires_grad_()
         self.optimizer = torch.optim.LBFGS(
             [self.theta, self.bias],
             max_iter=STEPS,
-            history_size=30,
+            history_size=remembered,
             tolerance_grad=tolerance,
             tolerance_change=1e-12,
             line_search_fn="strong_wolfe",
