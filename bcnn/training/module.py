@@ -220,6 +220,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -
 
     Source: Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts; Goyal et al. 2017 for the
     warm-up.
+    In torch this is three schedulers, a `SequentialLR` of two others; here one formula of the step.
     """
     ramp = round(warmup * total_steps)
 
