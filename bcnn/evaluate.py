@@ -54,7 +54,9 @@ def main(options: Options) -> int:
         from bcnn import evaluation
         from bcnn.inference import predict_split
         from bcnn.precision import about_device, best_device, fastest_precision
+        from bcnn.report.software import software
 
+    made_with = software()
     data, samples, model = evaluation.open_split(options.ckpt, options.data, options.split)
     device = best_device()
     precision = fastest_precision(device.type)
@@ -79,6 +81,7 @@ def main(options: Options) -> int:
         "trained on": f"{len(split.train)} different images, by its record" if split else "not known",
         "computed on": about_device(device, precision, ranks=1),
         "checkpoint": str(options.ckpt.absolute()),
+        **made_with,
     }
     stages = evaluation.logged_stages(options.ckpt)
     before = None

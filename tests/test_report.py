@@ -214,7 +214,8 @@ def test_the_card_says_what_is_known_and_nothing_of_what_is_not(
     mistaken: Predictions, tmp_path: Path
 ) -> None:
     page = tmp_path / "report.html"
-    write_report(page, mistaken, "A", facts={"command": "bcnn <b>train</b>", "training took": ""})
+    facts = {"command": "bcnn <b>train</b>", "training took": "", **software()}
+    write_report(page, mistaken, "A", facts=facts)
     text = page.read_text()
     assert "bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
     assert re.search(r"report of 20\d\d-\d\d-\d\d \d\d:\d\d", text_of(page))

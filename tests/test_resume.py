@@ -227,13 +227,20 @@ def begun(images: Path, output: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def clone() -> dict[str, str]:
+        return {"commit": "altered since" if (tmp_path / "run" / "last").exists() else "as it began"}
+
+    monkeypatch.setattr("bcnn.training.stages.software", clone)
     begun(images, tmp_path / "run")
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "as it began" in text and "altered since" not in text and "gone on with" not in text
     (tmp_path / "run").rename(tmp_path / "moved")
     resume(tmp_path / "moved")
     assert f"best checkpoint: {tmp_path}/moved/last/best.ckpt" in capsys.readouterr().out
-    assert "how long before is not known" in (tmp_path / "moved" / "report.html").read_text()
+    text = (tmp_path / "moved" / "report.html").read_text()
+    assert "as it began since it was gone on with; before that is not known" in text
     record = begun(images, tmp_path / "other")
     write(images / "train" / "red" / "new.png", seed=99)
     with pytest.raises(UserError, match=r"not those that .*other was begun with"):

@@ -20,7 +20,6 @@ from bcnn.files import whole
 from bcnn.report.metrics import MEANINGS, NAMES, calibration, headline, per_class, shown
 from bcnn.report.plots import TITLES, calibration_svg, curves_svg
 from bcnn.report.predictions import Predictions, soft_confusion
-from bcnn.report.software import software
 from bcnn.terminal import printable
 
 PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
@@ -89,7 +88,7 @@ def write_report(
         title=title,
         images=len(predictions.paths),
         wrong=int((~predictions.correct).sum()),
-        facts={**(facts or {}), "report of": _now(), **software()},
+        facts={**(facts or {}), "report of": _now()},
         cards=[
             (NAMES[name], *shown(name, figure), MEANINGS[name])
             for name, figure in headline(predictions).items()

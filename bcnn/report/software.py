@@ -1,4 +1,4 @@
-"""What a report was made with."""
+"""What a model was made or judged with."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ CLONE = Path(__file__).parents[2]
 
 
 def software() -> dict[str, str]:
-    """Versions by name, and the commit where this is a clone."""
+    """Versions by name, and the commit where this is a clone; of now, so ask before work is done."""
     found = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
     return {"commit": commit(CLONE), "versions": f"Python {platform.python_version()}, {found}"}
 

@@ -40,6 +40,7 @@ from bcnn.report.metrics import headline
 from bcnn.report.page import MISTAKES, NEIGHBOURS, Before, Neighbour
 from bcnn.report.plots import plot_curves
 from bcnn.report.predictions import Predictions
+from bcnn.report.software import software
 from bcnn.training.callbacks import CollapseGuard, Diverged, Float16, SeedEpochs
 from bcnn.training.checkpoints import KeepEpoch, WholeCheckpoints
 from bcnn.training.convex import ConvexModule
@@ -48,7 +49,7 @@ from bcnn.training.mistakes import STAGES, refuse_mistakes, refuse_output, refus
 from bcnn.training.plan import build_model, plan
 from bcnn.training.record import RUN, Record, Result, digest
 from bcnn.training.rows import EpochRows
-from bcnn.training.summary import advice, facts, say_figures, say_how_to_go_on, say_where
+from bcnn.training.summary import advice, facts, say_figures, say_how_to_go_on, say_where, since
 from bcnn.training.tracking import close, log_configuration, log_results, make_loggers
 
 LOG = "train.log"  # in the output folder: all that was said
@@ -120,6 +121,7 @@ def resume(folder: Path) -> float:
 def _run(record: Record) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
     began, resumed = time.monotonic(), record.images != ""
+    made_with = software()  # a clone may be altered before the run ends
     with terminal.logged(output / LOG):
         log(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
         try:
@@ -131,9 +133,8 @@ def _run(record: Record) -> float:
             results = _train(record, images, model)
             say_figures(results, images)
             took = span(time.monotonic() - began)
-            if resumed:
-                took += " since it was gone on with; how long before is not known"
-            report = _report(record, results, images, model, computed_on, took)
+            circumstances = {"computed on": computed_on, "training took": took, **made_with}
+            report = _report(record, results, images, model, since(circumstances, resumed))
             rank_zero_only(record.finish)()
             rank_zero_only(results[-1].write)(output)
         except (Interruption, UserError, OSError) as error:
@@ -403,8 +404,7 @@ def _report(
     results: list[Result],
     images: ImageFolderData,
     model: BCNN,
-    computed_on: str,
-    took: str,
+    circumstances: dict[str, str],
 ) -> Path | None:
     """The page on what the last stage ended with, and the files of its figures."""
     cfg, kept = record.cfg, results[-1]
@@ -418,7 +418,7 @@ def _report(
     logs += [(result.stage, output / result.stage / "metrics.csv") for result in results]
     title = f"{images.root.resolve().name}, {'test' if images.test else 'validation'}"
     settings = OmegaConf.to_yaml(cfg, resolve=True)
-    known = facts(record, results, images, computed_on, took)
+    known = facts(record, results, images) | circumstances
     before = _before(results, cfg.ckpt)
     return write_results(
         output, model, predictions, title, logs, settings, held_out, known, before, kept.nearest

@@ -55,16 +55,8 @@ def say_how_to_go_on(output: Path) -> None:
     say(f"go on with: {train_command(f'resume={output.absolute()}')}")
 
 
-def facts(
-    record: Record, results: list[Result], images: ImageFolderData, device: str, time: str
-) -> dict[str, str]:
-    """Where the model of a run comes from, for its report.
-
-    Args:
-        record, results, images: of the run.
-        device: what it computed on.
-        time: that it took, in words.
-    """
+def facts(record: Record, results: list[Result], images: ImageFolderData) -> dict[str, str]:
+    """Where the model of a run comes from, for its report."""
     kept, words = results[-1], record.words
     splits = (("to train on", images.train), ("to validate", images.val), ("to test", images.test))
     return {
@@ -72,10 +64,14 @@ def facts(
         "command": "" if words is None else train_command(*words),
         "photographs": str(Path(images.list or images.root).absolute()),
         "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
-        "computed on": device,
-        "training took": time,
         "checkpoint": str(kept.checkpoint.absolute()),
     }
+
+
+def since(circumstances: dict[str, str], resumed: bool) -> dict[str, str]:
+    """What this process knows of itself, said of a run of which it may have seen the end alone."""
+    limit = " since it was gone on with; before that is not known" if resumed else ""
+    return {name: known and known + limit for name, known in circumstances.items()}
 
 
 def advice(cfg: DictConfig, stage: str) -> str:
