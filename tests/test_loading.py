@@ -147,6 +147,11 @@ def test_copies_are_upright_and_of_large_readable_files_alone(
     assert load_reduced(small, SIDE).tobytes() == load_image(small, SIDE).tobytes()
     with pytest.raises(UserError, match=r"none\.jpg"):
         load_reduced(tmp_path / "none.jpg", SIDE)
+    monkeypatch.setattr("bcnn.data.reduced.LONGEST", 90)
+    long = save(picture, tmp_path / "long.jpg")
+    assert load_reduced(long, SIDE).tobytes() == load_image(long, SIDE).tobytes()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert not (tmp_path / "bcnn").exists()
     exif = Image.Exif()
     exif[0x0112] = 6

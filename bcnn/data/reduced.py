@@ -21,6 +21,7 @@ from bcnn.files import cache_dir, whole
 
 WORTH = 2  # times the short side that is kept: a smaller photograph is decoded as it is
 QUALITY = 95  # of the JPEG that is kept
+LONGEST = 65_500  # px, of a side that a JPEG can have
 
 
 def load_reduced(path: str | Path, side: int) -> Image.Image:
@@ -42,11 +43,11 @@ def load_reduced(path: str | Path, side: int) -> Image.Image:
             return load_image(copy)
         large = min(file.size) >= WORTH * least
         image = decode(file, side)
-    if not large:
-        return image
-    content = BytesIO()
     scale = least / min(image.size)
     size = [round(scale * edge) for edge in image.size]
+    if not large or max(size) > LONGEST:
+        return image
+    content = BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY, subsampling=0)
     with suppress(UserError), whole(copy) as part:  # without room for it, it is made again
         part.write_bytes(content.getvalue())
