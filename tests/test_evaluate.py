@@ -106,6 +106,7 @@ def test_mirror_takes_the_mean_logits_of_both(
         expected = ((model.eval()(batch[0]) + model(batch[0].flip(-1))) / 2).softmax(1)
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), expected)
     text = (out / "report.html").read_text()
+    assert text.count("32 px (keep, crop_pct 1, bilinear)") == 2  # in the card and the configuration
     assert "mirror: True" in text and f"torch {torch.__version__.split('+')[0]}" in text
 
 

@@ -235,6 +235,7 @@ def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
     monkeypatch.setattr("bcnn.training.stages.software", clone)
     begun(images, tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
+    assert "32 px (keep, crop_pct 1, bilinear)" in text
     assert "as it began" in text and "altered since" not in text and "gone on with" not in text
     (tmp_path / "run").rename(tmp_path / "moved")
     resume(tmp_path / "moved")

@@ -63,6 +63,7 @@ def facts(record: Record, results: list[Result], images: ImageFolderData) -> dic
         "what went wrong": kept.failure,
         "command": "" if words is None else train_command(*words),
         "photographs": str(Path(images.list or images.root).absolute()),
+        "seen at": str(images.framing),
         "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
         "checkpoint": str(kept.checkpoint.absolute()),
     }
