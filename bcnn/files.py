@@ -32,7 +32,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with part.open("rb") as file:
+        with part.open("rb+") as file:  # Windows writes out only what may be written
             os.fsync(file.fileno())
         part.replace(path)
         _sync_folder(path.parent)

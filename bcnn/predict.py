@@ -29,7 +29,7 @@ python -m bcnn.predict ckpt=FILE PATH ... [OPTION=VALUE ...]
   output=FILE      write there, once all is done, not to standard output; FILE must not exist
   mirror=false     true: of each photograph and its mirror image together; twice the time
   batch=16         photographs that pass the network together
-  workers=N        processes that decode photographs; default: one a core, 8 at most
+  workers=N        processes that decode photographs; default: one a core, 16 at most
 
 Rows come in the order of the paths, as they are computed. A photograph that cannot be read or predicted
 has a row that says why, and the exit code is 1 in the end. Progress goes to standard error.

@@ -12,7 +12,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import configure, quiet_trainer, toy
+from conftest import configure, folder_data, quiet_trainer, toy
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.errors import UserError
 from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model
 from bcnn.training.callbacks import CollapseGuard, Diverged, Float16
+from bcnn.training.checkpoints import KeepEpoch
 from bcnn.training.module import BCNNModule
 from bcnn.training.stages import run
 
@@ -40,7 +43,6 @@ def end_epoch(loss: float, top1: float, start: float) -> None:
     trainer = SimpleNamespace(
         callback_metrics={"train_loss": torch.tensor(loss), "val_top1": torch.tensor(top1)},
         current_epoch=0,
-        progress_bar_metrics={},
         optimizers=[torch.optim.SGD([torch.zeros(1)], lr=0.5)],
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )
@@ -175,3 +177,17 @@ def test_steps_left_out_in_float16_are_told_where_they_are_many(
     half_trainer(Float16(), max_epochs=1).fit(module, photographs(16))
     assert "left out" not in capsys.readouterr().out
     assert all(parameter.isfinite().all() for parameter in tiny.parameters())
+
+
+def test_an_average_that_is_validated_is_what_is_kept(images: Path, tmp_path: Path, tiny: BCNN) -> None:
+    data = folder_data(images)
+    keep = KeepEpoch(tmp_path / "finetune", len(data.val))
+    module = BCNNModule(tiny, "finetune", partial(torch.optim.SGD, lr=0.3))
+    average = EMAWeightAveraging(decay=0.5)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[keep, average], enable_checkpointing=True)
+    trainer.fit(module.train(), datamodule=data)
+    kept = load_model(keep.best_model_path)
+    logits, labels = zip(*((kept(x), y) for x, y in data.evaluation_dataloader(data.val)), strict=True)
+    found = nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels)).item()
+    assert found == pytest.approx(keep.metrics["val_loss"], rel=1e-5)
+    assert set(torch.load(keep.best_model_path, weights_only=True)).isdisjoint({"averaging_state"})

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bcnn.errors import UserError
+from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
 from bcnn.report.predictions import Predictions
 from bcnn.training import solver
@@ -254,6 +255,47 @@ def test_a_class_of_one_image_is_left_out_of_the_cross_validation(images: Path) 
     trainer.fit(module, datamodule=data)
     found = module.held_out_predictions(samples)
     assert found is not None and found.paths == [path for path, label in samples if label < 2]
+
+
+def test_images_alone_in_their_class_do_not_choose_lambda(rows: Tensor) -> None:
+    """None has learnt them where they are held out: their loss grows without end as λ falls."""
+    labels = torch.cat([torch.arange(len(rows) - 5) % 2, torch.arange(2, 7)])
+    module = ConvexModule(BCNN(list("abcdefg")), rows, labels, [1e-2], folds=4, choose=True)
+    assert not module.cross_validates  # one λ
+    module.problem = ConvexProblem(rows, labels, 7)
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+    module._cross_validate(1e-2)
+    assert module.held_out is not None
+    found = module.val_metrics["loss"].compute()
+    expected = F.cross_entropy(module.held_out[:-5], labels[:-5])
+    torch.testing.assert_close(found, expected.float())
+    alone = ConvexModule(network(), rows[:3], torch.arange(3), [1, 0.1], folds=3, choose=True)
+    assert not alone.cross_validates
+
+
+@pytest.mark.parametrize("option", ["last.loss.label_smoothing=0.2", "last.class_weights=true"])
+@pytest.mark.usefixtures("tiny")
+def test_the_training_loss_is_cross_entropy_whatever_is_minimised(
+    images: Path, tmp_path: Path, option: str
+) -> None:
+    for path in sorted((images / "train" / "red").glob("*.png"))[:3]:
+        path.unlink()
+    words = [
+        "stage=last",
+        "model.backbone.name=tiny",
+        "last.l2=[1e-2]",
+        option,
+        f"output={tmp_path / 'o'}",
+    ]
+    run(configure(*toy(images, *words)))
+    kept = load_model(tmp_path / "o" / "last" / "best.ckpt")
+    folder = folder_data(images)
+    means, labels = build(DescriptorData(folder, kept, "32-true")).means(folder.train)
+    with torch.no_grad():
+        logits = kept.head(torch.as_tensor(means[:]).float())
+    with (tmp_path / "o" / "last" / "metrics.csv").open() as lines:
+        said = [float(row["train_loss"]) for row in csv.DictReader(lines) if row["train_loss"]]
+    assert said == pytest.approx([F.cross_entropy(logits, labels).item()], rel=1e-3)
 
 
 def test_what_was_held_out_is_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:

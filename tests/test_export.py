@@ -24,6 +24,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from bcnn import export
 from bcnn.data.decoding import load_image
 from bcnn.data.transforms import Framing
+from bcnn.errors import UserError
 from bcnn.model.export import FORMATS, compare, write_weights
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
@@ -277,3 +278,11 @@ def test_outputs_that_are_not_finite_do_not_agree(tiny: BCNN, tmp_path: Path) ->
         == 1
     )
     assert [path.name for path in tmp_path.glob("m*")] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("root", ["plain", None])
+def test_the_original_has_no_other_root_than_its_own(tmp_path: Path, root: str | None) -> None:
+    model = BCNN(["a", "b"], Framing(32), pooling={"name": "bilinear", "root": root})
+    with pytest.raises(UserError, match=r"the original's layout is for .* signed roots alone"):
+        save_model(model, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()

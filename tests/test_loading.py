@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import set_up, write_classes
 from PIL import Image, ImageOps
 
 from bcnn.benchmark.photographs import photograph
@@ -175,3 +176,19 @@ def test_what_is_trained_on_is_kept_reduced_and_what_is_evaluated_is_not(
         for _ in loader:
             pass
     assert len(list(tmp_path.glob("bcnn/reduced/*/*"))) == 2 * cache
+
+
+def test_a_sample_of_the_training_images_is_theirs_in_small(tmp_path: Path) -> None:
+    """Never empty, however few images a class has, and of each class its share."""
+    write_classes(tmp_path / "few", **{f"class{k}": 1 for k in range(9)})
+    write_classes(tmp_path / "uneven", many=40, few=8)
+    few = set_up(tmp_path / "few", val_fraction=0, test_fraction=0)
+    labels = torch.cat([label for _, label in few.sample_dataloader(5)])
+    assert len(labels) == len(labels.unique()) == 5
+    uneven = set_up(tmp_path / "uneven", val_fraction=0, test_fraction=0)
+    labels = torch.cat([label for _, label in uneven.sample_dataloader(12)])
+    assert labels.bincount().tolist() == [2, 10]
+    assert len(torch.cat([label for _, label in uneven.sample_dataloader()])) == 48
+    drawn = [set_up(tmp_path / "uneven", val_fraction=0, test_fraction=0, seed=s) for s in (0, 0, 1)]
+    paths = [each.sample_dataloader(12).dataset.samples for each in drawn]  # type: ignore[attr-defined]
+    assert paths[0] == paths[1] != paths[2]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import lightning as L
 import pytest
 from conftest import configure, toy
+from omegaconf import OmegaConf
 
 from bcnn.errors import UserError
 from bcnn.model.weights import load_model
@@ -22,6 +23,7 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
         (["output=null"], "output is missing"),
         (["~last"], "last is missing"),
         (["seed=null"], "seed is missing"),
+        (["seed=5000000000"], r"seed=5000000000: a whole number, 0 at least and under 4294967296"),
         (["seed=1.5"], r"seed=1\.5: a whole number, 0 at least"),
         (["stage=lst"], "stage=lst: choose from both, last, finetune"),
         (["+stag=last"], "no option stag: .*stage"),
@@ -42,6 +44,10 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
         (["finetune.polyak=many"], r"finetune\.polyak: .*many"),
         (["finetune.polyak=0"], r"finetune\.polyak=0: a number over zero"),
         (["optimizer@finetune.optimizer=adam"], r"finetune\.polyak .*Adam.*add finetune\.polyak=null"),
+        (
+            ["finetune.optimizer={_target_:torch.optim.RMSprop,_partial_:true,lr:0.1}"],
+            r"finetune\.polyak .*RMSprop.*add finetune\.polyak=null",
+        ),
         (["last.folds=1"], r"last\.folds=1: 2 or more, or null"),
         (["last.l2=[]"], r"last\.l2=\[\]: one number over zero"),
         (["last=sgd", "last.batch_size=0"], r"last\.batch_size=0"),
@@ -70,6 +76,8 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
         ),
         ([f"{MINE}LearningRateFinder"], "LearningRateFinder .* use finetune.optimizer.lr, the most"),
         ([f"{MINE}BatchSizeFinder"], r"callbacks\.mine: BatchSizeFinder .* use finetune\.batch_size$"),
+        ([f"{MINE}RichProgressBar"], r"RichProgressBar .* use nothing: a run has its own bar"),
+        ([f"{MINE}EarlyStopping"], r"callbacks\.mine: .*monitor"),
         ([f"{MINE}StochasticWeightAveraging"], "use EMAWeightAveraging: .* not kept"),
         (["finetune.optimizer._target_=torch.optim.SDG"], r"finetune\.optimizer: .*SDG"),
     ],
@@ -88,7 +96,16 @@ def test_a_run_without_data() -> None:
         run(configure("~data", "output=here"))
 
 
-@pytest.mark.parametrize("options", [["data.size=64.5"], ["data.size=big"], ["data.val_fraction=some"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["data.size=64.5"],
+        ["data.size=big"],
+        ["data.val_fraction=some"],
+        ["data.num_workers=-3"],
+        ["data.seed=abc"],
+    ],
+)
 def test_values_of_another_kind_in_data(images: Path, tmp_path: Path, options: list[str]) -> None:
     with pytest.raises(UserError, match=options[0]):
         run(configure(*toy(images, f"output={tmp_path / 'out'}", *options)))
@@ -136,6 +153,42 @@ def test_plateau_without_validation_images(images: Path, tmp_path: Path) -> None
     plateau = ["last=sgd", "schedule@last.scheduler=plateau", "data.val_fraction=0"]
     with pytest.raises(UserError, match=r"last\.scheduler=plateau waits for .* no validation"):
         run(configure(*toy(images, *plateau, f"output={tmp_path / 'out'}")))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_early_stopping_without_validation_images(images: Path, tmp_path: Path) -> None:
+    options = ["stage=last", "last=sgd", "callbacks=early_stopping", "data.val_fraction=0"]
+    with pytest.raises(UserError, match=r"callbacks\.early_stopping waits for .* no validation images"):
+        run(configure(*toy(images, "model.backbone.name=tiny", *options, f"output={tmp_path / 'out'}")))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_finetune_goes_on_with_the_network_of_its_checkpoint(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = ["model.backbone.name=tiny", "model/pooling=sqrt", "model.project=3"]
+    run(configure(*toy(images, *network, "stage=last", f"output={tmp_path / 'a'}")))
+    start = ["stage=finetune", f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}", *FINETUNE]
+    for wrong, sentence in (
+        (
+            "model/pooling=newton_schulz",
+            r"model\.pooling is .*newton_schulz.* goes on, .*sqrt",
+        ),
+        ("model.project=2", r"model\.project is 2, and in .*, 3: leave it out"),
+        ("model.pooling.power=0.25", r"model\.pooling is .*0\.25"),
+        ("finetune.open_from=conv5_1", r"finetune\.open_from=conv5_1: choose a layer from features"),
+    ):
+        power = ["model/pooling=sqrt"] if "power" in wrong else []
+        missing = toy(tmp_path / "missing", *start, *power, wrong, f"output={tmp_path / 'c'}")
+        with pytest.raises(UserError, match=sentence):
+            run(configure(*missing))
+    capsys.readouterr()
+    run(configure(*toy(images, *start, f"output={tmp_path / 'b'}")))
+    assert "the network is that of" in capsys.readouterr().out
+    recorded = OmegaConf.load(tmp_path / "b" / "run.yaml").cfg.model
+    assert (recorded.backbone.name, recorded.pooling.name, recorded.project) == ("tiny", "sqrt", 3)
+    run(configure(*toy(images, *network, *start, f"output={tmp_path / 'd'}")))
+    assert "the network is that of" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny")

@@ -20,7 +20,8 @@ from bcnn.errors import UserError
 from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.model import backbones
 from bcnn.model.network import BCNN
-from bcnn.training.record import Record
+from bcnn.training.checkpoints import KeepEpoch
+from bcnn.training.record import Record, Result
 from bcnn.training.stages import resume, run
 
 # Children of a process that has imported all this once.
@@ -296,3 +297,69 @@ def test_no_room_is_said_before_an_epoch(
     words = toy(images, "stage=last", "last=sgd", "last.store=false", f"output={tmp_path}/run")
     with pytest.raises(UserError, match=r"no room for checkpoints: 0.\d\d GB are needed"):
         run(configure(*words))
+
+
+def test_a_record_tells_where_weights_are_however_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning says it absolutely, without links; a run may be moved all the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    Path("link").symlink_to("disk")
+    for output in (Path("a"), Path("link/b")):
+        (output / "last").mkdir(parents=True)
+        Result("last", (output / "last" / "best.ckpt").resolve(), {}).write(output)
+        output.rename("moved")
+        found = Result.read(Path("moved"), "last")
+        assert found is not None and found.checkpoint == Path("moved/last/best.ckpt")
+        Path("moved").rename(f"{output.name} of before")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_weights_of_an_epoch_after_the_state_are_forgotten(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state is of a minute ago at most; what is gone on with keeps figures with their weights."""
+    words = toy(images, f"output={tmp_path / 'run'}", SMALL, "stage=last", *SGD, "last.epochs=4")
+    save, states = KeepEpoch.on_train_epoch_end, []
+
+    def end(self: KeepEpoch, trainer: Any, module: Any) -> None:
+        save(self, trainer, module)
+        states.append(self.state.read_bytes() if self.state.is_file() else b"")
+        if len(states) == 2:
+            self.state.write_bytes(states[0])  # as if none had been due since
+            raise Interruption(signal.SIGTERM)
+
+    monkeypatch.setattr(KeepEpoch, "on_train_epoch_end", end)
+    with pytest.raises(Interruption):
+        run(configure(*words), words)
+    monkeypatch.setattr(KeepEpoch, "on_train_epoch_end", save)
+    seen: list[dict[str, float]] = []
+    load = KeepEpoch.load_state_dict
+
+    def loaded(self: KeepEpoch, state: dict[str, Any]) -> None:
+        load(self, state)
+        seen.append(self.metrics)
+
+    monkeypatch.setattr(KeepEpoch, "load_state_dict", loaded)
+    assert 0 <= resume(tmp_path / "run") <= 1
+    assert seen == [{}]
+
+
+def test_a_run_that_ends_between_its_last_notes_is_gone_on_with(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Record) -> None:
+        raise Interruption(signal.SIGTERM)
+
+    finish = Record.finish
+    monkeypatch.setattr(Record, "finish", interrupted)
+    words = toy(images, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'run'}")
+    with pytest.raises(Interruption):
+        run(configure(*words), words)
+    monkeypatch.setattr(Record, "finish", finish)
+    weights_of = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns == weights_of
+    with pytest.raises(UserError, match="this run is finished"):
+        resume(tmp_path / "run")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import configure, toy, write_images
+import torch
+from conftest import configure, folder_data, set_up, toy, write_images
 from PIL import Image
 
 from bcnn import evaluate
@@ -258,3 +259,14 @@ def test_labels_that_mean_nothing_score_the_same_in_training_and_in_evaluation(
     ]
     run(configure(*toy(tmp_path / "noise", *short, ckpt)))  # at another seed
     assert json.loads((tmp_path / "c" / "figures.json").read_text())["top1"] == trained["top1"]
+
+
+def test_a_class_of_which_nothing_is_left_to_train_on_is_told(images: Path) -> None:
+    data = set_up(images / "train", val_fraction=0, test_fraction=0)
+    red = [sample for sample in data.train if data.classes[sample[1]] == "red"]
+    rest = [sample for sample in data.train if sample not in red]
+    record = Split.of(Layout(data.classes, rest, red, []), data.content, {"seed": 0})
+    with pytest.raises(UserError, match=r"no images to train on are left of red: .*; add others"):
+        data.follow(record)
+    weights = folder_data(images).class_weights()
+    assert torch.isfinite(weights).all()

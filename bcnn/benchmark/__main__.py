@@ -17,7 +17,7 @@ python -m bcnn.benchmark [OPTION=VALUE ...]
 
   stage=last       the original's loop, a cache of relu5_3 maps, and this project's descriptor store
   stage=finetune   a training step of the original's network, and of this project's
-  stage=convex     the convex solver at growing numbers of rows (two an image)
+  stage=convex     the convex solver at growing numbers of rows, one an image
   stage=data       torchvision's plain loading of JPEGs, and this project's
   stage=predict    bcnn.predict and a plain loop over photographs; PyTorch and ONNX Runtime
 

@@ -117,8 +117,9 @@ def broken(findings: dict[str, Finding]) -> dict[str, str]:
 def write_broken(source: Path, reasons: dict[str, str]) -> Path:
     """Write a line `path<TAB>reason` for each broken image; returns the file."""
     file = cache_file(source, "-broken.txt")
-    with file.open("w", encoding="utf-8", errors="surrogateescape") as out:
-        out.writelines(f"{os.path.abspath(path)}\t{reason}\n" for path, reason in reasons.items())
+    lines = (f"{os.path.abspath(path)}\t{reason}\n" for path, reason in reasons.items())
+    with whole(file) as part:
+        part.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     return file
 
 

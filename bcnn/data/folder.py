@@ -34,9 +34,9 @@ from bcnn.data.splits import (
     SHORT,
     Content,
     Split,
+    draw_place,
     draw_splits,
     follow,
-    hold_out,
     refuse_fractions,
     shares,
     too_few,
@@ -214,6 +214,13 @@ class ImageFolderData(L.LightningDataModule):
         known = here & before.known
         if known:
             layout, said = follow(self._undrawn, self.content, before)
+            trained = {label for _, label in layout.train}
+            lost = [name for label, name in enumerate(layout.classes) if label not in trained]
+            if lost:
+                raise UserError(
+                    f"{self.root}: no images to train on are left of {listed(lost)}: those here "
+                    "validated or tested the checkpoint; add others"
+                )
             self._take(layout)
             self.split = replace(self.split, recipe=before.recipe)  # which these were drawn with
             recipe = ", ".join(f"{name}={value}" for name, value in before.recipe.items())
@@ -244,11 +251,13 @@ class ImageFolderData(L.LightningDataModule):
             "train_scale": self.train_scale,
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
-            "num_workers": self.num_workers,
         }
         for name, value in numbers.items():
             if not isinstance(value, int | float | None):
                 raise UserError(f"data.{name}={value}: expected a number")
+        for name, value in {"num_workers": self.num_workers or 0, "seed": self.seed}.items():
+            if type(value) is not int or value < 0:
+                raise UserError(f"data.{name}={value}: a whole number, 0 at least")
         if not isinstance(self.framing.size, int) or self.framing.size < 1:
             raise UserError(f"data.size={self.framing.size}: a whole number of pixels")
         if self.framing.resize not in get_args(Resize):
@@ -288,7 +297,8 @@ class ImageFolderData(L.LightningDataModule):
 
     def class_weights(self) -> Tensor:
         """(classes,): weights by which every class weighs the same, 1 on average over the images."""
-        counts = torch.bincount(torch.tensor([label for _, label in self.train]))
+        labels = torch.tensor([label for _, label in self.train])
+        counts = torch.bincount(labels, minlength=len(self.classes)).clamp(min=1)
         return len(self.train) / (len(self.classes) * counts.float())
 
     def train_sampler(self, trainer: L.Trainer | None) -> Draws:
@@ -322,11 +332,10 @@ class ImageFolderData(L.LightningDataModule):
         return self.evaluation_dataloader(share(self.test, self.trainer))
 
     def sample_dataloader(self, images: int = 256) -> DataLoader:
-        """Centre crops of at most this many training images, drawn by `seed` within each class."""
-        sample = self.train
-        if len(sample) > images:
-            drawn, _ = hold_out(sample, self.content, self.seed, images / len(sample))
-            sample = [each for each in sample if each[0] in drawn]
+        """Centre crops of so many training images at most, drawn by `seed`: of each class its share."""
+        drawn = sorted(self.train, key=lambda s: (s[1], draw_place(self.content[s[0]], self.seed)))
+        count = min(images, len(drawn))
+        sample = [drawn[(2 * k + 1) * len(drawn) // (2 * count)] for k in range(count)]
         return self.evaluation_dataloader(share(sample, self.trainer))
 
     def evaluation_dataloader(

@@ -232,7 +232,7 @@ def hold_out(
     ranked: dict[int, list[tuple[float, str]]] = defaultdict(list)
     for digest, one in classes.items():
         if one is not None:
-            ranked[one].append((_place(digest, seed), digest))
+            ranked[one].append((draw_place(digest, seed), digest))
     first: set[str] = set()
     last: set[str] = set()
     for members in ranked.values():
@@ -256,6 +256,7 @@ def _counts(places: Sequence[float], val: float, test: float) -> tuple[int, int]
     return tested, max(0, min(validated, len(places) - 1 - tested))
 
 
-def _place(digest: str, seed: int) -> float:
+def draw_place(digest: str, seed: int) -> float:
+    """From 0 to 1: where a content stands in the order that it and a seed alone decide."""
     mixed = hashlib.blake2b(f"{seed} {digest}".encode(), digest_size=8).digest()
     return int.from_bytes(mixed, "big") / 2**64

@@ -60,8 +60,11 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
         UserError: the model is of another backbone or pooling, or projects its maps.
     """
     plain = model.chosen["backbone"] == {"name": "vgg16"} and "project" not in model.chosen
-    if not plain or model.chosen["pooling"]["name"] != "bilinear":
-        raise UserError("the original's layout is for backbone vgg16 with pooling bilinear alone")
+    pooling = {"root": "signed"} | model.chosen["pooling"]
+    if not plain or pooling != {"name": "bilinear", "root": "signed"}:
+        raise UserError(
+            "the original's layout is for backbone vgg16 with pooling bilinear and signed roots alone"
+        )
     backbone, head = model.backbone, model.head
     state = {key: value for key, value in backbone.state_dict().items() if key.startswith("features.")}
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()

@@ -111,6 +111,29 @@ def load_model(
     Raises:
         UserError: the file is missing, unreadable, or does not hold a bilinear CNN.
     """
+    tensors, about, own = _understood(path, classes)
+    try:
+        model = build(about)
+    except Exception as error:  # a backbone or a pooling may raise anything, given others' options
+        raise _no_sense(path, error) from error
+    _load(model, own.state_dict(), tensors, path)
+    _set_normalization(model, tensors, about, normalization, path)
+    return model.eval()
+
+
+def network_in(path: str | Path) -> BCNN:
+    """The network of a file that `load_model` opens, on the meta device: all of it but its weights.
+
+    Raises:
+        UserError: as for `load_model`.
+    """
+    return _understood(path)[2]
+
+
+def _understood(
+    path: str | Path, classes: list[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], BCNN]:
+    """Tensors by name, what the file says of itself, and its network on the meta device."""
     tensors, about = _read(Path(path))
     tensors = _renamed(tensors)
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
@@ -129,15 +152,16 @@ def load_model(
             )
     try:
         with torch.device("meta"):  # no memory is taken before all of it is known to be in the file
-            own = build(about).state_dict()
-        _refuse_others(own, tensors)
-        model = build(about)
-    except Exception as error:  # a backbone or a pooling may raise anything, given others' options
-        said = error if isinstance(error, UserError) else f"what it says of its network ({error})"
-        raise UserError(f"{path} cannot be understood: {said}") from error
-    _load(model, own, tensors, path)
-    _set_normalization(model, tensors, about, normalization, path)
-    return model.eval()
+            own = build(about)
+        _refuse_others(own.state_dict(), tensors)
+    except Exception as error:
+        raise _no_sense(path, error) from error
+    return tensors, about, own
+
+
+def _no_sense(path: str | Path, error: Exception) -> UserError:
+    said = error if isinstance(error, UserError) else f"what it says of its network ({error})"
+    return UserError(f"{path} cannot be understood: {said}")
 
 
 def save_model(model: BCNN, path: str | Path) -> None:

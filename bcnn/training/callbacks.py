@@ -124,7 +124,7 @@ class CollapseGuard(L.Callback):
         loss = outputs["loss"]
         self._first = torch.where(loss.isfinite(), self._first, self._first.clamp(max=batch_idx))
         if loss.device.type == "cpu" or (batch_idx + 1) % LOOK == 0:
-            self._look(trainer, loss)
+            self._refuse_loss(trainer)  # the one place in a step where the device is waited for
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -142,12 +142,6 @@ class CollapseGuard(L.Callback):
         else:
             return
         say(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
-
-    def _look(self, trainer: L.Trainer, loss: Tensor) -> None:
-        """The one place in a step where the device is waited for."""
-        self._refuse_loss(trainer)
-        # `self.log` with `prog_bar` would wait in every step.
-        trainer.progress_bar_metrics["loss"] = float(loss)
 
     def _refuse_loss(self, trainer: L.Trainer) -> None:
         first = trainer.strategy.reduce(self._first, reduce_op="min")

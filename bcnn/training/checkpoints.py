@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -58,7 +57,8 @@ class KeepEpoch(ModelCheckpoint):
 
     The trainer's whole state is in `folder/resume.ckpt`, for `Trainer.fit` to go on from to the same
     weights: as of the last epoch, or of one `EVERY` seconds ago at most. A module that steps by itself
-    starts anew instead.
+    starts anew instead. Weights that were kept in an epoch after that state are forgotten: it is
+    trained again, and on a GPU its figures are others.
 
     Args:
         folder: to write to.
@@ -83,6 +83,7 @@ class KeepEpoch(ModelCheckpoint):
         self.rows: list[dict[str, str]] = []  # of metrics.csv
         self.resumed = False
         self._saved = -math.inf  # when the state was
+        self._forgets = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say before an epoch is trained that there is no room for what it leaves.
@@ -162,6 +163,7 @@ class KeepEpoch(ModelCheckpoint):
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         trainer.fit_loop.epoch_progress.load_state_dict(progress)
         state = checkpoint["callbacks"][self.state_key]
+        self._forgets = self._kept_step(state) > checkpoint["global_step"]
         trainer.should_stop = state["stopped"]
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):  # which begins its file anew
@@ -171,8 +173,11 @@ class KeepEpoch(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in OWN:
             setattr(self, name, state_dict[name])
+        if self._forgets:
+            self.metrics = {}
+            return
         # Where the folder is now, to which it may have been moved.
-        path = os.path.join(str(self.dirpath), Path(state_dict["best_model_path"]).name)
+        path = str(self._kept_file(state_dict))
         here: dict[str, Any] = {"dirpath": self.dirpath, "best_model_path": path}
         if state_dict["best_k_models"]:
             here |= {
@@ -180,6 +185,17 @@ class KeepEpoch(ModelCheckpoint):
                 "best_k_models": {path: state_dict["best_model_score"]},
             }
         super().load_state_dict(state_dict | here)
+
+    def _kept_file(self, state_dict: dict[str, Any]) -> Path:
+        return Path(str(self.dirpath), Path(state_dict["best_model_path"]).name)
+
+    def _kept_step(self, state_dict: dict[str, Any]) -> int:
+        """Steps after which the weights were kept; 0 where the file tells nothing."""
+        try:
+            kept = torch.load(self._kept_file(state_dict), "cpu", weights_only=True, mmap=True)
+            return int(kept["global_step"])
+        except Exception:  # of the many kinds that a damaged file can lead to; it is opened later
+            return 0
 
 
 def no_worse(last: float, start: float, best: float, images: int) -> bool:

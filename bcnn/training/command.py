@@ -58,8 +58,13 @@ def _apart(words: list[str]) -> bool:
     return (torchrun or srun) and not named
 
 
+def _first() -> bool:
+    """Whether this process speaks for all that train together."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
 def _mistake(sentence: str) -> int:
-    if all(os.environ.get(name, "0") == "0" for name in RANKS):
+    if _first():
         say(f"error: {sentence}", file=sys.stderr)
     return 1
 
@@ -102,9 +107,8 @@ def _opening(cfg: DictConfig) -> str:
 
 def _stages(opening: str) -> ModuleType:
     """`bcnn.training.stages`, whose torch and Lightning take seconds to load, after a first line."""
-    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
-    if first:
+    if _first():
         say(opening)
-    with progress("loading PyTorch", show=first):
+    with progress("loading PyTorch", show=_first()):
         from bcnn.training import stages
     return stages

@@ -24,7 +24,7 @@ class ConvexModule(BCNNModule):
 
     Args:
         model: the network.
-        rows: descriptors (images, 131328) to train on, read first in `setup`.
+        rows: descriptors (images, width) to train on, read first in `setup`.
         labels: (images,).
         l2: the λ, from strong to weak: each solution starts the next. To several, tenths of the last
             are added while it has the lowest validation loss.
@@ -59,7 +59,8 @@ class ConvexModule(BCNNModule):
         self.l2 = list(l2)
         self.tolerance = tolerance
         self.folds = folds
-        self.cross_validates = choose and folds is not None and len(self.l2) > 1
+        several = choose and folds is not None and len(self.l2) > 1
+        self.cross_validates = several and len(learnt_elsewhere(labels)) > 0
         self._val_losses: list[float] = []  # a λ
 
     def setup(self, stage: str) -> None:
@@ -84,8 +85,8 @@ class ConvexModule(BCNNModule):
             self.model.head.bias.copy_(solution.bias)
         logits = solution.logits.float().to(self.device)
         self.train_metrics.update(logits, self.labels.to(self.device))
-        loss, gradient_norm = solution.loss, solution.gradient_norm
-        values = {"l2": l2, "gradient_norm": gradient_norm, "train_loss": loss}
+        loss = nn.functional.cross_entropy(solution.logits, self.labels.to(solution.logits.device))
+        values = {"l2": l2, "gradient_norm": solution.gradient_norm, "train_loss": loss}
         logged = {key: torch.as_tensor(value).float() for key, value in values.items()}
         self.log_dict(logged, on_step=False, on_epoch=True)
         if self.cross_validates:
@@ -93,9 +94,11 @@ class ConvexModule(BCNNModule):
 
     def _cross_validate(self, l2: float) -> None:
         held_out = self._hold_out(l2)
-        self.val_metrics.update(held_out.float().to(self.device), self.labels.to(self.device))
+        known = learnt_elsewhere(self.labels)
+        logits, labels = held_out[known], self.labels[known]
+        self.val_metrics.update(logits.float().to(self.device), labels.to(self.device))
         self.log_dict(self.val_metrics, on_step=False, on_epoch=True)
-        loss = nn.functional.cross_entropy(held_out, self.labels)
+        loss = nn.functional.cross_entropy(logits, labels)
         if not self._val_losses or loss < min(self._val_losses):
             self.held_out = held_out
 
@@ -130,17 +133,21 @@ class ConvexModule(BCNNModule):
         """What the cross-validation said of the training images.
 
         Args:
-            samples: (path, label), in the order of the rows. Those that are alone in their class are
-                left out: no solution has learnt it without them.
+            samples: (path, label), in the order of the rows; some are left out (`learnt_elsewhere`).
         """
         if self.held_out is None:
             return None
         paths, labels = zip(*samples, strict=True)
         truth = torch.tensor(labels)
-        known = (truth.bincount()[truth] > 1).nonzero()[:, 0]
+        known = learnt_elsewhere(truth)
         shares = self.held_out.softmax(dim=1).float()
         kept = [paths[i] for i in known.tolist()]
         return Predictions(self.model.classes, kept, truth[known], shares[known])
+
+
+def learnt_elsewhere(labels: Tensor) -> Tensor:
+    """Which images are not alone in their class, which nobody learns where these are held out."""
+    return (labels.bincount()[labels] > 1).nonzero()[:, 0]
 
 
 def fold_numbers(labels: Tensor, folds: int) -> Tensor:

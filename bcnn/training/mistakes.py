@@ -19,7 +19,8 @@ from torch import nn
 from bcnn.errors import UserError
 from bcnn.files import refuse_unwritable
 from bcnn.model.description import LARGEST
-from bcnn.model.network import make_backbone, make_pooling
+from bcnn.model.network import BCNN, DEFAULT, make_backbone, make_pooling
+from bcnn.model.weights import network_in
 from bcnn.precision import AUTOCAST, chosen_precision, refuse_gpu
 from bcnn.training.record import RUN
 
@@ -56,6 +57,10 @@ MADE = (
 SCHEDULES = {
     f"bcnn.training.module.{name}" for name in ("warmup_cosine", "multistep", "reduce_on_plateau")
 }
+SCALED = {
+    "torch.optim.SGD",
+    "torch.optim.ASGD",
+}  # of torch's, whose steps are as long as gradients
 INSTEAD = {
     "accumulate_grad_batches": "last.accumulate (of last=sgd) and finetune.accumulate",
     "callbacks": "callbacks=NAME, or +callbacks.NAME._target_=…",
@@ -76,8 +81,10 @@ INSTEAD_OF_CALLBACKS = {
     "GradientAccumulationScheduler": "finetune.accumulate",
     "LearningRateFinder": "finetune.optimizer.lr, the most that a step takes: Polyak's limit finds how "
     "much of it (docs/finetune.md); last=convex has no rate",
+    "RichProgressBar": "nothing: a run has its own bar, and a row an epoch",
     "StochasticWeightAveraging": "EMAWeightAveraging: an average that is made after the last epoch is "
     "not validated, and not kept",
+    "TQDMProgressBar": "nothing: a run has its own bar, and a row an epoch",
 }
 
 
@@ -146,8 +153,8 @@ def refuse_mistakes(cfg: DictConfig) -> None:
     for name in NEEDED:
         if given.get(name) is None:  # type: ignore[union-attr]
             raise UserError(f"{name} is missing: a run cannot do without (no ~{name}, {name}=null)")
-    if type(cfg.seed) is not int or cfg.seed < 0:
-        raise UserError(f"seed={cfg.seed}: a whole number, 0 at least")
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: a whole number, 0 at least and under {2**32}")
     if cfg.stage not in STAGES:
         raise UserError(
             f"stage={cfg.stage}: choose from {', '.join(STAGES)}; options that stood at stage.last.… "
@@ -164,10 +171,9 @@ def refuse_mistakes(cfg: DictConfig) -> None:
         _refuse_fields(part, cfg[part], kind)
     _refuse_calls(cfg)
     _refuse_values(cfg)
-    _refuse_network(cfg)
     _refuse_ckpt(cfg, stages)
-    _refuse_callbacks(cfg)
-    _refuse_trainer(cfg, stages)
+    _refuse_network(cfg)
+    _refuse_trainer(cfg, stages, _callbacks(cfg))
 
 
 def _refuse_unknown(place: str, options: Mapping[str, Any], known: set[str]) -> None:
@@ -255,7 +261,7 @@ def _refuse_values(cfg: DictConfig) -> None:
     if cfg.finetune.polyak is not None and cfg.finetune.polyak <= 0:
         raise UserError(f"finetune.polyak={cfg.finetune.polyak}: a number over zero, or null")
     kind = cfg.finetune.optimizer._target_
-    if cfg.finetune.polyak is not None and kind.startswith("torch.optim.Adam"):
+    if cfg.finetune.polyak is not None and kind.startswith("torch.optim.") and kind not in SCALED:
         raise UserError(
             f"finetune.polyak limits gradients, and steps of {kind} are as long whatever those are: "
             "add finetune.polyak=null"
@@ -269,10 +275,17 @@ def _refuse_values(cfg: DictConfig) -> None:
 
 
 def _refuse_network(cfg: DictConfig) -> None:
-    """What the network will not take, found by making one without memory for its weights."""
-    with torch.device("meta"):
-        backbone = make_backbone(**cfg.model.backbone, project=cfg.model.get("project"))
-        make_pooling(backbone.channels, **cfg.model.pooling)
+    """What the network will not take, found by having one without memory for its weights."""
+    if cfg.ckpt is None:
+        with torch.device("meta"):
+            backbone = make_backbone(**cfg.model.backbone, project=cfg.model.get("project"))
+            make_pooling(backbone.channels, **cfg.model.pooling)
+    else:
+        own = network_in(cfg.ckpt)
+        _refuse_another_network(cfg, own)
+        backbone = own.backbone
+    if cfg.finetune.checkpointing and not backbone.can_checkpoint:
+        raise UserError("finetune.checkpointing=true: this network of timm's cannot: leave it out")
     if cfg.finetune.open_from not in (None, *backbone.layers):
         raise UserError(
             f"finetune.open_from={cfg.finetune.open_from}: choose a layer from "
@@ -289,6 +302,25 @@ def _refuse_network(cfg: DictConfig) -> None:
         raise UserError(f"data.size={size}: images would be resized to more than {LARGEST} px")
 
 
+def _refuse_another_network(cfg: DictConfig, own: BCNN) -> None:
+    """A finetune goes on with the network of `ckpt`; what is asked for is that, or not said."""
+    options: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    for part, default in {**DEFAULT, "project": None}.items():
+        asked, has = options.get(part), own.chosen.get(part)
+        if asked != default and _differ(asked, has):
+            raise UserError(
+                f"model.{part} is {asked}, and in {cfg.ckpt}, with whose network a finetune goes on, "
+                f"{has}: leave it out, or train stage=last with it first"
+            )
+
+
+def _differ(asked: Any, has: Any) -> bool:
+    """Whether one of a network's choices is another; options that one of them leaves out are alike."""
+    if not isinstance(asked, dict) or not isinstance(has, dict):
+        return bool(asked != has)
+    return any(has[name] != asked[name] for name in has.keys() & asked.keys())
+
+
 def _refuse_ckpt(cfg: DictConfig, stages: tuple[str, ...]) -> None:
     if stages == ("finetune",) and cfg.ckpt is None:
         raise UserError(
@@ -299,7 +331,9 @@ def _refuse_ckpt(cfg: DictConfig, stages: tuple[str, ...]) -> None:
         raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
 
 
-def _refuse_callbacks(cfg: DictConfig) -> None:
+def _callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """One of each, to find what they or a trainer will not take."""
+    made = []
     for name, callback in (cfg.get("callbacks") or {}).items():
         if not isinstance(callback, DictConfig) or "_target_" not in callback:
             raise UserError(f"callbacks.{name}: say which one by callbacks.{name}._target_=…")
@@ -307,9 +341,15 @@ def _refuse_callbacks(cfg: DictConfig) -> None:
         if "lightning" in module and kind in INSTEAD_OF_CALLBACKS:
             way_out = INSTEAD_OF_CALLBACKS[kind]
             raise UserError(f"callbacks.{name}: {kind} does not go with the stages: use {way_out}")
+        try:
+            made.append(instantiate(callback))
+        except Exception as error:  # Lightning, Hydra and users raise whatever they like
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"callbacks.{name}: {reason}") from error
+    return made
 
 
-def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
+def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...], callbacks: list[L.Callback]) -> None:
     for name in cfg.trainer:
         if name in OF_STEPS:
             if "last" in stages and cfg.last.solver == "convex":
@@ -327,7 +367,12 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...]) -> None:
     precision = chosen_precision(cfg.trainer)
     try:
         trainer: L.Trainer = instantiate(
-            cfg.trainer, precision=precision, logger=False, enable_checkpointing=False
+            cfg.trainer,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            callbacks=callbacks,
         )
     except Exception as error:  # Lightning and Hydra raise whatever they like
         raise UserError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error

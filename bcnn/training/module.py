@@ -61,7 +61,7 @@ class BCNNModule(L.LightningModule):
         open_from: the first layer that "finetune" trains (see `Backbone.open_from`).
 
     Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
-    (batch, 131328) that skip the features.
+    (batch, width) that skip the features.
     """
 
     def __init__(
@@ -176,11 +176,21 @@ class BCNNModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._measure(self.val_metrics, batch)
-        self.log_dict(self.val_metrics, prog_bar=True)
+        self.log_dict(self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._measure(self.test_metrics, batch)
         self.log_dict(self.test_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have callbacks write what was validated, as an average, into files of weights alone too:
+        Lightning asks them where the whole state is saved, and adds what they go on from."""
+        if "callbacks" not in checkpoint:
+            names = [*checkpoint]
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_save_checkpoint(self.trainer, self, checkpoint)
+            for name in checkpoint.keys() - names:
+                del checkpoint[name]
 
     def configure_optimizers(self) -> Any:
         assert self.optimizer is not None
@@ -195,7 +205,7 @@ class BCNNModule(L.LightningModule):
 
     @torch.no_grad()
     def _mean_descriptor(self) -> Tensor:
-        """Mean descriptor (131328,) of a sample of the training images under the weights of now.
+        """Mean descriptor (width,) of a sample of the training images under the weights of now.
 
         A running mean would lag behind the weights, whose every step moves it: Wu & Johnson,
         "Rethinking 'Batch' in BatchNorm", 2021, §3 ("precise BN").

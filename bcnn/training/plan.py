@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bcnn import terminal
@@ -30,16 +30,17 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
     """The network that the first stage starts from: new, or that of `ckpt`, whose splits it brings.
 
     Args:
-        cfg: the whole configuration.
+        cfg: the whole configuration; where `ckpt` is of another network, that is written into it.
         images: set up already.
         device: to compute on what the weights depend on; the network is on the CPU.
 
     Raises:
         UserError: the weights cannot be had, or `ckpt` was trained on other classes.
     """
+    chosen: Any = OmegaConf.to_container(cfg.model, resolve=True)
     if cfg.ckpt is None:
-        project = cfg.model.get("project")
-        network = (cfg.model.backbone, cfg.model.pooling, project)
+        project = chosen.get("project")
+        network = (chosen["backbone"], chosen["pooling"], project)
         model = BCNN(images.classes, images.framing, *network)
         images.resize_for(model.backbone.interpolation)
         model.framing = images.framing
@@ -56,6 +57,11 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
             f"{cfg.ckpt} was trained on other classes than {images.root} holds "
             f"({_difference(model.classes, images.classes)}): train stage=last on them first"
         )
+    own = {part: model.chosen.get(part) for part in ("backbone", "pooling", "project")}
+    if own != {part: chosen.get(part) for part in own}:
+        say(f"the network is that of {cfg.ckpt}: {model.chosen}")
+        for part, choice in own.items():
+            OmegaConf.update(cfg, f"model.{part}", choice, merge=False, force_add=True)
     images.resize_for(model.framing.interpolation)
     if model.framing != images.framing:
         say(f"{cfg.ckpt} was trained at {model.framing}; going on at {images.framing}")

@@ -95,8 +95,8 @@ class Result:
 
     def write(self, output: Path) -> None:
         """Into the stage's folder of a run, with a relative path, since a run can be moved."""
-        inside = self.checkpoint.is_relative_to(output)
-        place = self.checkpoint.relative_to(output) if inside else self.checkpoint.absolute()
+        checkpoint, folder = self.checkpoint.resolve(), output.resolve()
+        place = checkpoint.relative_to(folder) if checkpoint.is_relative_to(folder) else checkpoint
         plain = {"checkpoint": str(place), "metrics": self.metrics, "failure": self.failure}
         for found, name in ((self.predictions, PREDICTIONS), (self.held_out, HELD_OUT)):
             if found:

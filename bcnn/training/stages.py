@@ -135,8 +135,8 @@ def _run(record: Record) -> float:
             took = span(time.monotonic() - began)
             circumstances = {"computed on": computed_on, "training took": took, **made_with}
             report = _report(record, results, images, model, since(circumstances, resumed))
+            rank_zero_only(results[-1].write)(output)  # first: what is finished is not gone on with
             rank_zero_only(record.finish)()
-            rank_zero_only(results[-1].write)(output)
         except (Interruption, UserError, OSError) as error:
             log(f"{type(error).__name__}: {error}")
             say_how_to_go_on(output)
@@ -260,7 +260,14 @@ def _trainer(
 ) -> L.Trainer:
     """What trains a stage, and what watches it beside the callback that keeps its weights."""
     callbacks: list[L.Callback] = [keep, SeedEpochs(cfg.seed), rows]
-    callbacks += map(instantiate, (cfg.get("callbacks") or {}).values())
+    for key, each in (cfg.get("callbacks") or {}).items():
+        callbacks.append(instantiate(each))
+        waits = str(getattr(callbacks[-1], "monitor", "")).startswith("val_")
+        if waits and not keep.images:
+            raise UserError(
+                f"callbacks.{key} waits for validation, and there are no validation images: set "
+                "data.val_fraction, or leave it out"
+            )
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:

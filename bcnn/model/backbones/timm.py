@@ -39,6 +39,10 @@ class Timm(Backbone):
         self.channels, self.stride = chosen["num_chs"], chosen["reduction"]
         self.smallest, self.multiple = 2 * self.stride, self.stride
         self.layers = tuple(dict.fromkeys(map(_layer, dict(self.network.named_parameters()))))
+        try:
+            self.network.set_grad_checkpointing(True)
+        except AssertionError:
+            self.can_checkpoint = False
         self.licence = self.about.get("license") or ""
         # timm evaluates by bicubic where weights say nothing; all that it publishes say one of the two.
         # "random", which draws one of them in its training, is nothing that its evaluation can do.
