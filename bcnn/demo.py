@@ -49,12 +49,12 @@ def serve(options: Options, server: Server) -> None:
     with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
         from bcnn.answers import Answers, Gallery
         from bcnn.evaluation import open_split
-        from bcnn.model.weights import load_model
+        from bcnn.inference import open_model
         from bcnn.precision import best_device
 
     device, gallery = best_device(), None
     if options.data is None:
-        model = load_model(options.ckpt).to(device)
+        model = open_model(options.ckpt).to(device)
     else:
         images, samples, model = open_split(options.ckpt, options.data, "train")
         gallery = Gallery(model.to(device), samples, images.evaluation_dataloader(samples))

@@ -11,9 +11,8 @@ from bcnn.data.decoding import load_image
 from bcnn.data.folder import ImageFolderData
 from bcnn.data.splits import choose
 from bcnn.errors import UserError
-from bcnn.inference import explain
+from bcnn.inference import explain, open_model
 from bcnn.model.network import BCNN
-from bcnn.model.weights import load_model
 from bcnn.progress import track
 from bcnn.report.files import write_figures
 from bcnn.report.heatmap import framed, overlay, scaled
@@ -34,7 +33,7 @@ def open_split(
     data = ImageFolderData(**place, broken="skip")  # type: ignore[arg-type]
     layout = data.labelled()
     names = sorted({layout.classes[label] for _, label in layout.samples})
-    model = load_model(ckpt, names)
+    model = open_model(ckpt, names)
     data.framing = model.framing
     unknown = sorted(set(names) - set(model.classes))
     if unknown:

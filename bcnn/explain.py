@@ -25,7 +25,7 @@ python -m bcnn.explain ckpt=FILE PATH ... [OPTION=VALUE ...]
   ckpt=FILE             a checkpoint of this project's, or a .pth / .safetensors state dict
   PATH                  a file; a folder, searched to the bottom; a pattern in quotes ("**/*.jpg");
                         - for a list on standard input, a file a line
-  target=CLASS          the class to explain; default: the likeliest
+  target=CLASS          the class to explain; default: the likeliest, but for against
   against=CLASS         the class that it is compared with; default: the likeliest other one
   output=FOLDER         default: a new folder under outputs/; figures that it holds already are kept
 
@@ -53,11 +53,10 @@ def main(options: Options) -> int:
     refuse_unwritable(folder)
     with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
         from bcnn.data.decoding import load_image
-        from bcnn.inference import draw, explain, refuse_overflow
-        from bcnn.model.weights import load_model
+        from bcnn.inference import draw, explain, open_model, refuse_overflow
         from bcnn.precision import best_device
 
-    model = load_model(options.ckpt).to(best_device())
+    model = open_model(options.ckpt).to(best_device())
     target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
     if target is not None and target == against:
         raise UserError(f"against={options.against}: choose another class than target")

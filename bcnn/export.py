@@ -48,15 +48,15 @@ class Options:
 def main(options: Options) -> int:
     """Write the file, open it again, and compare the two: only a file that agrees gets its name."""
     with progress("loading PyTorch"):  # takes seconds that --help need not wait for
+        from bcnn.inference import open_model
         from bcnn.model.export import FORMATS, TOLERANCE, compare, comparison_images, network
-        from bcnn.model.weights import load_model
 
     if options.format not in FORMATS:
         raise UserError(f"format={options.format}: choose from {', '.join(FORMATS)}")
     write, read = FORMATS[options.format]
     path = _output(options)
     photographs = find_images(options.paths) if options.paths else []
-    model = load_model(options.ckpt)
+    model = open_model(options.ckpt)
     with (
         whole(path) as part,  # which is what `written` becomes once it agrees
         tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as scratch,

@@ -1,8 +1,10 @@
 """What a trained model makes of photographs: their likeliest classes, and what spoke for them."""
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -16,11 +18,21 @@ from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
+from bcnn.model.weights import load_model
 from bcnn.precision import autocast
 from bcnn.progress import progress
 from bcnn.report.heatmap import Box, evidence_figure
 from bcnn.report.predictions import Predictions
 from bcnn.report.rows import Prediction
+from bcnn.terminal import say
+
+
+def open_model(path: Path, classes: list[str] | None = None) -> BCNN:
+    """As `load_model`; says on standard error what the file leaves open."""
+    model = load_model(path, classes)
+    if model.assumed:
+        say(f"warning: {model.assumed}", file=sys.stderr)
+    return model
 
 
 @torch.no_grad()
@@ -211,12 +223,13 @@ def explain(
 
     Args:
         model, photograph: as for `see`.
-        target: the class to explain; None: the likeliest.
+        target: the class to explain; None: the likeliest that is not `against`.
         against: the class to compare it with; None: the likeliest other one.
     """
     seen = see(model, photograph)
     likeliest = seen.logits.argsort(descending=True).tolist()
-    target = likeliest[0] if target is None else target
+    if target is None:
+        target = next(label for label in likeliest if label != against)
     if against is None:
         against = next(label for label in likeliest if label != target)
     this, that = (torch.tensor([label], device=_device(model)) for label in (target, against))

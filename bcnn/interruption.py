@@ -2,8 +2,12 @@
 
 import os
 import signal
+import sys
+from threading import Timer
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+AGAIN = 0.1  # seconds after which a signal comes again that fell on deaf ears
 
 
 class Interruption(BaseException):
@@ -14,6 +18,7 @@ class Interruption(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = 128 + number  # 130 after Ctrl-C, 143 after SIGTERM, as shells have it
 
 
@@ -36,8 +41,20 @@ def raise_interruptions() -> None:
             os.write(2, b"ending in order; Ctrl-C again ends at once\n")
         raise Interruption(number)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, interrupt)
+    def again(unraisable: Any) -> None:
+        """What is raised while Python frees an object is dropped: the signal comes once more, later."""
+        if not isinstance(unraisable.exc_value, Interruption):
+            sys.__unraisablehook__(unraisable)
+            return
+        listen()
+        Timer(AGAIN, os.kill, (owner, unraisable.exc_value.number)).start()
+
+    def listen() -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, interrupt)
+
+    sys.unraisablehook = again
+    listen()
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -55,11 +55,10 @@ def main(options: Options) -> int:
     _check(options)
     paths = find_images(options.paths)
     with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
-        from bcnn.inference import predict_paths
-        from bcnn.model.weights import load_model
+        from bcnn.inference import open_model, predict_paths
         from bcnn.precision import best_device
 
-    model = load_model(options.ckpt).to(best_device())
+    model = open_model(options.ckpt).to(best_device())
     top = min(options.top, len(model.classes))
     failed, start = 0, time.perf_counter()
     # Rows that come on the terminal are progress enough.

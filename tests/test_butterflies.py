@@ -60,6 +60,15 @@ def test_a_second_call_writes_nothing(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_photographs_of_ones_own_are_not_to_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(
+        UserError, match=r"to train on photographs of your own, add data=folder"
+    ) as told:
+        write(tmp_path / "photos")
+    assert "remove" not in str(told.value)
+
+
 def test_a_set_with_other_parameters_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "set", train=1, test=1)
     before = contents(root)

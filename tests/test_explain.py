@@ -90,6 +90,13 @@ def test_the_mark_is_coloured_on_the_photograph(
     assert left <= x < right and top <= y < bottom
 
 
+def test_what_the_likeliest_class_is_compared_with_is_another(model: BCNN) -> None:
+    photograph = marked((90, 80), (30, 30, 60, 60), RED)
+    likeliest = inference.explain(model, photograph)
+    found = inference.explain(model, photograph, against=likeliest.target)
+    assert (found.target, found.against) == (likeliest.against, likeliest.target)
+
+
 def test_the_maps_sum_to_the_logits(model: BCNN) -> None:
     photograph = marked((90, 80), (30, 30, 60, 60), RED)
     found = inference.explain(model, photograph, target=2)

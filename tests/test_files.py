@@ -123,3 +123,9 @@ def test_a_model_on_a_full_disk_is_a_sentence(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"m\.pth cannot be written: No space left"):
         save_model(tiny, tmp_path / "m.pth")
     assert os.listdir(tmp_path) == []
+
+
+def test_others_may_read_a_model(tiny, tmp_path):
+    (tmp_path / "plain").touch()
+    save_model(tiny, tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, write_images
@@ -83,3 +84,22 @@ def test_a_broken_photograph_is_named(model: BCNN, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_text("not a photograph")
     with pytest.raises(UserError, match=r"broken\.jpg"):
         model.predict(tmp_path / "broken.jpg")
+
+
+def test_arrays_are_photographs(model: BCNN, paths: list[Path]) -> None:
+    arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
+    expected = model.predict(paths)
+    torch.testing.assert_close(model.predict(arrays), expected)
+    torch.testing.assert_close(model.predict([*arrays]), expected)
+    torch.testing.assert_close(model.predict(arrays[0]), expected[:1])
+
+
+def test_what_is_no_photograph_is_told(model: BCNN) -> None:
+    assert model.predict([]).shape == (0, len(COLOURS))
+    for wrong in ([None], [b"bytes"], np.zeros((4, 4, 3), np.float32)):
+        with pytest.raises(TypeError, match="is no photograph: give a path, a PIL image, or an array"):
+            model.predict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"floating point is in 0\.\.1"):
+        model.predict(torch.full((1, 3, 32, 32), 255.0))
+    with pytest.raises(UserError, match=r"there is no image nowhere\.jpg$"):
+        model.predict("nowhere.jpg")

@@ -72,3 +72,30 @@ def test_a_verb_that_is_interrupted_says_so_with_the_shells_exit_code(
 
     assert command(Options, act, "", []) == 143
     assert "interrupted (SIGTERM)" in capsys.readouterr().err
+
+
+DEAF = """
+import time
+from bcnn.interruption import Interruption, raise_interruptions
+raise_interruptions()
+class Deaf:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(60)
+try:
+    Deaf()
+    time.sleep(60)
+except Interruption as error:
+    print("ending", error)
+"""
+
+
+def test_a_signal_that_comes_while_an_object_is_freed_is_heard() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert out == "ending SIGINT\n" and "Traceback" not in err

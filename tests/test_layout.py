@@ -185,6 +185,7 @@ def test_list(kind: str, tmp_path: Path) -> None:
         ("a.png,cat\nb.png,", "line 2: no label"),
         ("file,class\na.png,cat\nb.png,dog", "1 files that do not exist.*file"),
         ("a.png,cat\nc.png,dog", "1 files that do not exist.*c.png"),
+        ("a.png,cat\n..\\x\\c.png,dog", r"in line 2: .*c\.png \(Windows parts folders by .*: write /"),
         ("a.png,cat\nb.png,cat", "one class only"),
         ('a.png,cat\n"b.png,dog\n' + "c.png,dog\n" * 20_000, "line 2: field larger than field limit"),
         ('a.png,"cat\nb.png,dog\n', "line 1: a label of several lines: is there a stray quote"),
@@ -451,3 +452,10 @@ def test_imbalance_beyond_20_to_1_is_said(tmp_path: Path, capsys: pytest.Capture
 def test_the_folder_that_one_is_in(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(images)
     assert lengths(set_up(Path("."), val_fraction=0)) == (18, 0, 6)
+
+
+def test_a_metadata_file_without_labels_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    with pytest.raises(UserError, match=r"metadata\.csv names no columns file_name,label"):
+        set_up(tmp_path)

@@ -16,12 +16,11 @@ from conftest import COLOURS, ROOT, Run, write_images
 from PIL import Image
 from torch import nn
 
-from bcnn import load_model
 from bcnn.data.cells import name_of
 from bcnn.data.transforms import Framing
 from bcnn.inference import predict_paths
 from bcnn.model.network import BCNN
-from bcnn.model.weights import save_model
+from bcnn.model.weights import load_model, save_model
 from bcnn.options import command
 from bcnn.predict import USAGE, Options, main
 from bcnn.report.rows import Prediction
@@ -222,7 +221,7 @@ def test_a_file_missing_from_a_list_is_one_broken_image(
     monkeypatch.setattr(sys, "stdin", listed)
     assert predict(ckpt, "-", "format=jsonl") == 1
     red, gone = map(json.loads, capsys.readouterr().out.splitlines())
-    assert "predictions" in red and "No such file" in gone["error"]
+    assert "predictions" in red and "there is no image" in gone["error"]
 
 
 def test_batches_and_workers_change_nothing(ckpt: Path, photos: Path) -> None:
@@ -328,3 +327,25 @@ def test_an_output_that_is_not_finished_is_not_there(
     with pytest.raises(KeyboardInterrupt):
         predict(ckpt, "photos", "output=rows.csv", "format=csv")
     assert sorted(os.listdir()) == before
+
+
+def test_what_a_folder_holds_beside_images_is_told(
+    ckpt: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one.CR2", "two.CR2", "notes.txt"):
+        (photos / name).write_text("")
+    assert predict(ckpt, "photos") == 0
+    assert "3 files left out: 2 .CR2, 1 .txt" in capsys.readouterr().err
+
+
+def test_what_a_file_does_not_say_is_told(
+    ckpt: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(ckpt)
+    save_model(model, tmp_path / "other.pth")
+    assert predict(tmp_path / "other.pth", "photos/green/0.png", "format=jsonl") == 0
+    said = capsys.readouterr().err
+    assert "other.pth does not say at which size it was trained: 448 px (keep, crop_pct 1" in said
+    assert "nor what its classes are called" in said
+    assert predict(ckpt, "photos/green/0.png", "format=jsonl") == 0
+    assert "does not say" not in capsys.readouterr().err

@@ -4,10 +4,11 @@ import io
 import re
 import sys
 from pathlib import Path
+from shutil import copyfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run, write, write_classes
+from conftest import ROOT, Run, set_up, write, write_classes
 from PIL import Image
 
 from bcnn.data.__main__ import USAGE, Options, main
@@ -164,3 +165,26 @@ def test_help_and_a_report_from_the_command_line(python: Run, images: Path) -> N
     run = python("-m", "bcnn.data", str(images), PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
     assert row(run.stdout, "classes: 3") == ["classes: 3", "15", "3", "6"]
+
+
+def test_photographs_in_two_classes_and_repeated_ones_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_classes(photos, cat=6, dog=6)
+    for index in range(4):
+        copyfile(photos / "cat" / f"{index}.png", photos / "dog" / f"copy{index}.png")
+    copyfile(photos / "dog" / "5.png", photos / "dog" / "again.png")
+    assert main(Options([str(photos)])) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "warning: 4 photographs are in more than one class, so that a label of each is wrong" in printed
+    )
+    assert f"{photos}/cat/0.png = {photos}/dog/copy0.png" in printed
+    assert f"warning: 1 image repeats another of their class: {photos}/dog/again.png = " in printed
+    set_up(photos)  # as training does
+    assert "4 photographs are in more than one class" in capsys.readouterr().out
+    for copy in photos.glob("dog/*[yn]?.png"):
+        copy.unlink()
+    assert main(Options([str(photos)])) == 0
+    assert "more than one class" not in capsys.readouterr().out

@@ -56,7 +56,7 @@ def main(options: Options) -> int:
     """Print the report and write the contact sheet."""
     # torch takes seconds that --help need not wait for
     from bcnn.data.check import broken, check, write_broken
-    from bcnn.data.review import duplicates, flat, imbalance, lookalikes
+    from bcnn.data.review import duplicates, flat, imbalance, lookalikes, repeats
     from bcnn.data.sheet import contact_sheet, pair_sheet
 
     if len(options.paths) != 1:
@@ -97,7 +97,7 @@ def main(options: Options) -> int:
             seen.append(
                 f"{of} look the same as one in train, which flatters the figures: {sheet.resolve()}"
             )
-    seen += flat(intact, findings) + imbalance(drawn)
+    seen += repeats(intact, findings) + flat(intact, findings) + imbalance(drawn)
     for warning in layout.remarks + seen:
         console.print(f"warning: {warning}")
     for error in errors:

@@ -78,8 +78,9 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
     if root.exists():
         if _recorded(root) != record:
             raise UserError(
-                f"{root} exists but is not the butterfly set with seed {seed}, {train} training "
-                f"and {test} test images a species: remove it or name another folder."
+                f"{root} exists and is not the butterfly set with seed {seed}, {train} training and "
+                f"{test} test images a species: to train on photographs of your own, add data=folder, "
+                "for the butterflies name another folder"
             )
         return root
     root.parent.mkdir(parents=True, exist_ok=True)

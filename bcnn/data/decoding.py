@@ -61,6 +61,8 @@ def opened(path: str | Path) -> Iterator[ImageFile]:
             yield file
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"there is no image {path}") from error
     except Exception as error:  # decoders raise whatever the bytes lead them into
         raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
 

@@ -28,7 +28,7 @@ from bcnn.data.layout import (
     read_list,
 )
 from bcnn.data.reduced import load_reduced
-from bcnn.data.review import duplicates, flat, imbalance
+from bcnn.data.review import duplicates, flat, imbalance, repeats
 from bcnn.data.sampler import Draw, Draws, epoch_of, place, share
 from bcnn.data.splits import (
     SHORT,
@@ -195,7 +195,9 @@ class ImageFolderData(L.LightningDataModule):
         layout = self._without_broken(layout, broken(findings))
         _refuse(no_images(layout, self.root))
         self.content = {path: finding.digest for path, finding in findings.items()}
-        for warning in duplicates(layout, findings) + flat(layout, findings):
+        for warning in (
+            duplicates(layout, findings) + repeats(layout, findings) + flat(layout, findings)
+        ):
             say(f"warning: {warning}")
         return layout
 

@@ -270,10 +270,12 @@ def read_list(file: Path) -> Layout:
         entries[path] = (_name(row["label"]), found[0], number)
     missing = [path for path in entries if not os.path.isfile(path)]
     if missing:
+        hint = "(a line that names the columns would read path,label or path,label,split)"
+        if "\\" in missing[0] and os.sep != "\\":
+            hint = "(Windows parts folders by \\: write / in its place)"
         raise UserError(
             f"{file} names {len(missing)} files that do not exist, the first of them in line "
-            f"{entries[missing[0]][2]}: {missing[0]:.999} "
-            "(a line that names the columns would read path,label or path,label,split)"
+            f"{entries[missing[0]][2]}: {missing[0]:.999} {hint}"
         )
     layout = Layout(sorted({name for name, *_ in entries.values()}), divided="split" in header)
     labels = {name: label for label, name in enumerate(layout.classes)}
@@ -290,7 +292,11 @@ def _labels(cells: list[str]) -> list[str]:
 
 def no_images(layout: Layout, source: Path) -> list[str]:
     """Says so where there are none."""
-    return [] if layout.samples else [f"no images in {source}: expected {WAYS_IN}"]
+    if layout.samples:
+        return []
+    if (source / METADATA).is_file() and not _metadata(source):
+        return [f"{source / METADATA} names no columns file_name,label: a label is what is trained on"]
+    return [f"no images in {source}: expected {WAYS_IN}"]
 
 
 def mistakes(layout: Layout, source: Path) -> list[str]:

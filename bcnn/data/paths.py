@@ -3,14 +3,16 @@
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
-from bcnn.data.formats import images_below, is_image
+from bcnn.data.formats import files_below, is_image
 from bcnn.errors import UserError
+from bcnn.terminal import say
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Photographs, in the order of `paths`, and by name within each.
+    """Photographs, in the order of `paths`, and by name within each; says which files it leaves out.
 
     Args:
         paths: files, taken whatever their names; folders, searched to the bottom; patterns
@@ -22,11 +24,18 @@ def find_images(paths: Sequence[str]) -> list[str]:
     if not paths:
         raise UserError("which photographs? name files, folders or patterns: see --help")
     found: list[str] = []
+    left_out: Counter[str] = Counter()
     for path in paths:
-        matches = [path] if os.path.isfile(path) else _listed() if path == "-" else _matching(path)
+        if os.path.isfile(path):
+            matches = [path]
+        else:
+            matches = _listed() if path == "-" else _matching(path, left_out)
         if not matches:
             raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
         found += matches
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        say(f"{left_out.total()} files left out: {reasons}", file=sys.stderr)
     return found
 
 
@@ -34,12 +43,16 @@ def _listed() -> list[str]:
     return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str, left_out: Counter[str]) -> list[str]:
     """Images below a folder, or that a pattern matches, or below the folders that it matches."""
     found: list[str] = []
     for match in [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(match):
-            found += images_below(match)
+            for path, reason in files_below(match):
+                if reason:
+                    left_out[reason] += 1
+                else:
+                    found.append(path)
         elif is_image(os.path.basename(match)):
             found.append(match)
     return list(dict.fromkeys(found))  # "**" matches folders, and what is in them

@@ -1,5 +1,6 @@
 """What a user should know of an image set before training on it, a sentence each."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +30,36 @@ def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
                 f"the figures: {examples}"
             )
     return sentences
+
+
+def repeats(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
+    """The same pixels under two classes, of which one is wrong, and several times under one."""
+    first: dict[tuple[str, int], str] = {}
+    again, classes = [], defaultdict[str, set[int]](set)
+    for path, label in layout.samples:
+        digest = findings[path].digest
+        if (earlier := first.setdefault((digest, label), path)) != path:
+            again.append(f"{path} = {earlier}")
+        classes[digest].add(label)
+    torn = [
+        " = ".join(first[digest, label] for label in sorted(labels))
+        for digest, labels in classes.items()
+        if len(labels) > 1
+    ]
+    sentences = []
+    if torn:
+        sentences.append(
+            f"{_so_many(torn, 'photograph is', 'photographs are')} in more than one class, so that a "
+            f"label of each is wrong, and none is drawn to validate or test: {'; '.join(torn[:3])}"
+        )
+    if again:
+        said = _so_many(again, "image repeats", "images repeat")
+        sentences.append(f"{said} another of their class: {'; '.join(again[:3])}")
+    return sentences
+
+
+def _so_many(found: list[str], one: str, several: str) -> str:
+    return f"{len(found)} {one if len(found) == 1 else several}"
 
 
 def lookalikes(layout: Layout, findings: Mapping[str, Finding]) -> dict[str, list[tuple[str, str]]]:
@@ -67,8 +98,9 @@ def flat(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
     paths = [path for path in layout.paths if findings[path].flat]
     if not paths:
         return []
-    subject = "1 image is" if len(paths) == 1 else f"{len(paths)} images are"
-    return [f"{subject} of one colour throughout: {'; '.join(paths[:3])}"]
+    return [
+        f"{_so_many(paths, 'image is', 'images are')} of one colour throughout: {'; '.join(paths[:3])}"
+    ]
 
 
 def imbalance(layout: Layout) -> list[str]:

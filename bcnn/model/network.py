@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from bcnn.model.head import Head
 from bcnn.model.pooling import Pooling
 from bcnn.model.registry import make
 
-Photograph = str | Path | Image.Image
+Photograph = str | Path | Image.Image | np.ndarray
 
 FRAMING = Framing()
 DEFAULT = {"backbone": {"name": "vgg16"}, "pooling": {"name": "bilinear"}}
@@ -39,9 +40,14 @@ class BCNN(nn.Module):
         project: channels that the maps are projected to; None: as they come.
         split: which images it was trained, validated and tested on, where that is known.
 
+    Attributes:
+        assumed: of a model that was opened, what its file leaves open; a sentence, or "".
+
     Raises:
         UserError: there is no such backbone or pooling, or fewer channels than `project`.
     """
+
+    assumed = ""
 
     def __init__(
         self,
@@ -96,29 +102,46 @@ class BCNN(nn.Module):
         """Probabilities of the classes, in the order of `classes`.
 
         Args:
-            images: a PIL image or a path, or a list of them: each is framed; or a tensor as a backbone
-                takes it, as it is.
+            images: a PIL image, a path or an array (height, width, 3) of uint8, or a list of them: each
+                is framed; or a tensor as a backbone takes it, as it is.
 
         Returns:
             (batch, classes), rows that sum to one, in float32 at least.
 
         Raises:
             UserError: a file cannot be decoded.
+            ValueError: floating point is not in 0..1.
+            TypeError: it is none of these.
         """
-        if not isinstance(images, Tensor):
-            photographs = [images] if isinstance(images, Photograph) else images
-            transform = self.framing.evaluation()
-            images = torch.stack(
-                [
-                    transform(
-                        load_image(p, self.framing.side)
-                        if isinstance(p, str | Path)
-                        else upright_rgb(p)
-                    )
-                    for p in photographs
-                ]
-            )
+        if isinstance(images, Tensor):
+            if images.is_floating_point() and images.max() > 2:  # a little over 1 comes of resizing
+                raise ValueError(
+                    f"floating point is in 0..1, and {images.max():g} is in it: give uint8"
+                )
+        else:
+            if isinstance(images, str | Path | Image.Image):
+                images = [images]
+            elif isinstance(images, np.ndarray) and images.ndim == 3:
+                images = images[None]
+            framed = [self._framed(each) for each in images]
+            size = self.framing.size
+            images = torch.stack(framed) if framed else torch.empty(0, 3, size, size)
         return self(images.to(self.head.bias.device)).softmax(dim=1)
+
+    def _framed(self, photograph: Photograph) -> Tensor:
+        if isinstance(photograph, str | Path):
+            image = load_image(photograph, self.framing.side)
+        elif isinstance(photograph, Image.Image):
+            image = upright_rgb(photograph)
+        elif isinstance(photograph, np.ndarray) and photograph.dtype == np.uint8:
+            image = Image.fromarray(photograph).convert("RGB")
+        else:
+            raise TypeError(
+                f"{type(photograph).__name__} is no photograph: give a path, a PIL image, or an array "
+                "of uint8 (height, width, 3)"
+            )
+        framed: Tensor = self.framing.evaluation()(image)
+        return framed
 
 
 def build(description: Mapping[str, Any]) -> BCNN:

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 
@@ -116,6 +116,11 @@ def load_model(
         model = build(about)
     except Exception as error:  # a backbone or a pooling may raise anything, given others' options
         raise _no_sense(path, error) from error
+    if "framing" not in about:
+        named = "" if classes else ", nor what its classes are called"
+        model.assumed = (
+            f"{path} does not say at which size it was trained: {model.framing} is taken{named}"
+        )
     _load(model, own.state_dict(), tensors, path)
     _set_normalization(model, tensors, about, normalization, path)
     return model.eval()
@@ -182,7 +187,8 @@ def write_model(model: BCNN, path: Path) -> None:
     """As `save_model`, but that a file is left cut short where its disk is full."""
     if path.suffix == ".safetensors":
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(state, path, describe(model) | {"bcnn": json.dumps(model.description())})
+        # A file that safetensors makes is for its owner alone.
+        path.write_bytes(save(state, describe(model) | {"bcnn": json.dumps(model.description())}))
     else:
         content = io.BytesIO()  # torch's own writing to a full disk ends the process
         torch.save(to_original(model), content)

@@ -26,6 +26,7 @@ PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class
 MISTAKES = 8  # with two pictures of evidence each
 DOUBTS = 20  # training photographs: 80 in all at most
 CHANGES = 6  # photographs that a stage put right, and as many that it put wrong
+MOST_ORDERED = 1000  # classes whose order is the best that there is: a second or two
 NEIGHBOURS = 5  # training photographs beside a mistake
 THUMBNAIL, CHANGED, SMALL = 280, 180, 120  # px, the long side
 
@@ -133,13 +134,15 @@ def confusion_order(predictions: Predictions) -> list[int]:
     """The classes in an order in which those that are confused stand together.
 
     Average linkage on the negative logarithm of the mean probability that two classes give each
-    other, leaves in the optimal order (Bar-Joseph et al., Bioinformatics 2001).
+    other; of up to `MOST_ORDERED` the leaves in the optimal order (Bar-Joseph et al., Bioinformatics
+    2001), which takes the cube of their number.
     """
     shared = soft_confusion(predictions).numpy()
     shared = shared + shared.T
     np.fill_diagonal(shared, shared.max())
     distance = np.log(shared.max() + 1e-9) - np.log(shared + 1e-9)
-    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    few = len(shared) <= MOST_ORDERED
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=few)
     return leaves_list(tree).tolist()
 
 

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from bcnn import terminal
 from bcnn.model.network import BCNN
 from bcnn.report.predictions import Predictions
 from bcnn.training.module import BCNNModule
 from bcnn.training.solver import ConvexProblem, Rows
+
+say = rank_zero_only(terminal.say)
 
 LEAST = 1e-9  # the smallest λ that a path is extended to: less is lost in the factor's rounding
 ENOUGH = 0.01  # validation loss under which there is nothing left to gain by it
@@ -119,6 +123,7 @@ class ConvexModule(BCNNModule):
         at_end = before and len(before) + 1 == len(self.l2) and last == min(self.l2)
         if at_end and ENOUGH < loss < 0.99 * min(before) and last > 1.5 * LEAST:
             self.l2.append(last / 10)
+            say(f"the smallest λ is the best until now: {last / 10:g} too")
             self.trainer.fit_loop.max_epochs = len(self.l2)
 
     def on_fit_end(self) -> None:
