@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run, configure, toy
 
-from bcnn.training import stages
+from bcnn.training import command, stages
 
 VERBS = ("data", "predict", "evaluate", "explain", "demo", "export", "store", "benchmark")
 
@@ -89,6 +89,39 @@ def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
+        (
+            "last.optimizer.lr=0.1",
+            "last.optimizer.lr is an option of last=sgd, and last=convex is chosen",
+        ),
+        ("trainer.max_time=1", "--help lists all; +trainer.max_time=… hands on what is"),
+        ("model/pooling=mean", "there is no model/pooling=mean: choose from bilinear, compact,"),
+        ("model=3", "must be a string or a list"),
+        ("seed=${nope}", "Interpolation key 'nope' not found"),
+        ("finetune.epochs", "missing EQUAL"),
+    ],
+)
+def test_words_that_make_no_configuration(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(command, "raise_interruptions", lambda: None)
+    for words in ([word], ["-m", word]):
+        assert command.main(words) == 1
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith("error: ") and sentence in said
+        assert "Traceback" not in said and "append" not in said
+
+
 def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
     (images / "train" / "red" / "0.png").write_text("not a photograph")
     (images / "test" / "blue" / "1.png").write_bytes(b"")

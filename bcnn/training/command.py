@@ -1,15 +1,20 @@
 """Train a bilinear CNN: the command, `bcnn train` or `python train.py`."""
 
 import os
+import re
 import sys
 import traceback
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bcnn.interruption import Interruption, raise_interruptions
 from bcnn.options import literal, print_any_text
@@ -42,7 +47,7 @@ def main(words: list[str]) -> int:
             folder = Path(resumed[0].removeprefix("resume=")).expanduser()
             told(_stages(f"going on with {folder}").resume, folder)
         else:
-            _compose(words)
+            return _compose(words)
     except Interruption as error:
         traceback.clear_frames(error.__traceback__)  # what was under way there ends: its bar
         say(f"interrupted ({error})", file=sys.stderr)
@@ -69,14 +74,19 @@ def _mistake(sentence: str) -> int:
     return 1
 
 
-def _compose(words: list[str]) -> None:
+def _compose(words: list[str]) -> int:
     """Have Hydra make a configuration of the words, or in a sweep several, and train by each."""
+    composed: list[DictConfig] = []
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(words)
     called = sys.argv
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def run(cfg: DictConfig) -> float:
         """Returns validation top-1, for sweeps to maximise."""
+        OmegaConf.to_container(
+            cfg, resolve=True
+        )  # raises where a value stands for one that is not there
+        composed.append(cfg)
         sys.argv = called  # by which Lightning starts the processes of other GPUs
         room = _stages(_opening(cfg))
         overrides = list(HydraConfig.get().overrides.task)
@@ -84,8 +94,42 @@ def _compose(words: list[str]) -> None:
 
     # What Hydra reads: `data.root=2024` is a folder, not a number.
     sys.argv = [called[0], *_own_configuration(words), *(literal(word, sweep) for word in words)]
-    with ranked(words):
-        run()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # mistakes are raised, not printed
+    try:
+        with ranked(words):
+            run()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed:
+            raise
+        return _mistake(_refused(str(error)))
+    return 0
+
+
+def _refused(text: str) -> str:
+    """In a sentence, what Hydra says of words that make no configuration."""
+    text = " ".join(text.split())
+    if found := re.match(r"Could not override '([^']+)'", text):
+        return _unknown(found[1])
+    absent = r"In '.*': Could not find '(.+)/(.+?)' Available options in '.*': (.*?) Config search"
+    if found := re.match(absent, text):
+        return f"there is no {found[1]}={found[2]}: choose from {', '.join(found[3].split())}"
+    return text
+
+
+def _unknown(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        plain, sgd = (hydra.compose("config", choice) for choice in ([], ["last=sgd"]))
+    if OmegaConf.select(sgd, name) is not None:
+        return f"{name} is an option of last=sgd, and last=convex is chosen: add last=sgd"
+    there = OmegaConf.select(plain, parent) if parent else plain
+    if near := get_close_matches(last, map(str, there if isinstance(there, DictConfig) else []), 1):
+        return f"there is no option {name}: did you mean {name.removesuffix(last)}{near[0]}?"
+    return (
+        f"there is no option {name} in what is chosen: --help lists all; +{name}=… hands on what is "
+        "not listed to the class that is configured"
+    )
 
 
 def _own_configuration(words: list[str]) -> list[str]:
