@@ -19,7 +19,7 @@ from bcnn.errors import UserError
 from bcnn.model.evidence import shares
 from bcnn.model.network import BCNN
 from bcnn.model.weights import load_model
-from bcnn.precision import autocast
+from bcnn.precision import autocast, fastest_precision
 from bcnn.progress import progress
 from bcnn.report.heatmap import Box, evidence_figure
 from bcnn.report.predictions import Predictions
@@ -77,7 +77,7 @@ def predict_paths(
     model: BCNN,
     paths: Sequence[str],
     top: int = 5,
-    batch: int = 16,
+    batch: int | None = None,
     workers: int | None = None,
     mirror: bool = False,
 ) -> Iterator[Prediction]:
@@ -88,12 +88,16 @@ def predict_paths(
     Args:
         model: as `load_model` returns it, on any device.
         top: number of classes a photograph, at most all.
-        batch: photographs that pass the network together.
+        batch: photographs that pass the network together; None: as many as is fastest.
         workers: processes that decode; None: see `default_workers`.
         mirror: see `probabilities`.
     """
     if workers is None:
         workers = default_workers()
+    if batch is None:
+        # A CPU in float32 takes longer for maps of many at once, whose memory it gets page by page.
+        kind = _device(model).type
+        batch = 2 if kind == "cpu" and fastest_precision(kind) == "32-true" else 16
     loader = DataLoader(
         _Photographs(paths, model.framing),
         batch_size=batch,

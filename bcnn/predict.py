@@ -28,7 +28,7 @@ python -m bcnn.predict ckpt=FILE PATH ... [OPTION=VALUE ...]
   format=table     table | jsonl | csv | labelstudio: tasks to correct there, see docs/labels.md
   output=FILE      write there, once all is done, not to standard output; FILE must not exist
   mirror=false     true: of each photograph and its mirror image together; twice the time
-  batch=16         photographs that pass the network together
+  batch=N          photographs that pass the network together; default 16, 2 on a CPU in float32
   workers=N        processes that decode photographs; default: one a core, 16 at most
 
 Rows come in the order of the paths, as they are computed. A photograph that cannot be read or predicted
@@ -45,7 +45,7 @@ class Options:
     top: int = 5
     format: str = "table"
     output: Path | None = None
-    batch: int = 16
+    batch: int | None = None
     workers: int | None = None
     mirror: bool = False
 

@@ -14,6 +14,7 @@ from bcnn import load_model
 from bcnn.data.decoding import load_image
 from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
+from bcnn.inference import predict_paths
 from bcnn.model.network import BCNN
 from bcnn.model.original import to_original
 
@@ -103,3 +104,15 @@ def test_what_is_no_photograph_is_told(model: BCNN) -> None:
         model.predict(torch.full((1, 3, 32, 32), 255.0))
     with pytest.raises(UserError, match=r"there is no image nowhere\.jpg$"):
         model.predict("nowhere.jpg")
+
+
+def test_a_cpu_in_float32_takes_few_photographs_at_a_time(
+    model: BCNN, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: together.append(len(inputs[0])))
+    for fastest, expected in (("32-true", [2, 2, 2]), ("bf16-mixed", [6])):
+        monkeypatch.setattr("bcnn.inference.fastest_precision", lambda _, name=fastest: name)
+        together.clear()
+        assert len(list(predict_paths(model, [*map(str, paths)], workers=0))) == 6
+        assert together == expected

@@ -55,7 +55,7 @@ def grouped(classes: int, group: int, images: int = 6, seed: int = 0) -> tuple[P
     return Predictions(names, paths, labels, logits.softmax(1)), groups.tolist()
 
 
-@pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (200, 4)])
+@pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (200, 4), (1200, 4)])
 def test_confused_classes_stand_together(classes: int, group: int) -> None:
     made, groups = grouped(classes, group)
     order = confusion_order(made)

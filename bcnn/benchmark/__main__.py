@@ -43,6 +43,8 @@ def main(options: Options) -> int:
     """Measure, and print a table."""
     if options.stage not in PARTS:
         raise UserError(f"stage={options.stage}: choose from {', '.join(PARTS)}")
+    if sys.platform == "win32":
+        raise UserError("the benchmark asks Linux or macOS for the memory that is taken: use WSL")
     with progress("loading PyTorch"):  # takes seconds that --help need not wait for
         part = import_module(f"bcnn.benchmark.{options.stage}")
     Console(markup=False, emoji=False).print(part.table(options))

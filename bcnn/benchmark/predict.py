@@ -37,9 +37,9 @@ def plain_loop(options: Options) -> dict[str, float]:
 def command_loop(options: Options) -> dict[str, float]:
     """That of `python -m bcnn.predict`: batches, processes that decode, the fastest precision."""
     model, paths = _model(options), _paths(options)
-    list(predict_paths(model, paths[: options.batch], batch=options.batch, workers=0))
+    list(predict_paths(model, paths[: options.batch], workers=0))
     start = now(torch_device(options))
-    list(predict_paths(model, paths, batch=options.batch))
+    list(predict_paths(model, paths))
     return {"seconds": (now(torch_device(options)) - start) / len(paths)}
 
 
