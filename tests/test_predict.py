@@ -336,6 +336,8 @@ def test_what_a_folder_holds_beside_images_is_told(
         (photos / name).write_text("")
     assert predict(ckpt, "photos") == 0
     assert "3 files left out: 2 .CR2, 1 .txt" in capsys.readouterr().err
+    assert predict(ckpt, "photos", "photos/**") == 0  # twice by the folder, counted once
+    assert "3 files left out: 2 .CR2, 1 .txt" in capsys.readouterr().err
 
 
 def test_what_a_file_does_not_say_is_told(

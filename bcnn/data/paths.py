@@ -24,7 +24,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
     if not paths:
         raise UserError("which photographs? name files, folders or patterns: see --help")
     found: list[str] = []
-    left_out: Counter[str] = Counter()
+    left_out: dict[str, str] = {}
     for path in paths:
         if os.path.isfile(path):
             matches = [path]
@@ -34,8 +34,9 @@ def find_images(paths: Sequence[str]) -> list[str]:
             raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
         found += matches
     if left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-        say(f"{left_out.total()} files left out: {reasons}", file=sys.stderr)
+        counts = Counter(left_out.values()).most_common()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+        say(f"{len(left_out)} files left out: {reasons}", file=sys.stderr)
     return found
 
 
@@ -43,14 +44,14 @@ def _listed() -> list[str]:
     return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
 
 
-def _matching(pattern: str, left_out: Counter[str]) -> list[str]:
+def _matching(pattern: str, left_out: dict[str, str]) -> list[str]:
     """Images below a folder, or that a pattern matches, or below the folders that it matches."""
     found: list[str] = []
     for match in [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(match):
             for path, reason in files_below(match):
                 if reason:
-                    left_out[reason] += 1
+                    left_out[path] = reason
                 else:
                     found.append(path)
         elif is_image(os.path.basename(match)):

@@ -114,10 +114,8 @@ class BCNN(nn.Module):
             TypeError: it is none of these.
         """
         if isinstance(images, Tensor):
-            if images.is_floating_point() and images.max() > 2:  # a little over 1 comes of resizing
-                raise ValueError(
-                    f"floating point is in 0..1, and {images.max():g} is in it: give uint8"
-                )
+            if images.is_floating_point() and (images > 2).any():  # a little over 1 comes of resizing
+                raise ValueError("floating point is in 0..1, and larger values are in it: give uint8")
         else:
             if isinstance(images, str | Path | Image.Image):
                 images = [images]

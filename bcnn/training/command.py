@@ -83,9 +83,7 @@ def _compose(words: list[str]) -> int:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def run(cfg: DictConfig) -> float:
         """Returns validation top-1, for sweeps to maximise."""
-        OmegaConf.to_container(
-            cfg, resolve=True
-        )  # raises where a value stands for one that is not there
+        OmegaConf.to_container(cfg, resolve=True)  # raises where ${name} stands for nothing
         composed.append(cfg)
         sys.argv = called  # by which Lightning starts the processes of other GPUs
         room = _stages(_opening(cfg))
