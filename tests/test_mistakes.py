@@ -128,6 +128,7 @@ FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]
         ["+trainer.deterministic=true", "+trainer.profiler=simple", "~logger.csv"],
         ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1", "+trainer.limit_train_batches=1"],
         ["~logger", "+trainer.enable_progress_bar=false", "+trainer.detect_anomaly=true"],
+        [f"{MINE}ModelCheckpoint"],
         [
             "schedule@finetune.scheduler=plateau",
             "callbacks=early_stopping",

@@ -370,7 +370,6 @@ def _refuse_trainer(cfg: DictConfig, stages: tuple[str, ...], callbacks: list[L.
             cfg.trainer,
             precision=precision,
             logger=False,
-            enable_checkpointing=False,
             enable_progress_bar=False,
             callbacks=callbacks,
         )
