@@ -12,7 +12,7 @@ from bcnn.data.transforms import Framing
 from bcnn.errors import UserError
 from bcnn.model.backbones.timm import Timm
 from bcnn.model.export import read_onnx, write_onnx
-from bcnn.model.network import BCNN
+from bcnn.model.network import BCNN, make_backbone
 from bcnn.model.weights import initialise_backbone, load_model, save_model
 from bcnn.training.module import BCNNModule
 from bcnn.training.stages import run
@@ -183,3 +183,10 @@ def test_both_stages(images: Path, tmp_path: Path) -> None:
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     found = read_onnx(tmp_path / "model.onnx")(pixels)
     torch.testing.assert_close(found, model.predict(pixels), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "can"), [("resnet18", True), ("vgg11", False)])
+def test_a_network_says_whether_it_can_do_with_less_memory(model: str, can: bool) -> None:
+    with torch.device("meta"):
+        assert make_backbone("timm", model=model).can_checkpoint == can
+    assert make_backbone("vgg16").can_checkpoint

@@ -285,7 +285,7 @@ def _refuse_network(cfg: DictConfig) -> None:
         _refuse_another_network(cfg, own)
         backbone = own.backbone
     if cfg.finetune.checkpointing and not backbone.can_checkpoint:
-        raise UserError("finetune.checkpointing=true: this network of timm's cannot: leave it out")
+        raise UserError("finetune.checkpointing=true: this backbone cannot: leave it out")
     if cfg.finetune.open_from not in (None, *backbone.layers):
         raise UserError(
             f"finetune.open_from={cfg.finetune.open_from}: choose a layer from "

@@ -20,7 +20,7 @@ class Backbone(nn.Module):
         smallest: side in pixels of the smallest image that leaves 2 × 2 locations.
         multiple: that the sides of images have to be of, 1 for convolutions.
         layers: names that `open_from` takes, from the first up.
-        can_checkpoint: whether it heeds `checkpointing`.
+        can_checkpoint: whether its `maps` heed `checkpointing`.
         licence: of the weights that are published for it; "": not known.
         interpolation: that images were resized by when these were trained.
     and implements `maps` and `open_from`. Images are normalised here, with the mean and standard
@@ -32,7 +32,7 @@ class Backbone(nn.Module):
     smallest: int
     multiple: int = 1
     layers: tuple[str, ...] = ()
-    can_checkpoint: bool = True
+    can_checkpoint: bool = False
     licence: str = ""
     interpolation: Interpolation = "bilinear"
     mean: Tensor

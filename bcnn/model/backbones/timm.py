@@ -1,6 +1,7 @@
 """The networks of timm, convolutional or of transformers, up to their last maps."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -39,10 +40,9 @@ class Timm(Backbone):
         self.channels, self.stride = chosen["num_chs"], chosen["reduction"]
         self.smallest, self.multiple = 2 * self.stride, self.stride
         self.layers = tuple(dict.fromkeys(map(_layer, dict(self.network.named_parameters()))))
-        try:
+        with suppress(AssertionError):  # which those that cannot raise
             self.network.set_grad_checkpointing(True)
-        except AssertionError:
-            self.can_checkpoint = False
+            self.can_checkpoint = True
         self.licence = self.about.get("license") or ""
         # timm evaluates by bicubic where weights say nothing; all that it publishes say one of the two.
         # "random", which draws one of them in its training, is nothing that its evaluation can do.

@@ -26,6 +26,7 @@ class VGG16(Backbone):
     stride = 16
     smallest = 32  # 2 × 2 locations after four pools
     layers = tuple(LAYERS)
+    can_checkpoint = True
 
     def __init__(self) -> None:
         super().__init__()
