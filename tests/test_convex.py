@@ -257,10 +257,12 @@ def test_a_class_of_one_image_is_left_out_of_the_cross_validation(images: Path) 
     assert found is not None and found.paths == [path for path, label in samples if label < 2]
 
 
-def test_images_alone_in_their_class_do_not_choose_lambda(rows: Tensor) -> None:
+def test_images_alone_in_their_class_do_not_choose_lambda(rows: Tensor, tiny: BCNN) -> None:
     """None has learnt them where they are held out: their loss grows without end as λ falls."""
     labels = torch.cat([torch.arange(len(rows) - 5) % 2, torch.arange(2, 7)])
-    module = ConvexModule(BCNN(list("abcdefg")), rows, labels, [1e-2], folds=4, choose=True)
+    module = ConvexModule(
+        BCNN(list("abcdefg"), backbone={"name": "tiny"}), rows, labels, [1e-2], folds=4, choose=True
+    )
     assert not module.cross_validates  # one λ
     module.problem = ConvexProblem(rows, labels, 7)
     module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
@@ -269,7 +271,7 @@ def test_images_alone_in_their_class_do_not_choose_lambda(rows: Tensor) -> None:
     found = module.val_metrics["loss"].compute()
     expected = F.cross_entropy(module.held_out[:-5], labels[:-5])
     torch.testing.assert_close(found, expected.float())
-    alone = ConvexModule(network(), rows[:3], torch.arange(3), [1, 0.1], folds=3, choose=True)
+    alone = ConvexModule(tiny, rows[:3], torch.arange(3), [1, 0.1], folds=3, choose=True)
     assert not alone.cross_validates
 
 
