@@ -195,10 +195,9 @@ class ImageFolderData(L.LightningDataModule):
         layout = self._without_broken(layout, broken(findings))
         _refuse(no_images(layout, self.root))
         self.content = {path: finding.digest for path, finding in findings.items()}
-        for warning in (
-            duplicates(layout, findings) + repeats(layout, findings) + flat(layout, findings)
-        ):
-            say(f"warning: {warning}")
+        for review in (duplicates, repeats, flat):
+            for warning in review(layout, findings):
+                say(f"warning: {warning}")
         return layout
 
     def resize_for(self, interpolation: Interpolation) -> None:

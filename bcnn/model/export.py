@@ -60,8 +60,8 @@ def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     _require("onnx", "onnxscript", "onnxruntime")
     optimizer = importlib.import_module("onnxscript.optimizer")
     passes = importlib.import_module("onnx_ir.passes.common")
-    for of_their_insides in ("torch.onnx", "onnxscript.optimizer"):
-        logging.getLogger(of_their_insides).setLevel(logging.ERROR)
+    for exporter in ("torch.onnx", "onnxscript.optimizer"):  # which tell of their own insides
+        logging.getLogger(exporter).setLevel(logging.ERROR)
     output = "probabilities" if softmax else "logits"
     parts = nn.Sequential(model.backbone, model.pooling.exportable(), model.head)
     program = torch.onnx.export(

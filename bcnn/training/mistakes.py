@@ -57,10 +57,8 @@ MADE = (
 SCHEDULES = {
     f"bcnn.training.module.{name}" for name in ("warmup_cosine", "multistep", "reduce_on_plateau")
 }
-SCALED = {
-    "torch.optim.SGD",
-    "torch.optim.ASGD",
-}  # of torch's, whose steps are as long as gradients
+# Of torch's optimizers, those whose steps grow with the gradient.
+SCALED = {"torch.optim.SGD", "torch.optim.ASGD"}
 INSTEAD = {
     "accumulate_grad_batches": "last.accumulate (of last=sgd) and finetune.accumulate",
     "callbacks": "callbacks=NAME, or +callbacks.NAME._target_=…",
