@@ -2,7 +2,7 @@
 
 import sys
 
-from bcnn.training.command import main
+from bcnn.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

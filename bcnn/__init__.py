@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bcnn.model.weights import load_model
+    from bcnn.models.checkpoint import load_model
 
 __all__ = ["load_model"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """`load_model` when it is asked for: torch takes seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bcnn.model.weights import load_model
+    from bcnn.models.checkpoint import load_model
 
     return load_model

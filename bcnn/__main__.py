@@ -4,18 +4,17 @@ import os
 import sys
 from importlib import import_module
 
-from bcnn.options import command
+from bcnn.utils.options import command
 
 VERBS = {
-    "train": ("bcnn.training.command", "both stages, or one, on the photographs of a folder"),
-    "data": ("bcnn.data.__main__", "look at a folder of photographs before training"),
-    "evaluate": ("bcnn.evaluate", "figures and a report on labelled photographs"),
-    "predict": ("bcnn.predict", "the likeliest classes of photographs"),
-    "explain": ("bcnn.explain", "which places of a photograph spoke for its class"),
-    "demo": ("bcnn.demo", "a page on this machine to drop photographs on"),
-    "export": ("bcnn.export", "ONNX, torch.export, and other forms of a model"),
-    "store": ("bcnn.store", "list and remove the descriptors that training keeps"),
-    "benchmark": ("bcnn.benchmark.__main__", "speed on this machine, beside the original's loop"),
+    "train": ("bcnn.cli.train", "both stages, or one, on the photographs of a folder"),
+    "data": ("bcnn.cli.check", "look at a folder of photographs before training"),
+    "evaluate": ("bcnn.cli.evaluate", "figures and a report on labelled photographs"),
+    "predict": ("bcnn.cli.predict", "the likeliest classes of photographs"),
+    "explain": ("bcnn.cli.explain", "which places of a photograph spoke for its class"),
+    "demo": ("bcnn.cli.demo", "a page on this machine to drop photographs on"),
+    "export": ("bcnn.cli.export", "ONNX, torch.export, and other forms of a model"),
+    "store": ("bcnn.cli.cache", "list and remove the descriptors that training keeps"),
 }
 USAGE = "\n".join(
     (

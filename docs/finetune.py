@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bcnn.model.weights import load_model
-from bcnn.precision import fastest_precision
+from bcnn.models.checkpoint import load_model
 from bcnn.training.module import BCNNModule
+from bcnn.utils.device import fastest_precision
 
 STEPS = 20
 OPTIMIZERS = {"original": "tab:red", "default": "tab:blue"}

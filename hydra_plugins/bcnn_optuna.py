@@ -16,8 +16,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from bcnn.errors import UserError
 from bcnn.training.sweep import COMMAND, told
+from bcnn.utils.errors import UserError
 
 STUDY = "study.log"  # in the sweep's folder: Optuna's journal
 

@@ -23,11 +23,11 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
-from bcnn.data.folder import ImageFolderData
+from bcnn.data.datamodule import ImageFolderData
 from bcnn.data.transforms import Framing
-from bcnn.model import backbones
-from bcnn.model.network import BCNN
-from bcnn.training.descriptors import DescriptorData
+from bcnn.models import backbones
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.training.feature_data import DescriptorData
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -51,7 +51,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # A backbone of a few hundred weights, for whatever writes or reads many files of them.
 TINY = """
 from torch import nn
-from bcnn.model.backbones import Backbone
+from bcnn.models.backbones import Backbone
 
 class Tiny(Backbone):
     stride, smallest, layers = 4, 8, ("features",)
@@ -118,7 +118,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     folder = tmp_path_factory.mktemp("stores")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("BCNN_STORES", str(folder))
-    monkeypatch.setattr("bcnn.options.raise_interruptions", lambda: None)  # Ctrl-C is pytest's
+    monkeypatch.setattr("bcnn.utils.options.raise_interruptions", lambda: None)  # Ctrl-C is pytest's
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,14 +10,14 @@ from conftest import ROOT, Run
 from rich.console import Console
 from torchvision.models import VGG16_Weights
 
-from bcnn.benchmark import convex, data, finetune, last, photographs, predict
-from bcnn.benchmark.__main__ import main
-from bcnn.benchmark.harness import Contender
-from bcnn.benchmark.options import Options
-from bcnn.benchmark.original import OriginalNet
-from bcnn.errors import UserError
-from bcnn.model.network import BCNN
-from bcnn.model.original import to_original
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.third_party import to_original
+from bcnn.utils.errors import UserError
+from benchmarks import convex, data, finetune, last, photographs, predict
+from benchmarks.__main__ import main
+from benchmarks.harness import Contender
+from benchmarks.options import Options
+from benchmarks.original import OriginalNet
 
 
 def test_the_original_s_network_is_the_same_function() -> None:
@@ -76,7 +76,7 @@ def test_prediction_is_compared_on_the_same_photographs(
     monkeypatch.setattr(predict, "find_spec", lambda _: None)  # the export takes its time
     options = Options(size=32, batch=2, images=4, classes=3, root=images, device="cpu")
     table = predict.table(options)
-    assert list(table.columns[0].cells)[:2] == ["a plain loop", "bcnn.predict"]
+    assert list(table.columns[0].cells)[:2] == ["a plain loop", "bcnn.cli.predict"]
     assert all(float(rate) > 0 for rate in table.columns[2].cells)
     assert table.row_count == 4 and "ONNX Runtime is not installed" in str(table.caption)
 
@@ -112,5 +112,5 @@ def test_photographs_of_a_seed_are_the_same_and_of_a_photograph_s_weight(tmp_pat
 
 
 def test_unknown_options_are_one_sentence(python: Run) -> None:
-    run = python("-m", "bcnn.benchmark", "sise=32", PYTHONPATH=str(ROOT))
+    run = python("-m", "benchmarks", "sise=32", PYTHONPATH=str(ROOT))
     assert run.returncode == 1 and "sise" in run.stderr and "Traceback" not in run.stderr

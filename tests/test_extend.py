@@ -10,14 +10,18 @@ import torch
 from conftest import ROOT, configure, toy
 
 from bcnn import data as data_package
-from bcnn.model import backbones, pooling
-from bcnn.model.weights import load_model
-from bcnn.training.stages import run
+from bcnn.models import backbones, pooling
+from bcnn.models.checkpoint import load_model
+from bcnn.training.run import run
 
 EXAMPLES = dict(
     re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.DOTALL)
 )
-PACKAGES = {"bcnn/model/backbones": backbones, "bcnn/model/pooling": pooling, "bcnn/data": data_package}
+PACKAGES = {
+    "bcnn/models/backbones": backbones,
+    "bcnn/models/pooling": pooling,
+    "bcnn/data": data_package,
+}
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from conftest import configure, toy
 from torch import Tensor
 
-from bcnn.model.head import Head
-from bcnn.model.weights import load_model
-from bcnn.precision import double_device
-from bcnn.training.solver import cholesky, gram_matrix
-from bcnn.training.stages import run
+from bcnn.models.checkpoint import load_model
+from bcnn.models.head import Head
+from bcnn.training.logistic_regression import cholesky, gram_matrix
+from bcnn.training.run import run
+from bcnn.utils.device import double_device
 
 DEVICE = "cuda"
 
@@ -60,7 +60,7 @@ def test_both_stages_train_and_agree_with_float32(
 
 
 def test_autocast_on_the_gpu_keeps_the_head_in_float32(tmp_path: Path) -> None:
-    from bcnn.model.network import BCNN
+    from bcnn.models.bilinear_cnn import BCNN
 
     model = BCNN(["a", "b"]).cuda()
     images = torch.rand(2, 3, 64, 64, device="cuda")

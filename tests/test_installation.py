@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run
 
-from bcnn import store
 from bcnn.__main__ import VERBS, main
-from bcnn.options import command, program
+from bcnn.cli import cache as store
+from bcnn.utils.options import command, program
 
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('.')"
 
@@ -103,8 +103,8 @@ def test_commands_are_named_as_they_were_called(
     monkeypatch.setenv("PATH", "/nowhere")  # as .venv/bin/bcnn
     assert program("predict") == [sys.argv[0], "predict"]
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
-    assert program("train")[1:] == ["train.py"] and program("predict")[1:] == ["-m", "bcnn.predict"]
+    assert program("train")[1:] == ["train.py"] and program("predict")[1:] == ["-m", "bcnn.cli.predict"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/bcnn/__main__.py", "train"])
     assert program("train")[1:] == ["-m", "bcnn", "train"]
     assert command(store.Options, store.main, store.USAGE, ["--help"]) == 0
-    assert capsys.readouterr().out.startswith("python -m bcnn.store  ")
+    assert capsys.readouterr().out.startswith("python -m bcnn.training.feature_store  ")

@@ -8,9 +8,9 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from bcnn.data.transforms import Framing
-from bcnn.model.network import BCNN
-from bcnn.store import VIEWS
-from bcnn.training.solver import MAX_ENTRIES
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.training.feature_store import VIEWS
+from bcnn.training.logistic_regression import MAX_ENTRIES
 
 TEXT = (ROOT / "docs" / "scale.md").read_text()
 H100 = 300e12  # FLOP/s, as the text assumes

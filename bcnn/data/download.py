@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import rich.progress
 from torchvision.datasets.utils import check_integrity, download_url
 
-from bcnn.errors import UserError
+from bcnn.utils.errors import UserError
 
 # An archive of so many bytes for each of its own, and these, is a bomb: images are compressed already.
 EXPANSION, LARGEST = 20, 1 << 30

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from bcnn.errors import UserError
+from bcnn.utils.errors import UserError
 
 HEIC = (".heic", ".heif")
 

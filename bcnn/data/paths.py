@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bcnn.data.formats import files_below, is_image
-from bcnn.errors import UserError
-from bcnn.terminal import say
+from bcnn.utils.errors import UserError
+from bcnn.utils.terminal import say
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

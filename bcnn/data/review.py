@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bcnn.data.check import Finding
-from bcnn.data.layout import Layout
-from bcnn.progress import track
+from bcnn.data.index import Layout
+from bcnn.data.integrity import Finding
+from bcnn.utils.progress import track
 
 IMBALANCE = 20  # images of the largest class to one of the smallest, above which it is said
 # Bits of 63 in which images that look the same differ at most. Of flowers17's 272 test images 22 have

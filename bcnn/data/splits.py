@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bcnn.data.layout import Layout, Samples, listed
-from bcnn.errors import UserError
+from bcnn.data.index import Layout, Samples, listed
+from bcnn.utils.errors import UserError
 
 TEST_FRACTION = 0.2  # where the images come without any split
 SHORT = 16  # hexadecimal digits of a content in a record: 64 bits

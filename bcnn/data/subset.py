@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from bcnn.data.layout import Layout
-from bcnn.errors import UserError
+from bcnn.data.index import Layout
+from bcnn.utils.errors import UserError
 
 
 def choose_classes(layout: Layout, chosen: Sequence[str] | int, seed: int) -> Layout:

@@ -9,9 +9,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from bcnn import terminal
 from bcnn.data.sampler import epoch_of, mixed
-from bcnn.training.checkpoints import KeepEpoch
+from bcnn.training.checkpointing import KeepEpoch
+from bcnn.utils import terminal
 
 say = rank_zero_only(terminal.say)
 

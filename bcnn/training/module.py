@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, ReduceL
 from torchmetrics import MeanMetric, MetricCollection
 
 from bcnn.data.sampler import PADDING, epoch_of
-from bcnn.model.network import BCNN
-from bcnn.precision import training_layout
-from bcnn.ranks import mean_over_ranks
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.device import training_layout
+from bcnn.utils.distributed import mean_over_ranks
 
 Stage = Literal["last", "finetune"]
 

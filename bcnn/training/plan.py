@@ -10,18 +10,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from bcnn import terminal
-from bcnn.data.folder import ImageFolderData
-from bcnn.data.layout import listed
-from bcnn.errors import UserError
-from bcnn.model.network import BCNN
-from bcnn.model.weights import initialise_backbone, load_model
-from bcnn.store import made_stores_dir, stores_dir
-from bcnn.training.convex import ConvexModule
-from bcnn.training.descriptors import DescriptorData
+from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.index import listed
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import initialise_backbone, load_model
+from bcnn.training.convex_stage import ConvexModule
+from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_store import made_stores_dir, stores_dir
+from bcnn.training.logistic_regression import MAX_ENTRIES
 from bcnn.training.module import BCNNModule, reduce_on_plateau
-from bcnn.training.projection import fit_projection
-from bcnn.training.solver import MAX_ENTRIES
+from bcnn.training.pca import fit_projection
+from bcnn.utils import terminal
+from bcnn.utils.errors import UserError
 
 say = rank_zero_only(terminal.say)
 

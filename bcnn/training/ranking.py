@@ -5,12 +5,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from bcnn.options import as_called, program
-from bcnn.report.jobs import Job, in_order, swept_options, write_jobs
-from bcnn.terminal import say
-from bcnn.training.mistakes import STAGES
-from bcnn.training.record import Result
+from bcnn.evaluation.jobs import Job, in_order, swept_options, write_jobs
+from bcnn.training.config import STAGES
+from bcnn.training.run_state import Result
 from bcnn.training.sweep import FILE
+from bcnn.utils.options import as_called, program
+from bcnn.utils.terminal import say
 
 
 def say_ranking(folder: Path, interrupted: list[str] | None) -> bool:

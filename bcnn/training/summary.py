@@ -8,10 +8,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from bcnn.data.folder import ImageFolderData
-from bcnn.options import literal, program
-from bcnn.terminal import say
-from bcnn.training.record import RUN, Record, Result
+from bcnn.data.datamodule import ImageFolderData
+from bcnn.training.run_state import RUN, Record, Result
+from bcnn.utils.options import literal, program
+from bcnn.utils.terminal import say
 
 SPLITS = {"val": "validation", "test": "test"}
 

@@ -19,11 +19,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from bcnn.cores import cores
-from bcnn.errors import UserError
-from bcnn.files import whole
-from bcnn.options import as_called
-from bcnn.terminal import say
+from bcnn.utils.environment import cores
+from bcnn.utils.errors import UserError
+from bcnn.utils.files import whole
+from bcnn.utils.options import as_called
+from bcnn.utils.terminal import say
 
 FILE = "job.json"  # in a job's folder: what it is, how long it took, and what went wrong
 COMMAND = "multirun.yaml"  # in the sweep's folder: what it was begun with, by Hydra's sweeper
@@ -54,7 +54,7 @@ def run_job(room: ModuleType, cfg: DictConfig, words: list[str]) -> float:
     """Train as a job of a sweep, or go on with one; a mistake is noted, and the others run.
 
     Args:
-        room: `bcnn.training.stages`.
+        room: `bcnn.training.run`.
         cfg: the whole configuration.
         words: the overrides it was composed from.
 

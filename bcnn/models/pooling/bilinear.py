@@ -1,0 +1,137 @@
+"""Bilinear pooling with the signed square root.
+
+With symmetric features the pooled matrix is symmetric, so only the upper triangle is kept ("packed"),
+the entries off the diagonal scaled by √2. This is an orthonormal change of coordinates: inner
+products, hence norms, logits and the path of SGD with momentum and weight decay, stay as they are.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bcnn.models.pooling import Pooling
+from bcnn.utils.errors import UserError
+
+ROOT_EPS = 1e-10  # under the square root, as in the original
+
+
+def packed_size(channels: int) -> int:
+    """Entries in the upper triangle of a `channels` × `channels` matrix (512 → 131,328)."""
+    return channels * (channels + 1) // 2
+
+
+def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
+    """Mean over the locations of the outer product of the features with themselves.
+
+    Args:
+        maps: (batch, channels, height, width).
+        mass: (batch, height · width), how much each location counts; None: 1.
+
+    Returns:
+        (batch, channels, channels), in float32 at least.
+
+    Source: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, §3.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+        weighted = x if mass is None else x * mass[:, None]
+        return (weighted @ x.mT).div_(x.shape[2])
+
+
+def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = False) -> Tensor:
+    """B of which B·Bᵀ is the pooled matrix: a location's features times √(mass / locations).
+
+    Args:
+        maps: (batch, channels, height, width).
+        mass: (batch, height · width), not negative; None: 1.
+        centred: take the features' mean off them, so that B·Bᵀ is their covariance.
+
+    Returns:
+        (batch, channels, height · width), in float32 at least.
+    """
+    x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+    weight = (x.new_ones(1, x.shape[2]) if mass is None else mass)[:, None]
+    if centred:
+        x = x - (x * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True)
+    return x * (weight / x.shape[2]).sqrt()
+
+
+def signed_sqrt(x: Tensor) -> Tensor:
+    """sign(x)·√(|x| + 1e-10), elementwise (Lin et al. 2015, §3.1; the constant is the original's)."""
+    return x.sign() * (x.abs() + ROOT_EPS).sqrt()
+
+
+def plain_sqrt(x: Tensor) -> Tensor:
+    """√(x + 1e-5) of x ≥ 0, elementwise, as HaoMood's bilinear-cnn has it: of 0 it is not 0."""
+    return (x + 1e-5).sqrt()
+
+
+ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "signed": signed_sqrt,
+    "plain": plain_sqrt,
+    None: lambda x: x,
+}
+
+
+def check_root(root: str | None) -> None:
+    """Raises UserError for a root that there is not."""
+    if root not in ROOTS:
+        raise UserError(f"model.pooling.root={root}: choose signed, plain or null (none)")
+
+
+class Bilinear(Pooling):
+    """The upper triangle of the pooled matrix, packed, and the square roots of its entries.
+
+    Args:
+        channels: of the maps.
+        root: one of `ROOTS`.
+
+    Raises:
+        UserError: there is no such root.
+    """
+
+    def __init__(self, channels: int, root: str | None = "signed") -> None:
+        check_root(root)
+        super().__init__(channels)
+        self.root = root
+        self.width = packed_size(channels)
+        self.degree = 0.5 if root else 1.0
+
+    def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
+        """The pooled matrix, symmetric: (batch, channels, channels). Other poolings make another."""
+        return bilinear_pool(maps, mass)
+
+    def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
+        matrix = self.matrix(maps, mass)
+        index, scale = _upper_triangle(matrix)
+        return ROOTS[self.root](matrix.flatten(1).index_select(1, index)) * scale
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Coordinates of each matrix's symmetric part: (n, c, c) → (n, c·(c + 1)/2).
+
+    Diagonal entries stay, pairs off it become (m_ij + m_ji)/√2. Packing the weights of a linear layer
+    on the full matrix gives those of the equivalent layer on packed descriptors.
+    """
+    symmetric = (matrix + matrix.mT) / 2
+    index, scale = _upper_triangle(matrix)
+    return symmetric.flatten(1).index_select(1, index) * scale
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The symmetric matrices that pack to these rows: (n, c·(c + 1)/2) → (n, c, c)."""
+    channels = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
+    matrix = packed.new_zeros(len(packed), channels, channels)
+    index, scale = _upper_triangle(matrix)
+    matrix.flatten(1).index_copy_(1, index, packed / scale)
+    return matrix + matrix.triu(1).mT
+
+
+def _upper_triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices of the upper triangle, and the scale of each entry: 1 on the diagonal, √2 off it."""
+    channels = matrix.shape[-1]
+    row, column = torch.triu_indices(channels, channels, device=matrix.device)
+    scale = matrix.new_full(row.shape, math.sqrt(2)).masked_fill_(row == column, 1)
+    return row * channels + column, scale

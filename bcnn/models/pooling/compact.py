@@ -1,0 +1,57 @@
+"""Compact bilinear pooling: a random sketch of the pooled matrix, some thousand numbers wide.
+
+A tensor sketch sends the product of channels i and j to entry h(i) + k(j) (modulo the width) with sign
+s(i)·t(j), h, k, s, t drawn once: inner products of sketches are those of the pooled matrices, up to
+noise. It is linear in the matrix, so the pooled one is sketched once, with no Fourier transforms of
+every location's features.
+
+Source: Gao et al., "Compact Bilinear Pooling", CVPR 2016.
+"""
+
+import torch
+from torch import Tensor
+
+from bcnn.models.pooling import Pooling
+from bcnn.models.pooling.bilinear import ROOTS, bilinear_pool, check_root
+from bcnn.utils.errors import UserError
+
+
+class Compact(Pooling):
+    """A sketch of the pooled matrix, and the square roots of its entries.
+
+    Args:
+        channels: of the maps.
+        width: entries of a row.
+        root: one of `ROOTS`.
+        seed: of the hashes, which nothing else's draws depend on. They are saved with the weights.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    hashes: Tensor  # (2, channels): h and k
+    signs: Tensor  # (2, channels): s and t
+
+    def __init__(
+        self, channels: int, width: int = 8192, root: str | None = "signed", seed: int = 0
+    ) -> None:
+        check_root(root)
+        if not isinstance(width, int) or width < 1:
+            raise UserError(f"model.pooling.width={width}: a whole number over 0")
+        super().__init__(channels)
+        self.width = width
+        self.root = root
+        self.degree = 0.5 if root else 1.0
+        generator = torch.Generator().manual_seed(seed)
+        pair = 2, channels
+        hashes = torch.randint(width, pair, generator=generator, device="cpu")
+        signs = torch.randint(2, pair, generator=generator, device="cpu") * 2.0 - 1
+        self.register_buffer("hashes", hashes)
+        self.register_buffer("signs", signs)
+
+    def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
+        matrix = bilinear_pool(maps, mass)
+        entries = (matrix * (self.signs[0, :, None] * self.signs[1]).to(matrix.dtype)).flatten(1)
+        index = ((self.hashes[0, :, None] + self.hashes[1]) % self.width).flatten()
+        sketch = entries.new_zeros(entries.shape[0], self.width)
+        return ROOTS[self.root](sketch.scatter_add(1, index.expand_as(entries), entries))

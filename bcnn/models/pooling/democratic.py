@@ -1,0 +1,57 @@
+"""γ-democratic pooling: locations weighed so that none of them outvotes the others.
+
+In a plain sum, features that are large, or frequent in the image, drown the rest. A location's
+contribution is its inner product with the pooled matrix, α_i·Σ_j α_j·⟨x_i, x_j⟩². Weights α are looked
+for that make it the γ-th power of what it is without weights: γ = 1 leaves the sum as it is, γ = 0
+makes all contributions equal. Damped Sinkhorn steps find them.
+
+Source: Lin, Maji & Koniusz, "Second-order Democratic Aggregation", ECCV 2018.
+"""
+
+import torch
+from torch import Tensor
+
+from bcnn.models.pooling.bilinear import Bilinear
+from bcnn.utils.errors import UserError
+
+STEPS = 10  # the paper's, as is their damping by a square root
+SILENT = 1e-16  # a location with no more to say than this has no contribution to weigh
+
+
+class Democratic(Bilinear):
+    """The pooled matrix of weighted locations, and the square roots of its entries.
+
+    Args:
+        channels: of the maps.
+        gamma: γ, from 0 to 1.
+        root: one of `ROOTS`.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    def __init__(self, channels: int, gamma: float = 0.5, root: str | None = "signed") -> None:
+        if not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+            raise UserError(f"model.pooling.gamma={gamma}: a number from 0 to 1")
+        super().__init__(channels, root)
+        self.gamma = gamma
+        self.degree *= (1 + gamma) / 2
+
+    def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
+        x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+        mass = x.new_ones(1, x.shape[2]) if mass is None else mass
+        # A factor common to all weights is nothing to the row: kernels of features of length up to 1.
+        unit = x / x.detach().norm(dim=1).amax(dim=1)[:, None, None].clamp_min(1e-24)
+        weight = mass * self._weights((unit.mT @ unit).square(), mass)
+        return (x * weight[:, None]) @ x.mT / x.shape[2]
+
+    def _weights(self, kernel: Tensor, mass: Tensor) -> Tensor:
+        """α (batch, places), where a mass stands for so many copies of its location."""
+        alone = (kernel @ mass[..., None]).squeeze(-1)
+        silent = alone <= SILENT
+        target = alone.masked_fill(silent, 1) ** self.gamma
+        weights = torch.ones_like(alone)
+        for _ in range(STEPS):
+            others = (kernel @ (mass * weights)[..., None]).squeeze(-1).masked_fill(silent, 1)
+            weights = (weights * target / others).sqrt()
+        return weights

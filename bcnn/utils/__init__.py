@@ -1,0 +1,1 @@
+"""What every layer uses: errors, files, the console, devices, processes."""

@@ -1,0 +1,172 @@
+"""The commands as a user types them, each a process of its own, at toy size."""
+
+import csv
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run, configure, toy
+
+from bcnn.training import command, stages
+
+VERBS = ("data", "predict", "evaluate", "explain", "demo", "export", "store", "benchmark")
+
+
+def next_command(printed: str) -> list[str]:
+    line = next(line for line in printed.splitlines() if line.startswith("next: "))
+    return shlex.split(line.removeprefix("next: "))
+
+
+@pytest.mark.slow
+def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
+    images: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "a=b (1), 'c'"
+    here.mkdir()
+
+    def output(command: str) -> str:
+        run = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
+        return run.stdout
+
+    options = toy(Path("..", "images"), "experiment=quick", "finetune.epochs=1")
+    last = output(shlex.join([sys.executable, str(ROOT / "train.py"), "stage=last", *options]))
+    assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
+    checkpoint = re.search(r"best checkpoint: (.+)", last)
+    assert checkpoint and Path(checkpoint[1]).is_file()
+    _, script, *overrides = next_command(last)
+    assert script == str(ROOT / "train.py")
+    assert overrides == [
+        "stage=finetune",
+        next(w for w in overrides if w.startswith("ckpt=")),
+        *options,
+    ]
+    (line,) = (line for line in last.splitlines() if line.startswith("next: "))
+    finetune = output(line.removeprefix("next: "))
+    _, _, *again = next_command(finetune)
+    assert {"stage=finetune", "finetune.optimizer.lr=0.003", *options} <= {*again}
+
+
+@pytest.mark.slow
+def test_wandb_offline_and_tensorboard_need_no_account(
+    train: Run, images: Path, tmp_path: Path
+) -> None:
+    def words(logger: str) -> list[str]:
+        return toy(
+            images, "stage=last", "last.folds=null", f"logger={logger}", f"output={tmp_path / logger}"
+        )
+
+    run = train(*words("wandb"))
+    assert run.returncode == 0, run.stderr
+    stages.run(configure(*words("tensorboard")))
+    for logger in ("wandb", "tensorboard"):
+        with (tmp_path / logger / "last" / "metrics.csv").open() as file:
+            assert any(row["val_top1"] for row in csv.DictReader(file))
+    assert len(list((tmp_path / "wandb").glob("last/wandb/offline-run-*"))) == 1
+    assert list((tmp_path / "tensorboard" / "last").glob("tensorboard/events.*"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, stores: Path) -> None:
+    ddp = ["stage=last", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("best checkpoint") == 1
+    chunks = [path.name.split("-")[0] for path in stores.glob("*/*.rows")]
+    assert sorted(chunks) == ["000000", "000001"]
+
+
+@pytest.mark.slow
+def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
+    run = train("last.optimiser.lr=1")  # Hydra's; one of ours is below
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
+        (
+            "last.optimizer.lr=0.1",
+            "last.optimizer.lr is an option of last=sgd, and last=convex is chosen",
+        ),
+        ("trainer.max_time=1", "--help lists all; +trainer.max_time=… hands on what is"),
+        ("model/pooling=mean", "there is no model/pooling=mean: choose from bilinear, compact,"),
+        ("model=3", "must be a string or a list"),
+        ("seed=${nope}", "Interpolation key 'nope' not found"),
+        ("finetune.epochs", "missing EQUAL"),
+    ],
+)
+def test_words_that_make_no_configuration(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(command, "raise_interruptions", lambda: None)
+    for words in ([word], ["-m", word]):
+        assert command.main(words) == 1
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith("error: ") and sentence in said
+        assert "Traceback" not in said and "append" not in said
+
+
+def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
+    (images / "train" / "red" / "0.png").write_text("not a photograph")
+    (images / "test" / "blue" / "1.png").write_bytes(b"")
+    run = train(*toy(images, "stage=last"))
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("error: 2 of 24 images cannot be decoded")
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("outputs/**/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "launched",
+    [
+        {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+    ],
+)
+def test_processes_that_were_started_together_need_one_folder(
+    train: Run, tmp_path: Path, launched: dict[str, str]
+) -> None:
+    run = train("stage=last", **launched)
+    assert run.returncode == 1 and "add output=FOLDER" in run.stderr
+    assert not (tmp_path / "outputs").exists()
+    other = {name: "1" for name in launched if name in ("RANK", "SLURM_PROCID")}
+    assert train("stage=last", **{**launched, **other}).stderr == ""  # said once
+    named = train("last.optimiser.lr=1", "output=out", **launched)  # Hydra's mistake comes later
+    assert "optimiser" in named.stderr
+
+
+def test_help_names_the_groups_and_their_choices(train: Run) -> None:
+    run = train("--help")
+    assert run.returncode == 0
+    assert "last: convex, original, sgd" in run.stdout
+    assert "data: aircraft, butterflies, cars" in run.stdout
+
+
+@pytest.mark.parametrize("command", [[str(ROOT / "train.py")], *(["-m", f"bcnn.{v}"] for v in VERBS)])
+def test_help_waits_for_no_heavy_import(python: Run, command: list[str]) -> None:
+    run = python("-X", "importtime", *command, "--help", PYTHONPATH=str(ROOT))
+    assert run.returncode == 0 and run.stdout
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert "bcnn.utils.options" in imported
+    assert not imported & {"torch", "torchvision", "lightning", "matplotlib", "scipy"}
+
+
+def test_stores_are_listed_by_command(python: Run, stores: Path) -> None:
+    listing = python("-m", "bcnn.training.feature_store", PYTHONPATH=str(ROOT))
+    assert listing.returncode == 0 and str(stores) in listing.stdout

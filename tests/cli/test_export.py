@@ -1,0 +1,288 @@
+"""Files for other programs: what they say and compute, and that they replace nothing."""
+
+import copy
+import json
+import math
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights
+from torchvision.models.vgg import cfgs, make_layers
+
+from bcnn.cli import export
+from bcnn.data.image_io import load_image
+from bcnn.data.transforms import Framing
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import load_model, save_model
+from bcnn.models.export import FORMATS, compare, write_weights
+from bcnn.models.third_party import to_original
+from bcnn.utils.errors import UserError
+from bcnn.utils.options import command
+
+CLASSES = ["däisy", "iris, blue", "tulip"]
+FRAMING = Framing(64, "keep", interpolation="bicubic")
+
+
+@pytest.fixture(scope="module")
+def model() -> BCNN:
+    torch.manual_seed(0)
+    model = BCNN(CLASSES, FRAMING)
+    preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
+    model.backbone.set_normalization(preset.mean, preset.std)
+    for (
+        layer
+    ) in model.backbone.features:  # He's initialisation is for inputs of about 1, not of about 100
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias, std=0.1)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.head.bias)
+    model.head.mean.normal_(std=0.003)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ckpt(model: BCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "best.safetensors"
+    save_model(model, path)
+    return path
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> list[str]:
+    """Landscape, portrait, and one that its EXIF tag turns."""
+    paths = []
+    for index, (size, turn) in enumerate([((90, 70), 1), ((66, 120), 1), ((120, 80), 6)]):
+        noise = np.random.default_rng(index).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        paths.append(str(tmp_path / f"{index}.png"))
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(paths[-1], exif=exif)
+    return paths
+
+
+def run(*words: str) -> int:
+    return command(export.Options, export.main, export.USAGE, words)
+
+
+def batch(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(ckpt: Path) -> Path:
+    assert run(f"ckpt={ckpt}") == 0
+    return ckpt.with_suffix(".onnx")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_onnx_computes_the_logits_for_any_batch_size(model: BCNN, onnx_file: Path, count: int) -> None:
+    session = onnxruntime.InferenceSession(onnx_file)
+    (logits,) = session.run(["logits"], {"images": batch(count).numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(batch(count)), rtol=0, atol=1e-4)
+
+
+def test_onnx_says_what_it_takes_and_gives_and_nothing_of_this_machine(onnx_file: Path) -> None:
+    said = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
+    assert json.loads(said["classes"]) == CLASSES
+    assert (said["size"], said["resize"], said["output"]) == ("64", "keep", "logits")
+    assert said["interpolation"] == "bicubic"
+    for part in ("short side to 64 px (bicubic, antialiased)", "centre crop"):
+        assert part in said["preprocessing"]
+    content = onnx.load(onnx_file)
+    assert not any(node.metadata_props or node.doc_string for node in content.graph.node)
+    # The upper triangle is in the file, not computed anew for every image.
+    assert [node.op_type for node in content.graph.node].count("Gather") == 1
+    assert not {"Floor", "Where", "Range", "NonZero"} & {node.op_type for node in content.graph.node}
+
+
+def classify(onnx_path: Path, photograph: str) -> tuple[list[str], np.ndarray]:
+    """Run the README's consumer, which knows neither torch nor this project."""
+    found = re.search(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    code = (
+        found[1].replace('"best.onnx"', repr(str(onnx_path))).replace('"photo.jpg"', repr(photograph))
+    )
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return json.loads(names["about"]["classes"]), names["logits"][0]
+
+
+def test_a_consumer_with_numpy_and_pillow_alone_agrees(
+    model: BCNN,
+    onnx_file: Path,
+    photographs: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of files of before there was a choice, too, which do not say that theirs is bilinear."""
+    content = onnx.load(onnx_file)
+    (said,) = (each for each in content.metadata_props if each.key == "interpolation")
+    content.metadata_props.remove(said)
+    onnx.save(content, tmp_path / "before.onnx")
+    files = {onnx_file: FRAMING, tmp_path / "before.onnx": Framing(64, "keep")}
+    capsys.readouterr()
+    for (file, framing), path in product(files.items(), photographs):
+        classes, logits = classify(file, path)
+        image = framing.evaluation()(load_image(path))
+        with torch.no_grad():
+            expected = model(image[None])[0]
+        assert classes == CLASSES
+        assert capsys.readouterr().out.strip() == CLASSES[expected.argmax()]
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
+
+
+@pytest.mark.slow
+def test_softmax_gives_probabilities(model: BCNN, ckpt: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "p.onnx"
+    assert run(f"ckpt={ckpt}", f"output={output}", "softmax=true") == 0
+    session = onnxruntime.InferenceSession(output)
+    (probabilities,) = session.run(["probabilities"], {"images": batch(3).numpy()})
+    expected = model(batch(3)).softmax(dim=1).detach().numpy()
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["output"] == "probabilities"
+
+
+def test_pt2_runs_in_any_batch_size_and_names_its_classes(
+    model: BCNN, ckpt: Path, capsys: pytest.CaptureFixture[str], photographs: list[str]
+) -> None:
+    assert run(f"ckpt={ckpt}", "format=pt2", *photographs) == 0
+    assert "largest difference to PyTorch on 3 photographs: " in capsys.readouterr().out
+    extra = {"metadata.json": ""}
+    program = torch.export.load(ckpt.with_suffix(".pt2"), extra_files=extra).module()
+    assert json.loads(json.loads(extra["metadata.json"])["classes"]) == CLASSES
+    for count in (1, 4):
+        expected = model(batch(count)).detach()
+        torch.testing.assert_close(program(batch(count)).detach(), expected, rtol=0, atol=1e-4)
+
+
+class OriginalNet(nn.Module):
+    """The two-script original's network, and how it normalises images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = make_layers(cfgs["D"])[:-1]
+        self.classifiers = nn.Sequential(nn.Linear(512**2, len(CLASSES)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
+        x = self.features((images / 255 - mean) / std).flatten(2)
+        x = (x @ x.mT / x.shape[2]).flatten(1)
+        return self.classifiers(F.normalize(x.sign() * (x.abs() + 1e-10).sqrt()))
+
+
+def test_pth_works_in_the_original_network_under_the_original_normalisation(
+    model: BCNN, ckpt: Path, tmp_path: Path
+) -> None:
+    """The model's own normalisation is another; its first convolution makes up for that."""
+    assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 0
+    source = OriginalNet()
+    source.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True), strict=True)
+    with torch.no_grad():
+        expected, found = model(batch(3)), source(batch(3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.std()))
+
+
+def test_pth_changes_no_weight_of_a_model_that_normalises_as_the_source(model: BCNN) -> None:
+    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
+    alike = copy.deepcopy(model)
+    alike.backbone.set_normalization(preset.mean, preset.std)
+    state = to_original(alike)
+    for key, value in model.backbone.features.state_dict().items():
+        assert torch.equal(state[f"features.{key}"], value)
+
+
+def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
+    again = load_model(ckpt)
+    assert again.description() == model.description()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    with safe_open(ckpt, framework="pt") as file:
+        assert all(isinstance(value, str) for value in file.metadata().values())
+
+
+def test_a_file_that_computes_something_else_is_not_passed_over(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FORMATS, "pth", (write_weights, lambda path: BCNN(CLASSES, Framing(64)).eval()))
+    assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 1
+    assert "not kept" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told_and_nothing_is_replaced(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.onnx").write_text("precious")
+    for words, sentence in (
+        (["format=tflite"], "choose from onnx, pt2, pth, safetensors"),
+        ([f"output={tmp_path / 'mine.onnx'}"], "mine.onnx exists"),
+        (["format=safetensors"], "best.safetensors exists"),
+        ([f"output={tmp_path / 'model.bin'}"], "has to end in .onnx"),
+        (["format=pth", "softmax=true"], "holds no layers"),
+    ):
+        assert run(f"ckpt={ckpt}", *words) == 1
+        assert sentence in capsys.readouterr().err
+    monkeypatch.setattr("bcnn.models.export.find_spec", lambda package: None)
+    assert run(f"ckpt={ckpt}", f"output={tmp_path / 'new.onnx'}") == 1
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+    assert (tmp_path / "mine.onnx").read_text() == "precious"
+    assert not (tmp_path / "new.onnx").exists() and not ckpt.with_suffix(".pth").exists()
+
+
+@pytest.mark.slow
+def test_weights_beside_an_onnx_file_come_with_it_and_replace_nothing(
+    tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As above 2 GB, which this is not."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    save_model(tiny, tmp_path / "m.safetensors")
+    words = [f"ckpt={tmp_path / 'm.safetensors'}", f"output={tmp_path / 'm.onnx'}"]
+    (tmp_path / "m.onnx.data").write_text("precious")
+    assert run(*words) == 1
+    assert "m.onnx.data exists" in capsys.readouterr().err
+    (tmp_path / "m.onnx.data").unlink()
+    assert run(*words) == 0
+    assert {path.name for path in tmp_path.glob("*")} >= {"m.onnx", "m.onnx.data"}
+    assert not list(tmp_path.glob(".*"))
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), tiny(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_that_are_not_finite_do_not_agree(tiny: BCNN, tmp_path: Path) -> None:
+    tiny.backbone.features.weight.data.fill_(1e30)
+    tiny.backbone.features.bias.data.zero_()
+    images = [torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)]  # a finite answer comes first
+    assert all(map(math.isnan, compare(tiny, tiny, iter(images))))
+    save_model(tiny, tmp_path / "m.safetensors")
+    assert (
+        run(
+            f"ckpt={tmp_path / 'm.safetensors'}",
+            "format=safetensors",
+            f"output={tmp_path / 'mine.safetensors'}",
+        )
+        == 1
+    )
+    assert [path.name for path in tmp_path.glob("m*")] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("root", ["plain", None])
+def test_the_original_has_no_other_root_than_its_own(tmp_path: Path, root: str | None) -> None:
+    model = BCNN(["a", "b"], Framing(32), pooling={"name": "bilinear", "root": root})
+    with pytest.raises(UserError, match=r"the original's layout is for .* signed roots alone"):
+        save_model(model, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()

@@ -1,0 +1,129 @@
+"""The embedded set: the same everywhere, written once and whole, and never over another's files."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bcnn.data import butterflies
+from bcnn.data.butterflies import SIZE, SPECIES, Species, draw, write
+from bcnn.utils.errors import UserError
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def images(root: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(root).items() if name.endswith(".jpg")}
+
+
+def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
+    first = images(write(tmp_path / "a", seed=3, train=1, test=1))
+    assert images(write(tmp_path / "b", seed=3, train=1, test=1)) == first
+    other = images(write(tmp_path / "c", seed=4, train=1, test=1))
+    assert other.keys() == first.keys()
+    assert all(other[name] != first[name] for name in first)
+
+
+def test_no_image_occurs_twice(tmp_path: Path) -> None:
+    drawn = images(write(tmp_path / "set", train=2, test=1))
+    assert len(set(drawn.values())) == len(drawn) == 30
+
+
+def test_a_longer_set_begins_with_the_shorter_one(tmp_path: Path) -> None:
+    short = images(write(tmp_path / "short", train=1, test=1))
+    assert short.items() <= images(write(tmp_path / "long", train=2, test=1)).items()
+
+
+def test_layout_and_format(tmp_path: Path) -> None:
+    root = write(tmp_path / "new" / "set", train=2, test=1)
+    assert set(images(root)) == {
+        f"{split}/{species.name}/{index:04d}.jpg"
+        for split, count in (("train", 2), ("test", 1))
+        for species in SPECIES
+        for index in range(count)
+    }
+    for name in images(root):
+        with Image.open(root / name) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", SIZE)
+
+
+def test_a_second_call_writes_nothing(tmp_path: Path) -> None:
+    root = write(tmp_path / "set", train=1, test=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert write(root, train=1, test=1) == root
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_photographs_of_ones_own_are_not_to_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(
+        UserError, match=r"to train on photographs of your own, add data=folder"
+    ) as told:
+        write(tmp_path / "photos")
+    assert "remove" not in str(told.value)
+
+
+def test_a_set_with_other_parameters_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "set", train=1, test=1)
+    before = contents(root)
+    with pytest.raises(UserError, match="set"):
+        write(root, seed=1, train=1, test=1)
+    assert contents(root) == before
+
+
+@pytest.mark.parametrize("name", ["holiday.txt", "butterflies.json"])
+def test_a_folder_of_another_origin_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("keep me")
+    with pytest.raises(UserError, match="mine"):
+        write(tmp_path / "mine", train=1, test=1)
+    assert contents(tmp_path) == {f"mine/{name}": b"keep me"}
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tire(species: int, rng: np.random.Generator) -> Image.Image:
+        if species == 2:
+            raise KeyboardInterrupt
+        return draw(species, rng)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(butterflies, "draw", tire)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "set", train=1, test=1)
+    assert list(tmp_path.iterdir()) == []
+    assert len(images(write(tmp_path / "set", train=1, test=1))) == 20
+
+
+def test_ten_species_no_two_alike() -> None:
+    assert len({species.name for species in SPECIES}) == len(SPECIES) == 10
+    traits = {(s.ground, s.band, s.eyes, s.spots, s.pearls, s.tips, s.edge) for s in SPECIES}
+    assert len(traits) == 10
+
+
+@pytest.mark.parametrize(
+    "trait",
+    [
+        {"ground": "russet"},
+        {"band": "pale"},
+        {"band": "dark"},
+        {"eyes": (1, 0)},
+        {"eyes": (0, 1)},
+        {"spots": True},
+        {"pearls": True},
+        {"tips": True},
+        {"edge": "scalloped"},
+        {"edge": "tailed"},
+    ],
+    ids=str,
+)
+def test_every_trait_shows(trait: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Species("plain", "amber")
+    monkeypatch.setattr(butterflies, "SPECIES", (plain, replace(plain, **trait)))
+    one, other = (np.asarray(draw(k, np.random.default_rng(0)), int) for k in (0, 1))
+    assert (abs(one - other).max(axis=2) > 40).sum() > 50

@@ -1,0 +1,349 @@
+"""The report: what it holds, and how it behaves in a browser."""
+
+import csv
+import re
+import subprocess
+from dataclasses import replace
+from html import escape
+from html.parser import HTMLParser
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, watched, write_images
+from matplotlib import rc_context
+from PIL import Image
+
+from bcnn.evaluation.figures import write_figures
+from bcnn.evaluation.heatmap import evidence_figure, framed
+from bcnn.evaluation.plots import curves_svg, plot_curves
+from bcnn.evaluation.predictions import Predictions
+from bcnn.evaluation.report import MISTAKES, confused_pairs, confusion_order, write_report
+from bcnn.utils.software import commit, software
+
+LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
+0,0,,,1.4,0.4
+0,0,1.5,0.3,,
+1,1,,,1.0,0.6
+1,1,1.1,0.5,,
+"""
+
+CONVEX = """epoch,gradient_norm,l2,step,train_loss,train_top1,val_loss,val_top1
+0,,,0,,,0.5,0.8
+0,1e-08,9.999999747378752e-05,0,0.9,0.9,,
+1,,,1,,,0.4,0.9
+1,1e-08,2.499999936844688e-05,1,0.3,1.0,,
+2,,,2,,,0.6,0.8
+2,1e-08,9.999999974752427e-07,2,0.1,1.0,,
+"""
+
+
+def grouped(classes: int, group: int, images: int = 6, seed: int = 0) -> tuple[Predictions, list[int]]:
+    """Predictions that confuse the classes of a group among themselves; and each class's group."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randperm(classes, generator=generator) // group
+    labels = torch.arange(classes).repeat_interleave(images)
+    logits = torch.randn(len(labels), classes, generator=generator)
+    logits += 4.0 * (groups[labels][:, None] == groups)
+    names = [f"class {k:03}" for k in range(classes)]
+    paths = [f"{k}.png" for k in range(len(labels))]
+    return Predictions(names, paths, labels, logits.softmax(1)), groups.tolist()
+
+
+@pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (200, 4), (1200, 4)])
+def test_confused_classes_stand_together(classes: int, group: int) -> None:
+    made, groups = grouped(classes, group)
+    order = confusion_order(made)
+    assert sorted(order) == list(range(classes))
+    changes = sum(groups[a] != groups[b] for a, b in pairwise(order))
+    assert changes == len(set(groups)) - 1
+
+
+def test_most_confused_pairs_by_count_in_both_directions() -> None:
+    called = [1, 1, 0, 0, 0, 2, 1, 3, 3]  # of 0: two called 1; of 1: three called 0; of 2: one called 1
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    probabilities = torch.full((9, 4), 0.1)
+    probabilities[torch.arange(9), torch.tensor(called)] = 0.7
+    made = Predictions(list("abcd"), ["x"] * 9, labels, probabilities)
+    assert confused_pairs(made, 5) == [(0, 1), (1, 2)]
+    assert confused_pairs(made, 1) == [(0, 1)]
+
+
+def test_each_stage_has_a_panel_with_epochs_of_its_own(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text(LOG)
+    one = curves_svg([("last", log)], "loss")
+    two = curves_svg([("last", log), ("finetune", log)], "loss")
+    assert "finetune" not in one and one.count(">epoch<") == 1
+    assert "finetune" in two and two.count(">epoch<") == 2
+    assert re.findall(r">(\d)</text>", two) == ["1", "2", "1", "2"]
+
+
+def test_a_convex_stage_is_drawn_over_its_weights_and_not_over_epochs(tmp_path: Path) -> None:
+    log, finetune = tmp_path / "last.csv", tmp_path / "finetune.csv"
+    log.write_text(CONVEX)
+    finetune.write_text(LOG)
+    alone = curves_svg([("last", log)], "loss")
+    assert re.findall(r">(\d(?:\.\d+)?e-\d)</text>", alone) == ["1e-4", "2.5e-5", "1e-6"]
+    assert ">λ, weight of" in alone and "epoch" not in alone
+    both = curves_svg([("last", log), ("finetune", finetune)], "top1")
+    assert ">λ, weight of" in both and both.count(">epoch<") == 1
+
+
+@pytest.mark.parametrize(
+    "log", [None, "", "epoch,step,train_loss\n0,0,1.5\n", "epoch,step,test_top1\n,3,0.9\n"]
+)
+def test_curves_of_what_was_logged(log: str | None, mistaken: Predictions, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    if log is not None:
+        first.write_text(log)
+    second.write_text(LOG)
+    trained = bool(log) and "train_loss" in str(log)
+    assert bool(curves_svg([("last", first)], "loss")) == trained
+    assert curves_svg([("last", first)], "top1") == ""
+    assert ("last" in curves_svg([("last", first), ("finetune", second)], "loss")) == trained
+    write_report(tmp_path / "report.html", mistaken, "Title", [("last", first)])
+    assert ("<h2>Training</h2>" in (tmp_path / "report.html").read_text()) == trained
+    plot_curves(first, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() == trained
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    photograph, shares = Image.new("RGB", (32, 32)), np.ones((2, 2))
+    title = "costs $5^$ or $x_1$\x1b\0\udcff\nof two lines"
+    box = (0.0, 0.0, 32.0, 32.0)
+    figure = evidence_figure(photograph, box, box, title, [("for $5^$\t", shares)])
+    with rc_context({"svg.fonttype": "none"}), catch_warnings():
+        simplefilter("error")
+        figure.savefig(tmp_path / "figure.svg")
+        figure.savefig(tmp_path / "figure.png")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "costs $5^$ or $x_1$���" in drawn and "for $5^$�" in drawn
+
+
+HOSTILE = ["=1+1", "evil\x1b[2J\x1b]0;title\a", "right\u202eto left\u2066\n\udcff"]
+
+
+def test_names_that_act_on_terminals_and_spreadsheets_do_nothing_in_files(
+    photographs: list[str], tmp_path: Path
+) -> None:
+    labels = torch.arange(3).repeat_interleave(8)
+    made = Predictions(HOSTILE, photographs, labels, torch.full((24, 3), 1 / 3))
+    page = tmp_path / "report.html"
+    write_report(page, made, HOSTILE[2], configuration="data: a\nseed: 0")
+    text = page.read_text()
+    assert not set("\x1b\a\u202e\u2066") & set(text) and r"evil\x1b[2J\x1b]0;title\x07" in text
+    assert "<h1>right\\u202eto left\\u2066\n\\xff</h1>" in text and "<pre>data: a\nseed: 0" in text
+    write_figures(tmp_path / "out", made)
+    for name, column in (("classes.csv", "class"), ("predictions.csv", "predicted")):
+        with (tmp_path / "out" / name).open(errors="surrogateescape", newline="") as file:
+            found = {row[column] for row in csv.DictReader(file)}
+        assert "'=1+1" in found and found <= {"'=1+1", *HOSTILE[1:]}
+
+
+def test_a_clone_that_is_not_installed_has_versions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(name: str) -> str:
+        if name == "bcnn":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr("bcnn.utils.software.version", lookup)
+    assert "bcnn not installed, torch 1.2" in software()["versions"]
+
+
+def test_the_commit_of_a_clone_and_of_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "within").mkdir()
+    assert commit(tmp_path) == ""
+    (tmp_path / "file").write_text("a")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", commit(tmp_path))
+    (tmp_path / "file").write_text("b")
+    assert re.fullmatch("[0-9a-f]{12}, with altered files", commit(tmp_path))
+    assert commit(tmp_path / "within") == ""  # of another project's clone
+
+
+def test_the_frame_is_around_what_the_network_saw() -> None:
+    pixels = np.asarray(framed(Image.new("RGB", (40, 20), "grey"), (10, 0, 30, 20))).astype(int)
+    assert (pixels[10, [9, 10, 29, 30], 0] == [0, 255, 255, 0]).all()
+    assert (pixels[10, :9, 0] == 128).all() and (pixels[10, 11:29, 0] == 128).all()
+
+
+class Addresses(HTMLParser):
+    """Everything that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> list[str]:
+    write_images(tmp_path / "photos", 8)
+    return sorted(map(str, (tmp_path / "photos").glob("*/*.png")))
+
+
+@pytest.fixture
+def mistaken(photographs: list[str]) -> Predictions:
+    """24 photographs of three classes, a third of them mistaken; one name tries to be markup."""
+    labels = torch.arange(3).repeat_interleave(8)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(24, 3, generator=generator)
+    logits[torch.arange(24), labels] += 1.0
+    assert 0 < int((logits.argmax(1) != labels).sum()) < 24
+    names = ["<b onclick=alert(1)>blue & co", *list(COLOURS)[1:]]
+    return Predictions(names, photographs, labels, logits.softmax(1))
+
+
+def text_of(page: Path) -> str:
+    """As it is read, on one line."""
+    shown = re.sub("(?s)<(style|script|svg).*?</\\1>", "", page.read_text())
+    return " ".join(re.sub("<[^>]*>", " ", shown).split())
+
+
+def test_the_card_says_what_is_known_and_nothing_of_what_is_not(
+    mistaken: Predictions, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    facts = {"command": "bcnn <b>train</b>", "training took": "", **software()}
+    write_report(page, mistaken, "A", facts=facts)
+    text = page.read_text()
+    assert "bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
+    assert re.search(r"report of 20\d\d-\d\d-\d\d \d\d:\d\d", text_of(page))
+    assert f"torch {version('torch')}" in text_of(page)
+
+
+def test_two_stages_stand_side_by_side(mistaken: Predictions, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    right = mistaken.correct
+    called = mistaken.labels.clone()  # all right, but for the first two that the other has right
+    lost = right.nonzero()[:2, 0]
+    called[lost] = (called[lost] + 1) % 3
+    after = replace(mistaken, probabilities=0.7 * torch.eye(3)[called] + 0.1)
+    stages = [("last", tmp_path / "none"), ("finetune", tmp_path / "none")]
+    write_report(page, after, "A", stages, before=("last", mistaken))
+    text, gained = text_of(page), int((~right).sum())
+    assert "From last to finetune Both of the same 24 images" in text
+    for of in (right.float().mean(), 22 / 24):
+        assert f" {of:.1%} " in text
+    assert f"{gained} images that finetune got right and last wrong" in text
+    assert "2 images that last got right and finetune wrong:" in text
+    truth, wrongly = (mistaken.classes[k] for k in (mistaken.labels[lost[1]], called[lost[1]]))
+    assert f"{escape(truth)}, not {escape(wrongly)} (80.0%)" in page.read_text()
+
+    elsewhere = replace(mistaken, paths=[f"other/{path}" for path in mistaken.paths])
+    for others in (elsewhere, replace(mistaken, labels=mistaken.labels.flip(0))):
+        write_report(page, after, "A", stages, before=("last", others))
+        assert "From last" not in page.read_text()
+
+
+@pytest.fixture
+def page(mistaken: Predictions, tmp_path: Path) -> Path:
+    log = tmp_path / "metrics.csv"
+    log.write_text(LOG)
+    picture = Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
+    evidence = {index: (picture, picture) for index in mistaken.confident_mistakes(MISTAKES)}
+    path = tmp_path / "report.html"
+    stages = [("last", log), ("finetune", log)]
+    facts = {"command": f"bcnn train data.root={'folder/' * 30}", "numbers": "3 to train on"}
+    before = ("last", replace(mistaken, probabilities=mistaken.probabilities.roll(1, 0)))
+    write_report(path, mistaken, "A <title>", stages, evidence, "seed: 0", facts=facts, before=before)
+    return path
+
+
+def test_the_page_is_one_file_with_a_bounded_number_of_photographs(
+    page: Path, mistaken: Predictions
+) -> None:
+    addresses = Addresses()
+    addresses.feed(page.read_text())
+    assert all(re.match("data:|#", address) for address in addresses.found)
+    photographs = [address for address in addresses.found if address.startswith("data:image/jpeg")]
+    mistakes = min(MISTAKES, int((~mistaken.correct).sum()))
+    assert 3 * mistakes < len(photographs) <= 72
+
+
+def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None:
+    labels = torch.arange(3).repeat_interleave(8)
+    made = Predictions(list(COLOURS), photographs, labels, torch.eye(3)[labels])
+    write_report(tmp_path / "report.html", made, "All right")
+    text = (tmp_path / "report.html").read_text()
+    assert "No class was taken for another" in text and "every image was recognised" in text
+
+
+def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:
+    tab, said, fetched = watched(browser)
+    tab.goto(page.as_uri())
+    assert tab.title() == "A <title>"
+    assert [url for url in fetched if not url.startswith("data:")] == [page.as_uri()]
+    widths = tab.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
+    assert len(widths) > 10 and min(widths) > 0
+
+    # the table sorts, by number and by name, both ways
+    def column(index: int) -> list[str]:
+        return tab.eval_on_selector_all(
+            f"#classes tbody tr:not([hidden]) td:nth-child({index})",
+            "all => all.map(one => one.dataset.value ?? one.textContent)",
+        )
+
+    assert column(1) == mistaken.classes
+    for _ in range(2):
+        tab.click("#classes th:nth-child(3) button")
+        recalls = [float(value) for value in column(3)]
+        up = tab.get_attribute("#classes th:nth-child(3)", "aria-sort") == "ascending"
+        assert len(set(recalls)) > 1 and recalls == sorted(recalls, reverse=not up)
+    tab.click("#classes th:nth-child(1) button")
+    assert column(1) == mistaken.classes  # which are in the order of the alphabet
+    tab.fill("#filter", "GREE")
+    assert column(1) == ["green"]
+    assert tab.inner_text("#shown") == "1 of 3"
+
+    # the confusion matrix says what a cell is
+    tab.locator("#matrix rect.miss").first.click()
+    assert re.fullmatch(r".+ called .+: \d+ of 8", tab.inner_text("#says"))
+
+    light = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = tab.evaluate("getComputedStyle(document.body).color")
+    tab.emulate_media(color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    assert tab.evaluate("getComputedStyle(document.body).color") != ink
+
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    cells = "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])"
+    edges = np.array(tab.eval_on_selector_all(":is(td, th):not(:empty)", cells))
+    assert len(edges) > 20 and edges.min() >= 0 and edges.max() <= 390
+    assert said == []
+
+
+def test_a_large_matrix_zooms_to_where_one_clicks(
+    browser: Any, photographs: list[str], tmp_path: Path
+) -> None:
+    made, _ = grouped(150, group=3)
+    paths = [photographs[k % len(photographs)] for k in range(len(made.paths))]
+    made = Predictions(made.classes, paths, made.labels, made.probabilities)
+    write_report(tmp_path / "report.html", made, "150 classes")
+    tab = browser.new_page(viewport={"width": 1000, "height": 800})
+    tab.goto((tmp_path / "report.html").as_uri())
+    box = tab.locator("#matrix")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
+    cell = tab.locator("#matrix rect.hit").nth(100)
+    cell.click()
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth && box.scrollLeft > 0")
+    frame, shown = box.bounding_box(), cell.bounding_box()
+    assert frame["x"] < shown["x"] < frame["x"] + frame["width"]
+    assert frame["y"] < shown["y"] < frame["y"] + frame["height"]
+    # the names stay in sight: the first column of the box holds the rows' names
+    names = tab.locator("#rows rect").bounding_box()
+    assert names["x"] == pytest.approx(frame["x"], abs=2)
+    tab.click("#zoom")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
+    assert tab.locator("#rows rect").bounding_box()["x"] == pytest.approx(frame["x"], abs=2)

@@ -1,0 +1,104 @@
+"""The shares of the locations: what they sum to, what autograd says, and where they lie."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_near_sighted
+from torch import Tensor, nn
+
+from bcnn.data.transforms import Framing
+from bcnn.models.attribution import evidence, shares
+from bcnn.models.bilinear_cnn import BCNN
+
+
+@pytest.fixture(scope="module")
+def model() -> BCNN:
+    """In float64, with weights, biases and centering mean drawn at random."""
+    torch.manual_seed(0)
+    model = BCNN(list("abcd"), Framing(64)).double()
+    for tensor in (model.head.weight, model.head.bias):
+        nn.init.normal_(tensor)
+    model.head.mean.normal_(std=0.003)
+    return model
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(3, 3, 64, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+TARGET, AGAINST = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 0])
+
+
+def test_shares_sum_to_the_logit_and_to_the_difference_of_two(model: BCNN, images: Tensor) -> None:
+    rows = torch.arange(3)
+    logits = model(images)
+    one = evidence(model, images, TARGET)
+    assert one.shape == (3, 4, 5) and not one.requires_grad
+    torch.testing.assert_close(one.sum((1, 2)), logits[rows, TARGET], rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        evidence(model, images, TARGET, AGAINST).sum((1, 2)),
+        logits[rows, TARGET] - logits[rows, AGAINST],
+        rtol=0,
+        atol=5e-6,
+    )
+
+
+def test_a_share_is_the_due_part_of_the_logit_and_twice_the_gradient(
+    model: BCNN, images: Tensor
+) -> None:
+    """By autograd through the descriptor: its weights on the locations scale each x_p x_pᵀ."""
+    maps = model.backbone(images).detach()
+    weights = torch.ones_like(maps[:, :1]).requires_grad_()
+    logits = model.head(model.pooling(maps * weights.sqrt()))[torch.arange(3), TARGET]
+    (gradient,) = torch.autograd.grad(logits.sum(), weights)
+    norm = F.normalize(maps.sum(1).flatten(1) ** 2, p=1).view(gradient[:, 0].shape)
+    expected = norm * logits.detach()[:, None, None] + 2 * gradient[:, 0]
+    torch.testing.assert_close(shares(model, maps, TARGET), expected, rtol=1e-6, atol=1e-7)
+    # Why the gradient alone is no answer: it sums to nothing, whatever the logit.
+    assert gradient.sum().abs() < 1e-5 * gradient.abs().sum()
+
+
+def test_shares_are_float32_under_autocast(model: BCNN, images: Tensor) -> None:
+    single = BCNN(model.classes)
+    single.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        got = evidence(single, images.float(), TARGET)
+        logits = single(images.float())[torch.arange(3), TARGET]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.sum((1, 2)), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_maps_of_zeros_have_no_shares(model: BCNN) -> None:
+    assert not shares(model, torch.zeros(3, 512, 2, 2).double(), TARGET).any()
+
+
+def marked(label: int, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
+    """A grey, noisy image with a mark of 16 px in one cell of its 4 × 4: red (0) or blue (1)."""
+    image = 0.5 + 0.05 * torch.randn(3, 64, 64, generator=generator)
+    row, column = torch.randint(4, (2,), generator=generator).tolist()
+    colour = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.9]][label])
+    image[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = colour[:, None, None]
+    return image.clamp(0, 1), (row, column)
+
+
+def test_the_mark_that_decides_between_two_classes_is_found() -> None:
+    torch.manual_seed(0)
+    model = BCNN(["red", "blue"], Framing(64))
+    make_near_sighted(model)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(48) % 2
+    images, cells = zip(*(marked(int(label), generator) for label in labels), strict=True)
+    batch = torch.stack(images)
+    with torch.no_grad():
+        rows = model.descriptor(batch[:32])
+        model.head.center_on(rows.mean(dim=0))
+        # Least squares on the rows: the weights are a combination of them.
+        centered = rows - rows.mean(dim=0)
+        signs = 1.0 - 2 * labels[:32]
+        weight = torch.linalg.lstsq(centered, signs[:, None], driver="gelsd").solution[:, 0]
+        model.head.weight.copy_(torch.stack([weight, -weight]))
+        held_out = batch[32:]
+        assert (model(held_out).argmax(1) == labels[32:]).all()
+    found = evidence(model, held_out, labels[32:], 1 - labels[32:]).flatten(1).argmax(dim=1)
+    assert [divmod(int(k), 4) for k in found] == list(cells[32:])

@@ -1,0 +1,313 @@
+"""The mathematics, against plain loops and float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bcnn.models import pooling
+from bcnn.models.bilinear_cnn import make_pooling
+from bcnn.models.pooling.bilinear import Bilinear, bilinear_pool, pack, packed_size, unpack
+from bcnn.models.registry import names
+from bcnn.utils.errors import UserError
+
+POOLINGS = names(pooling)
+
+
+def bilinear_descriptor(maps: Tensor) -> Tensor:
+    return Bilinear(maps.shape[1])(maps)
+
+
+SHAPES = [(1, 4, 2, 2), (3, 7, 5, 3), (2, 16, 1, 6)]
+
+
+def plain_full_descriptor(features: Tensor) -> Tensor:
+    """The original's formula, an outer product at a time: (batch, channels²)."""
+    channels, height, width = features.shape[1:]
+    rows = []
+    for image in features:
+        pooled = torch.zeros(channels, channels, dtype=features.dtype)
+        for y in range(height):
+            for x in range(width):
+                pooled = pooled + torch.outer(image[:, y, x], image[:, y, x])
+        flat = (pooled / (height * width)).flatten()
+        flat = torch.sign(flat) * torch.sqrt(flat.abs() + 1e-10)
+        rows.append(flat / max(flat.norm().item(), 1e-12))
+    return torch.stack(rows)
+
+
+def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_descriptor_is_the_packed_form_of_the_original_formula(shape: tuple[int, ...]) -> None:
+    x = features(shape)
+    full = plain_full_descriptor(x).view(shape[0], shape[1], shape[1])
+    packed = bilinear_descriptor(x)
+    assert packed.shape == (shape[0], packed_size(shape[1]))
+    torch.testing.assert_close(unpack(packed), full, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(packed, pack(full), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_head_gives_the_same_logits_and_gradients_at_the_features(
+    shape: tuple[int, ...],
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(5, shape[1] ** 2, generator=generator, dtype=torch.float64)
+    packed_weight = pack(weight.view(5, shape[1], shape[1]))
+    for_full, for_packed = features(shape).requires_grad_(), features(shape).requires_grad_()
+    full_logits = F.linear(F.normalize(_full(for_full)), weight)
+    packed_logits = F.linear(bilinear_descriptor(for_packed), packed_weight)
+    torch.testing.assert_close(packed_logits, full_logits, rtol=1e-12, atol=1e-13)
+    targets = torch.zeros(shape[0], dtype=torch.long)
+    F.cross_entropy(full_logits, targets).backward()
+    F.cross_entropy(packed_logits, targets).backward()
+    torch.testing.assert_close(for_packed.grad, for_full.grad, rtol=1e-11, atol=1e-13)
+
+
+def test_packed_head_follows_the_same_sgd_trajectory() -> None:
+    x, targets = features((12, 6, 3, 3)), torch.arange(12) % 3
+    full_rows, packed_rows = F.normalize(_full(x)), bilinear_descriptor(x)
+    full = torch.nn.Linear(36, 3, dtype=torch.float64)
+    packed = torch.nn.Linear(21, 3, dtype=torch.float64)
+    with torch.no_grad():
+        packed.weight.copy_(pack(full.weight.view(3, 6, 6)))
+        packed.bias.copy_(full.bias)
+    losses: list[list[float]] = [[], []]
+    for history, head, rows in zip(losses, (full, packed), (full_rows, packed_rows), strict=True):
+        sgd = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-2)
+        for _ in range(100):
+            sgd.zero_grad()
+            loss = F.cross_entropy(head(rows), targets)
+            loss.backward()
+            sgd.step()
+            history.append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+
+
+def test_pack_and_unpack_are_inverse_and_keep_inner_products() -> None:
+    a, b = features((4, 9, 9)), features((4, 9, 9), seed=1)
+    a, b = (a + a.mT) / 2, (b + b.mT) / 2
+    torch.testing.assert_close(unpack(pack(a)), a, rtol=1e-15, atol=0)
+    torch.testing.assert_close((pack(a) * pack(b)).sum(1), (a * b).sum((1, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations_of_1e3_keep_the_small_entries(dtype: torch.dtype) -> None:
+    x = torch.full((1, 3, 4, 4), 1e3)
+    x[:, 1] = 0.01
+    x[:, 2] = 1.0
+    half = x.to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        pooled, descriptor = bilinear_pool(half), bilinear_descriptor(half)
+    assert pooled.dtype == descriptor.dtype == torch.float32
+    exact = half.double()
+    torch.testing.assert_close(
+        pooled.double(), torch.einsum("bchw,bdhw->bcd", exact, exact) / 16, rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(descriptor.double(), bilinear_descriptor(exact), rtol=1e-5, atol=0)
+    assert (descriptor > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_float32_gradients_agree_with_float64_with_dead_channels(name: str, scale: float) -> None:
+    pool = make_pooling(24, name)
+    x = features((2, 24, 5, 5)).relu() * scale
+    x[:, ::3] = 0
+    exact = x.clone().requires_grad_()
+    single = x.float().requires_grad_()
+    direction = features((2, pool.width), seed=2)
+    (pool(exact) * direction).sum().backward()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = (pool(single) * direction.float()).sum()
+    loss.backward()
+    assert exact.grad is not None and single.grad is not None
+    error = (single.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < (2e-4 if name == "newton_schulz" else 1e-5)  # rounding is 1/SMALLEST as large
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_gradients_through_float16_features_and_a_scaled_loss_agree_with_float64(
+    name: str, scale: float
+) -> None:
+    pool = make_pooling(24, name)
+    x = features((4, 24, 5, 5)).relu() * scale
+    x[:, ::3] = 0  # dead channels
+    x[0] = 0  # an all-zero map
+    half = x.half()
+    exact = half.double().requires_grad_()  # what the features are in float16, seen in float64
+    half.requires_grad_()
+    direction = features((4, pool.width), seed=2) * scale  # so that no gradient underflows
+    (pool(exact) * direction).sum().backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = (pool(half) * direction.float()).sum()
+    scaler.scale(loss).backward()
+    assert exact.grad is not None and half.grad is not None
+    found = half.grad.double() / scaler.get_scale()
+    error = (found - exact.grad).norm() / exact.grad.norm()
+    assert torch.isfinite(found).all() and not found[0].any()
+    assert error < 2**-10  # float16 rounds each entry of the gradient once
+
+
+def test_packed_size_of_vgg16_features() -> None:
+    assert packed_size(512) == 131_328 == 512 * 513 // 2
+    assert math.isclose(512**2 / packed_size(512), 2, rel_tol=0.01)
+
+
+# Entries of the upper triangle of (1, 2, 3)ᵀ(1, 2, 3), row by row. Stored weights rely on the order.
+ONE_PLACE = torch.tensor([[1, 2 * 2**0.5, 3 * 2**0.5, 4, 6 * 2**0.5, 9]]).double() / 14
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("bilinear", {"root": None}), ("sqrt", {}), ("newton_schulz", {}), ("democratic", {"root": None})],
+)
+def test_the_order_of_the_entries_is_frozen(name: str, options: dict[str, None]) -> None:
+    x = torch.tensor([1.0, 2.0, 3.0]).double().view(1, 3, 1, 1)
+    rows = make_pooling(3, name, **options)(x)
+    torch.testing.assert_close(rows, ONE_PLACE, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 3), (2, 12, 2, 3), (1, 6, 2, 3)])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("name", ["sqrt", "newton_schulz"])
+def test_the_root_times_itself_is_the_matrix(name: str, centred: bool, shape: tuple[int, ...]) -> None:
+    x = features(shape).relu()
+    root = unpack(make_pooling(shape[1], name, centred=centred).pool(x))
+    flat = x.flatten(2).numpy()
+    for image, found in zip(flat, root, strict=True):
+        plain = np.cov(image, bias=True) if centred else image @ image.T / image.shape[1]
+        bound = 1e-4 if name == "newton_schulz" else 1e-12
+        np.testing.assert_allclose(found @ found, plain, rtol=0, atol=bound)
+        assert np.linalg.eigvalsh(found).min() > -1e-9
+
+
+@pytest.mark.parametrize("places", [(5, 3), (1, 4)])
+def test_other_powers_are_the_root_again_and_the_matrix_itself(places: tuple[int, int]) -> None:
+    x = features((2, 6, *places))
+    half, quarter, whole = (unpack(make_pooling(6, "sqrt", power=p).pool(x)) for p in (0.5, 0.25, 1))
+    torch.testing.assert_close(quarter @ quarter, half)
+    torch.testing.assert_close(whole, bilinear_pool(x))
+
+
+def hard_maps() -> dict[str, Tensor]:
+    """Of 64 channels and 81 places, in float32."""
+    x = features((2, 64, 9, 9)).relu().float()
+    dead = x.clone()
+    dead[:, ::3] = 0
+    return {
+        "noise": x,
+        "few places": x[..., :3, :3],
+        "dead channels": dead,
+        "repeated places": x[..., :1].expand_as(x),
+        "one direction": x[..., :1, :1].expand_as(x),
+        "equal eigenvalues": torch.eye(64, 81).view(1, 64, 9, 9),
+        "a large mean": 1e3 + x,
+        "eigenvalues over twelve orders": x * torch.logspace(0, -6, 64)[:, None, None],
+    }
+
+
+@pytest.mark.parametrize("kind", hard_maps())
+def test_float32_roots_of_hard_maps(kind: str) -> None:
+    x = hard_maps()[kind]
+    u, s, _ = torch.linalg.svd(x.double().flatten(2), full_matrices=False)
+    exact = F.normalize(pack(u * s[:, None] @ u.mT))
+    for name, bound in (("sqrt", 5e-5), ("newton_schulz", 5e-3)):
+        for scale in (1e-6, 1, 1e4):
+            found = make_pooling(64, name)(scale * x).double()
+            assert (found - exact).norm(dim=1).max() < bound
+
+
+def test_newton_schulz_is_the_root_on_maps_like_those_of_photographs() -> None:
+    """Singular values that fall as those of VGG-16's relu5_3 do, from 1 to 1e-3."""
+    u, v = (torch.linalg.qr(features((2, n, 100), seed=n))[0] for n in (128, 196))
+    x = ((u * torch.logspace(0, -3, 100)) @ v.mT).float().view(2, 128, 14, 14)
+    exact, found = (make_pooling(128, name)(x) for name in ("sqrt", "newton_schulz"))
+    assert (found - exact).norm(dim=1).max() < 5e-4
+
+
+def test_gradients_of_the_root_at_equal_eigenvalues_are_right() -> None:
+    """Where autograd through an eigendecomposition is not a number."""
+    x = torch.eye(4, 6, dtype=torch.float64).view(1, 4, 2, 3)
+    for power in (0.5, 0.25):
+        root = make_pooling(4, "sqrt", power=power)
+        assert torch.autograd.gradcheck(root.pool, x.clone().requires_grad_())
+
+
+def test_the_root_has_an_exact_form_in_onnx_for_its_own_power_alone() -> None:
+    root = make_pooling(4, "sqrt", centred=True, root="signed")
+    x = features((2, 4, 3, 3))
+    torch.testing.assert_close(root.exportable()(x), root(x), rtol=0, atol=1e-2)
+    with pytest.raises(UserError, match=r"no form of the pooling sqrt with power=0\.25: export to pt2"):
+        make_pooling(4, "sqrt", power=0.25).exportable()
+
+
+def test_a_sketch_is_the_tensor_sketch_of_every_location() -> None:
+    pool = make_pooling(6, "compact", width=16, root=None)
+    x = features((2, 6, 3, 2))
+    rows = torch.zeros(2, 16, dtype=torch.float64)
+    for row, image in zip(rows, x.flatten(2), strict=True):
+        for place in image.T:
+            spectra = torch.ones(16, dtype=torch.complex128)
+            for hashes, signs in zip(pool.hashes, pool.signs, strict=True):
+                count = torch.zeros(16, dtype=torch.float64)
+                for entry, sign, value in zip(hashes, signs, place, strict=True):
+                    count[entry] += sign * value
+                spectra = spectra * torch.fft.fft(count)
+            row += torch.fft.ifft(spectra).real / 6
+    torch.testing.assert_close(pool.pool(x), rows, rtol=1e-12, atol=1e-14)
+
+
+def test_a_sketch_keeps_inner_products() -> None:
+    x = features((8, 32, 4, 4)).relu()
+    full, sketched = (make_pooling(32, n, root=None)(x) for n in ("bilinear", "compact"))
+    assert (sketched @ sketched.mT - full @ full.mT).abs().max() < 0.05
+
+
+def test_a_sketch_is_drawn_by_its_own_seed_and_saved() -> None:
+    state = torch.get_rng_state()
+    pool = make_pooling(6, "compact")
+    assert torch.equal(torch.get_rng_state(), state)
+    # Frozen: stored weights rely on them.
+    assert pool.hashes[0].tolist() == [2732, 2607, 1653, 3264, 4931, 4859] and pool.signs[
+        1
+    ].tolist() == [-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]
+    other = make_pooling(6, "compact", seed=1)
+    x = features((1, 6, 2, 2))
+    assert not torch.allclose(other(x), pool(x))
+    other.load_state_dict(pool.state_dict())
+    assert torch.equal(other(x), pool(x))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_democratic_weights_give_each_location_its_say(gamma: float) -> None:
+    x = features((2, 8, 3, 2)).relu()
+    x[0, :, 0, 0] = 0  # a location that says nothing
+    matrices = unpack(make_pooling(8, "democratic", gamma=gamma, root=None).pool(x))
+    for image, matrix in zip(x.flatten(2).numpy(), matrices, strict=True):
+        kernel = (image.T @ image / (image**2).sum(axis=0).max()) ** 2
+        alone = kernel.sum(axis=1)
+        weights = np.ones(6)
+        for _ in range(10):
+            say = weights * (kernel @ weights)
+            weights = weights * np.sqrt(np.divide(alone**gamma, say, where=say > 0, out=0 * say))
+        plain = sum(w * np.outer(f, f) for w, f in zip(weights, image.T, strict=True)) / 6
+        np.testing.assert_allclose(matrix, plain, rtol=1e-10, atol=1e-14)
+        say = weights * (kernel @ weights)
+        np.testing.assert_allclose(say, np.where(alone > 0, alone**gamma, 0), rtol=0.05)
+
+
+def _full(x: Tensor) -> Tensor:
+    flat = x.flatten(2)
+    pooled = (flat @ flat.mT / flat.shape[2]).flatten(1)
+    return pooled.sign() * (pooled.abs() + 1e-10).sqrt()

@@ -1,0 +1,366 @@
+"""Both stages from a configuration, in this process, at toy size."""
+
+import csv
+import logging
+import math
+import re
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import configure, quiet_trainer, toy, write_images
+from hydra.utils import instantiate
+from torch import Tensor
+
+from bcnn.data.datamodule import ImageFolderData
+from bcnn.evaluation.results import open_split
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import load_model, save_model
+from bcnn.models.third_party import to_original
+from bcnn.training.checkpointing import no_worse
+from bcnn.training.module import BCNNModule
+from bcnn.training.plan import build_model
+from bcnn.training.run import run
+from bcnn.utils.errors import UserError
+
+SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
+SMALL = "model.backbone.name=tiny"
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the lines that tell of an epoch."""
+    cells = (line.split() for line in text.splitlines())
+    return [row for row in cells if row and re.fullmatch(r"start|\d+/\d+", row[0])]
+
+
+@pytest.mark.slow
+def test_both_stages_train_test_and_hand_over(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = run(configure(*toy(images, *SHORT, f"output={tmp_path / 'out'}")))
+    assert figure >= 0.8  # three flat colours are easy
+    printed = capsys.readouterr().out
+    λs, (start, epoch) = rows(printed)[:4], rows(printed)[4:]
+    assert [(row[0], row[4]) for row in λs] == [
+        *(("1/4", "0.0001"), ("2/4", "1e-05"), ("3/4", "1e-06"), ("4/4", "1e-07"))
+    ]
+    with (tmp_path / "out" / "last" / "metrics.csv").open() as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    assert [float(row[2]) for row in λs] == pytest.approx(losses, rel=1e-2)
+    bests = [loss < min(losses[:i], default=math.inf) for i, loss in enumerate(losses)]
+    assert [row[-3:] == ["best", "so", "far"] for row in λs] == bests
+    assert start[0] == "start" and start[2] == λs[bests.index(True) if sum(bests) == 1 else 3][2]
+    assert (epoch[0], epoch[3][-1]) == ("1/1", "%")
+    for heading, figures in (("validation top-1", 2), ("test top-1", 2)):
+        line = next(line for line in printed.splitlines() if line.startswith(heading))
+        assert line.count("%") == figures
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>From last to finetune</h2>" in report and "12 to train on, 6 to validate" in report
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert log.partition("\n")[2] == printed
+    for stage in ("last", "finetune"):
+        model = load_model(tmp_path / "out" / stage / "best.ckpt")
+        assert (model.classes, model.framing.size) == (["blue", "green", "red"], 32)
+        assert (tmp_path / "out" / stage / "curves.png").stat().st_size > 5_000
+        assert (tmp_path / "out" / stage / "metrics.csv").is_file()
+    assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
+
+
+@pytest.mark.usefixtures("tiny")
+def test_lightning_does_not_join_in(
+    images: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    run(configure(*toy(images, SMALL, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'out'}")))
+    logging.getLogger("lightning.pytorch").removeHandler(handler)
+    assert [record.getMessage() for record in heard] == []
+    assert [str(each.message) for each in recwarn if "lightning" in each.filename] == []
+
+
+@pytest.mark.slow
+def test_first_validation_of_finetune_is_the_last_of_last_in_float32(
+    images: Path, tmp_path: Path
+) -> None:
+    def value(folder: str, row: int, key: str) -> str:
+        lines = (tmp_path / folder / "metrics.csv").read_text().splitlines()
+        rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+        return [entry[key] for entry in rows if entry.get(key)][row]
+
+    last = ["stage=last", "last=sgd", "last.store=false", "last.epochs=1", f"output={tmp_path / 'a'}"]
+    run(configure(*toy(images, *last)))
+    finetune = ["stage=finetune", "finetune.epochs=1", f"output={tmp_path / 'b'}"]
+    run(
+        configure(
+            *toy(images, *finetune, f"ckpt={tmp_path}/a/last/best.ckpt", "finetune.batch_size=64")
+        )
+    )
+    for key in ("val_loss", "val_top1"):
+        last_of_last = float(value("a/last", -1, key))
+        assert float(value("b/finetune", 0, key)) == pytest.approx(last_of_last, rel=1e-6)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_finetune_after_last_alone_is_the_second_half_of_both(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(configure(*toy(images, *SHORT, SMALL, "output=both")))
+    start = tmp_path / "both" / "last" / "best.ckpt"
+    options = ["stage=finetune", *SHORT, f"ckpt={start}"]
+    run(configure(*toy(images, *options, "output=alone")))
+    reports = [(tmp_path / name / "report.html").read_text() for name in ("both", "alone")]
+    changes = [re.findall(r"\w+ images? that \w+ got right", report) for report in reports]
+    assert len(changes[0]) == 2 and changes[0] == changes[1]
+    both = weights(tmp_path / "both" / "finetune" / "best.ckpt")
+    alone = weights(tmp_path / "alone" / "finetune" / "best.ckpt")
+    assert all(torch.equal(both[key], alone[key]) for key in both)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_same_run_twice_gives_the_same_bits(images: Path, tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        short = [*SHORT, SMALL, "data.num_workers=2", "last=sgd", "last.store=false", "last.epochs=1"]
+        run(configure(*toy(images, *short, f"output={tmp_path / name}")))
+        runs.append(weights(tmp_path / name / "finetune" / "best.ckpt"))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_experiment_original(images: Path, tmp_path: Path) -> None:
+    short = [*SHORT, SMALL, "experiment=original", "last.epochs=1"]
+    run(configure(*toy(images, *short, f"output={tmp_path}")))
+    assert (tmp_path / "finetune" / "result.json").is_file()
+
+
+@pytest.mark.slow
+def test_sgd_from_the_store_learns_what_the_convex_solver_learns(images: Path, tmp_path: Path) -> None:
+    options = ["stage=last", "last=sgd", f"output={tmp_path}"]
+    assert run(configure(*toy(images, *options))) >= 0.8
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_validation_the_last_epoch_is_kept(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [SMALL, "stage=last", "last.folds=null", "data.val_fraction=0", f"output={tmp_path}"]
+    assert math.isnan(run(configure(*toy(images, *options))))
+    assert (tmp_path / "last" / "last.ckpt").is_file()
+    printed = capsys.readouterr().out
+    assert "test top-1" in printed
+    assert re.search(r"4/4 +\S+ +– +– +1e-07 +\d", printed) and "best so far" not in printed
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_a_test_folder_validation_alone_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images" / "train", 6)
+    options = [SMALL, "stage=last", f"output={tmp_path}"]
+    run(configure(*toy(tmp_path / "images", *options)))
+    printed = capsys.readouterr().out
+    assert "no test images" in printed and "validation top-1" in printed
+    assert "test top-1" not in printed
+
+
+@pytest.mark.slow
+def test_finetune_from_the_state_dict_of_the_original(images: Path, tmp_path: Path) -> None:
+    run(configure(*toy(images, "stage=last", f"output={tmp_path / 'a'}")))
+    trained = load_model(tmp_path / "a" / "last" / "best.ckpt")
+    torch.save(to_original(trained), tmp_path / "bcnn_lastlayer.pth")
+    options = ["stage=finetune", "finetune.epochs=1", f"ckpt={tmp_path / 'bcnn_lastlayer.pth'}"]
+    assert run(configure(*toy(images, *options, f"output={tmp_path}"))) >= 0.8
+
+
+def finetune_of(images: Path, tmp_path: Path, *options: str) -> list[str]:
+    """The configuration of a finetune by the original's optimizer, from a new stage `last`."""
+    run(configure(*toy(images, "stage=last", f"output={tmp_path / 'start'}")))
+    start = f"ckpt={tmp_path / 'start' / 'last' / 'best.ckpt'}"
+    short = ["finetune.epochs=2", "finetune.batch_size=6", f"output={tmp_path}"]
+    return toy(images, "stage=finetune", "finetune=original", start, *short, *options)
+
+
+@pytest.mark.slow
+def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = finetune_of(images, tmp_path, "finetune.optimizer.lr=3")
+    with pytest.raises(
+        UserError, match=r"ended worse than it started .* try finetune.optimizer.lr=0.3"
+    ):
+        run(configure(*options))
+    printed = capsys.readouterr().out
+    start = tmp_path / "start" / "last" / "best.ckpt"
+    assert "epoch 1: " in printed and "try finetune.optimizer.lr=0.3" in printed
+    assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
+    report = (tmp_path / "report.html").read_text()
+    assert "<dt>what went wrong</dt>" in report and "<h2>From last" not in report
+
+
+@pytest.mark.slow
+def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsure = ["finetune.centering=true", "finetune.polyak=2", "finetune.loss.label_smoothing=0.5"]
+    run(configure(*finetune_of(images, tmp_path, *unsure)))
+    with (tmp_path / "finetune" / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["val_loss"]]
+    start, *epochs = ((float(row["val_top1"]), float(row["val_loss"])) for row in logged)
+    assert all(top1 >= start[0] and loss > start[1] for top1, loss in epochs)
+    assert epochs[0][1] < epochs[1][1]  # nor does the better loss of an earlier epoch count
+    assert f"best checkpoint: {tmp_path / 'finetune' / 'best.ckpt'}" in capsys.readouterr().out
+    module = BCNNModule(load_model(tmp_path / "finetune" / "best.ckpt"), "finetune")
+    data = ImageFolderData(images, 32, val_fraction=0.34)
+    data.setup()
+    kept = quiet_trainer().validate(module, data.val_dataloader(), verbose=False)[0]
+    assert kept["val_loss"] == pytest.approx(epochs[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("final", "start", "best", "images", "keeps"),
+    [
+        (0.96, 0.95, 0.97, 100, True),  # a standard error is 0.017
+        (0.94, 0.95, 0.94, 100, False),
+        (0.94, 0.90, 0.97, 100, False),
+        (0.96, 0.95, 0.97, 1000, False),  # and here 0.005
+        (1.00, 1.00, 1.00, 40, True),
+        (math.nan, 0.90, 0.90, 100, False),
+        (0.99, 0.90, 1.0, 100, True),  # one of a hundred
+        (0.97, 0.90, 1.0, 100, False),
+    ],
+)
+def test_the_last_epoch_is_kept_unless_validation_tells_it_from_the_best(
+    final: float, start: float, best: float, images: int, keeps: bool
+) -> None:
+    assert no_worse(final, start, best, images) is keeps
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_training_and_leaves_no_such_weights(
+    images: Path, tmp_path: Path
+) -> None:
+    options = finetune_of(images, tmp_path, "finetune.optimizer.lr=1e30")
+    with pytest.raises(
+        UserError, match=r"stage finetune: the (loss is|weights are) not finite after batch"
+    ):
+        run(configure(*options))
+    assert not (tmp_path / "finetune" / "best.ckpt").exists()
+    # The report is on what it started from.
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_validation_the_last_finite_weights_are_kept(images: Path, tmp_path: Path) -> None:
+    ruin = "+callbacks.ruin._target_=test_stages.Ruin"
+    options = [SMALL, "stage=last", "last=sgd", "last.epochs=4", "data.val_fraction=0", ruin]
+    with pytest.raises(UserError, match="weights are not finite after batch 1 of epoch 3"):
+        run(configure(*toy(images, *options, f"output={tmp_path / 'a'}")))
+    state = weights(tmp_path / "a" / "last" / "last.ckpt")
+    assert all(each.isfinite().all() for each in state.values())
+    assert torch.load(tmp_path / "a" / "last" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+class Ruin(L.Callback):
+    """Puts a weight out of range in the third epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.current_epoch == 2:
+            pl_module.model.head.weight.data[0, 0] = math.inf  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
+    images: Path, tmp_path: Path
+) -> None:
+    options = ["finetune.optimizer.lr=1", "finetune.epochs=2"]
+    small = "finetune.batch_size=6"
+    assert run(configure(*toy(images, *options, small, f"output={tmp_path}"))) >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["stage=finetune"], "stage=both"),
+        (["stage=last", "ckpt=some.ckpt"], "ckpt is for stage=finetune"),
+        (["stage=finetune", "ckpt=missing.ckpt"], "missing.ckpt"),
+        (["stage=last", "model.weights=missing.pth"], "missing.pth"),
+        (["data.size=16"], "32 at least"),
+        (["data.size=9000"], "more than 8192 px"),
+        (["data.resize=stretch"], "keep, squash"),
+        (["data.cache=maybe"], "data.cache=maybe: true or false"),
+        (["data.interpolation=area"], "data.interpolation=area: choose null or bilinear, bicubic"),
+        (["data.val_fraction=1"], "data.val_fraction=1"),
+        (["finetune.batch_size=2"], "use 4 or more"),
+        (["finetune.open_from=conv6_1"], "choose a layer from conv1_1"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    images: Path, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run(configure(*toy(images, *options, f"output={tmp_path}")))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "taken"), [("null", "bicubic"), ("bilinear", "bilinear"), ("not said", "bilinear")]
+)
+def test_images_are_resized_as_the_weights_were_trained_unless_told(
+    tiny: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, taken: str
+) -> None:
+    """Runs that were begun before there was a choice do not say, and resized by the bilinear one."""
+    monkeypatch.setattr(type(tiny.backbone), "interpolation", "bicubic")
+    file = tmp_path / "model.safetensors"
+
+    def build(interpolation: str, *start: str) -> str:
+        cfg = configure(*toy(images, SMALL, *start))
+        cfg.data.interpolation = None if interpolation == "null" else interpolation
+        if interpolation == "not said":
+            del cfg.data.interpolation
+        data = instantiate(cfg.data)
+        data.setup()
+        model = build_model(cfg, data, torch.device("cpu"))
+        assert model.framing == data.framing
+        save_model(model, file)
+        return model.framing.interpolation
+
+    assert build(chosen) == taken
+    assert open_split(file, images, "all")[0].framing.interpolation == taken
+    assert build("null", f"ckpt={file}") == taken
+    other = "bilinear" if taken == "bicubic" else "bicubic"
+    assert build(other, f"ckpt={file}") == other
+
+
+@pytest.mark.usefixtures("tiny")
+def test_checkpoint_of_other_classes_is_refused(images: Path, tmp_path: Path) -> None:
+    run(configure(*toy(images, SMALL, "stage=last", f"output={tmp_path}")))
+    options = ["stage=finetune", f"ckpt={tmp_path / 'last' / 'best.ckpt'}"]
+    for split in ("train", "test"):
+        (images / split / "red").rename(images / split / "rose")
+    with pytest.raises(UserError, match=r"new here: rose; missing here: red"):
+        run(configure(*toy(images, *options, f"output={tmp_path / 'again'}")))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_classes_weigh_the_same_where_that_is_asked_for(images: Path, tmp_path: Path) -> None:
+    for index in range(1, 5):
+        (images / "train" / "red" / f"{index}.png").unlink()
+    biases = []
+    for i, option in enumerate(
+        ["last.class_weights=false", "last.class_weights=true", "data.sampler=balanced"]
+    ):
+        options = [SMALL, "stage=last", "data.val_fraction=0", "last.l2=[10]", option]
+        run(configure(*toy(images, *options, f"output={tmp_path / str(i)}")))
+        biases.append(load_model(tmp_path / str(i) / "last" / "last.ckpt").head.bias.detach())
+    # So strong an l2 leaves the bias alone to tell the classes apart, by how much they weigh.
+    plain, weighted, drawn = (bias.softmax(0) for bias in biases)
+    torch.testing.assert_close(plain, torch.tensor([6 / 14, 6 / 14, 2 / 14]), rtol=0, atol=0.01)
+    torch.testing.assert_close(weighted, torch.full((3,), 1 / 3), rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn, weighted, rtol=0, atol=1e-4)

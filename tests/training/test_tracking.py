@@ -1,0 +1,126 @@
+"""What wandb keeps of a run, offline: configuration, confusion matrix, photographs, checkpoint."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import COLOURS, configure, toy, write_images
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from omegaconf import OmegaConf
+from PIL import Image, UnidentifiedImageError
+
+from bcnn.evaluation.predictions import Predictions
+from bcnn.training import tracking
+from bcnn.training.logging import log_configuration, log_results
+
+
+@pytest.fixture
+def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where wandb keeps what it will send later, photographs and checkpoints."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def logger(staged: Path, tmp_path: Path) -> Iterator[WandbLogger]:
+    cfg = configure("logger=wandb", "logger.wandb.log_model=true")
+    logger = instantiate(cfg.logger.wandb, save_dir=tmp_path / "run")
+    yield logger
+    logger.experiment.finish()
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Predictions:
+    """Six photographs, of which the last, red, is taken for blue."""
+    write_images(tmp_path / "photos", 2)
+    paths = sorted(map(str, (tmp_path / "photos").glob("*/*.png")))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    probabilities = torch.eye(3)[[0, 0, 1, 1, 2, 0]] * 0.7 + 0.1
+    return Predictions(sorted(COLOURS), paths, labels, probabilities)
+
+
+def pictures(folder: Path) -> list[Image.Image]:
+    found = []
+    for path in folder.rglob("*"):
+        with suppress(IsADirectoryError, UnidentifiedImageError):
+            found.append(Image.open(path))
+    return found
+
+
+def colour(picture: Image.Image) -> str:
+    pixel = picture.resize((1, 1)).getpixel((0, 0))
+    return ("red", "green", "blue")[pixel.index(max(pixel))]
+
+
+def table(folder: Path, name: str) -> dict[str, list[list[object]]]:
+    (path,) = folder.rglob(f"files/media/table/{name}*.table.json")
+    return json.loads(path.read_text())
+
+
+def test_confusion_and_the_hardest_photographs(
+    logger: WandbLogger,
+    predictions: Predictions,
+    tmp_path: Path,
+    staged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "PHOTOGRAPHS", 4)
+    monkeypatch.setattr(tracking, "THUMBNAIL", 24)
+    log_results([logger], {"test_top1": 0.5}, predictions)
+    cells = table(tmp_path / "run", "confusion")["data"]
+    assert cells == [
+        ["blue", "blue", 2],
+        ["green", "green", 2],
+        ["red", "blue", 1],
+        ["red", "red", 1],
+    ]
+    rows = table(tmp_path / "run", "predictions")
+    assert len(rows["data"]) == 4
+    first = dict(zip(rows["columns"], rows["data"][0], strict=True))
+    assert (first["class"], first["predicted"]) == ("red", "blue")
+    assert first["path"] == predictions.paths[-1]
+    assert [first["confidence"], first["of_class"]] == pytest.approx([0.8, 0.1])
+    kept = pictures(staged)
+    assert {picture.size for picture in kept} == {(24, 20)}
+    assert sorted(map(colour, kept)) == ["blue", "blue", "green", "red"]
+
+
+def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:
+    cfg = configure(*toy(tmp_path, "last.l2=[1e-5]", f"output={tmp_path}"))
+    log_configuration([logger], cfg, "last")
+    kept = logger.experiment.config
+    assert (kept["stage"], kept["last"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
+    assert kept["data"]["size"] == 32 and kept["data"]["seed"] == 0  # an interpolation, resolved
+
+
+def test_the_checkpoint_on_request(logger: WandbLogger, tmp_path: Path, staged: Path) -> None:
+    best = ModelCheckpoint(tmp_path / "out", filename="best")
+    trainer = L.Trainer(
+        max_epochs=1, limit_train_batches=1, limit_val_batches=0, logger=logger, callbacks=[best],
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    content = Path(best.best_model_path).read_bytes()
+    assert content in [path.read_bytes() for path in staged.rglob("*") if path.is_file()]
+
+
+def test_other_loggers_are_told_the_configuration_alone(
+    predictions: Predictions, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path / "csv", name="", version="")
+    cfg = configure(*toy(tmp_path, f"output={tmp_path}"))
+    log_configuration([logger], cfg, "finetune")
+    log_results([logger], {"test_top1": 0.5}, predictions)
+    logger.save()
+    kept = OmegaConf.load(tmp_path / "csv" / "hparams.yaml")
+    assert (kept.stage, kept.data.root) == ("finetune", str(tmp_path))
+    assert "confusion" not in (tmp_path / "csv" / "metrics.csv").read_text()
