@@ -10,7 +10,7 @@ from rich.table import Table
 from bcnn.models.pooling.bilinear import packed_size
 from bcnn.models.third_party import CHANNELS
 from bcnn.training.feature_data import StoredRows
-from bcnn.training.feature_store import VIEWS, DescriptorStore
+from bcnn.training.feature_store import VIEWS, FeatureStore
 from bcnn.training.logistic_regression import ConvexProblem
 from benchmarks.harness import measure, now, title, torch_device
 from benchmarks.options import Options
@@ -19,7 +19,7 @@ from benchmarks.options import Options
 def convex_solver(options: Options) -> dict[str, float]:
     """Stage `last` solved for one λ on random descriptors of `options.images` in two views each."""
     count, width = options.images, packed_size(CHANNELS)
-    store = DescriptorStore({"benchmark": "random rows"}, count, width)
+    store = FeatureStore({"benchmark": "random rows"}, count, width)
     store.open()
     generator = np.random.default_rng(0)
     for chunk in range(store.chunk_count):

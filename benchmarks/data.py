@@ -20,7 +20,7 @@ from torchvision.datasets.folder import pil_loader
 from bcnn.data.datamodule import ImageList
 from bcnn.data.image_cache import load_reduced
 from bcnn.data.image_io import load_image
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.checkpoint import load_model
 from bcnn.utils.environment import default_workers
 from bcnn.utils.errors import UserError
@@ -91,7 +91,7 @@ def cached_pipeline(options: Options) -> dict[str, float]:
 
 
 def _images(options: Options, load: Callable[..., Image.Image]) -> ImageList:
-    transform = Framing(options.size).training()
+    transform = Preprocessing(options.size).training()
     return ImageList(_samples(options), transform, partial(load, side=options.size))
 
 
@@ -100,7 +100,7 @@ def decisions(options: Options) -> dict[str, float]:
     assert options.ckpt is not None
     device = torch_device(options)
     model = load_model(options.ckpt).to(device).eval()
-    transform = replace(model.framing, size=options.size, crop_pct=1.0).evaluation()
+    transform = replace(model.preprocessing, size=options.size, crop_pct=1.0).evaluation()
     reduced, changed, largest = 0, 0, 0.0
     for path, _ in track(_samples(options), "classifying"):
         whole, ours = load_image(path), load_image(path, options.size)

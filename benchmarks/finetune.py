@@ -6,7 +6,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.module import BCNNModule
 from bcnn.utils.device import AUTOCAST, autocast, fastest_precision, training_layout
@@ -16,7 +16,7 @@ from benchmarks.original import original_loop
 
 
 def checkpointed_step(options: Options) -> dict[str, float]:
-    """`project_step` with `finetune.checkpointing=true`."""
+    """`project_step` with `finetune.grad_checkpointing=true`."""
     return project_step(options, checkpointing=True)
 
 
@@ -40,9 +40,9 @@ def project_step(
     """This project's finetune step, in the fastest precision of the device."""
     device = torch_device(options)
     classes = [str(k) for k in range(options.classes)]
-    model = BCNN(classes, Framing(options.size), None, {"name": pooling}, project).to(device)
+    model = BCNN(classes, Preprocessing(options.size), None, {"name": pooling}, project).to(device)
     model.to(memory_format=training_layout(device, fastest_precision(device.type)))
-    model.backbone.checkpointing = checkpointing
+    model.backbone.grad_checkpointing = checkpointing
     model.backbone.compiling = compiling
     module = BCNNModule(model, "finetune", centering=True).train()
     sgd = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.public import Butterflies
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import initialise_backbone
 from bcnn.models.third_party import CHANNELS
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.module import BCNNModule
 from bcnn.utils.device import fastest_precision
 from bcnn.utils.errors import UserError
@@ -70,9 +70,9 @@ def descriptor_store(options: Options) -> dict[str, float]:
     `start` is what the fit takes beyond its epochs, were all as the warm ones.
     """
     folder = _folder(options)
-    model = BCNN(folder.classes, folder.framing)
+    model = BCNN(folder.classes, folder.preprocessing)
     initialise_backbone(model, options.weights)
-    data = DescriptorData(folder, model, fastest_precision(torch_device(options).type))
+    data = CachedFeatureDataModule(folder, model, fastest_precision(torch_device(options).type))
     sgd = partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=1e-5, fused=True)
     module = BCNNModule(model, "last", sgd)
     clock = _EpochClock()
@@ -145,8 +145,8 @@ def table(options: Options) -> Table:
     return table
 
 
-def _folder(options: Options) -> ImageFolderData:
-    kind = ImageFolderData if options.root else Butterflies
+def _folder(options: Options) -> FineGrainedDataModule:
+    kind = FineGrainedDataModule if options.root else Butterflies
     root = options.root or "data/butterflies"
     data = kind(root, options.size, val_fraction=0, batch_size=BATCH)
     data.prepare_data()

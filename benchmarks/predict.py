@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bcnn.data.paths import find_images
 from bcnn.data.public import Butterflies
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.inference import predict_paths
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.export import read_onnx, write_onnx
@@ -100,7 +100,7 @@ def _latency(predict: Callable[[Tensor], Tensor], options: Options) -> dict[str,
 
 
 def _model(options: Options) -> BCNN:
-    model = BCNN([str(k) for k in range(options.classes)], Framing(options.size)).eval()
+    model = BCNN([str(k) for k in range(options.classes)], Preprocessing(options.size)).eval()
     return model.to(torch_device(options))
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/finetune.png: the first steps of a finetune, by the original's optimizer and the default.
+"""Draw docs/finetune.png: the first steps of a finetune, by the original's optimizer and the default.
 
 python docs/finetune.py CKPT [OVERRIDE …]   from what stage `last` saved, with the overrides it had
 """

@@ -23,11 +23,11 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
-from bcnn.data.datamodule import ImageFolderData
-from bcnn.data.transforms import Framing
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.transforms import Preprocessing
 from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -54,17 +54,17 @@ from torch import nn
 from bcnn.models.backbones import Backbone
 
 class Tiny(Backbone):
-    stride, smallest, layers = 4, 8, ("features",)
+    stride, min_size, layers = 4, 8, ("features",)
 
     def __init__(self, channels=4):
         super().__init__()
         self.channels = channels
         self.features = nn.Conv2d(3, channels, 4, stride=4)
 
-    def maps(self, x):
+    def forward_features(self, x):
         return self.features(x).relu()
 
-    def open_from(self, name):
+    def unfreeze_from(self, name):
         self.requires_grad_(True)
 """
 FEW = settings(max_examples=settings.default.max_examples // 5)  # of what is dear, or of many kinds
@@ -171,14 +171,14 @@ def toy(images: Path, *overrides: str) -> list[str]:
     ]
 
 
-def set_up(root: Path | None = None, **options: object) -> ImageFolderData:
+def set_up(root: Path | None = None, **options: object) -> FineGrainedDataModule:
     """The data of a folder, ready."""
-    data = ImageFolderData(root, **{"size": 32, "num_workers": 0, **options})  # type: ignore[arg-type]
+    data = FineGrainedDataModule(root, **{"size": 32, "num_workers": 0, **options})  # type: ignore[arg-type]
     data.setup()
     return data
 
 
-def folder_data(root: Path, **options: object) -> ImageFolderData:
+def folder_data(root: Path, **options: object) -> FineGrainedDataModule:
     """The data of `images`, a third of it for validation."""
     return set_up(root, **{"val_fraction": 0.34, **options})
 
@@ -186,7 +186,7 @@ def folder_data(root: Path, **options: object) -> ImageFolderData:
 def network(seed: int = 0) -> BCNN:
     """Of random weights, for `images`."""
     torch.manual_seed(seed)
-    return BCNN(["blue", "green", "red"], Framing(32))
+    return BCNN(["blue", "green", "red"], Preprocessing(32))
 
 
 Damage = Callable[[bytes], bytes]
@@ -230,7 +230,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     (folder / "tiny.py").write_text(TINY)
     monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(folder)])
     torch.manual_seed(0)
-    model = BCNN(["blue", "green", "red"], Framing(32), {"name": "tiny"})
+    model = BCNN(["blue", "green", "red"], Preprocessing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)
     return model.eval()
 
@@ -260,7 +260,7 @@ def quiet_trainer(**options: object) -> L.Trainer:
     return L.Trainer(**{**defaults, **options})  # type: ignore[arg-type]
 
 
-def build(data: DescriptorData) -> DescriptorData:
+def build(data: CachedFeatureDataModule) -> CachedFeatureDataModule:
     """The data with its descriptors computed."""
     data.trainer = quiet_trainer()
     data.setup()

@@ -51,7 +51,7 @@ def test_every_example_is_under_forty_lines() -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_backbone_and_a_pooling_train_and_come_back(images: Path, tmp_path: Path) -> None:
     new = ["model.backbone.name=resnet18", "model.pooling.name=average", "data.size=64"]
-    short = ["finetune.epochs=1", "finetune.batch_size=6", "finetune.open_from=layer4"]
+    short = ["finetune.epochs=1", "finetune.batch_size=6", "finetune.unfreeze_from=layer4"]
     run(configure(*toy(images, *new, *short, f"output={tmp_path / 'out'}")))
     model = load_model(tmp_path / "out" / "finetune" / "best.ckpt")
     assert model.chosen == {"backbone": {"name": "resnet18"}, "pooling": {"name": "average"}}

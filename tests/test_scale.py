@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_store import VIEWS
 from bcnn.training.logistic_regression import MAX_ENTRIES
@@ -52,7 +52,7 @@ def span(seconds: float) -> str:
 
 def test_photographs() -> None:
     side = 400  # nine tenths of 448, to a multiple of the stride
-    transform = Framing(448).training(0.5, step=16, least=32)
+    transform = Preprocessing(448).training(0.5, step=16, least=32)
     assert transform.transforms[1].size == (side, side)
     forward, crop = flop(448), flop(side)
     assert f"{forward / 1e9:.0f} GFLOP through the features at 448 px" in TEXT

@@ -97,7 +97,7 @@ class Answers:
             nonce=nonce,
             megabytes=megabytes,
             classes=len(self.model.classes),
-            size=self.model.framing.size,
+            size=self.model.preprocessing.size,
             photographs=len(self.gallery.samples) if self.gallery else 0,
         )
 
@@ -111,7 +111,7 @@ class Answers:
             UserError: it cannot be decoded, or the network's answer is not finite.
         """
         with self._lock:
-            return self._answer(_decoded(content, self.model.framing.side))
+            return self._answer(_decoded(content, self.model.preprocessing.side))
 
     def stop(self) -> None:
         """Wait for what is under way, and begin no other: torch must not be left midway."""

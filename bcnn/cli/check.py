@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from bcnn.data.index import Layout, mistakes, read_folder, read_list
+from bcnn.data.index import ImageIndex, mistakes, read_folder, read_list
 from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import new_output
@@ -105,7 +105,7 @@ def main(options: Options) -> int:
     return 1 if errors else 0
 
 
-def _counts(layout: Layout, drawn: Layout, reasons: Mapping[str, str]) -> Table:
+def _counts(layout: ImageIndex, drawn: ImageIndex, reasons: Mapping[str, str]) -> Table:
     """Images of each class in each split, as training would take them."""
     table = Table(show_footer=True)
     columns = {split: drawn.counts(split) for split in drawn.splits}

@@ -68,7 +68,7 @@ def main(options: Options) -> int:
     title = f"{data.root.resolve().name}, {options.split}"
     settings = {
         **asdict(options),
-        "framing": str(model.framing),
+        "preprocessing": str(model.preprocessing),
         "device": str(device),
         "precision": precision,
     }
@@ -78,7 +78,7 @@ def main(options: Options) -> int:
     facts = {
         "command": shlex.join([*program("evaluate"), *given]),
         "photographs": f"{options.data.absolute()}, split={options.split}",
-        "seen at": str(model.framing),
+        "seen at": str(model.preprocessing),
         "trained on": f"{len(split.train)} different images, by its record" if split else "not known",
         "computed on": about_device(device, precision, ranks=1),
         "checkpoint": str(options.ckpt.absolute()),

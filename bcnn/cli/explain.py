@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bcnn.data.paths import find_images
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import new_output, refuse_unwritable, whole
+from bcnn.utils.files import atomic_write, new_output, refuse_unwritable
 from bcnn.utils.options import command
 from bcnn.utils.progress import progress, track
 from bcnn.utils.terminal import say
@@ -63,7 +63,7 @@ def main(options: Options) -> int:
     failed = 0
     for path in track(paths, "explaining"):
         try:
-            explanation = explain(model, load_image(path, model.framing.side), target, against)
+            explanation = explain(model, load_image(path, model.preprocessing.side), target, against)
             for numbers in (explanation.probabilities, explanation.evidence, explanation.contrast):
                 refuse_overflow(numbers.reshape(1, -1), [path])
         except UserError as error:
@@ -71,7 +71,7 @@ def main(options: Options) -> int:
             failed += 1
             continue
         figure = folder / _free_name(folder, Path(path).stem)
-        with whole(figure) as part:
+        with atomic_write(figure) as part:
             draw(explanation, model.classes, Path(path).name).savefig(part, dpi=150)
         say(f"{path}: {_answer(explanation, model.classes)}: {figure}")
     if failed:

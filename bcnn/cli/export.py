@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bcnn.data.paths import find_images
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import PART, refuse_unwritable, whole
+from bcnn.utils.files import PART, atomic_write, refuse_unwritable
 from bcnn.utils.options import command
 from bcnn.utils.progress import progress
 from bcnn.utils.terminal import say
@@ -58,7 +58,7 @@ def main(options: Options) -> int:
     photographs = find_images(options.paths) if options.paths else []
     model = open_model(options.ckpt)
     with (
-        whole(path) as part,  # which is what `written` becomes once it agrees
+        atomic_write(path) as part,  # which is what `written` becomes once it agrees
         tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as scratch,
     ):
         written = Path(scratch) / path.name
@@ -73,7 +73,7 @@ def main(options: Options) -> int:
                 f"outputs are up to {largest:.3g}): not kept"
             )
         if _weights(written).exists():
-            with whole(_weights(path)) as other:
+            with atomic_write(_weights(path)) as other:
                 _weights(written).replace(other)
         written.replace(part)
     what = f"{len(photographs)} photographs" if photographs else "random images"

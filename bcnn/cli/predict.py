@@ -11,7 +11,7 @@ from typing import TextIO
 from bcnn.data.paths import find_images
 from bcnn.evaluation.writers import FORMATS
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import refuse_unwritable, whole
+from bcnn.utils.files import atomic_write, refuse_unwritable
 from bcnn.utils.options import command
 from bcnn.utils.progress import progress
 from bcnn.utils.terminal import say
@@ -101,7 +101,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     with (
-        whole(path) as part,
+        atomic_write(path) as part,
         part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
         yield out

@@ -113,7 +113,7 @@ def _recorded(root: Path) -> Any:
 
 
 def draw(species: int, rng: Generator) -> Image.Image:
-    """Draws a new individual of `SPECIES[species]`, `SIZE` large, in a meadow of its own."""
+    """Draw a new individual of `SPECIES[species]`, `SIZE` large, in a meadow of its own."""
     meadow = _meadow(rng)
     insect = Image.new("RGBA", meadow.size)
     _butterfly(ImageDraw.Draw(insect), SPECIES[species], rng)
@@ -127,7 +127,7 @@ def draw(species: int, rng: Generator) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Pen:
-    """Draws shapes given in the frame of a wing, the body or a plant."""
+    """Draw shapes given in the frame of a wing, the body or a plant."""
 
     canvas: ImageDraw.ImageDraw
     frame: Array

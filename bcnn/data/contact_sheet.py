@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from bcnn.data.image_io import load_image
 from bcnn.data.index import Samples
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 from bcnn.utils.terminal import printable
 
 THUMB = 96  # px, side of an image's place
@@ -48,7 +48,7 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
         for place, path in enumerate(_spread(paths, each)):
             thumb = ImageOps.contain(load_image(path, THUMB), (THUMB - 2, THUMB - 2))
             sheet.paste(thumb, (left + place * THUMB, top + CAPTION))
-    with whole(picture) as part:
+    with atomic_write(picture) as part:
         sheet.save(part)
 
 
@@ -74,7 +74,7 @@ def pair_sheet(pairs: Sequence[tuple[str, str]], picture: Path) -> None:
             sheet.paste(thumb, (x, top + CAPTION))
             name = printable(str(Path(*Path(path).parts[-2:])))
             draw.text((x + 2, top + 3), _caption(name, "", font, 2 * THUMB - 6), "black", font)
-    with whole(picture) as part:
+    with atomic_write(picture) as part:
         sheet.save(part)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from bcnn.data.image_cache import load_reduced
 from bcnn.data.image_io import load_image
 from bcnn.data.index import (
-    Layout,
+    ImageIndex,
     Samples,
     listed,
     mistakes,
@@ -27,11 +27,11 @@ from bcnn.data.index import (
 )
 from bcnn.data.integrity import broken, check, write_broken
 from bcnn.data.review import duplicates, flat, imbalance, repeats
-from bcnn.data.sampler import Draw, Draws, epoch_of, place, share
+from bcnn.data.sampler import Draw, SeededSampler, current_epoch, rank_and_world_size, shard
 from bcnn.data.splits import (
     SHORT,
     Content,
-    Split,
+    SplitRecord,
     draw_place,
     draw_splits,
     follow,
@@ -40,12 +40,12 @@ from bcnn.data.splits import (
     too_few,
 )
 from bcnn.data.subset import choose_classes
-from bcnn.data.transforms import Framing, Interpolation, Resize
+from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from bcnn.utils import terminal
 from bcnn.utils.environment import default_workers
 from bcnn.utils.errors import UserError
 
-Broken = Literal["stop", "skip"]
+OnInvalidImage = Literal["raise", "skip"]
 Sampling = Literal["balanced"]
 
 say = rank_zero_only(terminal.say)
@@ -85,7 +85,7 @@ class ImageList(Dataset[tuple[Tensor, int]]):
         return self.transform(self.load(path)).as_subclass(Tensor), label
 
 
-class ImageFolderData(L.LightningDataModule):
+class FineGrainedDataModule(L.LightningDataModule):
     """Photographs in class folders, with or without splits, or named in a list.
 
     `setup` decodes every image once and remembers that it did (`bcnn.data.integrity`). After it,
@@ -105,7 +105,7 @@ class ImageFolderData(L.LightningDataModule):
             0 trains on everything.
         test_fraction: the same for test; None: 0.2 where nothing says which images are in which
             split, else 0.
-        broken: what to do about files that cannot be decoded: "stop", or "skip" them.
+        on_invalid_image: what to do about files that cannot be decoded: "raise", or "skip" them.
         sampler: "balanced" draws every class equally often in training; None: every image once.
         batch_size: images a step, of all ranks together, as many of each.
         num_workers: processes that decode images, of each rank; None: see `default_workers`.
@@ -125,7 +125,7 @@ class ImageFolderData(L.LightningDataModule):
     train: Samples
     val: Samples
     test: Samples
-    split: Split
+    split: SplitRecord
     content: Content
 
     def __init__(
@@ -141,7 +141,7 @@ class ImageFolderData(L.LightningDataModule):
         seed: int = 0,
         list: str | Path | None = None,
         test_fraction: float | None = None,
-        broken: Broken = "stop",
+        on_invalid_image: OnInvalidImage = "raise",
         sampler: Sampling | None = None,
         train_scale: float | None = 0.5,
         interpolation: Interpolation | None = "bilinear",  # as runs of before there was a choice mean
@@ -154,13 +154,13 @@ class ImageFolderData(L.LightningDataModule):
         self.root = Path(str(self.places[0]) if self.places else "").expanduser()
         self.interpolation = interpolation
         self.cache = cache
-        self.framing = Framing(size, resize, crop_pct, interpolation or "bilinear")
+        self.preprocessing = Preprocessing(size, resize, crop_pct, interpolation or "bilinear")
         self.step = self.least = 1  # of the sides of training images: what the backbone asks for
         self.train_scale = train_scale
         self.subset = classes
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
-        self.broken = broken
+        self.on_invalid_image = on_invalid_image
         self.sampler = sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -179,7 +179,7 @@ class ImageFolderData(L.LightningDataModule):
         for warning in [] if self.sampler else imbalance(layout):
             say(f"warning: {warning}")
 
-    def labelled(self) -> Layout:
+    def labelled(self) -> ImageIndex:
         """The intact images and their labels as folders or a list have them, with nothing drawn.
 
         Raises:
@@ -203,9 +203,9 @@ class ImageFolderData(L.LightningDataModule):
     def resize_for(self, interpolation: Interpolation) -> None:
         """Take a network's own interpolation, where none was chosen."""
         if self.interpolation is None:
-            self.framing = replace(self.framing, interpolation=interpolation)
+            self.preprocessing = replace(self.preprocessing, interpolation=interpolation)
 
-    def follow(self, before: Split) -> None:
+    def follow(self, before: SplitRecord) -> None:
         """Take the splits of a model that is going to be trained further.
 
         Images that it was trained on would be the easiest of any validation or test. Where it knows
@@ -233,14 +233,14 @@ class ImageFolderData(L.LightningDataModule):
                 say(f"warning: {sentence}")
         self.split = self.split.after(before)
 
-    def _take(self, layout: Layout) -> None:
+    def _take(self, layout: ImageIndex) -> None:
         self.classes = layout.classes
         self.train, self.val, self.test = layout.splits.values()
         val_share, test_share = shares(self._undrawn, self.val_fraction, self.test_fraction)
         recipe = {"seed": self.seed, "val_fraction": val_share, "test_fraction": test_share}
-        self.split = Split.of(layout, self.content, recipe)
+        self.split = SplitRecord.of(layout, self.content, recipe)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> ImageIndex:
         """Where the images are. A set with files of its own reads them here."""
         return read_list(self.list) if self.list else read_folder(self.root)
 
@@ -248,7 +248,7 @@ class ImageFolderData(L.LightningDataModule):
         if len(self.places) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
         numbers = {
-            "crop_pct": self.framing.crop_pct,
+            "crop_pct": self.preprocessing.crop_pct,
             "train_scale": self.train_scale,
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
@@ -259,20 +259,22 @@ class ImageFolderData(L.LightningDataModule):
         for name, value in {"num_workers": self.num_workers or 0, "seed": self.seed}.items():
             if type(value) is not int or value < 0:
                 raise UserError(f"data.{name}={value}: a whole number, 0 at least")
-        if not isinstance(self.framing.size, int) or self.framing.size < 1:
-            raise UserError(f"data.size={self.framing.size}: a whole number of pixels")
-        if self.framing.resize not in get_args(Resize):
+        if not isinstance(self.preprocessing.size, int) or self.preprocessing.size < 1:
+            raise UserError(f"data.size={self.preprocessing.size}: a whole number of pixels")
+        if self.preprocessing.resize not in get_args(Resize):
             choices = ", ".join(get_args(Resize))
-            raise UserError(f"data.resize={self.framing.resize}: choose from {choices}")
+            raise UserError(f"data.resize={self.preprocessing.resize}: choose from {choices}")
         if self.interpolation not in (None, *get_args(Interpolation)):
             choices = ", ".join(get_args(Interpolation))
             raise UserError(f"data.interpolation={self.interpolation}: choose null or {choices}")
-        if not 0 < self.framing.crop_pct <= 1:
-            raise UserError(f"data.crop_pct={self.framing.crop_pct}: a share from over 0 to 1")
+        if not 0 < self.preprocessing.crop_pct <= 1:
+            raise UserError(f"data.crop_pct={self.preprocessing.crop_pct}: a share from over 0 to 1")
         if self.train_scale is not None and not 0 < self.train_scale <= 1:
             raise UserError(f"data.train_scale={self.train_scale}: a share from over 0 to 1, or null")
-        if self.broken not in get_args(Broken):
-            raise UserError(f"data.broken={self.broken}: choose from {', '.join(get_args(Broken))}")
+        if self.on_invalid_image not in get_args(OnInvalidImage):
+            raise UserError(
+                f"data.on_invalid_image={self.on_invalid_image}: choose from {', '.join(get_args(OnInvalidImage))}"
+            )
         if self.sampler not in (None, *get_args(Sampling)):
             raise UserError(
                 f"data.sampler={self.sampler}: choose null or {', '.join(get_args(Sampling))}"
@@ -281,15 +283,15 @@ class ImageFolderData(L.LightningDataModule):
             raise UserError(f"data.cache={self.cache}: true or false")
         refuse_fractions(self.val_fraction, self.test_fraction)
 
-    def _without_broken(self, layout: Layout, reasons: dict[str, str]) -> Layout:
+    def _without_broken(self, layout: ImageIndex, reasons: dict[str, str]) -> ImageIndex:
         if not reasons:
             return layout
         file = write_broken(self.root, reasons)
-        if self.broken == "stop":
+        if self.on_invalid_image == "raise":
             raise UserError(
                 f"{len(reasons)} of {len(layout.paths)} images cannot be decoded: "
                 f"{listed((f'{path} ({reason})' for path, reason in reasons.items()), 3)}; "
-                f"{file} lists them: repair or remove them, or leave them out with data.broken=skip"
+                f"{file} lists them: repair or remove them, or leave them out with data.on_invalid_image=skip"
             )
         labels = Counter(label for path, label in layout.samples if path in reasons)
         counts = (f"{layout.classes[label]} {count}" for label, count in labels.most_common())
@@ -302,48 +304,48 @@ class ImageFolderData(L.LightningDataModule):
         counts = torch.bincount(labels, minlength=len(self.classes)).clamp(min=1)
         return len(self.train) / (len(self.classes) * counts.float())
 
-    def train_sampler(self, trainer: L.Trainer | None) -> Draws:
+    def train_sampler(self, trainer: L.Trainer | None) -> SeededSampler:
         """What draws the training images, by the epochs of a trainer if there is one."""
         weights = None
         if self.sampler == "balanced":
             weights = self.class_weights()[[label for _, label in self.train]]
-        epoch = partial(epoch_of, trainer) if trainer else None
-        rank, ranks = place(trainer)
+        epoch = partial(current_epoch, trainer) if trainer else None
+        rank, ranks = rank_and_world_size(trainer)
         if len(self.train) < ranks:
             raise UserError(
                 f"{len(self.train)} images to train on are fewer than the {ranks} devices: set "
                 "trainer.devices"
             )
-        return Draws(len(self.train), self.seed, weights, epoch, rank, ranks)
+        return SeededSampler(len(self.train), self.seed, weights, epoch, rank, ranks)
 
     def rank_batch(self, trainer: L.Trainer | None) -> int:
         """Images that one rank takes of a batch."""
-        return max(1, self.batch_size // place(trainer)[1])
+        return max(1, self.batch_size // rank_and_world_size(trainer)[1])
 
     def train_dataloader(self) -> DataLoader:
-        transform = self.framing.training(self.train_scale, self.step, self.least)
+        transform = self.preprocessing.training(self.train_scale, self.step, self.least)
         draws = self.train_sampler(self.trainer)
         batch = self.rank_batch(self.trainer)
         return self._loader(self.train, transform, batch, draws, self.cache)
 
     def val_dataloader(self) -> DataLoader:
-        return self.evaluation_dataloader(share(self.val, self.trainer))
+        return self.evaluation_dataloader(shard(self.val, self.trainer))
 
     def test_dataloader(self) -> DataLoader:
-        return self.evaluation_dataloader(share(self.test, self.trainer))
+        return self.evaluation_dataloader(shard(self.test, self.trainer))
 
     def sample_dataloader(self, images: int = 256) -> DataLoader:
         """Centre crops of so many training images at most, drawn by `seed`: of each class its share."""
         drawn = sorted(self.train, key=lambda s: (s[1], draw_place(self.content[s[0]], self.seed)))
         count = min(images, len(drawn))
         sample = [drawn[(2 * k + 1) * len(drawn) // (2 * count)] for k in range(count)]
-        return self.evaluation_dataloader(share(sample, self.trainer))
+        return self.evaluation_dataloader(shard(sample, self.trainer))
 
     def evaluation_dataloader(
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
         """Centre crops of these images, in order: batches of (uint8 images, labels)."""
-        transform = self.framing.evaluation()
+        transform = self.preprocessing.evaluation()
         return self._loader(samples, transform, batch_size or self.rank_batch(self.trainer))
 
     def _loader(
@@ -351,7 +353,7 @@ class ImageFolderData(L.LightningDataModule):
         samples: Sequence[tuple[str, int]],
         transform: Callable[[Image.Image], Tensor],
         batch_size: int,
-        draws: Draws | None = None,
+        draws: SeededSampler | None = None,
         cache: bool = False,
     ) -> DataLoader:
         load = load_reduced if cache else load_image
@@ -359,7 +361,7 @@ class ImageFolderData(L.LightningDataModule):
         if count is None:
             count = default_workers(self.trainer.num_devices if self.trainer else 1)
         return DataLoader(
-            ImageList(samples, transform, partial(load, side=self.framing.side)),
+            ImageList(samples, transform, partial(load, side=self.preprocessing.side)),
             batch_size=batch_size,
             sampler=draws,
             # a rest of one image has no mean

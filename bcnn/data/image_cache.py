@@ -17,7 +17,7 @@ from PIL import Image
 from bcnn.data.formats import open_image
 from bcnn.data.image_io import MARGIN, VERSION, decode, load_image, opened
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import cache_dir, whole
+from bcnn.utils.files import atomic_write, cache_dir
 
 WORTH = 2  # times the short side that is kept: a smaller photograph is decoded as it is
 QUALITY = 95  # of the JPEG that is kept
@@ -49,7 +49,7 @@ def load_reduced(path: str | Path, side: int) -> Image.Image:
         return image
     content = BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY, subsampling=0)
-    with suppress(UserError), whole(copy) as part:  # without room for it, it is made again
+    with suppress(UserError), atomic_write(copy) as part:  # without room for it, it is made again
         part.write_bytes(content.getvalue())
     with open_image(content) as file:
         return decode(file, None)

@@ -33,7 +33,7 @@ WAYS_IN = "<class>/<images>, {train,val,test}/<class>/<images>, or a list (data.
 
 
 @dataclass
-class Layout:
+class ImageIndex:
     """Images by class and split.
 
     Args:
@@ -64,7 +64,7 @@ class Layout:
     def paths(self) -> list[str]:
         return [path for path, _ in self.samples]
 
-    def without(self, paths: Container[str]) -> "Layout":
+    def without(self, paths: Container[str]) -> "ImageIndex":
         """The same without these images; their classes stay."""
         train, val, test = (
             [(path, label) for path, label in samples if path not in paths]
@@ -80,7 +80,7 @@ class Layout:
         return counts
 
 
-def read_folder(root: Path) -> Layout:
+def read_folder(root: Path) -> ImageIndex:
     """`root/{train,val,test}/<class>/*`, by any name of `SPLITS`, or `root/<class>/*`.
 
     Images without class folders are labelled by a `metadata.csv` beside them.
@@ -99,7 +99,7 @@ def read_folder(root: Path) -> Layout:
         for split, part in (parts or {"train": root}).items()
         for folder in subfolders(part)
     ]
-    layout = Layout(sorted({name for _, name, _ in folders}), divided=bool(parts))
+    layout = ImageIndex(sorted({name for _, name, _ in folders}), divided=bool(parts))
     labels = {name: label for label, name in enumerate(layout.classes)}
     left_out: Counter[str] = Counter()
     for split, name, folder in folders:
@@ -137,12 +137,12 @@ def _metadata(root: Path) -> dict[str, Path]:
     return lists
 
 
-def _read_lists(lists: Mapping[str, Path]) -> Layout:
+def _read_lists(lists: Mapping[str, Path]) -> ImageIndex:
     """A list of all, called "", or a list of each split."""
     if "" in lists:
         return read_list(lists[""])
     read = {split: read_list(file) for split, file in lists.items()}
-    layout = Layout(sorted({name for part in read.values() for name in part.classes}))
+    layout = ImageIndex(sorted({name for part in read.values() for name in part.classes}))
     for split, part in read.items():
         names = [part.classes[label] for _, label in part.samples]
         layout.splits[split] += [
@@ -229,7 +229,7 @@ def _names(folder: Path) -> set[str]:
     return {_name(inside.name) for inside in subfolders(folder)}
 
 
-def read_list(file: Path) -> Layout:
+def read_list(file: Path) -> ImageIndex:
     """Lines of `path,label[,split]`, with or without a line that names the columns.
 
     The columns are apart by tabs, commas, semicolons or blanks: by the first of these that divides the
@@ -277,7 +277,7 @@ def read_list(file: Path) -> Layout:
             f"{file} names {len(missing)} files that do not exist, the first of them in line "
             f"{entries[missing[0]][2]}: {missing[0]:.999} {hint}"
         )
-    layout = Layout(sorted({name for name, *_ in entries.values()}), divided="split" in header)
+    layout = ImageIndex(sorted({name for name, *_ in entries.values()}), divided="split" in header)
     labels = {name: label for label, name in enumerate(layout.classes)}
     for path, (name, split, _) in entries.items():
         layout.splits[split].append((path, labels[name]))
@@ -290,7 +290,7 @@ def _labels(cells: list[str]) -> list[str]:
     return header if {"path", "label"} <= set(header) else []
 
 
-def no_images(layout: Layout, source: Path) -> list[str]:
+def no_images(layout: ImageIndex, source: Path) -> list[str]:
     """Says so where there are none."""
     if layout.samples:
         return []
@@ -299,7 +299,7 @@ def no_images(layout: Layout, source: Path) -> list[str]:
     return [f"no images in {source}: expected {WAYS_IN}"]
 
 
-def mistakes(layout: Layout, source: Path) -> list[str]:
+def mistakes(layout: ImageIndex, source: Path) -> list[str]:
     """What keeps these images from being trained on, a sentence each."""
     if not layout.samples:
         return no_images(layout, source)

@@ -22,7 +22,7 @@ from bcnn.data.formats import open_image
 from bcnn.data.image_io import VERSION, decode, load_image
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import cache_folder, whole
+from bcnn.utils.files import atomic_write, cache_folder
 from bcnn.utils.progress import track
 
 CHUNK = 32  # images that a thread takes at a time: handing over costs as much as a small one
@@ -118,7 +118,7 @@ def write_broken(source: Path, reasons: dict[str, str]) -> Path:
     """Write a line `path<TAB>reason` for each broken image; returns the file."""
     file = cache_file(source, "-broken.txt")
     lines = (f"{os.path.abspath(path)}\t{reason}\n" for path, reason in reasons.items())
-    with whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     return file
 
@@ -182,7 +182,10 @@ def _load(memory: Path) -> tuple[list[str], np.ndarray]:
 
 def _save(memory: Path, paths: list[str], rows: np.ndarray) -> None:
     names = np.frombuffer(os.fsencode("\0".join(paths)), np.uint8)
-    with suppress(UserError), whole(memory) as file:  # without room for it, the next run checks again
+    with (
+        suppress(UserError),
+        atomic_write(memory) as file,
+    ):  # without room for it, the next run checks again
         np.savez(file, version=VERSION, paths=names, rows=rows)
 
 

@@ -11,15 +11,15 @@ from filelock import FileLock
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet, StanfordCars
 
 from bcnn.data import butterflies
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.download import Published, fetch, published, unpack
-from bcnn.data.index import Layout, Samples
+from bcnn.data.index import ImageIndex, Samples
 from bcnn.utils.errors import UserError
 
 ANEW = "move the folder away to have it made anew"
 
 
-class Butterflies(ImageFolderData):
+class Butterflies(FineGrainedDataModule):
     """The embedded set: drawn into `root` on first use, then loaded like any other folder."""
 
     def prepare_data(self) -> None:
@@ -28,7 +28,7 @@ class Butterflies(ImageFolderData):
             butterflies.write(self.root)
 
 
-class PublicSet(ImageFolderData):
+class PublicSet(FineGrainedDataModule):
     """A published set with its official split; its files are fetched and unpacked on first use.
 
     `root` is the folder that holds `folder`, or `folder` itself. Files that are in `root` already are
@@ -84,7 +84,7 @@ class PublicSet(ImageFolderData):
                 unpack(home / file.name, Path(scratch) / file.into)
             (Path(scratch) / self.folder).rename(home / self.folder)  # only a whole set has the name
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> ImageIndex:
         place = self._home() / self.folder
         absent = [part for part in self.parts if not (place / part).exists()]
         if absent:
@@ -105,7 +105,7 @@ class PublicSet(ImageFolderData):
         return layout
 
     @abstractmethod
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         """What the set's own files in `place` say."""
 
 
@@ -120,7 +120,7 @@ class CUB200(PublicSet):
     )
     counts = (5994, 0, 5794)
 
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         """The lists are lines of an image's or a class's id and what they say of it."""
         paths, labels, training, names = (_table(place / part) for part in self.parts[:4])
         used = sorted(set(labels.values()), key=int)  # NABirds also names groups of classes
@@ -128,7 +128,7 @@ class CUB200(PublicSet):
         splits: dict[str, Samples] = {"1": [], "0": []}
         for image, path in paths.items():
             splits[training[image]].append((str(place / "images" / path), label[labels[image]]))
-        return Layout([names[key] for key in used], train=splits["1"], test=splits["0"])
+        return ImageIndex([names[key] for key in used], train=splits["1"], test=splits["0"])
 
 
 class NABirds(CUB200):
@@ -151,9 +151,9 @@ class Aircraft(PublicSet):
     )
     counts = (6667, 0, 3333)
 
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         train, test = (FGVCAircraft(place.parent, s, loader=str) for s in ("trainval", "test"))
-        return Layout(train.classes, _listed(train), test=_listed(test))
+        return ImageIndex(train.classes, _listed(train), test=_listed(test))
 
 
 class Cars(PublicSet):
@@ -173,9 +173,9 @@ class Cars(PublicSet):
     counts = (8144, 0, 8041)
     by_hand = "Stanford's site has the Cars no more (github.com/pytorch/vision/issues/7545 has copies)"
 
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         train, test = (StanfordCars(place.parent, s, loader=str) for s in ("train", "test"))
-        return Layout(train.classes, _listed(train), test=_listed(test))
+        return ImageIndex(train.classes, _listed(train), test=_listed(test))
 
 
 class Flowers(PublicSet):
@@ -194,10 +194,10 @@ class Flowers(PublicSet):
     )
     counts = (1020, 1020, 6149)
 
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         splits = (Flowers102(place.parent, s, loader=str) for s in ("train", "val", "test"))
         train, val, test = (_listed(split) for split in splits)
-        return Layout(list(Flowers102.classes), train, val, test)
+        return ImageIndex(list(Flowers102.classes), train, val, test)
 
 
 class Pets(PublicSet):
@@ -215,11 +215,11 @@ class Pets(PublicSet):
     )
     counts = (3680, 0, 3669)
 
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         pets = [OxfordIIITPet(place.parent, split) for split in ("trainval", "test")]
         # It takes no loader: what it keeps is the only way to the paths.
         train, test = ([(str(p), k) for p, k in zip(s._images, s._labels, strict=True)] for s in pets)
-        return Layout(pets[0].classes, train, test=test)
+        return ImageIndex(pets[0].classes, train, test=test)
 
 
 class Dogs(PublicSet):
@@ -237,7 +237,7 @@ class Dogs(PublicSet):
     )
     counts = (12000, 0, 8580)
 
-    def _official(self, place: Path) -> Layout:
+    def _official(self, place: Path) -> ImageIndex:
         from scipy.io import loadmat  # here as in torchvision: other sets need not wait for it
 
         names: dict[int, str] = {}
@@ -249,7 +249,7 @@ class Dogs(PublicSet):
             names |= {k: Path(file).parent.name for file, k in zip(files, labels, strict=True)}
             splits.append([(str(place / "Images" / f), k) for f, k in zip(files, labels, strict=True)])
         classes = [names[label] for label in range(len(names))]
-        return Layout(classes, train=splits[0], test=splits[1])
+        return ImageIndex(classes, train=splits[0], test=splits[1])
 
 
 def _table(path: Path) -> dict[str, str]:

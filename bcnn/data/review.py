@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from bcnn.data.index import Layout
+from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Finding
 from bcnn.utils.progress import track
 
@@ -17,7 +17,7 @@ NEAR = 6
 BLOCK = 1024  # images at a time
 
 
-def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
+def duplicates(layout: ImageIndex, findings: Mapping[str, Finding]) -> list[str]:
     """The same pixels in training and in validation or test, a sentence for each of these two."""
     trained = {findings[path].digest: path for path, _ in layout.train}
     sentences = []
@@ -32,7 +32,7 @@ def duplicates(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
     return sentences
 
 
-def repeats(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
+def repeats(layout: ImageIndex, findings: Mapping[str, Finding]) -> list[str]:
     """The same pixels under two classes, of which one is wrong, and several times under one."""
     first: dict[tuple[str, int], str] = {}
     again, classes = [], defaultdict[str, set[int]](set)
@@ -62,7 +62,7 @@ def _so_many(found: list[str], one: str, several: str) -> str:
     return f"{len(found)} {one if len(found) == 1 else several}"
 
 
-def lookalikes(layout: Layout, findings: Mapping[str, Finding]) -> dict[str, list[tuple[str, str]]]:
+def lookalikes(layout: ImageIndex, findings: Mapping[str, Finding]) -> dict[str, list[tuple[str, str]]]:
     """Images to validate and test on that look the same as one to train on, each with that one.
 
     They are copies that were saved again, at another size or quality. Those of the same pixels
@@ -93,7 +93,7 @@ def _bits(paths: list[str], findings: Mapping[str, Finding]) -> NDArray[np.float
     return 2 * np.unpackbits(looks.view(np.uint8)).reshape(-1, 64).astype(np.float32) - 1
 
 
-def flat(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
+def flat(layout: ImageIndex, findings: Mapping[str, Finding]) -> list[str]:
     """Says so where images show nothing: every pixel is of the same colour."""
     paths = [path for path in layout.paths if findings[path].flat]
     if not paths:
@@ -103,7 +103,7 @@ def flat(layout: Layout, findings: Mapping[str, Finding]) -> list[str]:
     ]
 
 
-def imbalance(layout: Layout) -> list[str]:
+def imbalance(layout: ImageIndex) -> list[str]:
     """Says so where the largest class has over `IMBALANCE` times the images of the smallest."""
     counts = sorted(
         (n, name) for n, name in zip(layout.counts("train"), layout.classes, strict=True) if n

@@ -13,7 +13,7 @@ Draw = tuple[int, int]  # index of an image, and the seed of its crop and mirror
 PADDING = -1  # label of an image that is not counted
 
 
-class Draws(Sampler[Draw]):
+class SeededSampler(Sampler[Draw]):
     """Draws of an epoch's images, a function of seed and epoch alone.
 
     Neither the number of workers, nor how many numbers were drawn before, nor an interruption changes
@@ -52,7 +52,7 @@ class Draws(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         epoch = self._passes if self.epoch is None else self.epoch()
         self._passes += 1
-        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         if self.weights is None:
             order = torch.randperm(self.count, generator=generator)
         else:
@@ -62,19 +62,19 @@ class Draws(Sampler[Draw]):
         yield from zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
 
 
-def place(trainer: L.Trainer | None) -> tuple[int, int]:
+def rank_and_world_size(trainer: L.Trainer | None) -> tuple[int, int]:
     """The rank of this process, and the number of processes that train together."""
     return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
-def share(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list[tuple[str, int]]:
+def shard(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list[tuple[str, int]]:
     """What a rank evaluates of (path, label) pairs: as many as any other, being padded."""
-    rank, ranks = place(trainer)
+    rank, ranks = rank_and_world_size(trainer)
     padding = [(path, PADDING) for path, _ in samples[:1]] * (-len(samples) % ranks)
     return [*samples, *padding][rank::ranks]
 
 
-def epoch_of(trainer: L.Trainer) -> int:
+def current_epoch(trainer: L.Trainer) -> int:
     """Number of the epoch that a trainer is in, or begins with.
 
     Not `current_epoch`, which in a resumed trainer is behind when the iterator is made.
@@ -82,6 +82,6 @@ def epoch_of(trainer: L.Trainer) -> int:
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
-def mixed(seed: int, epoch: int) -> int:
+def derive_seed(seed: int, epoch: int) -> int:
     """A seed of 32 bits, all that torch's generator takes notice of; neighbours are unlike."""
     return int(np.random.SeedSequence([seed % 2**32, epoch]).generate_state(1)[0])

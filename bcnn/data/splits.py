@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bcnn.data.index import Layout, Samples, listed
+from bcnn.data.index import ImageIndex, Samples, listed
 from bcnn.utils.errors import UserError
 
 TEST_FRACTION = 0.2  # where the images come without any split
@@ -17,7 +17,7 @@ Content = Mapping[str, str]  # digest of the pixels of each path
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitRecord:
     """Which images a model was trained, validated and tested on, wherever they lie now.
 
     Args:
@@ -33,7 +33,7 @@ class Split:
     test: frozenset[str]
 
     @classmethod
-    def of(cls, layout: Layout, content: Content, recipe: dict[str, Any]) -> "Split":
+    def of(cls, layout: ImageIndex, content: Content, recipe: dict[str, Any]) -> "SplitRecord":
         """The record of a layout whose splits are drawn."""
         train, val, test = (
             frozenset(content[path][:SHORT] for path, _ in samples)
@@ -42,7 +42,7 @@ class Split:
         return cls(recipe, train, val - train, test - train)
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "Split":
+    def from_plain(cls, plain: Mapping[str, Any]) -> "SplitRecord":
         """Undo `plain`."""
         train, val, test = (frozenset(plain[name]) for name in ("train", "val", "test"))
         return cls(dict(plain["recipe"]), train, val, test)
@@ -52,7 +52,7 @@ class Split:
         parts = {"train": self.train, "val": self.val, "test": self.test}
         return {"recipe": self.recipe, **{name: sorted(part) for name, part in parts.items()}}
 
-    def after(self, before: "Split | None") -> "Split":
+    def after(self, before: "SplitRecord | None") -> "SplitRecord":
         """The record of a model that was trained on `before` and then on this."""
         if before is None:
             return self
@@ -75,8 +75,8 @@ class Split:
 
 
 def draw_splits(
-    layout: Layout, content: Content, val_fraction: float, test_fraction: float | None, seed: int
-) -> Layout:
+    layout: ImageIndex, content: Content, val_fraction: float, test_fraction: float | None, seed: int
+) -> ImageIndex:
     """The layout with the splits that it lacks drawn from its training images: see `hold_out`.
 
     Args:
@@ -100,7 +100,7 @@ def draw_splits(
     )
 
 
-def follow(layout: Layout, content: Content, split: Split) -> tuple[Layout, list[str]]:
+def follow(layout: ImageIndex, content: Content, split: SplitRecord) -> tuple[ImageIndex, list[str]]:
     """The layout as a model's record has it, to train the model further, and what to say of that.
 
     Splits that folders or a list give stay, less what the model was trained on; of the others the
@@ -125,7 +125,7 @@ def follow(layout: Layout, content: Content, split: Split) -> tuple[Layout, list
 
 
 def choose(
-    layout: Layout, content: Content, record: Split | None, split: str
+    layout: ImageIndex, content: Content, record: SplitRecord | None, split: str
 ) -> tuple[Samples, list[str]]:
     """The images of a split that a trained model can be judged by, and what to say of them.
 
@@ -173,7 +173,7 @@ def refuse_fractions(val_fraction: float, test_fraction: float | None) -> None:
         )
 
 
-def shares(layout: Layout, val_fraction: float, test_fraction: float | None) -> tuple[float, float]:
+def shares(layout: ImageIndex, val_fraction: float, test_fraction: float | None) -> tuple[float, float]:
     """What is to be drawn from each class's training images, to validate and to test on."""
     if test_fraction is None:
         test_fraction = 0.0 if layout.divided else TEST_FRACTION
@@ -181,7 +181,7 @@ def shares(layout: Layout, val_fraction: float, test_fraction: float | None) -> 
 
 
 def too_few(
-    layout: Layout, content: Content, source: Path, val_fraction: float, test_fraction: float | None
+    layout: ImageIndex, content: Content, source: Path, val_fraction: float, test_fraction: float | None
 ) -> list[str]:
     """Says which classes have not one image for each split that is asked for."""
     drawn = [

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from bcnn.data.index import Layout
+from bcnn.data.index import ImageIndex
 from bcnn.utils.errors import UserError
 
 
-def choose_classes(layout: Layout, chosen: Sequence[str] | int, seed: int) -> Layout:
+def choose_classes(layout: ImageIndex, chosen: Sequence[str] | int, seed: int) -> ImageIndex:
     """The images of the `chosen` classes, or of that many drawn by `seed`; classes stay in order.
 
     Raises:

@@ -15,7 +15,7 @@ STRIP = 8  # an image over this many times as long as wide is cut before it is r
 
 
 @dataclass(frozen=True)
-class Framing:
+class Preprocessing:
     """How an image becomes the square that the network sees.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 from bcnn.evaluation.metrics import headline, per_class
 from bcnn.evaluation.predictions import Predictions
 from bcnn.utils.cells import harmless
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 
 
 def write_figures(folder: Path, predictions: Predictions) -> None:
@@ -28,11 +28,11 @@ def write_figures(folder: Path, predictions: Predictions) -> None:
         for name, figure in headline(predictions).items()
     }
     content = {"images": len(predictions.paths), **figures}
-    with whole(folder / "figures.json") as file:
+    with atomic_write(folder / "figures.json") as file:
         file.write_text(json.dumps(content, indent=2) + "\n")
     _write_classes(folder / "classes.csv", predictions)
     write_images(folder / "predictions.csv", predictions)
-    with whole(folder / "predictions.npz") as file:
+    with atomic_write(folder / "predictions.npz") as file:
         predictions.save(file)
 
 
@@ -73,7 +73,7 @@ def write_images(path: Path, predictions: Predictions) -> None:
 def table(path: Path) -> Iterator[Any]:
     """A csv.writer of a file that is whole or absent."""
     with (
-        whole(path) as part,
+        atomic_write(path) as part,
         part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         yield csv.writer(file)

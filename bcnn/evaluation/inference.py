@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.image_io import load_image
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.heatmap import Box, evidence_figure
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.writers import Prediction
@@ -99,7 +99,7 @@ def predict_paths(
         kind = _device(model).type
         batch = 2 if kind == "cpu" and fastest_precision(kind) == "32-true" else 16
     loader = DataLoader(
-        _Photographs(paths, model.framing),
+        _Photographs(paths, model.preprocessing),
         batch_size=batch,
         num_workers=workers if len(paths) > batch else 0,
         collate_fn=_collate,
@@ -186,11 +186,11 @@ def see(model: BCNN, photograph: Image.Image) -> Seen:
     """
     device = _device(model)
     with autocast(device):
-        maps = model.backbone(model.framing.evaluation()(photograph)[None].to(device))
+        maps = model.backbone(model.preprocessing.evaluation()(photograph)[None].to(device))
         row = model.pooling(maps)
         logits = model.head(row)[0]
-    left, top, right, bottom = crop = model.framing.crop(*photograph.size)
-    stride, size = model.backbone.stride, model.framing.size
+    left, top, right, bottom = crop = model.preprocessing.crop(*photograph.size)
+    stride, size = model.backbone.stride, model.preprocessing.size
     across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
     box = (left, top, left + (right - left) * across, top + (bottom - top) * down)
     return Seen(maps, row, logits, crop, box)
@@ -281,10 +281,10 @@ def _device(model: BCNN) -> torch.device:
 class _Photographs(Dataset[tuple[str, str, Tensor | None]]):
     """(path, error, image): a photograph that cannot be read has an error and no image."""
 
-    def __init__(self, paths: Sequence[str], framing: Framing) -> None:
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
         self.paths = paths
-        self.transform = framing.evaluation()
-        self.side = framing.side
+        self.transform = preprocessing.evaluation()
+        self.side = preprocessing.side
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bcnn.evaluation.metrics import Bin
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 
 TITLES = {"loss": "cross-entropy", "top1": "top-1"}
 
@@ -66,7 +66,7 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
         axes.set_title(TITLES[metric])
         axes.legend()
         axes.grid(alpha=0.3)
-    with whole(picture) as part:
+    with atomic_write(picture) as part:
         figure.savefig(part, dpi=120)
 
 

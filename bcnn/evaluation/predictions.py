@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         """Write everything to an .npz that `numpy.load` opens, with these fields' names."""
-        with whole(path) as part:
+        with atomic_write(path) as part:
             np.savez_compressed(
                 part,
                 classes=np.array(self.classes),

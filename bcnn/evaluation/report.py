@@ -19,7 +19,7 @@ from bcnn.data.image_io import load_image
 from bcnn.evaluation.metrics import MEANINGS, NAMES, calibration, headline, per_class, shown
 from bcnn.evaluation.plots import TITLES, calibration_svg, curves_svg
 from bcnn.evaluation.predictions import Predictions, soft_confusion
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 from bcnn.utils.terminal import printable
 
 PAIRS, PHOTOS = 6, 3  # pairs of confused classes, and photographs of each class of a pair
@@ -117,7 +117,7 @@ def write_page(page: Path, name: str, **content: object) -> None:
         UserError: the file cannot be written.
     """
     html = template(name).render(content)
-    with whole(page) as part:
+    with atomic_write(page) as part:
         part.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
 
 

@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 import numpy as np
 from rich.table import Table
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import load_image
 from bcnn.data.splits import choose
 from bcnn.evaluation.figures import write_figures
@@ -27,14 +27,14 @@ PREDICTIONS = "predictions.npz"  # in the folder of a stage, or of a run
 
 def open_split(
     ckpt: Path, images: Path, split: str
-) -> tuple[ImageFolderData, list[tuple[str, int]], BCNN]:
+) -> tuple[FineGrainedDataModule, list[tuple[str, int]], BCNN]:
     """The images and the model, and the split's samples with the labels that the model uses."""
     place = {"list" if images.is_file() else "root": images}
-    data = ImageFolderData(**place, broken="skip")  # type: ignore[arg-type]
+    data = FineGrainedDataModule(**place, on_invalid_image="skip")  # type: ignore[arg-type]
     layout = data.labelled()
     names = sorted({layout.classes[label] for _, label in layout.samples})
     model = open_model(ckpt, names)
-    data.framing = model.framing
+    data.preprocessing = model.preprocessing
     unknown = sorted(set(names) - set(model.classes))
     if unknown:
         raise UserError(
@@ -59,7 +59,7 @@ def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Eviden
     pictures: dict[int, Evidence] = {}
     mistakes = predictions.confident_mistakes(MISTAKES)
     for index in track(mistakes, "explaining mistakes"):
-        photograph = load_image(predictions.paths[index], model.framing.side)
+        photograph = load_image(predictions.paths[index], model.preprocessing.side)
         called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
         found = explain(model, photograph, called, against=truth)
         maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]

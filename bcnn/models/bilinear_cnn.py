@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bcnn.data.image_io import load_image, upright_rgb
-from bcnn.data.splits import Split
-from bcnn.data.transforms import Framing
+from bcnn.data.splits import SplitRecord
+from bcnn.data.transforms import Preprocessing
 from bcnn.models import backbones, pooling
 from bcnn.models.backbones import Backbone
 from bcnn.models.description import refuse_nonsense
@@ -23,7 +23,7 @@ from bcnn.utils.errors import UserError
 
 Photograph = str | Path | Image.Image | np.ndarray
 
-FRAMING = Framing()
+PREPROCESSING = Preprocessing()
 DEFAULT = {"backbone": {"name": "vgg16"}, "pooling": {"name": "bilinear"}}
 
 
@@ -34,7 +34,7 @@ class BCNN(nn.Module):
 
     Args:
         classes: names, in the order of the logits.
-        framing: how an image becomes the square that it is trained and tested on.
+        preprocessing: how an image becomes the square that it is trained and tested on.
         backbone: name and options of the backbone; None: VGG-16.
         pooling: name and options of the pooling; None: bilinear.
         project: channels that the maps are projected to; None: as they come.
@@ -52,15 +52,15 @@ class BCNN(nn.Module):
     def __init__(
         self,
         classes: Sequence[str],
-        framing: Framing = FRAMING,
+        preprocessing: Preprocessing = PREPROCESSING,
         backbone: Mapping[str, Any] | None = None,
         pooling: Mapping[str, Any] | None = None,
         project: int | None = None,
-        split: Split | None = None,
+        split: SplitRecord | None = None,
     ) -> None:
         super().__init__()
         self.classes = list(classes)
-        self.framing = framing
+        self.preprocessing = preprocessing
         self.split = split
         self.chosen: dict[str, Any] = {
             "backbone": dict(backbone or DEFAULT["backbone"]),
@@ -78,7 +78,7 @@ class BCNN(nn.Module):
         """What another of this network is made from (`build`), in names, numbers and lists."""
         return {
             **self.chosen,
-            "framing": asdict(self.framing),
+            "preprocessing": asdict(self.preprocessing),
             "classes": self.classes,
             "split": self.split.plain() if self.split else None,
         }
@@ -122,13 +122,13 @@ class BCNN(nn.Module):
             elif isinstance(images, np.ndarray) and images.ndim == 3:
                 images = images[None]
             framed = [self._framed(each) for each in images]
-            size = self.framing.size
+            size = self.preprocessing.size
             images = torch.stack(framed) if framed else torch.empty(0, 3, size, size)
         return self(images.to(self.head.bias.device)).softmax(dim=1)
 
     def _framed(self, photograph: Photograph) -> Tensor:
         if isinstance(photograph, str | Path):
-            image = load_image(photograph, self.framing.side)
+            image = load_image(photograph, self.preprocessing.side)
         elif isinstance(photograph, Image.Image):
             image = upright_rgb(photograph)
         elif isinstance(photograph, np.ndarray) and photograph.dtype == np.uint8:
@@ -138,7 +138,7 @@ class BCNN(nn.Module):
                 f"{type(photograph).__name__} is no photograph: give a path, a PIL image, or an array "
                 "of uint8 (height, width, 3)"
             )
-        framed: Tensor = self.framing.evaluation()(image)
+        framed: Tensor = self.preprocessing.evaluation()(image)
         return framed
 
 
@@ -152,18 +152,23 @@ def build(description: Mapping[str, Any]) -> BCNN:
         UserError: it makes no sense, or names a backbone or a pooling that there is not.
     """
     refuse_nonsense(description)
-    framing, split = Framing(**description.get("framing", {})), description.get("split")
+    preprocessing, split = (
+        Preprocessing(**description.get("preprocessing", {})),
+        description.get("split"),
+    )
     made = BCNN(
         description["classes"],
-        framing,
+        preprocessing,
         description.get("backbone"),
         description.get("pooling"),
         description.get("project"),
-        Split.from_plain(split) if split else None,
+        SplitRecord.from_plain(split) if split else None,
     )
-    smallest, multiple = made.backbone.smallest, made.backbone.multiple
-    if framing.size < smallest or framing.size % multiple:
-        raise UserError(f"its framing.size should be {smallest} at least, and a multiple of {multiple}")
+    smallest, multiple = made.backbone.min_size, made.backbone.size_divisor
+    if preprocessing.size < smallest or preprocessing.size % multiple:
+        raise UserError(
+            f"its preprocessing.size should be {smallest} at least, and a multiple of {multiple}"
+        )
     return made
 
 

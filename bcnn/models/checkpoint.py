@@ -25,7 +25,7 @@ from torchvision.models import VGG16_Weights
 from bcnn.models.bilinear_cnn import BCNN, build
 from bcnn.models.third_party import from_original, is_original, to_original
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 
 TORCHVISION = {
     "imagenet": VGG16_Weights.IMAGENET1K_V1,
@@ -46,7 +46,7 @@ DEFAULTED = NORMALIZATION | {"head.mean"}  # what others' files, and those of be
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # other loops' names for the tensors
-FRAMING = ("size", "resize", "crop_pct")  # and classes and split, in files of before all flat
+PREPROCESSING = ("size", "resize", "crop_pct")  # and classes and split, in files of before all flat
 
 
 def initialise_backbone(model: BCNN, weights: str, normalization: str | None = None) -> None:
@@ -116,10 +116,10 @@ def load_model(
         model = build(about)
     except Exception as error:  # a backbone or a pooling may raise anything, given others' options
         raise _no_sense(path, error) from error
-    if "framing" not in about:
+    if "preprocessing" not in about:
         named = "" if classes else ", nor what its classes are called"
         model.assumed = (
-            f"{path} does not say at which size it was trained: {model.framing} is taken{named}"
+            f"{path} does not say at which size it was trained: {model.preprocessing} is taken{named}"
         )
     _load(model, own.state_dict(), tensors, path)
     _set_normalization(model, tensors, about, normalization, path)
@@ -179,7 +179,7 @@ def save_model(model: BCNN, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written, or the model is none for the original's layout.
     """
-    with whole(Path(path)) as part:
+    with atomic_write(Path(path)) as part:
         write_model(model, part)
 
 
@@ -199,15 +199,15 @@ def describe(model: BCNN) -> dict[str, str]:
     """What a user of the weights has to know, for files whose metadata are strings.
 
     `classes` is a JSON list in the order of the logits; `size` in pixels, `resize`, `crop_pct` and
-    `interpolation` are those of its framing, and `preprocessing` says in words what they ask for.
+    `interpolation` are those of its preprocessing, and `preprocessing` says in words what they ask for.
     """
-    framing = model.framing
-    size, side = framing.size, framing.side
-    resized = f"short side to {side} px" if framing.resize == "keep" else f"to {side} × {side} px"
+    preprocessing = model.preprocessing
+    size, side = preprocessing.size, preprocessing.side
+    resized = f"short side to {side} px" if preprocessing.resize == "keep" else f"to {side} × {side} px"
     return {
         "classes": json.dumps(model.classes),
-        **{name: str(value) for name, value in asdict(framing).items()},
-        "preprocessing": f"upright (EXIF), RGB, resized {resized} ({framing.interpolation}, "
+        **{name: str(value) for name, value in asdict(preprocessing).items()},
+        "preprocessing": f"upright (EXIF), RGB, resized {resized} ({preprocessing.interpolation}, "
         f"antialiased), centre crop of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
 
@@ -369,9 +369,9 @@ def _state_dict(content: Any, depth: int = 3) -> dict[str, Tensor]:
 
 def _nested(about: dict[str, Any]) -> dict[str, Any]:
     """What a file says of itself as `BCNN.description` does; before, all of it was flat."""
-    if "framing" in about or "size" not in about:
+    if "preprocessing" in about or "size" not in about:
         return about
-    return {**about, "framing": {name: about[name] for name in FRAMING if name in about}}
+    return {**about, "preprocessing": {name: about[name] for name in PREPROCESSING if name in about}}
 
 
 def _of_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

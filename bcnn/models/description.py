@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
-from bcnn.data.splits import Split
-from bcnn.data.transforms import Framing, Interpolation, Resize
+from bcnn.data.splits import SplitRecord
+from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from bcnn.utils.errors import UserError
 
 LARGEST = 8192  # px that the short side of an image is resized to; a larger image has no room
@@ -28,15 +28,17 @@ def _recipe(value: Any) -> bool:
 
 
 def _split(value: Any) -> bool:
-    return value is None or (_options(value) and {*value} >= {field.name for field in fields(Split)})
+    return value is None or (
+        _options(value) and {*value} >= {field.name for field in fields(SplitRecord)}
+    )
 
 
-def _framing(value: Any) -> bool:
-    return isinstance(value, Mapping) and {*value} <= {field.name for field in fields(Framing)}
+def _preprocessing(value: Any) -> bool:
+    return isinstance(value, Mapping) and {*value} <= {field.name for field in fields(Preprocessing)}
 
 
-def _fits(framing: Mapping[str, Any]) -> bool:
-    whole = {**vars(Framing()), **framing}
+def _fits(preprocessing: Mapping[str, Any]) -> bool:
+    whole = {**vars(Preprocessing()), **preprocessing}
     return bool(whole["size"] <= LARGEST * whole["crop_pct"])
 
 
@@ -46,20 +48,20 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("backbone", _named, "a name with options"),
     ("pooling", _named, "a name with options"),
     ("project", lambda count: count is None or type(count) is int, "a number of channels"),
-    ("framing", _framing, f"of {', '.join(field.name for field in fields(Framing))}"),
-    ("framing.size", lambda size: type(size) is int and size > 0, "a whole number of pixels"),
-    ("framing.resize", lambda resize: resize in get_args(Resize), f"one of {get_args(Resize)}"),
+    ("preprocessing", _preprocessing, f"of {', '.join(field.name for field in fields(Preprocessing))}"),
+    ("preprocessing.size", lambda size: type(size) is int and size > 0, "a whole number of pixels"),
+    ("preprocessing.resize", lambda resize: resize in get_args(Resize), f"one of {get_args(Resize)}"),
     (
-        "framing.crop_pct",
+        "preprocessing.crop_pct",
         lambda share: type(share) in (int, float) and 0 < share <= 1,
         "a share from over 0 to 1",
     ),
     (
-        "framing.interpolation",
+        "preprocessing.interpolation",
         lambda interpolation: interpolation in get_args(Interpolation),
         f"one of {get_args(Interpolation)}",
     ),
-    ("framing", _fits, f"of images resized to {LARGEST} px at most"),
+    ("preprocessing", _fits, f"of images resized to {LARGEST} px at most"),
     ("split", _split, "a record of the images"),
     ("split.recipe", _recipe, "what they were drawn with"),
     *((f"split.{name}", _texts, "a list of texts") for name in ("train", "val", "test")),

@@ -33,11 +33,11 @@ def comparison_images(model: BCNN, paths: Sequence[str]) -> Iterator[Tensor]:
     """Batches to compare networks on: photographs one by one, or where there are none random images."""
     if not paths:
         generator = torch.Generator().manual_seed(0)
-        shape = (3, 3, model.framing.size, model.framing.size)
+        shape = (3, 3, model.preprocessing.size, model.preprocessing.size)
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    transform = model.framing.evaluation()
+    transform = model.preprocessing.evaluation()
     for path in track(paths, "comparing", show=bool(paths)):
-        yield transform(load_image(path, model.framing.side))[None].as_subclass(Tensor)
+        yield transform(load_image(path, model.preprocessing.side))[None].as_subclass(Tensor)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     output = "probabilities" if softmax else "logits"
     parts = nn.Sequential(model.backbone, model.pooling.exportable(), model.head)
     program = torch.onnx.export(
-        _exported(parts, model.framing.size, softmax),
+        _exported(parts, model.preprocessing.size, softmax),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
@@ -90,7 +90,7 @@ def write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     """torch.export's file; its extra file metadata.json holds what `describe` says."""
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
-    torch.export.save(_exported(model, model.framing.size, softmax), content, extra_files=extra)
+    torch.export.save(_exported(model, model.preprocessing.size, softmax), content, extra_files=extra)
     path.write_bytes(content.getbuffer())
 
 

@@ -9,8 +9,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from bcnn.data.sampler import epoch_of, mixed
-from bcnn.training.checkpointing import KeepEpoch
+from bcnn.data.sampler import current_epoch, derive_seed
+from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.utils import terminal
 
 say = rank_zero_only(terminal.say)
@@ -31,7 +31,9 @@ class SeedEpochs(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:  # `on_train_epoch_start` is not called in the first epoch after resuming
-            L.seed_everything(mixed(self.seed, epoch_of(trainer)), workers=True, verbose=False)
+            L.seed_everything(
+                derive_seed(self.seed, current_epoch(trainer)), workers=True, verbose=False
+            )
 
 
 class Float16(L.Callback):
@@ -82,11 +84,11 @@ class Float16(L.Callback):
         return scaler.scale(self._one) if scaler else self._one
 
 
-class Diverged(Exception):
+class TrainingDiverged(Exception):
     """Training led to a loss or weights that are no finite numbers."""
 
 
-class CollapseGuard(L.Callback):
+class DivergenceMonitor(L.Callback):
     """Watches a stage's loss, weights and validation.
 
     Args:
@@ -96,11 +98,11 @@ class CollapseGuard(L.Callback):
         advice: what to try, to end the sentence with.
 
     Raises:
-        Diverged: a loss is not finite, or weights are not at the end of an epoch, before these are
+        TrainingDiverged: a loss is not finite, or weights are not at the end of an epoch, before these are
             validated or kept.
     """
 
-    def __init__(self, classes: int, keep: KeepEpoch, advice: str) -> None:
+    def __init__(self, classes: int, keep: BestOrLastCheckpoint, advice: str) -> None:
         self.guessing = math.log(classes)
         self.keep = keep
         self.advice = advice
@@ -154,7 +156,7 @@ class CollapseGuard(L.Callback):
             self._refuse(trainer, "weights are", len(self._rates) - 1)
 
     def _refuse(self, trainer: L.Trainer, what: str, batch: int) -> None:
-        raise Diverged(
+        raise TrainingDiverged(
             f"the {what} not finite after batch {batch + 1} of epoch {trainer.current_epoch + 1}, at a "
             f"rate of {self._rates[batch]:g}: {self.advice}"
         )

@@ -14,14 +14,14 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from bcnn.data.sampler import epoch_of
-from bcnn.utils.distributed import from_first
+from bcnn.data.sampler import current_epoch
+from bcnn.utils.distributed import on_rank_zero
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 
 STATE = "resume.ckpt"  # beside the weights of a stage that has not ended
 EVERY = 60  # seconds at least from one state to the next, which may take as long to write as an epoch
-OWN = ("start", "train", "last", "metrics", "stopped", "rows")  # what `KeepEpoch` adds to it
+OWN = ("start", "train", "last", "metrics", "stopped", "rows")  # what `BestOrLastCheckpoint` adds to it
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -33,7 +33,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
         content = io.BytesIO()  # torch's own writer ends the process where a disk is full
         torch.save(checkpoint, content)
-        with whole(Path(path)) as part:
+        with atomic_write(Path(path)) as part:
             part.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return state
 
 
-class KeepEpoch(ModelCheckpoint):
+class BestOrLastCheckpoint(ModelCheckpoint):
     """Keeps the weights of one epoch of a stage, in `folder/best.ckpt`.
 
     It is the epoch of the least validation loss: of a hundred images, top-1 sees the one that just
@@ -105,7 +105,7 @@ class KeepEpoch(ModelCheckpoint):
                     f"{self.state.parent}, and {free / 1e9:.2f} GB are free"
                 )
 
-        from_first(trainer.global_rank, trainer.strategy.broadcast, refuse_full_disk)
+        on_rank_zero(trainer.global_rank, trainer.strategy.broadcast, refuse_full_disk)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = _metrics(trainer, "val_")
@@ -127,7 +127,7 @@ class KeepEpoch(ModelCheckpoint):
         if self.best_model_score is not before:
             self.metrics = self.last
         self.stopped = trainer.should_stop
-        done = self.stopped or epoch_of(trainer) == trainer.max_epochs
+        done = self.stopped or current_epoch(trainer) == trainer.max_epochs
         due = done or time.monotonic() - self._saved >= EVERY
         if pl_module.automatic_optimization and trainer.strategy.broadcast(due):
             self._saved = time.monotonic()

@@ -74,7 +74,7 @@ INSTEAD = {
 }
 # Of Lightning's callbacks.
 INSTEAD_OF_CALLBACKS = {
-    "BackboneFinetuning": "finetune.open_from",
+    "BackboneFinetuning": "finetune.unfreeze_from",
     "BatchSizeFinder": "finetune.batch_size",
     "GradientAccumulationScheduler": "finetune.accumulate",
     "LearningRateFinder": "finetune.optimizer.lr, the most that a step takes: Polyak's limit finds how "
@@ -130,8 +130,8 @@ class Finetune:
     epochs: int
     batch_size: int
     accumulate: int
-    open_from: str | None
-    checkpointing: bool
+    unfreeze_from: str | None
+    grad_checkpointing: bool
     centering: bool
     polyak: float | None
     optimizer: Any
@@ -282,18 +282,18 @@ def _refuse_network(cfg: DictConfig) -> None:
         own = network_in(cfg.ckpt)
         _refuse_another_network(cfg, own)
         backbone = own.backbone
-    if cfg.finetune.checkpointing and not backbone.can_checkpoint:
-        raise UserError("finetune.checkpointing=true: this backbone cannot: leave it out")
-    if cfg.finetune.open_from not in (None, *backbone.layers):
+    if cfg.finetune.grad_checkpointing and not backbone.supports_grad_checkpointing:
+        raise UserError("finetune.grad_checkpointing=true: this backbone cannot: leave it out")
+    if cfg.finetune.unfreeze_from not in (None, *backbone.layers):
         raise UserError(
-            f"finetune.open_from={cfg.finetune.open_from}: choose a layer from "
+            f"finetune.unfreeze_from={cfg.finetune.unfreeze_from}: choose a layer from "
             f"{', '.join(backbone.layers)}, or null"
         )
     size = cfg.data.size
-    if not isinstance(size, int) or size < backbone.smallest or size % backbone.multiple:
-        multiple = f", a multiple of {backbone.multiple}" if backbone.multiple > 1 else ""
+    if not isinstance(size, int) or size < backbone.min_size or size % backbone.size_divisor:
+        multiple = f", a multiple of {backbone.size_divisor}" if backbone.size_divisor > 1 else ""
         raise UserError(
-            f"data.size={size}: a whole number of pixels, {backbone.smallest} at least{multiple}"
+            f"data.size={size}: a whole number of pixels, {backbone.min_size} at least{multiple}"
         )
     crop_pct = cfg.data.crop_pct
     if isinstance(crop_pct, int | float) and size > LARGEST * crop_pct:

@@ -16,13 +16,13 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import MARGIN, VERSION
-from bcnn.data.sampler import Draw, Draws, place, share
+from bcnn.data.sampler import Draw, SeededSampler, rank_and_world_size, shard
 from bcnn.models.bilinear_cnn import BCNN, DEFAULT
-from bcnn.training.feature_store import CHUNK, VIEWS, DescriptorStore
+from bcnn.training.feature_store import CHUNK, VIEWS, FeatureStore
 from bcnn.utils.device import autocast
-from bcnn.utils.distributed import from_first
+from bcnn.utils.distributed import on_rank_zero
 from bcnn.utils.errors import UserError
 from bcnn.utils.progress import progress, track
 from bcnn.utils.terminal import say
@@ -31,7 +31,7 @@ WRITERS = 4  # threads that write chunks: checksum and disk let go of the interp
 WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give up after 30 minutes
 
 
-class DescriptorData(L.LightningDataModule):
+class CachedFeatureDataModule(L.LightningDataModule):
     """The image set of another data module, as descriptors from the store.
 
     An image has a row of its evaluation crop and, if it is trained on, one of that crop's mirror image.
@@ -45,7 +45,7 @@ class DescriptorData(L.LightningDataModule):
     """
 
     def __init__(
-        self, images: ImageFolderData, model: BCNN, precision: str, dtype: str = "float16"
+        self, images: FineGrainedDataModule, model: BCNN, precision: str, dtype: str = "float16"
     ) -> None:
         super().__init__()
         self.images = images
@@ -59,19 +59,19 @@ class DescriptorData(L.LightningDataModule):
         identity = {
             "features": hash_tensors(model.backbone.state_dict()),
             "images": hash_files(self.paths),
-            **images.framing.identity(),
+            **images.preprocessing.identity(),
             "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
             "views": "evaluation crop, mirror image",
             "precision": precision,
         }
         if model.chosen != DEFAULT:  # which stores of before do not name
             identity |= model.chosen
-        self.store = DescriptorStore(
+        self.store = FeatureStore(
             identity,
             len(self.paths),
             model.pooling.width,
             dtype,
-            about=f"{images.root.resolve()} at {images.framing}, {precision}",
+            about=f"{images.root.resolve()} at {images.preprocessing}, {precision}",
             mirrored=[self._position[path] for path, _ in images.train],
         )
 
@@ -82,10 +82,10 @@ class DescriptorData(L.LightningDataModule):
         assert self.trainer is not None
         self.images.trainer = self.trainer  # whose ranks share the cores
         strategy = self.trainer.strategy
-        rank, ranks = place(self.trainer)
+        rank, ranks = rank_and_world_size(self.trainer)
         with ExitStack() as until_built:
             self._lock(until_built, rank, strategy)
-            missing, damaged = from_first(rank, strategy.broadcast, self.store.open)
+            missing, damaged = on_rank_zero(rank, strategy.broadcast, self.store.open)
             self._refuse_unshared(strategy, self.store.folder.is_dir())
             if damaged:
                 say(f"{damaged} damaged chunks in the store: computing them again")
@@ -101,10 +101,10 @@ class DescriptorData(L.LightningDataModule):
         return self._loader(self.images.train, self.images.train_sampler(self.trainer))
 
     def val_dataloader(self) -> DataLoader:
-        return self.evaluation_dataloader(share(self.images.val, self.trainer))
+        return self.evaluation_dataloader(shard(self.images.val, self.trainer))
 
     def test_dataloader(self) -> DataLoader:
-        return self.evaluation_dataloader(share(self.images.test, self.trainer))
+        return self.evaluation_dataloader(shard(self.images.test, self.trainer))
 
     def evaluation_dataloader(self, samples: Sequence[tuple[str, int]]) -> DataLoader:
         """The first view of these images, in order."""
@@ -134,7 +134,9 @@ class DescriptorData(L.LightningDataModule):
         self.store.read(rows.tolist(), out)
         return torch.from_numpy(out), labels
 
-    def _loader(self, samples: Sequence[tuple[str, int]], draws: Draws | None = None) -> DataLoader:
+    def _loader(
+        self, samples: Sequence[tuple[str, int]], draws: SeededSampler | None = None
+    ) -> DataLoader:
         return DataLoader(
             _Rows(self, samples),
             batch_size=self.images.rank_batch(self.trainer),
@@ -158,11 +160,11 @@ class DescriptorData(L.LightningDataModule):
                 ) from error
             return True
 
-        if from_first(rank, strategy.broadcast, lambda: held(0)):
+        if on_rank_zero(rank, strategy.broadcast, lambda: held(0)):
             return
         if rank == 0:
             say("another run is building the same descriptors: waiting for it")
-        while not from_first(rank, strategy.broadcast, lambda: held(WAIT)):
+        while not on_rank_zero(rank, strategy.broadcast, lambda: held(WAIT)):
             pass
 
     def _refuse_unshared(self, strategy: Strategy, there: bool) -> None:
@@ -221,7 +223,7 @@ class StoredRows:
         views: rows to take the mean of, in float32; of one, it is in the dtype on disk.
     """
 
-    def __init__(self, store: DescriptorStore, indices: Sequence[int], views: int = 1) -> None:
+    def __init__(self, store: FeatureStore, indices: Sequence[int], views: int = 1) -> None:
         self.store = store
         self.indices = indices
         self.views = views
@@ -242,7 +244,7 @@ class StoredRows:
 class _Rows(Dataset[tuple[Tensor, Tensor]]):
     """Row numbers of a split in the store, and their labels, a batch at a time."""
 
-    def __init__(self, data: DescriptorData, samples: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, data: CachedFeatureDataModule, samples: Sequence[tuple[str, int]]) -> None:
         self.first = torch.tensor(data.rows(samples))
         self.labels = torch.tensor([label for _, label in samples])
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import PART, cache_dir, whole
+from bcnn.utils.files import PART, atomic_write, cache_dir
 from bcnn.utils.progress import track
 
 CHUNK = 16  # images
@@ -53,7 +53,7 @@ def made_stores_dir() -> Path:
     return stores_dir()
 
 
-class DescriptorStore:
+class FeatureStore:
     """Rows of one image list: row 2·i is image i's descriptor, row 2·i + 1 its mirror image's.
 
     Chunks without an image that is mirrored have no rows of mirror images, until somebody needs them.
@@ -118,7 +118,7 @@ class DescriptorStore:
         """
         about = {"about": self.about, "images": self.images, "chunks": self.chunk_count}
         if read_about(self.folder) != about:
-            with whole(self.folder / ABOUT) as part:
+            with atomic_write(self.folder / ABOUT) as part:
                 part.write_text(json.dumps(about, indent=1))
         damaged = self.find_chunks()
         for path in (*damaged, *files(self.folder, LEFT)):
@@ -167,7 +167,7 @@ class DescriptorStore:
         content = rows.astype(self.dtype).tobytes()
         path = self.folder / f"{chunk:06d}-{zlib.crc32(content):08x}.rows"
         try:
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 part.write_bytes(content)
         except UserError as error:
             raise UserError(

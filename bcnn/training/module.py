@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
-from bcnn.data.sampler import PADDING, epoch_of
+from bcnn.data.sampler import PADDING, current_epoch
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.device import training_layout
 from bcnn.utils.distributed import mean_over_ranks
@@ -58,7 +58,7 @@ class BCNNModule(L.LightningModule):
             units of the gradient; None sets no limit. With momentum m, c = 0.5 / (1 - m) is the
             paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
             Polyak Step-size for SGD", AISTATS 2021, §3).
-        open_from: the first layer that "finetune" trains (see `Backbone.open_from`).
+        unfreeze_from: the first layer that "finetune" trains (see `Backbone.unfreeze_from`).
 
     Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
     (batch, width) that skip the features.
@@ -73,7 +73,7 @@ class BCNNModule(L.LightningModule):
         loss: nn.Module | None = None,
         centering: bool = False,
         polyak: float | None = None,
-        open_from: str | None = None,
+        unfreeze_from: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -82,7 +82,7 @@ class BCNNModule(L.LightningModule):
         self.scheduler = scheduler
         self.loss = loss or nn.CrossEntropyLoss()
         if stage == "finetune":
-            model.backbone.open_from(open_from)
+            model.backbone.unfreeze_from(unfreeze_from)
             model.backbone.projection.requires_grad_(True)
         else:
             model.backbone.requires_grad_(False)
@@ -120,7 +120,7 @@ class BCNNModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Center the head on the training images, at the same logits; what is resumed is centered."""
-        if self.model.head.batch_mean and epoch_of(self.trainer) == 0:
+        if self.model.head.batch_mean and current_epoch(self.trainer) == 0:
             self.model.head.center_on(self._mean_descriptor())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import VERSION
 from bcnn.models.backbones import Backbone
 from bcnn.training.feature_data import hash_files, hash_tensors
 from bcnn.utils.device import autocast
-from bcnn.utils.files import cache_folder, whole
+from bcnn.utils.files import atomic_write, cache_folder
 from bcnn.utils.progress import track
 
 
 @torch.no_grad()
 def fit_projection(
-    backbone: Backbone, images: ImageFolderData, device: torch.device, precision: str
+    backbone: Backbone, images: FineGrainedDataModule, device: torch.device, precision: str
 ) -> None:
     """Have a backbone project to the first principal axes of a sample of the training images.
 
-    They are remembered: for an image set, a backbone, a framing and a precision they are found once.
+    They are remembered: for an image set, a backbone, a preprocessing and a precision they are found once.
 
     Args:
         backbone: on the CPU, with a projection.
@@ -44,7 +44,7 @@ def fit_projection(
     identity = {
         "features": hash_tensors(own),
         "images": hash_files([path for path, _ in loader.dataset.samples]),  # type: ignore[attr-defined]
-        **images.framing.identity(),
+        **images.preprocessing.identity(),
         "decoding": VERSION,
         "precision": precision,
     }
@@ -60,7 +60,7 @@ def fit_projection(
             shown = track(loader, "principal axes", unit="batches")
             axes = principal_axes(backbone.unprojected(batch.to(device)) for batch, _ in shown).numpy()
         backbone.to("cpu")
-        with whole(file) as part:
+        with atomic_write(file) as part:
             np.save(part, axes)
     weight.copy_(torch.from_numpy(axes)[: len(weight), :, None, None])
 

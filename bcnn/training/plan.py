@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import initialise_backbone, load_model
 from bcnn.training.convex_stage import ConvexModule
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.feature_store import made_stores_dir, stores_dir
 from bcnn.training.logistic_regression import MAX_ENTRIES
 from bcnn.training.module import BCNNModule, reduce_on_plateau
@@ -26,7 +26,7 @@ from bcnn.utils.errors import UserError
 say = rank_zero_only(terminal.say)
 
 
-def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) -> BCNN:
+def build_model(cfg: DictConfig, images: FineGrainedDataModule, device: torch.device) -> BCNN:
     """The network that the first stage starts from: new, or that of `ckpt`, whose splits it brings.
 
     Args:
@@ -41,9 +41,9 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
     if cfg.ckpt is None:
         project = chosen.get("project")
         network = (chosen["backbone"], chosen["pooling"], project)
-        model = BCNN(images.classes, images.framing, *network)
+        model = BCNN(images.classes, images.preprocessing, *network)
         images.resize_for(model.backbone.interpolation)
-        model.framing = images.framing
+        model.preprocessing = images.preprocessing
         initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
         if cfg.model.weights == "pretrained":
             say(f"weights as published: licence {model.backbone.licence or 'not stated'}")
@@ -62,10 +62,10 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
         say(f"the network is that of {cfg.ckpt}: {model.chosen}")
         for part, choice in own.items():
             OmegaConf.update(cfg, f"model.{part}", choice, merge=False, force_add=True)
-    images.resize_for(model.framing.interpolation)
-    if model.framing != images.framing:
-        say(f"{cfg.ckpt} was trained at {model.framing}; going on at {images.framing}")
-    model.framing = images.framing
+    images.resize_for(model.preprocessing.interpolation)
+    if model.preprocessing != images.preprocessing:
+        say(f"{cfg.ckpt} was trained at {model.preprocessing}; going on at {images.preprocessing}")
+    model.preprocessing = images.preprocessing
     if model.split is None:
         say(
             f"{cfg.ckpt} has no record of the images it was trained on: some may be among those that "
@@ -78,8 +78,8 @@ def build_model(cfg: DictConfig, images: ImageFolderData, device: torch.device) 
 
 
 def plan(
-    name: str, options: DictConfig, images: ImageFolderData, model: BCNN, precision: str
-) -> tuple[BCNNModule, ImageFolderData | DescriptorData, dict[str, Any]]:
+    name: str, options: DictConfig, images: FineGrainedDataModule, model: BCNN, precision: str
+) -> tuple[BCNNModule, FineGrainedDataModule | CachedFeatureDataModule, dict[str, Any]]:
     """What to fit in a stage, on what, and the trainer's limits that go with it.
 
     Args:
@@ -105,7 +105,7 @@ def plan(
                 f"takes: choose last=sgd, or rows of at most {MAX_ENTRIES // rows} numbers "
                 "(model.project, model/pooling=compact model.pooling.width)"
             )
-        data = DescriptorData(images, model, precision)
+        data = CachedFeatureDataModule(images, model, precision)
         _refuse_full_disk(data)
         # One "epoch" a λ, one step an epoch, and nothing in it that half precision could speed up.
         limits = {"max_epochs": len(options.l2), "limit_train_batches": 1, "precision": "32-true"}
@@ -131,19 +131,19 @@ def plan(
         )
     steps = {"optimizer": instantiate(options.optimizer), "scheduler": scheduler, "loss": loss}
     if name == "finetune":
-        model.backbone.checkpointing = options.checkpointing
+        model.backbone.grad_checkpointing = options.grad_checkpointing
         model.backbone.compiling = options.get("compile", False)
-        tuning = {key: options[key] for key in ("centering", "polyak", "open_from")}
+        tuning = {key: options[key] for key in ("centering", "polyak", "unfreeze_from")}
         return BCNNModule(model, "finetune", **steps, **tuning), images, limits
     if not options.store:
         return BCNNModule(model, "last", **steps), images, limits
-    data = DescriptorData(images, model, precision)
+    data = CachedFeatureDataModule(images, model, precision)
     _refuse_full_disk(data)
     return BCNNModule(model, "last", **steps), data, limits
 
 
 @rank_zero_only
-def _refuse_full_disk(data: DescriptorData) -> None:
+def _refuse_full_disk(data: CachedFeatureDataModule) -> None:
     """Say where the descriptors will be, or that there is no room for them."""
     free = shutil.disk_usage(made_stores_dir()).free
     size = f"{data.store.rows} rows of {len(data.paths)} images, {data.store.nbytes / 1e9:.2f} GB"

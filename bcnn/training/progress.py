@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
-from bcnn.training.checkpointing import KeepEpoch
+from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.utils import terminal
 from bcnn.utils.progress import progress, span
 
@@ -26,7 +26,7 @@ class EpochRows(L.Callback):
         show: how far an epoch has come, too.
     """
 
-    def __init__(self, keep: KeepEpoch, l2: Sequence[float] = (), show: bool = True) -> None:
+    def __init__(self, keep: BestOrLastCheckpoint, l2: Sequence[float] = (), show: bool = True) -> None:
         self.keep = keep
         self.l2 = l2
         self.show = show

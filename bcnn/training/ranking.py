@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bcnn.evaluation.jobs import Job, in_order, swept_options, write_jobs
 from bcnn.training.config import STAGES
-from bcnn.training.run_state import Result
+from bcnn.training.run_state import StageResult
 from bcnn.training.sweep import FILE
 from bcnn.utils.options import as_called, program
 from bcnn.utils.terminal import say
@@ -59,7 +59,7 @@ def _job(file: Path) -> Job:
     """What a job left, in its note and in the results of its stages."""
     note = json.loads(file.read_text())
     words = note["overrides"]
-    results = [Result.read(Path(note["output"]), stage) for stage in STAGES["both"]]
+    results = [StageResult.read(Path(note["output"]), stage) for stage in STAGES["both"]]
     last = next((result for result in reversed(results) if result), None)
     return Job(
         file.parent,

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
 from bcnn.evaluation import neighbours
 from bcnn.evaluation.figures import write_images
@@ -34,15 +34,15 @@ from bcnn.evaluation.report import MISTAKES, NEIGHBOURS, Before, Neighbour
 from bcnn.evaluation.results import kept_predictions, logged_stages, write_results
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
-from bcnn.training.callbacks import CollapseGuard, Diverged, Float16, SeedEpochs
-from bcnn.training.checkpointing import KeepEpoch, WholeCheckpoints
+from bcnn.training.callbacks import DivergenceMonitor, Float16, SeedEpochs, TrainingDiverged
+from bcnn.training.checkpointing import BestOrLastCheckpoint, WholeCheckpoints
 from bcnn.training.config import STAGES, refuse_mistakes, refuse_output, refuse_strangers
 from bcnn.training.convex_stage import ConvexModule
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import close, log_configuration, log_results, make_loggers
 from bcnn.training.plan import build_model, plan
 from bcnn.training.progress import EpochRows
-from bcnn.training.run_state import RUN, Record, Result, digest
+from bcnn.training.run_state import RUN, RunState, StageResult, digest
 from bcnn.training.summary import advice, facts, say_figures, say_how_to_go_on, say_where, since
 from bcnn.utils import terminal
 from bcnn.utils.device import about_device, chosen_precision, no_memory
@@ -100,7 +100,7 @@ def run(cfg: DictConfig, words: list[str] | None = None) -> float:
         return resume(Path(cfg.output))
     refuse_output(Path(cfg.output))
     cfg.trainer.precision = chosen_precision(cfg.trainer)
-    return _run(Record(cfg, words))
+    return _run(RunState(cfg, words))
 
 
 @_quiet()
@@ -110,7 +110,7 @@ def resume(folder: Path) -> float:
     Raises:
         UserError: the folder holds no such run, its images have changed, or as for `run`.
     """
-    record = Record.read(folder)
+    record = RunState.read(folder)
     refuse_strangers(record.cfg, folder)
     refuse_mistakes(record.cfg)
     remove_parts(folder)
@@ -119,7 +119,7 @@ def resume(folder: Path) -> float:
     return _run(record)
 
 
-def _run(record: Record) -> float:
+def _run(record: RunState) -> float:
     cfg, output = record.cfg, Path(record.cfg.output)
     began, resumed = time.monotonic(), record.images != ""
     made_with = software()  # a clone may be altered before the run ends
@@ -149,7 +149,7 @@ def _run(record: Record) -> float:
     return results[-1].metrics.get("val_top1", math.nan)
 
 
-def _prepared(record: Record, device: torch.device) -> tuple[ImageFolderData, BCNN]:
+def _prepared(record: RunState, device: torch.device) -> tuple[FineGrainedDataModule, BCNN]:
     """The images, set up, and the network that the first stage starts from.
 
     Args:
@@ -157,12 +157,12 @@ def _prepared(record: Record, device: torch.device) -> tuple[ImageFolderData, BC
         device: that it computes on.
     """
     cfg = record.cfg
-    images: ImageFolderData = instantiate(cfg.data)
+    images: FineGrainedDataModule = instantiate(cfg.data)
     images.prepare_data()
     images.setup()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(cfg, images, device)
-    images.step, images.least = model.backbone.stride, model.backbone.smallest
+    images.step, images.least = model.backbone.stride, model.backbone.min_size
     before, record.images = record.images, digest(images.split)
     if before not in ("", record.images):
         raise UserError(
@@ -178,15 +178,15 @@ def _prepared(record: Record, device: torch.device) -> tuple[ImageFolderData, BC
 
 
 @together()
-def _train(record: Record, images: ImageFolderData, model: BCNN) -> list[Result]:
+def _train(record: RunState, images: FineGrainedDataModule, model: BCNN) -> list[StageResult]:
     """Run the stages that have not ended already; ends with the first that fails."""
     cfg, output = record.cfg, Path(record.cfg.output)
-    results: list[Result] = []
+    results: list[StageResult] = []
     checkpoint = Path(cfg.ckpt) if cfg.ckpt else None
     for stage in STAGES[cfg.stage]:
         # Seeded again, so that a stage does the same alone as after the other.
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        if ended := Result.read(output, stage):
+        if ended := StageResult.read(output, stage):
             say("", f"stage {stage} has ended already: {ended.checkpoint}")
             _load(model, ended.checkpoint, cfg)
             results.append(ended)
@@ -205,8 +205,8 @@ def _load(model: BCNN, file: Path, cfg: DictConfig) -> None:
 
 
 def run_stage(
-    record: Record, name: str, images: ImageFolderData, model: BCNN, origin: Path | None
-) -> Result:
+    record: RunState, name: str, images: FineGrainedDataModule, model: BCNN, origin: Path | None
+) -> StageResult:
     """Train one stage, or go on with it, leave its best weights in `model`, and test them.
 
     Args:
@@ -224,7 +224,7 @@ def run_stage(
     l2, crossed = (
         (module.l2, module.cross_validates) if isinstance(module, ConvexModule) else ((), False)
     )
-    keep = KeepEpoch(folder, len(images.train if crossed else images.val))
+    keep = BestOrLastCheckpoint(folder, len(images.train if crossed else images.val))
     loggers = make_loggers(cfg.get("logger"), folder, f"{record.identity}-{name}")
     rows = EpochRows(keep, l2, cfg.trainer.get("enable_progress_bar", True))
     trainer = _trainer(cfg, name, images, keep, rows, loggers, limits)
@@ -253,8 +253,8 @@ def run_stage(
 def _trainer(
     cfg: DictConfig,
     name: str,
-    images: ImageFolderData,
-    keep: KeepEpoch,
+    images: FineGrainedDataModule,
+    keep: BestOrLastCheckpoint,
     rows: EpochRows,
     loggers: list[Logger],
     limits: dict[str, Any],
@@ -272,7 +272,7 @@ def _trainer(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if "optimizer" in cfg[name]:
-        callbacks += [CollapseGuard(len(images.classes), keep, advice(cfg, name)), Float16()]
+        callbacks += [DivergenceMonitor(len(images.classes), keep, advice(cfg, name)), Float16()]
     # A finetune that begins validates what it starts from.
     begins = name == "finetune" and images.val and not keep.state.is_file()
     settings = {
@@ -291,13 +291,16 @@ def _trainer(
 
 
 def _fit(
-    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, keep: KeepEpoch
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    keep: BestOrLastCheckpoint,
 ) -> str:
     """Train, from the state that an interrupted stage left if there is one; returns what went wrong."""
     module.train()  # Lightning keeps the mode that it finds
     try:
         trainer.fit(module, datamodule=data, ckpt_path=keep.state if keep.state.is_file() else None)
-    except Diverged as error:
+    except TrainingDiverged as error:
         return f"stage {keep.state.parent.name}: {error}"
     except torch.OutOfMemoryError as error:
         raise UserError(no_memory(keep.state.parent.name)) from error
@@ -315,10 +318,10 @@ def _kept(
     cfg: DictConfig,
     name: str,
     model: BCNN,
-    keep: KeepEpoch,
+    keep: BestOrLastCheckpoint,
     origin: Path | None,
     failure: str,
-) -> Result:
+) -> StageResult:
     """Leave in `model` what the stage ends with: its own weights or, if they are worse, its start's.
 
     Raises:
@@ -333,7 +336,7 @@ def _kept(
     if right or origin is None or (metrics and metrics["val_loss"] <= start["val_loss"]):
         checkpoint = Path(keep.best_model_path)
         _load(model, checkpoint, cfg)
-        return Result(name, checkpoint, dict(metrics), failure)
+        return StageResult(name, checkpoint, dict(metrics), failure)
     say(f"no epoch of this stage was better than its start: keeping {origin}")
     _load(model, origin, cfg)
     if not failure:
@@ -341,13 +344,13 @@ def _kept(
             f"stage {name} ended worse than it started (validation top-1 at best "
             f"{metrics['val_top1']:.1%}, at its start {start['val_top1']:.1%}): {advice(cfg, name)}"
         )
-    return Result(name, origin, dict(start), failure)
+    return StageResult(name, origin, dict(start), failure)
 
 
 def _test(
-    result: Result,
-    images: ImageFolderData,
-    data: ImageFolderData | DescriptorData,
+    result: StageResult,
+    images: FineGrainedDataModule,
+    data: FineGrainedDataModule | CachedFeatureDataModule,
     model: BCNN,
     precision: str,
     ends: bool,
@@ -370,8 +373,8 @@ def _test(
 
 
 def _nearest(
-    images: ImageFolderData,
-    data: ImageFolderData | DescriptorData,
+    images: FineGrainedDataModule,
+    data: FineGrainedDataModule | CachedFeatureDataModule,
     model: BCNN,
     predictions: Predictions,
     precision: str,
@@ -400,7 +403,7 @@ def _nearest(
 
 
 def _batches(
-    data: ImageFolderData | DescriptorData, samples: Sequence[tuple[str, int]]
+    data: FineGrainedDataModule | CachedFeatureDataModule, samples: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What a trained model sees of these images, in order."""
     return (data.on_before_batch_transfer(batch, 0) for batch in data.evaluation_dataloader(samples))
@@ -408,9 +411,9 @@ def _batches(
 
 @rank_zero_only
 def _report(
-    record: Record,
-    results: list[Result],
-    images: ImageFolderData,
+    record: RunState,
+    results: list[StageResult],
+    images: FineGrainedDataModule,
     model: BCNN,
     circumstances: dict[str, str],
 ) -> Path | None:
@@ -433,7 +436,7 @@ def _report(
     )
 
 
-def _before(results: list[Result], ckpt: str | None) -> Before | None:
+def _before(results: list[StageResult], ckpt: str | None) -> Before | None:
     """What the stage before the last said, in this run or in that of `ckpt`.
 
     None where nobody knows, or the last one kept what it started from.

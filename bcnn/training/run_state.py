@@ -12,13 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bcnn.data.splits import Split
+from bcnn.data.splits import SplitRecord
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import Neighbour
 from bcnn.evaluation.results import PREDICTIONS
 from bcnn.training.checkpointing import STATE
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 
 RUN = "run.yaml"
 STAGE = "result.json"
@@ -27,7 +27,7 @@ PATHS = (("", "ckpt"), ("data", "root"), ("data", "list"), ("model", "weights"))
 
 
 @dataclass
-class Record:
+class RunState:
     """Of a run, in `output/run.yaml`.
 
     Args:
@@ -52,7 +52,7 @@ class Record:
             place = Path(str(options[name])).expanduser()
             if place.is_file() or (name == "root" and place.is_dir()):
                 options[name] = str(place.absolute())
-        with whole(Path(self.cfg.output) / RUN) as part:
+        with atomic_write(Path(self.cfg.output) / RUN) as part:
             OmegaConf.save(OmegaConf.create(vars(self) | {"cfg": cfg}), part)
 
     def finish(self) -> None:
@@ -63,7 +63,7 @@ class Record:
             state.unlink()
 
     @classmethod
-    def read(cls, folder: Path) -> "Record":
+    def read(cls, folder: Path) -> "RunState":
         """The record of a run that was interrupted, in the folder where it is now.
 
         Raises:
@@ -82,7 +82,7 @@ class Record:
 
 
 @dataclass
-class Result:
+class StageResult:
     """What a stage ended with: the file of its best weights, their figures, and what went wrong."""
 
     stage: str
@@ -101,11 +101,11 @@ class Result:
         for found, name in ((self.predictions, PREDICTIONS), (self.held_out, HELD_OUT)):
             if found:
                 found.save(output / self.stage / name)
-        with whole(output / self.stage / STAGE) as part:
+        with atomic_write(output / self.stage / STAGE) as part:
             part.write_text(json.dumps(plain, indent=1))
 
     @classmethod
-    def read(cls, output: Path, stage: str) -> "Result | None":
+    def read(cls, output: Path, stage: str) -> "StageResult | None":
         """Of a stage that ended; None if it did not.
 
         Raises:
@@ -131,6 +131,6 @@ class Result:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error
 
 
-def digest(split: Split) -> str:
+def digest(split: SplitRecord) -> str:
     """Tells whether images are the same and in the same splits."""
     return hashlib.sha256(json.dumps(split.plain(), sort_keys=True).encode()).hexdigest()

@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from bcnn.data.datamodule import ImageFolderData
-from bcnn.training.run_state import RUN, Record, Result
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.training.run_state import RUN, RunState, StageResult
 from bcnn.utils.options import literal, program
 from bcnn.utils.terminal import say
 
@@ -17,7 +17,7 @@ SPLITS = {"val": "validation", "test": "test"}
 
 
 @rank_zero_only
-def say_figures(results: list[Result], images: ImageFolderData) -> None:
+def say_figures(results: list[StageResult], images: FineGrainedDataModule) -> None:
     """The figures of the stages, side by side."""
     say("", _row("", (result.stage for result in results)))
     crossed = "the training images, each by classifiers that have not seen it"
@@ -33,7 +33,7 @@ def say_figures(results: list[Result], images: ImageFolderData) -> None:
 
 
 @rank_zero_only
-def say_where(record: Record, results: list[Result], report: Path | None) -> None:
+def say_where(record: RunState, results: list[StageResult], report: Path | None) -> None:
     """Where everything is, and what to do next."""
     checkpoint = results[-1].checkpoint
     say("", f"all of this run: {record.cfg.output}")
@@ -55,7 +55,9 @@ def say_how_to_go_on(output: Path) -> None:
     say(f"go on with: {train_command(f'resume={output.absolute()}')}")
 
 
-def facts(record: Record, results: list[Result], images: ImageFolderData) -> dict[str, str]:
+def facts(
+    record: RunState, results: list[StageResult], images: FineGrainedDataModule
+) -> dict[str, str]:
     """Where the model of a run comes from, for its report."""
     kept, words = results[-1], record.words
     splits = (("to train on", images.train), ("to validate", images.val), ("to test", images.test))
@@ -63,7 +65,7 @@ def facts(record: Record, results: list[Result], images: ImageFolderData) -> dic
         "what went wrong": kept.failure,
         "command": "" if words is None else train_command(*words),
         "photographs": str(Path(images.list or images.root).absolute()),
-        "seen at": str(images.framing),
+        "seen at": str(images.preprocessing),
         "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
         "checkpoint": str(kept.checkpoint.absolute()),
     }
@@ -80,7 +82,7 @@ def advice(cfg: DictConfig, stage: str) -> str:
     return f"try {stage}.optimizer.lr={cfg[stage].optimizer.lr / 10:g}"
 
 
-def _next(cfg: DictConfig, words: list[str], result: Result) -> str:
+def _next(cfg: DictConfig, words: list[str], result: StageResult) -> str:
     """Fine-tune what `last` saved; or go on from a finetune at a tenth of its rate."""
     change = {"stage": "finetune", "ckpt": str(result.checkpoint.resolve())}
     if result.stage == "finetune":

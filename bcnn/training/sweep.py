@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import whole
+from bcnn.utils.files import atomic_write
 from bcnn.utils.options import as_called
 from bcnn.utils.terminal import say
 
@@ -170,7 +170,7 @@ def _say_mistake(error: Exception) -> str:
 
 def _write(folder: Path, note: dict[str, Any]) -> None:
     """A file, since launchers run jobs in processes of their own."""
-    with whole(folder / FILE) as part:
+    with atomic_write(folder / FILE) as part:
         part.write_text(json.dumps(note, indent=1))
 
 

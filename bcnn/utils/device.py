@@ -125,7 +125,7 @@ def no_memory(stage: str) -> str:
     """What to do where a device has too little memory for a stage."""
     advice = f"a smaller {stage}.batch_size, with {stage}.accumulate for steps as large as before"
     if stage == "finetune":
-        advice += ", or finetune.checkpointing=true"
+        advice += ", or finetune.grad_checkpointing=true"
     return f"the device has too little memory for stage {stage}: try {advice}"
 
 

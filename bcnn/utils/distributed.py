@@ -24,7 +24,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return mean
 
 
-def from_first(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T]) -> T:
+def on_rank_zero(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T]) -> T:
     """What rank 0's `act` returns, on every rank.
 
     Args:

@@ -16,7 +16,7 @@ FULL = 1 << 20  # bytes: a disk with less is full
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write what `path` is to hold: a file beside it, of the same ending.
 
     When the block ends it is on the disk and takes the place of `path`; when the block raises it is

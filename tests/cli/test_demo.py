@@ -111,7 +111,7 @@ def test_the_nearest_photographs_are_those_of_the_descriptors(
     nearest = answer["nearest"]
     assert len(nearest) == NEAREST and nearest[0]["file"] == Path(path).name
     assert nearest[0]["apart"] < 0.002 and nearest[0]["name"] == tiny.classes[label]
-    transform = tiny.framing.evaluation()
+    transform = tiny.preprocessing.evaluation()
     rows = tiny.descriptor(torch.stack([transform(Image.open(p)) for p, _ in gallery.samples]))
     apart = (rows - rows[5]).norm(dim=1).sort().values[:NEAREST]
     assert [each["apart"] for each in nearest] == pytest.approx(apart.tolist(), abs=0.002)

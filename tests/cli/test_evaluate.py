@@ -12,8 +12,8 @@ from conftest import write_images
 from PIL import Image
 
 from bcnn.cli.evaluate import USAGE, Options, main
-from bcnn.data.datamodule import ImageFolderData
-from bcnn.data.transforms import Framing
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.heatmap import Box
 from bcnn.evaluation.inference import predict_split
 from bcnn.evaluation.predictions import Predictions
@@ -29,7 +29,7 @@ from bcnn.utils.options import command
 def model() -> BCNN:
     """Random weights that disagree about the toy images, with an order of classes of their own."""
     torch.manual_seed(0)
-    model = BCNN(["red", "blue", "green"], Framing(32))
+    model = BCNN(["red", "blue", "green"], Preprocessing(32))
     model.backbone.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.nn.init.normal_(model.head.weight, std=30)
     return model
@@ -83,7 +83,7 @@ def test_files_agree_with_each_other_and_with_the_model(
     assert f"{np.mean(correct):.1%}" in printed and "95 % interval" in printed
     assert str(out / "report.html") in printed
 
-    data = ImageFolderData(images, size=32, num_workers=0)
+    data = FineGrainedDataModule(images, size=32, num_workers=0)
     data.setup()
     batch = next(iter(data.evaluation_dataloader([(path, 0) for path in saved["paths"].tolist()])))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_mirror_takes_the_mean_logits_of_both(
     words = [f"ckpt={checkpoint}", f"data={images}", f"output={out}", "mirror=true"]
     assert evaluate(*words) == 0
     saved = np.load(out / "predictions.npz")
-    data = ImageFolderData(images, size=32, num_workers=0)
+    data = FineGrainedDataModule(images, size=32, num_workers=0)
     data.setup()
     batch = next(iter(data.evaluation_dataloader([(path, 0) for path in saved["paths"].tolist()])))
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_the_original_pth_says_the_same(
     model.head.bias.data = model.head.bias.data[order]
     torch.save(to_original(model), tmp_path / "bcnn.pth")
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["framing"]["size"] = 448  # the original's
+    content["hyper_parameters"]["preprocessing"]["size"] = 448  # the original's
     torch.save(content, checkpoint)
     (images / "val" / "red").mkdir(parents=True)
     (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")
@@ -135,7 +135,7 @@ def test_the_original_pth_says_the_same(
 
 
 def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> None:
-    data = ImageFolderData(images, size=32, num_workers=0)
+    data = FineGrainedDataModule(images, size=32, num_workers=0)
     data.setup()
     loader = data.test_dataloader()
     by_images = predict_split(model, data.test, loader, "32-true")
@@ -157,7 +157,7 @@ def test_evidence_of_mistakes_is_the_logits_of_both_classes(
         return picture
 
     monkeypatch.setattr("bcnn.evaluation.results.overlay", note)
-    data = ImageFolderData(images, size=32, num_workers=0)
+    data = FineGrainedDataModule(images, size=32, num_workers=0)
     data.setup()
     predictions = predict_split(model, data.test, data.test_dataloader(), "32-true")
     mistakes = predictions.confident_mistakes(MISTAKES)

@@ -9,7 +9,7 @@ from conftest import make_near_sighted
 from PIL import Image
 
 from bcnn.cli import explain
-from bcnn.data.transforms import Framing, Resize
+from bcnn.data.transforms import Preprocessing, Resize
 from bcnn.evaluation import inference
 from bcnn.evaluation.heatmap import overlay
 from bcnn.models.bilinear_cnn import BCNN
@@ -23,12 +23,14 @@ RED, BLUE, GREEN, GREY = (230, 25, 25), (25, 25, 230), (25, 230, 25), (128, 128,
 def model() -> BCNN:
     """Tells colours apart, blind to grey; its crops (72 px) are no whole number of locations."""
     torch.manual_seed(0)
-    model = BCNN(["red", "blue", "green"], Framing(72)).eval()
+    model = BCNN(["red", "blue", "green"], Preprocessing(72)).eval()
     model.backbone.set_normalization([0.5] * 3, [0.25] * 3)
     make_near_sighted(model)
     examples = [marked((72, 72), (0, 0, 32, 32), colour) for colour in (RED, BLUE, GREEN)]
     with torch.no_grad():
-        rows = model.descriptor(torch.stack([model.framing.evaluation()(image) for image in examples]))
+        rows = model.descriptor(
+            torch.stack([model.preprocessing.evaluation()(image) for image in examples])
+        )
         model.head.center_on(rows.mean(dim=0))
         model.head.weight.copy_(20 * (rows - rows.mean(dim=0)))
     return model
@@ -64,8 +66,8 @@ def test_the_crop_lies_where_the_transform_looks(
     across = np.linspace(0, 255, size[0]).astype(np.uint8)
     down = np.linspace(0, 255, size[1]).astype(np.uint8)
     where = np.stack(np.broadcast_arrays(across[None, :], down[:, None], np.uint8(0)), axis=-1)
-    seen = Framing(72, resize, crop_pct).evaluation()(Image.fromarray(where)).float()
-    left, top, right, bottom = Framing(72, resize, crop_pct).crop(*size)
+    seen = Preprocessing(72, resize, crop_pct).evaluation()(Image.fromarray(where)).float()
+    left, top, right, bottom = Preprocessing(72, resize, crop_pct).crop(*size)
     edges = [seen[0, 36, 0], seen[1, 0, 36], seen[0, 36, -1], seen[1, -1, 36]]
     expected = [
         255 * edge / side for edge, side in zip((left, top, right, bottom), size * 2, strict=True)
@@ -107,7 +109,7 @@ def test_the_maps_sum_to_the_logits(model: BCNN) -> None:
     likely = found.probabilities.log()
     torch.testing.assert_close(found.contrast.sum(), likely[2] - likely[0], rtol=1e-3, atol=1e-3)
     with torch.no_grad():
-        logits = model(model.framing.evaluation()(photograph)[None])[0]
+        logits = model(model.preprocessing.evaluation()(photograph)[None])[0]
     torch.testing.assert_close(found.evidence.sum(), logits[2], rtol=0.02, atol=0.02)
 
 

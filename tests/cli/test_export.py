@@ -23,7 +23,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn.cli import export
 from bcnn.data.image_io import load_image
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model, save_model
 from bcnn.models.export import FORMATS, compare, write_weights
@@ -32,13 +32,13 @@ from bcnn.utils.errors import UserError
 from bcnn.utils.options import command
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
-FRAMING = Framing(64, "keep", interpolation="bicubic")
+PREPROCESSING = Preprocessing(64, "keep", interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(CLASSES, FRAMING)
+    model = BCNN(CLASSES, PREPROCESSING)
     preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
     model.backbone.set_normalization(preset.mean, preset.std)
     for (
@@ -133,11 +133,11 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
     (said,) = (each for each in content.metadata_props if each.key == "interpolation")
     content.metadata_props.remove(said)
     onnx.save(content, tmp_path / "before.onnx")
-    files = {onnx_file: FRAMING, tmp_path / "before.onnx": Framing(64, "keep")}
+    files = {onnx_file: PREPROCESSING, tmp_path / "before.onnx": Preprocessing(64, "keep")}
     capsys.readouterr()
-    for (file, framing), path in product(files.items(), photographs):
+    for (file, preprocessing), path in product(files.items(), photographs):
         classes, logits = classify(file, path)
-        image = framing.evaluation()(load_image(path))
+        image = preprocessing.evaluation()(load_image(path))
         with torch.no_grad():
             expected = model(image[None])[0]
         assert classes == CLASSES
@@ -217,7 +217,9 @@ def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
 def test_a_file_that_computes_something_else_is_not_passed_over(
     ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(FORMATS, "pth", (write_weights, lambda path: BCNN(CLASSES, Framing(64)).eval()))
+    monkeypatch.setitem(
+        FORMATS, "pth", (write_weights, lambda path: BCNN(CLASSES, Preprocessing(64)).eval())
+    )
     assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 1
     assert "not kept" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -282,7 +284,7 @@ def test_outputs_that_are_not_finite_do_not_agree(tiny: BCNN, tmp_path: Path) ->
 
 @pytest.mark.parametrize("root", ["plain", None])
 def test_the_original_has_no_other_root_than_its_own(tmp_path: Path, root: str | None) -> None:
-    model = BCNN(["a", "b"], Framing(32), pooling={"name": "bilinear", "root": root})
+    model = BCNN(["a", "b"], Preprocessing(32), pooling={"name": "bilinear", "root": root})
     with pytest.raises(UserError, match=r"the original's layout is for .* signed roots alone"):
         save_model(model, tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()

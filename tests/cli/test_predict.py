@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from bcnn.cli.predict import USAGE, Options, main
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.inference import predict_paths
 from bcnn.evaluation.writers import Prediction
 from bcnn.models.bilinear_cnn import BCNN
@@ -31,7 +31,7 @@ CLASSES = [*COLOURS, "a class with a, comma"]
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = BCNN(CLASSES, Framing(32))
+    model = BCNN(CLASSES, Preprocessing(32))
     nn.init.normal_(model.head.weight)
     path = tmp_path_factory.mktemp("weights") / "best.ckpt"
     state = {f"model.{key}": value for key, value in model.state_dict().items()}

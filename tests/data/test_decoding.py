@@ -12,10 +12,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from bcnn.data.formats import files_below, images_below
 from bcnn.data.image_io import load_image, upright_rgb
-from bcnn.data.index import Layout
+from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Finding, cache_file, check, inspect
 from bcnn.data.review import flat
-from bcnn.data.transforms import Framing, Interpolation
+from bcnn.data.transforms import Interpolation, Preprocessing
 from bcnn.utils.errors import UserError
 
 RAMP = np.arange(256).reshape(16, 16)
@@ -104,7 +104,7 @@ def test_images_of_one_colour_are_named(tmp_path: Path, suffix: str) -> None:
     ]
     findings = check(tmp_path, paths)
     assert [findings[path].flat for path in paths] == [True, False]
-    layout = Layout(["a"], train=[(path, 0) for path in paths])
+    layout = ImageIndex(["a"], train=[(path, 0) for path in paths])
     (sentence,) = flat(layout, findings)
     assert sentence == f"1 image is of one colour throughout: {paths[0]}"
     assert flat(layout.without(paths[:1]), findings) == []
@@ -113,7 +113,7 @@ def test_images_of_one_colour_are_named(tmp_path: Path, suffix: str) -> None:
 def test_no_more_than_three_are_examples() -> None:
     samples = [(f"{number}.png", 0) for number in range(5)]
     findings = {path: Finding("PNG", 1, 1, "0", flat=True) for path, _ in samples}
-    (sentence,) = flat(Layout(["a"], train=samples), findings)
+    (sentence,) = flat(ImageIndex(["a"], train=samples), findings)
     assert sentence == "5 images are of one colour throughout: 0.png; 1.png; 2.png"
 
 
@@ -196,7 +196,7 @@ def test_the_middle_of_a_strip_is_as_that_of_the_whole(
     image = Image.fromarray(noise)
     resized = v2.Resize([round(32 / crop_pct)], InterpolationMode(interpolation))
     whole = v2.Compose([v2.ToImage(), resized, v2.CenterCrop(32)])(image)
-    ours = Framing(32, "keep", crop_pct, interpolation).evaluation()(image)
+    ours = Preprocessing(32, "keep", crop_pct, interpolation).evaluation()(image)
     difference = (whole.int() - ours.int()).abs()
     # Where the sides resized are whole numbers, nothing changes; else the middle moves a little.
     little = {"bilinear": 1, "bicubic": 2}[interpolation]
@@ -207,7 +207,10 @@ def test_the_middle_of_a_strip_is_as_that_of_the_whole(
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_a_line_takes_the_memory_of_any_image(resize: str, scale: float | None) -> None:
     line = Image.new("RGB", (1, 3000), (255, 0, 0))
-    evaluate, train = Framing(448, resize).evaluation(), Framing(448, resize).training(scale, 16, 32)
+    evaluate, train = (
+        Preprocessing(448, resize).evaluation(),
+        Preprocessing(448, resize).training(scale, 16, 32),
+    )
     for transform in (evaluate, train):
         resized = transform.transforms[1](v2.functional.to_image(line))
         assert resized.numel() < 10e6

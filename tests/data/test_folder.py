@@ -8,14 +8,14 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import load_image
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.utils.errors import UserError
 
 
-def set_up(root: Path, **options: object) -> ImageFolderData:
-    data = ImageFolderData(root, size=32, num_workers=0, **options)  # type: ignore[arg-type]
+def set_up(root: Path, **options: object) -> FineGrainedDataModule:
+    data = FineGrainedDataModule(root, size=32, num_workers=0, **options)  # type: ignore[arg-type]
     data.setup()
     return data
 
@@ -64,8 +64,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 def test_keep_crops_the_centre_and_squash_keeps_everything() -> None:
     stripes = Image.new("RGB", (96, 32), (0, 0, 0))
     stripes.paste((255, 255, 255), (32, 0, 64, 32))
-    kept = Framing(32, "keep").evaluation()(stripes)
-    squashed = Framing(32, "squash").evaluation()(stripes)
+    kept = Preprocessing(32, "keep").evaluation()(stripes)
+    squashed = Preprocessing(32, "squash").evaluation()(stripes)
     assert kept.shape == squashed.shape == (3, 32, 32) and kept.dtype == torch.uint8
     assert kept.float().mean() == 255
     assert 70 < squashed.float().mean() < 100
@@ -73,7 +73,7 @@ def test_keep_crops_the_centre_and_squash_keeps_everything() -> None:
 
 def test_training_crops_and_flips_at_random() -> None:
     ramp = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1))).convert("RGB")
-    transform = Framing(32, "keep").training()
+    transform = Preprocessing(32, "keep").training()
     torch.manual_seed(0)
     crops = [transform(ramp)[0, 0] for _ in range(20)]
     assert len({int(crop.min()) for crop in crops}) > 5
@@ -84,9 +84,9 @@ def test_training_crops_and_flips_at_random() -> None:
 def test_training_crops_take_shares_of_the_image(resize: str) -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1))).convert("RGB")
     torch.manual_seed(0)
-    crops = [Framing(32, resize).training(0.25, 16, 32)(ramp)[0].float() for _ in range(50)]
+    crops = [Preprocessing(32, resize).training(0.25, 16, 32)(ramp)[0].float() for _ in range(50)]
     assert {crop.shape for crop in crops} == {(32, 32)}
-    assert Framing(160, resize).training(0.25, 16, 32)(ramp).shape == (3, 144, 144)
+    assert Preprocessing(160, resize).training(0.25, 16, 32)(ramp).shape == (3, 144, 144)
     spans = [float(crop.max() - crop.min()) for crop in crops]
     # A quarter of its area is 71 px square, at 4:5 63 across; at most, 100 high, 125 across.
     least, most = (60, 125) if resize == "keep" else (85, 200)
@@ -120,9 +120,9 @@ def test_hidden_files_are_no_images(images: Path) -> None:
 
 def test_crop_pct_resizes_to_more_than_the_crop_shows(images: Path) -> None:
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
-    inner = Framing(32, "squash", 0.5).evaluation()(ramp)
+    inner = Preprocessing(32, "squash", 0.5).evaluation()(ramp)
     assert torch.equal(inner, torch.from_numpy(np.asarray(ramp)[16:48, 16:48].copy()).permute(2, 0, 1))
-    crops = {Framing(32, "squash", 0.5).training()(ramp)[0].min().item() for _ in range(20)}
+    crops = {Preprocessing(32, "squash", 0.5).training()(ramp)[0].min().item() for _ in range(20)}
     assert len(crops) > 5  # a squashed image without a margin has one crop only
     data = set_up(images, crop_pct=0.5)
     assert next(iter(data.evaluation_dataloader(data.test)))[0].shape == (6, 3, 32, 32)

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import read_folder, read_list
 from bcnn.utils.cells import harmless, name_of
 from bcnn.utils.errors import UserError
 
 
-def lengths(data: ImageFolderData) -> tuple[int, int, int]:
+def lengths(data: FineGrainedDataModule) -> tuple[int, int, int]:
     return len(data.train), len(data.val), len(data.test)
 
 
@@ -388,7 +388,7 @@ def test_too_few_images_for_the_split_asked_for(tmp_path: Path) -> None:
         ({"val_fraction": 1}, "val_fraction=1"),
         ({"test_fraction": -0.1}, "test_fraction=-0.1"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
-        ({"broken": "ignore"}, "data.broken=ignore: choose from stop, skip"),
+        ({"broken": "ignore"}, "data.on_invalid_image=ignore: choose from stop, skip"),
         ({"sampler": "random"}, "data.sampler=random: choose null or balanced"),
     ],
 )
@@ -409,7 +409,7 @@ def test_broken_images_stop_and_are_listed_or_are_left_out(
     listing = Path(next(word for word in str(error.value).split() if word.endswith("-broken.txt")))
     assert {line.split("\t")[0] for line in listing.read_text().splitlines()} == set(map(str, broken))
     capsys.readouterr()
-    data = set_up(images, broken="skip", val_fraction=0)
+    data = set_up(images, on_invalid_image="skip", val_fraction=0)
     assert lengths(data) == (16, 0, 5)
     assert not {path for path, _ in data.train} & set(map(str, broken))
     printed = capsys.readouterr().out
@@ -420,7 +420,7 @@ def test_a_class_whose_images_are_all_broken_is_not_skipped_silently(images: Pat
     for path in (images / "train" / "red").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="test holds classes that train lacks: red"):
-        set_up(images, broken="skip")
+        set_up(images, on_invalid_image="skip")
 
 
 def test_the_same_image_in_train_and_test_is_counted(

@@ -10,10 +10,10 @@ import torch
 from conftest import set_up, write_classes
 from PIL import Image, ImageOps
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_cache import load_reduced
 from bcnn.data.image_io import MARGIN, load_image
-from bcnn.data.transforms import Framing, Interpolation, Resize
+from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from bcnn.utils.errors import UserError
 from benchmarks.photographs import photograph
 
@@ -52,7 +52,7 @@ def test_the_crop_is_that_of_the_whole_image(
     picture: Image.Image, tmp_path: Path, resize: Resize, options: dict[str, Any]
 ) -> None:
     path = save(picture, tmp_path / "large.jpg", **options)
-    transform = Framing(SIDE, resize).evaluation()
+    transform = Preprocessing(SIDE, resize).evaluation()
     reduced, whole = load_image(path, SIDE), load_image(path)
     assert reduced.size < whole.size
     assert difference(transform(reduced), transform(whole)) < BOUND
@@ -64,9 +64,13 @@ def test_the_crop_is_that_of_the_whole_image(
 def test_images_are_resized_as_pillow_does(interpolation: Interpolation, resize: Resize) -> None:
     """In evaluation and training, to two grey levels: the two filters differ by more than ten."""
     square = photograph((160, 160), np.random.default_rng(1))
-    framing = Framing(80, resize, interpolation=interpolation)
+    preprocessing = Preprocessing(80, resize, interpolation=interpolation)
     # Of a square, the one crop of all of its area and such an aspect is the whole.
-    for transform in (framing.evaluation(), framing.training(), framing.training(1.0, step=16)):
+    for transform in (
+        preprocessing.evaluation(),
+        preprocessing.training(),
+        preprocessing.training(1.0, step=16),
+    ):
         found = transform(square).permute(1, 2, 0).numpy().astype(int)
         pillows = square.resize(found.shape[:2], Image.Resampling[interpolation.upper()])
         assert any(abs(found - each).max() <= 2 for each in (pillows, ImageOps.mirror(pillows)))
@@ -79,7 +83,7 @@ def test_reduced_images_are_upright(picture: Image.Image, tmp_path: Path, orient
     path = save(picture, tmp_path / "turned.jpg", exif=exif)
     reduced, whole = load_image(path, SIDE), ImageOps.exif_transpose(Image.open(path))
     assert (reduced.width < reduced.height) == (orientation > 4)
-    transform = Framing(SIDE, "squash").evaluation()
+    transform = Preprocessing(SIDE, "squash").evaluation()
     assert difference(transform(reduced), transform(whole)) < BOUND
 
 
@@ -88,7 +92,7 @@ def test_reduced_images_are_rgb(picture: Image.Image, tmp_path: Path, mode: str)
     path = save(picture.convert(mode), tmp_path / "large.jpg")
     reduced, whole = load_image(path, SIDE), load_image(path)
     assert reduced.mode == whole.mode == "RGB" and reduced.size < whole.size
-    transform = Framing(SIDE, "keep").evaluation()
+    transform = Preprocessing(SIDE, "keep").evaluation()
     assert difference(transform(reduced), transform(whole)) < BOUND
 
 
@@ -115,7 +119,7 @@ def test_folders_load_reduced_images(
     monkeypatch.setattr(
         "bcnn.data.datamodule.load_image", lambda path, side: sides.append(side) or picture
     )
-    data = ImageFolderData(tmp_path, SIDE, crop_pct=0.75, num_workers=0)
+    data = FineGrainedDataModule(tmp_path, SIDE, crop_pct=0.75, num_workers=0)
     data.step = 16
     data.train = samples
     for loader in (data.train_dataloader(), data.evaluation_dataloader(samples)):
@@ -133,7 +137,7 @@ def test_a_large_file_is_kept_reduced_and_the_same_whether_it_is_kept_or_not(
         assert all(image.tobytes() == images[0].tobytes() for image in images), name
         copies = list((tmp_path / "bcnn" / "reduced").rglob("*.*"))
         assert len(copies) == 1 and min(images[0].size) == MARGIN * SIDE
-    transform = Framing(SIDE).evaluation()
+    transform = Preprocessing(SIDE).evaluation()
     assert difference(transform(images[0]), transform(picture)) < BOUND
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     Image.new("RGB", images[0].size, "red").save(copies[0])
@@ -171,7 +175,9 @@ def test_what_is_trained_on_is_kept_reduced_and_what_is_evaluated_is_not(
     for name in ("train/a/0", "train/b/1", "val/a/2", "val/b/3"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         save(ImageOps.mirror(picture) if "b" in name else picture, tmp_path / f"photos/{name}.jpg")
-    data = ImageFolderData(tmp_path / "photos", size=SIDE, num_workers=0, batch_size=2, cache=cache)
+    data = FineGrainedDataModule(
+        tmp_path / "photos", size=SIDE, num_workers=0, batch_size=2, cache=cache
+    )
     data.setup()
     for loader in (data.val_dataloader(), data.sample_dataloader(), data.train_dataloader()):
         assert not list(tmp_path.glob("bcnn/reduced/*/*"))

@@ -8,15 +8,15 @@ import torch
 from conftest import build, set_up, write_classes
 from torch.utils.data import SequentialSampler
 
-from bcnn.data.datamodule import ImageFolderData, Sampling
-from bcnn.data.sampler import PADDING, Draws
+from bcnn.data.datamodule import FineGrainedDataModule, Sampling
+from bcnn.data.sampler import PADDING, SeededSampler
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.utils.errors import UserError
 
 
 @pytest.fixture
-def uneven(tmp_path: Path) -> ImageFolderData:
+def uneven(tmp_path: Path) -> FineGrainedDataModule:
     """30 images of one class and 3 of the other."""
     write_classes(tmp_path / "train", many=30, few=3)
     write_classes(tmp_path / "val", many=4, few=1)
@@ -30,7 +30,7 @@ def share(batches: object) -> float:
     return (labels == 0).float().mean().item()
 
 
-def test_images_are_drawn_balanced_in_training_only(uneven: ImageFolderData) -> None:
+def test_images_are_drawn_balanced_in_training_only(uneven: FineGrainedDataModule) -> None:
     assert uneven.classes == ["few", "many"]
     train = uneven.train_dataloader()
     assert len(train) == 3
@@ -40,14 +40,14 @@ def test_images_are_drawn_balanced_in_training_only(uneven: ImageFolderData) -> 
     assert share(uneven.train_dataloader()) == pytest.approx(3 / 33)
 
 
-def test_descriptors_are_drawn_balanced_too(uneven: ImageFolderData) -> None:
-    data = build(DescriptorData(uneven, BCNN(uneven.classes, 32), "32-true"))
+def test_descriptors_are_drawn_balanced_too(uneven: FineGrainedDataModule) -> None:
+    data = build(CachedFeatureDataModule(uneven, BCNN(uneven.classes, 32), "32-true"))
     data.trainer = None  # so that passes are epochs
     assert 0.42 < share(data.train_dataloader()) < 0.58
     assert isinstance(data.val_dataloader().sampler, SequentialSampler)
 
 
-def of_rank(data: ImageFolderData, rank: int, ranks: int) -> ImageFolderData:
+def of_rank(data: FineGrainedDataModule, rank: int, ranks: int) -> FineGrainedDataModule:
     """The data as one of the processes that train together has them, in their first epoch."""
     progress = SimpleNamespace(current=SimpleNamespace(processed=0))
     fit_loop = SimpleNamespace(epoch_progress=progress)
@@ -55,7 +55,7 @@ def of_rank(data: ImageFolderData, rank: int, ranks: int) -> ImageFolderData:
     return data
 
 
-def drawn(data: ImageFolderData, rank: int = 0, ranks: int = 1) -> list[list[tuple[int, int]]]:
+def drawn(data: FineGrainedDataModule, rank: int = 0, ranks: int = 1) -> list[list[tuple[int, int]]]:
     """The batches of an epoch, as a rank draws them."""
     return list(of_rank(data, rank, ranks).train_dataloader().batch_sampler)  # type: ignore[arg-type]
 
@@ -63,7 +63,7 @@ def drawn(data: ImageFolderData, rank: int = 0, ranks: int = 1) -> list[list[tup
 @pytest.mark.parametrize("sampler", ["balanced", None])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_batches_of_all_ranks_together_are_those_of_one(
-    uneven: ImageFolderData, sampler: Sampling, ranks: int
+    uneven: FineGrainedDataModule, sampler: Sampling, ranks: int
 ) -> None:
     uneven.sampler, uneven.batch_size = sampler, 8
     alone = drawn(uneven)
@@ -75,7 +75,7 @@ def test_the_batches_of_all_ranks_together_are_those_of_one(
 
 @pytest.mark.parametrize("batch_size", [64, 128])
 def test_a_set_smaller_than_a_batch_is_one_batch_on_any_number_of_ranks(
-    uneven: ImageFolderData, batch_size: int
+    uneven: FineGrainedDataModule, batch_size: int
 ) -> None:
     uneven.sampler, uneven.batch_size = None, batch_size
     for ranks, share in ((1, 33), (2, 16), (8, 4), (32, 1)):
@@ -83,14 +83,14 @@ def test_a_set_smaller_than_a_batch_is_one_batch_on_any_number_of_ranks(
             assert [len(batch) for batch in drawn(uneven, rank, ranks)] == [share]
 
 
-def test_fewer_images_than_devices_are_a_sentence(uneven: ImageFolderData) -> None:
+def test_fewer_images_than_devices_are_a_sentence(uneven: FineGrainedDataModule) -> None:
     with pytest.raises(UserError, match="33 images to train on are fewer than the 64 devices"):
         drawn(uneven, 0, 64)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_evaluate_every_image_once_in_as_many_batches(
-    uneven: ImageFolderData, ranks: int
+    uneven: FineGrainedDataModule, ranks: int
 ) -> None:
     uneven.batch_size = 8
     batches = [list(of_rank(uneven, rank, ranks).val_dataloader()) for rank in range(ranks)]
@@ -100,15 +100,15 @@ def test_ranks_evaluate_every_image_once_in_as_many_batches(
 
 
 def test_draws_are_a_function_of_seed_and_epoch() -> None:
-    first, second = Draws(50, seed=3), Draws(50, seed=3, epoch=lambda: 1)
+    first, second = SeededSampler(50, seed=3), SeededSampler(50, seed=3, epoch=lambda: 1)
     zeroth = list(first)
     assert sorted(index for index, _ in zeroth) == list(range(50))
     assert list(first) == list(second) == list(second) != zeroth
-    assert list(Draws(50, seed=4)) != zeroth == list(Draws(50, seed=3))
+    assert list(SeededSampler(50, seed=4)) != zeroth == list(SeededSampler(50, seed=3))
     assert len({seed for _, seed in zeroth}) == 50
 
 
-def test_neither_workers_nor_numbers_drawn_before_change_a_crop(uneven: ImageFolderData) -> None:
+def test_neither_workers_nor_numbers_drawn_before_change_a_crop(uneven: FineGrainedDataModule) -> None:
     uneven.sampler = None
     state = torch.get_rng_state()
     alone = [images for images, _ in uneven.train_dataloader()]
@@ -124,7 +124,7 @@ def test_neither_workers_nor_numbers_drawn_before_change_a_crop(uneven: ImageFol
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_class_weights_make_every_class_weigh_the_same(uneven: ImageFolderData) -> None:
+def test_class_weights_make_every_class_weigh_the_same(uneven: FineGrainedDataModule) -> None:
     weights = uneven.class_weights()
     torch.testing.assert_close(weights, torch.tensor([33 / 6, 33 / 60]))
     assert sum(weights[label] for _, label in uneven.train) == pytest.approx(33)

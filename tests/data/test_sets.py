@@ -614,4 +614,4 @@ def test_both_stages_on_a_set_from_the_web(publish: Publish, tmp_path: Path) -> 
     ]
     run(configure(*options))
     model = load_model(tmp_path / "out" / "finetune" / "best.ckpt")
-    assert (model.classes, model.framing.resize) == (["707-320", "747-100", "DC-8"], "squash")
+    assert (model.classes, model.preprocessing.resize) == (["707-320", "747-100", "DC-8"], "squash")

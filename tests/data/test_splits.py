@@ -14,9 +14,9 @@ from conftest import configure, folder_data, set_up, toy, write_images
 from PIL import Image
 
 from bcnn.cli import evaluate
-from bcnn.data.datamodule import ImageFolderData
-from bcnn.data.index import Layout
-from bcnn.data.splits import Split, choose, draw_splits, follow, hold_out
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.index import ImageIndex
+from bcnn.data.splits import SplitRecord, choose, draw_splits, follow, hold_out
 from bcnn.models.checkpoint import load_model, save_model
 from bcnn.training.run import run
 from bcnn.utils.errors import UserError
@@ -109,21 +109,21 @@ def test_the_seed_decides() -> None:
 def test_many_images_take_no_more_time_each_than_a_few() -> None:
     images, content = samples(50_000)
     start = time.process_time()
-    drawn = draw_splits(Layout(["a"], images, divided=False), content, 0.1, 0.2, seed=0)
+    drawn = draw_splits(ImageIndex(["a"], images, divided=False), content, 0.1, 0.2, seed=0)
     assert time.process_time() - start < 5  # about 0.5; a minute where each makes a set
     assert sum(map(len, drawn.splits.values())) == 50_000
 
 
 @pytest.fixture
-def layout() -> tuple[Layout, dict[str, str], Split]:
+def layout() -> tuple[ImageIndex, dict[str, str], SplitRecord]:
     images, content = samples(10)
-    whole = Layout(["a"], images, divided=False)
-    drawn = Layout(["a"], images[:6], images[6:8], images[8:])
-    return whole, content, Split.of(drawn, content, {"seed": 0})
+    whole = ImageIndex(["a"], images, divided=False)
+    drawn = ImageIndex(["a"], images[:6], images[6:8], images[8:])
+    return whole, content, SplitRecord.of(drawn, content, {"seed": 0})
 
 
 def test_recorded_splits_are_followed_and_new_images_trained_on(
-    layout: tuple[Layout, dict[str, str], Split],
+    layout: tuple[ImageIndex, dict[str, str], SplitRecord],
 ) -> None:
     whole, content, split = layout
     content = {**content, "new": "f" * 32}
@@ -135,10 +135,10 @@ def test_recorded_splits_are_followed_and_new_images_trained_on(
 
 
 def test_given_test_images_that_were_trained_on_are_left_out(
-    layout: tuple[Layout, dict[str, str], Split],
+    layout: tuple[ImageIndex, dict[str, str], SplitRecord],
 ) -> None:
     whole, content, split = layout
-    given = Layout(["a"], whole.train[:4], test=whole.train[4:])
+    given = ImageIndex(["a"], whole.train[:4], test=whole.train[4:])
     found, said = follow(given, content, split)
     assert found.test == whole.train[6:] and "2 of 6 images in test were trained on" in said[0]
     chosen, said = choose(given, content, split, "test")
@@ -146,7 +146,7 @@ def test_given_test_images_that_were_trained_on_are_left_out(
 
 
 def test_what_can_be_judged_of_a_folder_without_splits(
-    layout: tuple[Layout, dict[str, str], Split],
+    layout: tuple[ImageIndex, dict[str, str], SplitRecord],
 ) -> None:
     whole, content, split = layout
     for name, expected in split_of(whole).items():
@@ -159,15 +159,15 @@ def test_what_can_be_judged_of_a_folder_without_splits(
     assert chosen == whole.train and "does not record" in said[0]
 
 
-def split_of(whole: Layout) -> dict[str, list[tuple[str, int]]]:
+def split_of(whole: ImageIndex) -> dict[str, list[tuple[str, int]]]:
     return {"train": whole.train[:6], "val": whole.train[6:8], "test": whole.train[8:]}
 
 
 def test_a_record_lists_what_any_stage_was_trained_on() -> None:
-    first = Split({}, frozenset("abc"), frozenset("d"), frozenset("ef"))
-    second = Split({}, frozenset("ae"), frozenset("b"), frozenset("f"))
-    assert second.after(first) == Split({}, frozenset("abce"), frozenset(), frozenset("f"))
-    assert Split.from_plain(second.plain()) == second
+    first = SplitRecord({}, frozenset("abc"), frozenset("d"), frozenset("ef"))
+    second = SplitRecord({}, frozenset("ae"), frozenset("b"), frozenset("f"))
+    assert second.after(first) == SplitRecord({}, frozenset("abce"), frozenset(), frozenset("f"))
+    assert SplitRecord.from_plain(second.plain()) == second
 
 
 def unsplit(folder: Path) -> Path:
@@ -209,12 +209,12 @@ def test_files_keep_the_record(tmp_path: Path) -> None:
 
 
 def test_images_copied_elsewhere_are_known_again(tmp_path: Path) -> None:
-    data = ImageFolderData(unsplit(tmp_path / "images"), 32, num_workers=0)
+    data = FineGrainedDataModule(unsplit(tmp_path / "images"), 32, num_workers=0)
     data.setup()
     for number, path in enumerate(sorted((tmp_path / "images").rglob("*.png"))):
         (tmp_path / "copy" / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "copy" / path.parent.name / f"{99 - number}.png")
-    copied = ImageFolderData(tmp_path / "copy", 32, num_workers=0)
+    copied = FineGrainedDataModule(tmp_path / "copy", 32, num_workers=0)
     copied.setup()
     assert copied.split == data.split
 
@@ -224,7 +224,7 @@ def test_too_few_different_images(tmp_path: Path) -> None:
     for path in (images / "red").iterdir():
         shutil.copy(images / "red" / "0.png", path) if path.name != "0.png" else None
     with pytest.raises(UserError, match=r"too few images of red \(1\)"):
-        ImageFolderData(images, 32).setup()
+        FineGrainedDataModule(images, 32).setup()
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_a_class_of_which_nothing_is_left_to_train_on_is_told(images: Path) -> N
     data = set_up(images / "train", val_fraction=0, test_fraction=0)
     red = [sample for sample in data.train if data.classes[sample[1]] == "red"]
     rest = [sample for sample in data.train if sample not in red]
-    record = Split.of(Layout(data.classes, rest, red, []), data.content, {"seed": 0})
+    record = SplitRecord.of(ImageIndex(data.classes, rest, red, []), data.content, {"seed": 0})
     with pytest.raises(UserError, match=r"no images to train on are left of red: .*; add others"):
         data.follow(record)
     weights = folder_data(images).class_weights()

@@ -12,7 +12,7 @@ from torch import nn
 
 from bcnn import load_model
 from bcnn.data.image_io import load_image
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.inference import predict_paths
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.third_party import to_original
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BCNN:
     path = tmp_path_factory.mktemp("weights") / "model.pth"
     torch.save(to_original(model), path)
     loaded = load_model(path, classes=list(COLOURS))
-    loaded.framing = Framing(32)
+    loaded.preprocessing = Preprocessing(32)
     return loaded
 
 
@@ -45,7 +45,7 @@ def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, path
     assert (probabilities.std(dim=0) > 0).all()
     opened = [Image.open(path) for path in paths]
     torch.testing.assert_close(model.predict(opened), probabilities)
-    batch = torch.stack([model.framing.evaluation()(load_image(path)) for path in paths])
+    batch = torch.stack([model.preprocessing.evaluation()(load_image(path)) for path in paths])
     assert batch.dtype == torch.uint8 and batch.shape[1:] == (3, 32, 32)
     torch.testing.assert_close(model.predict(batch), probabilities)
 
@@ -53,10 +53,10 @@ def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, path
 def test_the_crop_is_as_large_a_share_as_in_training(model: BCNN, tmp_path: Path) -> None:
     frame = Image.new("RGB", (64, 64), "red")
     frame.paste("blue", (8, 8, 56, 56))
-    whole = model.framing.evaluation()(frame)
-    model.framing = replace(model.framing, crop_pct=0.5)
-    middle = model.framing.evaluation()(frame)
-    model.framing = replace(model.framing, crop_pct=1.0)
+    whole = model.preprocessing.evaluation()(frame)
+    model.preprocessing = replace(model.preprocessing, crop_pct=0.5)
+    middle = model.preprocessing.evaluation()(frame)
+    model.preprocessing = replace(model.preprocessing, crop_pct=1.0)
     assert whole.shape == middle.shape == (3, 32, 32)
     assert whole[0].max() == 255 and middle[0].max() == 0
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models import backbones, pooling
 from bcnn.models.attribution import shares
 from bcnn.models.backbones import Backbone
@@ -22,7 +22,7 @@ from bcnn.models.export import FORMATS
 from bcnn.models.head import Head
 from bcnn.models.pooling import Pooling
 from bcnn.models.registry import names
-from bcnn.training.feature_data import DescriptorData, StoredRows
+from bcnn.training.feature_data import CachedFeatureDataModule, StoredRows
 from bcnn.training.logistic_regression import ConvexProblem
 from bcnn.utils.errors import UserError
 
@@ -63,18 +63,18 @@ def maps(batch: int = 3, places: tuple[int, int] = WIDE) -> Tensor:
 
 
 def test_maps_are_as_the_backbone_says(backbone: Backbone) -> None:
-    height, width = 2 * backbone.smallest, 3 * backbone.smallest
+    height, width = 2 * backbone.min_size, 3 * backbone.min_size
     pixels = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
     with torch.no_grad():
         found = backbone(pixels)
         torch.testing.assert_close(backbone(pixels.float() / 255), found)
     assert found.shape == (2, backbone.channels, height // backbone.stride, width // backbone.stride)
-    least = backbone(torch.rand(1, 3, backbone.smallest, backbone.smallest))
+    least = backbone(torch.rand(1, 3, backbone.min_size, backbone.min_size))
     assert min(least.shape[2:]) >= 2
 
 
 def test_a_backbone_normalises(backbone: Backbone) -> None:
-    images = torch.rand(1, 3, backbone.smallest, backbone.smallest)
+    images = torch.rand(1, 3, backbone.min_size, backbone.min_size)
     with torch.no_grad():
         backbone.set_normalization([0, 0, 0], [1, 1, 1])
         plain = backbone(images)
@@ -84,7 +84,7 @@ def test_a_backbone_normalises(backbone: Backbone) -> None:
 
 
 def test_a_backbone_refuses_other_shapes(backbone: Backbone) -> None:
-    for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, backbone.smallest - 1, 64)):
+    for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, backbone.min_size - 1, 64)):
         with pytest.raises(ValueError, match="expected"):
             backbone(torch.rand(shape))
 
@@ -92,20 +92,20 @@ def test_a_backbone_refuses_other_shapes(backbone: Backbone) -> None:
 def test_layers_are_opened_from_each_up(backbone: Backbone) -> None:
     trained = []
     for name in (None, *backbone.layers):
-        backbone.open_from(name)
+        backbone.unfreeze_from(name)
         trained.append(sum(p.numel() for p in backbone.parameters() if p.requires_grad))
     assert trained[0] == trained[1] and trained[1:] == sorted(trained[1:], reverse=True)
     assert trained[-1] > 0
 
 
-@pytest.mark.parametrize("way", ["checkpointing", "compiling"])
+@pytest.mark.parametrize("way", ["grad_checkpointing", "compiling"])
 def test_neither_checkpointing_nor_compiling_changes_a_gradient(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     # Traced and differentiated ahead of time, but not made into machine code, for want of a compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    images = torch.rand(3, 3, backbone.smallest, backbone.smallest)
-    backbone.open_from(None)
+    images = torch.rand(3, 3, backbone.min_size, backbone.min_size)
+    backbone.unfreeze_from(None)
     gradients = []
     for on in (False, True):
         setattr(backbone, way, on)
@@ -218,7 +218,7 @@ def test_maps_that_are_not_finite_have_rows_that_are_not(pool: Pooling) -> None:
 def small(pooling: Pooling, classes: int = 2) -> BCNN:
     """A network on maps of as many channels as the pooling takes, with a head drawn at random."""
     torch.manual_seed(0)
-    model = BCNN([str(k) for k in range(classes)], Framing(64))
+    model = BCNN([str(k) for k in range(classes)], Preprocessing(64))
     convolution = nn.Conv2d(3, pooling.channels, 3, stride=16)
     model.backbone.features = nn.Sequential(convolution, nn.ReLU())
     model.pooling, model.head = pooling, Head(pooling.width, classes)
@@ -240,7 +240,7 @@ def test_evidence_sums_to_the_logit(pool: Pooling, places: tuple[int, int]) -> N
 @pytest.mark.parametrize("name", POOLINGS)
 def test_a_network_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     chosen = {"name": name, "seed": 3} if name == "compact" else {"name": name}
-    model = BCNN(["a", "b"], Framing(48, "squash"), pooling=chosen)
+    model = BCNN(["a", "b"], Preprocessing(48, "squash"), pooling=chosen)
     nn.init.normal_(model.head.weight)
     again = build_network(model.description())
     assert again.description() == model.description()
@@ -255,8 +255,8 @@ def test_a_network_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
 def test_its_rows_are_stored_and_solved(name: str, images: Path) -> None:
     torch.manual_seed(0)
     folder = folder_data(images)
-    model = BCNN(folder.classes, folder.framing, pooling={"name": name})
-    data = build(DescriptorData(folder, model, "32-true"))
+    model = BCNN(folder.classes, folder.preprocessing, pooling={"name": name})
+    data = build(CachedFeatureDataModule(folder, model, "32-true"))
     rows = StoredRows(data.store, data.rows(folder.train))
     labels = torch.tensor([label for _, label in folder.train])
     solution = ConvexProblem(rows, labels, len(folder.classes)).solve(1e-6)

@@ -18,8 +18,14 @@ from bcnn.models.description import LARGEST
 from bcnn.utils.errors import UserError
 
 PLACES = [
-    *("classes", "framing", "framing.size", "framing.resize", "framing.crop_pct"),
-    *("framing.interpolation", "framing.more"),
+    *(
+        "classes",
+        "preprocessing",
+        "preprocessing.size",
+        "preprocessing.resize",
+        "preprocessing.crop_pct",
+    ),
+    *("preprocessing.interpolation", "preprocessing.more"),
     *("backbone", "backbone.name", "backbone.channels", "pooling", "pooling.name", "pooling.root"),
     *("split", "split.recipe", "split.train", "split.val", "backbone.more", "more"),
 ]
@@ -52,20 +58,20 @@ def save(model: BCNN, about: dict[str, Any], path: Path) -> Path:
         ("classes", [1, 2, 3]),
         ("classes", []),
         ("classes", ["a", "b"]),
-        ("framing", 3),
-        ("framing.side", 3),
-        ("framing.size", 10**9),
-        ("framing.size", -32),
-        ("framing.size", 7),
-        ("framing.size", True),
-        ("framing.size", "32"),
-        ("framing.resize", "foo"),
-        ("framing.resize", ["keep"]),
-        ("framing.crop_pct", math.nan),
-        ("framing.crop_pct", 1e-9),
-        ("framing.crop_pct", 10**400),
-        ("framing.crop_pct", 0),
-        ("framing.interpolation", "random"),
+        ("preprocessing", 3),
+        ("preprocessing.side", 3),
+        ("preprocessing.size", 10**9),
+        ("preprocessing.size", -32),
+        ("preprocessing.size", 7),
+        ("preprocessing.size", True),
+        ("preprocessing.size", "32"),
+        ("preprocessing.resize", "foo"),
+        ("preprocessing.resize", ["keep"]),
+        ("preprocessing.crop_pct", math.nan),
+        ("preprocessing.crop_pct", 1e-9),
+        ("preprocessing.crop_pct", 10**400),
+        ("preprocessing.crop_pct", 0),
+        ("preprocessing.interpolation", "random"),
         ("backbone", "tiny"),
         ("backbone.name", "../tiny"),
         ("backbone.name", "os"),
@@ -93,9 +99,13 @@ def test_a_description_that_makes_no_sense_is_a_sentence(
 def test_the_largest_framing_loads_and_what_it_leaves_out_is_as_before(
     tiny: BCNN, tmp_path: Path
 ) -> None:
-    about = described(tiny, {"framing": {"size": LARGEST // 2, "crop_pct": 0.5}})
-    framing = load_model(save(tiny, about, tmp_path / "large.ckpt")).framing
-    assert (framing.side, framing.resize, framing.interpolation) == (LARGEST, "keep", "bilinear")
+    about = described(tiny, {"preprocessing": {"size": LARGEST // 2, "crop_pct": 0.5}})
+    preprocessing = load_model(save(tiny, about, tmp_path / "large.ckpt")).preprocessing
+    assert (preprocessing.side, preprocessing.resize, preprocessing.interpolation) == (
+        LARGEST,
+        "keep",
+        "bilinear",
+    )
 
 
 @pytest.mark.fuzz
@@ -112,7 +122,10 @@ def test_any_description_is_loaded_or_refused(
         except UserError as refusal:
             assert str(path) in str(refusal)
         else:
-            framing = loaded.framing
-            assert len(set(loaded.classes)) == 3 and 8 <= framing.size <= framing.side <= LARGEST
+            preprocessing = loaded.preprocessing
+            assert (
+                len(set(loaded.classes)) == 3
+                and 8 <= preprocessing.size <= preprocessing.side <= LARGEST
+            )
             assert loaded.predict(torch.zeros(1, 3, 32, 32)).isfinite().all()
             loaded.description()

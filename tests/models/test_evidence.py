@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import make_near_sighted
 from torch import Tensor, nn
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.attribution import evidence, shares
 from bcnn.models.bilinear_cnn import BCNN
 
@@ -15,7 +15,7 @@ from bcnn.models.bilinear_cnn import BCNN
 def model() -> BCNN:
     """In float64, with weights, biases and centering mean drawn at random."""
     torch.manual_seed(0)
-    model = BCNN(list("abcd"), Framing(64)).double()
+    model = BCNN(list("abcd"), Preprocessing(64)).double()
     for tensor in (model.head.weight, model.head.bias):
         nn.init.normal_(tensor)
     model.head.mean.normal_(std=0.003)
@@ -84,7 +84,7 @@ def marked(label: int, generator: torch.Generator) -> tuple[Tensor, tuple[int, i
 
 def test_the_mark_that_decides_between_two_classes_is_found() -> None:
     torch.manual_seed(0)
-    model = BCNN(["red", "blue"], Framing(64))
+    model = BCNN(["red", "blue"], Preprocessing(64))
     make_near_sighted(model)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(48) % 2

@@ -7,7 +7,7 @@ import torch
 from conftest import configure, toy
 from torch.nn.functional import cross_entropy, linear
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.head import Head
@@ -96,7 +96,7 @@ def test_the_centre_of_a_finetuned_checkpoint_is_that_of_its_own_weights(
     epochs = ["model.backbone.name=tiny", "finetune.epochs=2", "finetune.batch_size=6"]
     run(configure(*toy(images, *epochs, f"output={tmp_path}")))
     network = load_model(tmp_path / "finetune" / "best.ckpt").eval()
-    data = ImageFolderData(images, size=32, num_workers=0, val_fraction=0.34)
+    data = FineGrainedDataModule(images, size=32, num_workers=0, val_fraction=0.34)
     data.setup()
     with torch.no_grad():
         rows = [network.descriptor(batch) for batch, _ in data.evaluation_dataloader(data.train)]

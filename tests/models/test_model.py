@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.third_party import to_original
 
@@ -40,7 +40,7 @@ class OriginalNet(nn.Module):
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(["a", "b", "c"], Framing(32))
+    model = BCNN(["a", "b", "c"], Preprocessing(32))
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the original's
     model.backbone.set_normalization(preset.mean, preset.std)
     nn.init.normal_(model.head.weight)

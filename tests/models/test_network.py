@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.attribution import evidence
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import RENAMED, load_model, save_model
@@ -22,7 +22,7 @@ LABELS = torch.tensor([0, 1, 2])
 def model() -> BCNN:
     """As when the outputs were stored: the seed draws the same weights."""
     torch.manual_seed(0)
-    model = BCNN(["x", "y", "z"], Framing(64))
+    model = BCNN(["x", "y", "z"], Preprocessing(64))
     model.backbone.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     nn.init.normal_(model.head.weight)
     nn.init.normal_(model.head.bias)
@@ -90,7 +90,7 @@ def test_files_of_before_go_on_loading(model: BCNN, images: Tensor, tmp_path: Pa
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), model.eval()(images))
     if kind != "pth":
-        assert loaded.framing == Framing(64, "squash", 0.875)
+        assert loaded.preprocessing == Preprocessing(64, "squash", 0.875)
     save_model(loaded, tmp_path / "new.safetensors")
     again = load_model(tmp_path / "new.safetensors")
     assert again.description() == loaded.description()

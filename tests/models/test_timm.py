@@ -8,7 +8,7 @@ import torch
 from conftest import configure, toy
 from torch import Tensor, nn
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones.timm import Timm
 from bcnn.models.bilinear_cnn import BCNN, make_backbone
 from bcnn.models.checkpoint import initialise_backbone, load_model, save_model
@@ -49,9 +49,12 @@ def test_families_train_and_come_back(name: str, stride: int, tmp_path: Path) ->
     torch.manual_seed(0)
     size = 4 * stride
     model = BCNN(
-        ["a", "b"], Framing(size), {"name": "timm", "model": name}, {"name": "compact", "width": 64}
+        ["a", "b"],
+        Preprocessing(size),
+        {"name": "timm", "model": name},
+        {"name": "compact", "width": 64},
     )
-    assert (model.backbone.stride, model.backbone.multiple) == (stride, stride)
+    assert (model.backbone.stride, model.backbone.size_divisor) == (stride, stride)
     nn.init.normal_(model.head.weight)
     module = BCNNModule(model, "finetune").train()
     buffers = {key: value.clone() for key, value in model.backbone.named_buffers()}
@@ -77,7 +80,10 @@ def test_files_with_timms_names_give_timms_maps(name: str, tmp_path: Path) -> No
     theirs = network(name, num_classes=7).eval()
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     model = BCNN(
-        ["a", "b"], Framing(224), {"name": "timm", "model": name}, {"name": "compact", "width": 64}
+        ["a", "b"],
+        Preprocessing(224),
+        {"name": "timm", "model": name},
+        {"name": "compact", "width": 64},
     )
     initialise_backbone(model, str(tmp_path / "theirs.pth"))
     about = theirs.pretrained_cfg
@@ -105,7 +111,9 @@ def test_layers_are_blocks() -> None:
 def test_what_timm_says_of_its_weights_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = Timm("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     torch.testing.assert_close(vit.mean.flatten(), torch.full((3,), 0.5))
-    model = BCNN(["a"], Framing(32), {"name": "timm", "model": "vit_tiny_patch16_224.augreg_in21k"})
+    model = BCNN(
+        ["a"], Preprocessing(32), {"name": "timm", "model": "vit_tiny_patch16_224.augreg_in21k"}
+    )
     initialise_backbone(model, "random")
     torch.testing.assert_close(model.backbone.std.flatten(), torch.full((3,), 0.5))
     dla = "dla46_c.in1k"
@@ -143,7 +151,7 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_of_another_network(tmp_path: Path) -> None:
     torch.save(network("resnet18").state_dict(), tmp_path / "theirs.pth")
-    model = BCNN(["a"], Framing(64), {"name": "timm", "model": "resnet10t"})
+    model = BCNN(["a"], Preprocessing(64), {"name": "timm", "model": "resnet10t"})
     with pytest.raises(UserError, match="these are no weights of timm's resnet10t"):
         initialise_backbone(model, str(tmp_path / "theirs.pth"))
 
@@ -153,7 +161,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("no route")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
-    model = BCNN(["a"], Framing(64), {"name": "timm", "model": "resnet10t.c3_in1k"})
+    model = BCNN(["a"], Preprocessing(64), {"name": "timm", "model": "resnet10t.c3_in1k"})
     with pytest.raises(UserError, match=r"no route.*timm/resnet10t.c3_in1k by hand.*model.weights"):
         initialise_backbone(model, "pretrained")
 
@@ -188,5 +196,5 @@ def test_both_stages(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("model", "can"), [("resnet18", True), ("vgg11", False)])
 def test_a_network_says_whether_it_can_do_with_less_memory(model: str, can: bool) -> None:
     with torch.device("meta"):
-        assert make_backbone("timm", model=model).can_checkpoint == can
-    assert make_backbone("vgg16").can_checkpoint
+        assert make_backbone("timm", model=model).supports_grad_checkpointing == can
+    assert make_backbone("vgg16").supports_grad_checkpointing

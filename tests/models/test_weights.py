@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VGG16_Weights
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import (
     TORCHVISION,
@@ -32,7 +32,7 @@ from bcnn.utils.errors import UserError
 @pytest.fixture(scope="module")
 def model() -> BCNN:
     torch.manual_seed(0)
-    model = BCNN(["x", "y"], Framing(64, "squash"))
+    model = BCNN(["x", "y"], Preprocessing(64, "squash"))
     preset = VGG16_Weights.IMAGENET1K_V1.transforms()
     model.backbone.set_normalization(preset.mean, preset.std)
     nn.init.normal_(model.head.weight)

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
-from bcnn.training.callbacks import CollapseGuard, Diverged, Float16
-from bcnn.training.checkpointing import KeepEpoch
+from bcnn.training.callbacks import DivergenceMonitor, Float16, TrainingDiverged
+from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.module import BCNNModule
 from bcnn.training.run import run
 from bcnn.utils.errors import UserError
@@ -47,7 +47,7 @@ def end_epoch(loss: float, top1: float, start: float) -> None:
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )
     keep = SimpleNamespace(start={"val_top1": start})
-    guard = CollapseGuard(10, keep, "try less")  # type: ignore[arg-type]
+    guard = DivergenceMonitor(10, keep, "try less")  # type: ignore[arg-type]
     module = torch.nn.Linear(1, 1)
     module.device = torch.device("cpu")  # type: ignore[assignment]
     guard.on_train_batch_start(trainer, module, None, 0)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def test_a_fall_to_half_and_a_loss_that_is_no_number(said: Callable[..., str]) -
     assert "fell from 90.0% to 40.0%" in said(1.0, 0.4, 0.9)
     assert said(1.0, 0.5, 0.9) == ""
     with pytest.raises(
-        Diverged, match=r"loss is not finite after batch 1 of epoch 1, at a rate of 0\.5"
+        TrainingDiverged, match=r"loss is not finite after batch 1 of epoch 1, at a rate of 0\.5"
     ):
         said(math.nan, 0.5, 0.9)
 
@@ -181,7 +181,7 @@ def test_steps_left_out_in_float16_are_told_where_they_are_many(
 
 def test_an_average_that_is_validated_is_what_is_kept(images: Path, tmp_path: Path, tiny: BCNN) -> None:
     data = folder_data(images, batch_size=4)  # of one step there is no average
-    keep = KeepEpoch(tmp_path / "finetune", len(data.val))
+    keep = BestOrLastCheckpoint(tmp_path / "finetune", len(data.val))
     module = BCNNModule(tiny, "finetune", partial(torch.optim.SGD, lr=0.3))
     average = EMAWeightAveraging(decay=0.5)
     trainer = quiet_trainer(max_epochs=1, callbacks=[keep, average], enable_checkpointing=True)

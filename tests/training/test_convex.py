@@ -21,10 +21,10 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.training import solver
 from bcnn.training.convex_stage import ConvexModule, fold_numbers
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import ConvexProblem, cholesky, gram_matrix
 from bcnn.training.run import run
-from bcnn.training.run_state import Result
+from bcnn.training.run_state import StageResult
 from bcnn.utils.errors import UserError
 
 L2 = 1e-3
@@ -235,7 +235,7 @@ def test_without_validation_images_a_cross_validation_chooses_lambda(
     assert top1 == pytest.approx(float(rows[0]["val_top1"]))
     kept = load_model(tmp_path / "out" / "last" / "best.ckpt")
     folder = folder_data(images, val_fraction=0)
-    data = build(DescriptorData(folder, kept, "32-true"))
+    data = build(CachedFeatureDataModule(folder, kept, "32-true"))
     problem = ConvexProblem(*data.means(folder.train), CLASSES)
     torch.testing.assert_close(kept.head.weight, problem.solve(1).weight, rtol=1e-4, atol=1e-6)
     with (tmp_path / "out" / "held_out.csv").open() as lines:
@@ -292,7 +292,7 @@ def test_the_training_loss_is_cross_entropy_whatever_is_minimised(
     run(configure(*toy(images, *words)))
     kept = load_model(tmp_path / "o" / "last" / "best.ckpt")
     folder = folder_data(images)
-    means, labels = build(DescriptorData(folder, kept, "32-true")).means(folder.train)
+    means, labels = build(CachedFeatureDataModule(folder, kept, "32-true")).means(folder.train)
     with torch.no_grad():
         logits = kept.head(torch.as_tensor(means[:]).float())
     with (tmp_path / "o" / "last" / "metrics.csv").open() as lines:
@@ -303,15 +303,15 @@ def test_the_training_loss_is_cross_entropy_whatever_is_minimised(
 def test_what_was_held_out_is_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
     made = Predictions(["a", "b"], ["x", "y"], torch.tensor([0, 1]), torch.eye(2))
     (tmp_path / "last").mkdir()
-    Result("last", tmp_path / "last" / "best.ckpt", {}, held_out=made).write(tmp_path)
-    again = Result.read(tmp_path, "last")
+    StageResult("last", tmp_path / "last" / "best.ckpt", {}, held_out=made).write(tmp_path)
+    again = StageResult.read(tmp_path, "last")
     assert again is not None and again.held_out is not None
     assert (again.held_out.classes, again.held_out.paths) == (made.classes, made.paths)
     assert torch.equal(again.held_out.probabilities, made.probabilities)
     file = tmp_path / "last" / "held_out.npz"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
-        Result.read(tmp_path, "last")
+        StageResult.read(tmp_path, "last")
 
 
 def test_solution_is_that_of_many_small_steps(rows: Tensor) -> None:
@@ -370,8 +370,8 @@ def test_solution_is_that_of_the_formulas_as_they_stand(
     assert torch.equal(rows, before)
 
 
-def descriptors(root: Path) -> DescriptorData:
-    return build(DescriptorData(folder_data(root, val_fraction=0), network(), "32-true"))
+def descriptors(root: Path) -> CachedFeatureDataModule:
+    return build(CachedFeatureDataModule(folder_data(root, val_fraction=0), network(), "32-true"))
 
 
 def test_the_path_leads_through_each_optimum(images: Path) -> None:
@@ -412,7 +412,7 @@ def test_the_path_leads_through_each_optimum(images: Path) -> None:
 def test_the_path_goes_on_while_its_end_is_best(
     images: Path, losses: list[float], path: list[float]
 ) -> None:
-    data = build(DescriptorData(folder_data(images), network(), "32-true"))
+    data = build(CachedFeatureDataModule(folder_data(images), network(), "32-true"))
     asked = path[: 2 if len(path) > 3 else 3]
     module = ConvexModule(data.model, *data.means(data.images.train), asked)
     validated = iter(losses)

@@ -13,9 +13,9 @@ from conftest import build, folder_data, network, quiet_trainer, write_images
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.feature_data import DescriptorData, StoredRows
+from bcnn.training.feature_data import CachedFeatureDataModule, StoredRows
 from bcnn.training.feature_store import CHUNK, VIEWS
 from bcnn.training.module import BCNNModule
 from bcnn.utils.errors import UserError
@@ -36,7 +36,7 @@ def forward_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_rows_are_the_descriptors_of_the_crop_and_its_mirror_image(images: Path) -> None:
     folder, model = folder_data(images), network()
-    data = build(DescriptorData(folder, model, "32-true"))
+    data = build(CachedFeatureDataModule(folder, model, "32-true"))
     for split in (folder.train, folder.val, folder.test):
         batch, _ = next(iter(folder.evaluation_dataloader(split)))
         with torch.no_grad():
@@ -50,7 +50,7 @@ def test_rows_are_the_descriptors_of_the_crop_and_its_mirror_image(images: Path)
 
 def test_a_row_an_image_is_the_mean_of_its_views(images: Path) -> None:
     folder = folder_data(images)
-    data = build(DescriptorData(folder, network(), "32-true"))
+    data = build(CachedFeatureDataModule(folder, network(), "32-true"))
     rows, labels = data.means(folder.train)
     first, second = (
         StoredRows(data.store, [r + k for r in data.rows(folder.train)])[:] for k in (0, 1)
@@ -64,7 +64,7 @@ def test_a_row_an_image_is_the_mean_of_its_views(images: Path) -> None:
 def test_what_is_only_tested_has_no_mirror_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(images / "test", 6, seed=9)  # 18 images to test on, the first in the order of paths
     counts = forward_images(monkeypatch)
-    data = build(DescriptorData(folder_data(images), network(), "32-true"))
+    data = build(CachedFeatureDataModule(folder_data(images), network(), "32-true"))
     assert sum(counts) == CHUNK + VIEWS * (36 - CHUNK) == data.store.rows
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         assert all(rows.any() for rows, _ in (data.on_before_batch_transfer(b, 0) for b in loader))
@@ -74,9 +74,9 @@ def test_images_pass_the_features_once_and_never_again(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = forward_images(monkeypatch)
-    build(DescriptorData(folder_data(images), network(), "32-true"))
+    build(CachedFeatureDataModule(folder_data(images), network(), "32-true"))
     assert sum(counts) == 24 * VIEWS
-    again = build(DescriptorData(folder_data(images, val_fraction=0.1), network(), "32-true"))
+    again = build(CachedFeatureDataModule(folder_data(images, val_fraction=0.1), network(), "32-true"))
     for loader in (again.train_dataloader(), again.val_dataloader(), again.test_dataloader()):
         list(loader)
     assert sum(counts) == 24 * VIEWS
@@ -89,7 +89,7 @@ def test_images_pass_the_features_once_and_never_again(
 def test_whatever_determines_the_rows_makes_another_store(
     images: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = DescriptorData(folder_data(images), network(), "32-true").store.key
+    before = CachedFeatureDataModule(folder_data(images), network(), "32-true").store.key
     model, options, precision = network(), {}, "32-true"
     if change == "features":
         model = network(seed=1)
@@ -103,19 +103,19 @@ def test_whatever_determines_the_rows_makes_another_store(
         precision = "bf16-mixed"
     else:
         options = {change: {"size": 40, "resize": "squash", "interpolation": "bicubic"}[change]}
-    assert DescriptorData(folder_data(images, **options), model, precision).store.key != before
+    assert CachedFeatureDataModule(folder_data(images, **options), model, precision).store.key != before
 
 
 def test_keys_of_before_there_was_a_choice_of_interpolation_are_today_s() -> None:
-    assert Framing(32).identity() == {"size": 32, "resize": "keep", "crop_pct": 1.0}
+    assert Preprocessing(32).identity() == {"size": 32, "resize": "keep", "crop_pct": 1.0}
 
 
 def test_the_head_and_the_split_do_not(images: Path) -> None:
-    before = DescriptorData(folder_data(images), network(), "32-true").store.key
+    before = CachedFeatureDataModule(folder_data(images), network(), "32-true").store.key
     model = network()
     torch.nn.init.normal_(model.head.weight)
     folder = folder_data(images, val_fraction=0.2, batch_size=3)
-    assert DescriptorData(folder, model, "32-true").store.key == before
+    assert CachedFeatureDataModule(folder, model, "32-true").store.key == before
 
 
 def train_head(data: L.LightningDataModule, in_order: DataLoader) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_same_views_in_the_same_order_give_the_same_classifier(
     images: Path, dtype: str, bound: float
 ) -> None:
     folder = folder_data(images, batch_size=5)
-    data = build(DescriptorData(folder, network(), "32-true", dtype))
+    data = build(CachedFeatureDataModule(folder, network(), "32-true", dtype))
     # the validation loader: in order, without the draw between the two views
     from_store = train_head(data, data.evaluation_dataloader(folder.train))
     through_network = train_head(folder, folder.evaluation_dataloader(folder.train))
@@ -140,7 +140,7 @@ def test_same_views_in_the_same_order_give_the_same_classifier(
 
 def test_training_draws_both_views_and_validation_only_the_first(images: Path) -> None:
     folder = folder_data(images)
-    data = build(DescriptorData(folder, network(), "32-true"))
+    data = build(CachedFeatureDataModule(folder, network(), "32-true"))
     data.trainer = None  # so that passes are epochs
     loader = data.train_dataloader()
     seen = set()
@@ -156,12 +156,12 @@ def test_training_draws_both_views_and_validation_only_the_first(images: Path) -
 def test_damage_is_said_and_computed_again(
     images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = build(DescriptorData(folder_data(images), network(), "32-true"))
+    data = build(CachedFeatureDataModule(folder_data(images), network(), "32-true"))
     intact = StoredRows(data.store, range(48))[:]
     chunk = sorted(data.store.folder.glob("*.rows"))[1]
     chunk.write_bytes(chunk.read_bytes()[:-2])
     counts = forward_images(monkeypatch)
-    again = build(DescriptorData(folder_data(images), network(), "32-true"))
+    again = build(CachedFeatureDataModule(folder_data(images), network(), "32-true"))
     assert "1 damaged" in capsys.readouterr().out
     assert sum(counts) == 8 * VIEWS  # the second chunk: 24 images less a chunk of 16
     assert torch.equal(StoredRows(again.store, range(48))[:], intact)
@@ -177,7 +177,7 @@ def _build_in_process(root: Path, queue: multiprocessing.Queue) -> None:
 
     BCNN.descriptor = counted  # type: ignore[method-assign]
     torch.set_num_threads(1)
-    build(DescriptorData(folder_data(root), network(), "32-true"))
+    build(CachedFeatureDataModule(folder_data(root), network(), "32-true"))
     queue.put(sum(counts))
 
 
@@ -208,9 +208,9 @@ class Ranks(SingleDeviceStrategy):
         return decision and self.all_see
 
 
-def of_rank(images: Path, model: BCNN, rank: int, strategy: Ranks) -> DescriptorData:
+def of_rank(images: Path, model: BCNN, rank: int, strategy: Ranks) -> CachedFeatureDataModule:
     """The data of a rank of two, which it shares with another that is not there."""
-    data = DescriptorData(folder_data(images), model, "32-true")
+    data = CachedFeatureDataModule(folder_data(images), model, "32-true")
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=2, strategy=strategy, print=print
     )
@@ -263,7 +263,7 @@ def test_features_that_are_not_finite_are_refused_and_not_kept(
     images: Path, tiny: BCNN, value: float
 ) -> None:
     tiny.backbone.features.weight.data.fill_(value)
-    data = DescriptorData(folder_data(images), tiny, "32-true")
+    data = CachedFeatureDataModule(folder_data(images), tiny, "32-true")
     with pytest.raises(UserError, match=r"blue/0\.png are not finite numbers in 32-true"):
         build(data)
     assert not list(data.store.folder.glob("*.rows"))

@@ -19,7 +19,7 @@ from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.plan import plan
 from bcnn.training.run import run
-from bcnn.utils.distributed import from_first
+from bcnn.utils.distributed import on_rank_zero
 from bcnn.utils.errors import UserError
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -122,7 +122,7 @@ def test_a_mistake_of_the_first_rank_reaches_the_others_before_it_ends() -> None
         raise UserError("no space left")
 
     with pytest.raises(UserError, match="no space left"):
-        from_first(0, broadcast, mistake)
+        on_rank_zero(0, broadcast, mistake)
     assert [type(outcome) for outcome in sent] == [UserError]
     with pytest.raises(UserError, match="no space left"):
-        from_first(1, lambda mine: sent[0], lambda: pytest.fail("only the first asks"))
+        on_rank_zero(1, lambda mine: sent[0], lambda: pytest.fail("only the first asks"))

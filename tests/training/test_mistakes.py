@@ -177,8 +177,11 @@ def test_a_finetune_goes_on_with_the_network_of_its_checkpoint(
         ),
         ("model.project=2", r"model\.project is 2, and in .*, 3: leave it out"),
         ("model.pooling.power=0.25", r"model\.pooling is .*0\.25"),
-        ("finetune.checkpointing=true", r"finetune\.checkpointing=true: this backbone cannot"),
-        ("finetune.open_from=conv5_1", r"finetune\.open_from=conv5_1: choose a layer from features"),
+        ("finetune.grad_checkpointing=true", r"finetune\.grad_checkpointing=true: this backbone cannot"),
+        (
+            "finetune.unfreeze_from=conv5_1",
+            r"finetune\.unfreeze_from=conv5_1: choose a layer from features",
+        ),
     ):
         power = ["model/pooling=sqrt"] if "power" in wrong else []
         missing = toy(tmp_path / "missing", *start, *power, wrong, f"output={tmp_path / 'c'}")

@@ -63,7 +63,7 @@ def test_layers_under_the_first_opened_are_left_and_get_no_gradients() -> None:
     model = network()
     torch.nn.init.normal_(model.head.weight)
     before = copy.deepcopy(model.backbone.features.state_dict())
-    module = BCNNModule(model, "finetune", sgd(1e-4), open_from="conv5_2")
+    module = BCNNModule(model, "finetune", sgd(1e-4), unfreeze_from="conv5_2")
     quiet_trainer(max_epochs=1).fit(module, batches())
     moved = [
         key
@@ -143,7 +143,7 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
         return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
 
     def checkpointed(model: BCNN) -> torch.Tensor:
-        model.backbone.checkpointing = True
+        model.backbone.grad_checkpointing = True
         return model.backbone(images)
 
     plain, whole = gradients(
@@ -164,7 +164,7 @@ def test_checkpoints_describe_themselves() -> None:
     assert dict(module.hparams) == {
         "backbone": {"name": "vgg16"},
         "pooling": {"name": "bilinear"},
-        "framing": {"size": 32, "resize": "keep", "crop_pct": 1.0, "interpolation": "bilinear"},
+        "preprocessing": {"size": 32, "resize": "keep", "crop_pct": 1.0, "interpolation": "bilinear"},
         "classes": ["blue", "green", "red"],
         "split": None,
         "stage": "last",

@@ -8,12 +8,12 @@ import torch
 from conftest import configure, folder_data, toy
 from torch import nn
 
-from bcnn.data.transforms import Framing
+from bcnn.data.transforms import Preprocessing
 from bcnn.models.attribution import evidence
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model, save_model
 from bcnn.models.pooling.bilinear import packed_size
-from bcnn.training.feature_data import DescriptorData
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.pca import fit_projection, principal_axes
 from bcnn.training.run import run
 from bcnn.utils.errors import UserError
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def projected(channels: int = 4) -> BCNN:
     torch.manual_seed(0)
-    return BCNN(["blue", "green", "red"], Framing(32), project=channels)
+    return BCNN(["blue", "green", "red"], Preprocessing(32), project=channels)
 
 
 def test_axes_are_those_of_a_singular_value_decomposition() -> None:
@@ -74,8 +74,8 @@ def test_stores_of_other_projections_are_others(images: Path) -> None:
     data = folder_data(images)
     folders = set()
     for channels in (None, 4, 5):
-        model = BCNN(data.classes, data.framing, project=channels)
-        folders.add(DescriptorData(data, model, "32-true").store.folder)
+        model = BCNN(data.classes, data.preprocessing, project=channels)
+        folders.add(CachedFeatureDataModule(data, model, "32-true").store.folder)
     assert len(folders) == 3
 
 
@@ -90,7 +90,11 @@ def test_shares_of_a_logit_sum_to_it() -> None:
 
 def test_both_stages(images: Path, tmp_path: Path) -> None:
     options = ["model.project=6", "model/pooling=sqrt", "finetune.epochs=1", "finetune.batch_size=6"]
-    run(configure(*toy(images, *options, "finetune.open_from=conv5_3", f"output={tmp_path / 'out'}")))
+    run(
+        configure(
+            *toy(images, *options, "finetune.unfreeze_from=conv5_3", f"output={tmp_path / 'out'}")
+        )
+    )
     before = load_model(tmp_path / "out" / "last" / "best.ckpt")
     after = load_model(tmp_path / "out" / "finetune" / "best.ckpt")
     assert before.chosen["project"] == 6 and before.head.weight.shape == (3, packed_size(6))

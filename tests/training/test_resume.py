@@ -18,9 +18,9 @@ from conftest import ROOT, Run, configure, toy, write
 
 from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.checkpointing import KeepEpoch
+from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.run import resume, run
-from bcnn.training.run_state import Record, Result
+from bcnn.training.run_state import RunState, StageResult
 from bcnn.utils.errors import UserError
 from bcnn.utils.interruption import Interruption, raise_interruptions
 
@@ -57,7 +57,7 @@ def job(
     """Begin a run, or go on with it where it was begun; a signal at an event."""
     import bcnn.evaluation.figures
     import bcnn.training.checkpointing
-    from bcnn.training.feature_store import DescriptorStore
+    from bcnn.training.feature_store import FeatureStore
     from bcnn.training.module import BCNNModule
 
     bcnn.training.checkpointing.EVERY = 0
@@ -68,7 +68,7 @@ def job(
     os.chdir(folder.parent)  # the words name the folder relatively
     seen: Counter[str] = Counter()
     for owner, name, event in (
-        (DescriptorStore, "write", "chunk"),
+        (FeatureStore, "write", "chunk"),
         (BCNNModule, "training_step", "step"),
         (BCNNModule, "validation_step", "validation"),
         (torch, "save", "checkpoint"),
@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert (whole / "classes.csv").read_text() == (parts / "classes.csv").read_text()
     assert not [*parts.rglob(".part-*"), *parts.rglob("resume.ckpt")]
     with pytest.raises(UserError, match="finished"):
-        Record.read(parts)
+        RunState.read(parts)
 
 
 def interrupt(words: list[str], folder: Path, sign: str, number: signal.Signals) -> tuple[int, str]:
@@ -257,9 +257,9 @@ def test_a_record_keeps_any_path_and_makes_it_absolute(
         Path(name).mkdir()
     cfg = configure(*toy(Path("x"), "output=run", "model.weights=imagenet"))
     cfg.data.root = "a\udcff: [b]"
-    Record(cfg, ["data.root=a"]).write()
+    RunState(cfg, ["data.root=a"]).write()
     monkeypatch.chdir("/")
-    record = Record.read(tmp_path / "run")
+    record = RunState.read(tmp_path / "run")
     assert record.cfg.data.root == str(tmp_path / "a\udcff: [b]")
     assert record.cfg.model.weights == "imagenet"
     assert (record.cfg.output, record.words) == (str(tmp_path / "run"), ["data.root=a"])
@@ -279,7 +279,7 @@ def test_a_record_keeps_any_path_and_makes_it_absolute(
 def test_a_strangers_record_runs_nothing(
     images: Path, tmp_path: Path, old: str, new: str, sentence: str
 ) -> None:
-    Record(configure(*toy(images, f"output={tmp_path}")), []).write()
+    RunState(configure(*toy(images, f"output={tmp_path}")), []).write()
     record = tmp_path / "run.yaml"
     record.write_text(record.read_text().replace(old, new))
     with pytest.raises(UserError, match=sentence):
@@ -308,9 +308,9 @@ def test_a_record_tells_where_weights_are_however_its_folder_is_named(
     Path("link").symlink_to("disk")
     for output in (Path("a"), Path("link/b")):
         (output / "last").mkdir(parents=True)
-        Result("last", (output / "last" / "best.ckpt").resolve(), {}).write(output)
+        StageResult("last", (output / "last" / "best.ckpt").resolve(), {}).write(output)
         output.rename("moved")
-        found = Result.read(Path("moved"), "last")
+        found = StageResult.read(Path("moved"), "last")
         assert found is not None and found.checkpoint == Path("moved/last/best.ckpt")
         Path("moved").rename(f"{output.name} of before")
 
@@ -321,27 +321,27 @@ def test_weights_of_an_epoch_after_the_state_are_forgotten(
 ) -> None:
     """A state is of a minute ago at most; what is gone on with keeps figures with their weights."""
     words = toy(images, f"output={tmp_path / 'run'}", SMALL, "stage=last", *SGD, "last.epochs=4")
-    save, states = KeepEpoch.on_train_epoch_end, []
+    save, states = BestOrLastCheckpoint.on_train_epoch_end, []
 
-    def end(self: KeepEpoch, trainer: Any, module: Any) -> None:
+    def end(self: BestOrLastCheckpoint, trainer: Any, module: Any) -> None:
         save(self, trainer, module)
         states.append(self.state.read_bytes() if self.state.is_file() else b"")
         if len(states) == 2:
             self.state.write_bytes(states[0])  # as if none had been due since
             raise Interruption(signal.SIGTERM)
 
-    monkeypatch.setattr(KeepEpoch, "on_train_epoch_end", end)
+    monkeypatch.setattr(BestOrLastCheckpoint, "on_train_epoch_end", end)
     with pytest.raises(Interruption):
         run(configure(*words), words)
-    monkeypatch.setattr(KeepEpoch, "on_train_epoch_end", save)
+    monkeypatch.setattr(BestOrLastCheckpoint, "on_train_epoch_end", save)
     seen: list[dict[str, float]] = []
-    load = KeepEpoch.load_state_dict
+    load = BestOrLastCheckpoint.load_state_dict
 
-    def loaded(self: KeepEpoch, state: dict[str, Any]) -> None:
+    def loaded(self: BestOrLastCheckpoint, state: dict[str, Any]) -> None:
         load(self, state)
         seen.append(self.metrics)
 
-    monkeypatch.setattr(KeepEpoch, "load_state_dict", loaded)
+    monkeypatch.setattr(BestOrLastCheckpoint, "load_state_dict", loaded)
     assert 0 <= resume(tmp_path / "run") <= 1
     assert seen == [{}]
 
@@ -349,15 +349,15 @@ def test_weights_of_an_epoch_after_the_state_are_forgotten(
 def test_a_run_that_ends_between_its_last_notes_is_gone_on_with(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Record) -> None:
+    def interrupted(self: RunState) -> None:
         raise Interruption(signal.SIGTERM)
 
-    finish = Record.finish
-    monkeypatch.setattr(Record, "finish", interrupted)
+    finish = RunState.finish
+    monkeypatch.setattr(RunState, "finish", interrupted)
     words = toy(images, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'run'}")
     with pytest.raises(Interruption):
         run(configure(*words), words)
-    monkeypatch.setattr(Record, "finish", finish)
+    monkeypatch.setattr(RunState, "finish", finish)
     weights_of = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
     resume(tmp_path / "run")
     assert (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns == weights_of

@@ -13,7 +13,7 @@ from conftest import configure, quiet_trainer, toy, write_images
 from hydra.utils import instantiate
 from torch import Tensor
 
-from bcnn.data.datamodule import ImageFolderData
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.results import open_split
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model, save_model
@@ -65,7 +65,7 @@ def test_both_stages_train_test_and_hand_over(
     assert log.partition("\n")[2] == printed
     for stage in ("last", "finetune"):
         model = load_model(tmp_path / "out" / stage / "best.ckpt")
-        assert (model.classes, model.framing.size) == (["blue", "green", "red"], 32)
+        assert (model.classes, model.preprocessing.size) == (["blue", "green", "red"], 32)
         assert (tmp_path / "out" / stage / "curves.png").stat().st_size > 5_000
         assert (tmp_path / "out" / stage / "metrics.csv").is_file()
     assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
@@ -218,7 +218,7 @@ def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
     assert epochs[0][1] < epochs[1][1]  # nor does the better loss of an earlier epoch count
     assert f"best checkpoint: {tmp_path / 'finetune' / 'best.ckpt'}" in capsys.readouterr().out
     module = BCNNModule(load_model(tmp_path / "finetune" / "best.ckpt"), "finetune")
-    data = ImageFolderData(images, 32, val_fraction=0.34)
+    data = FineGrainedDataModule(images, 32, val_fraction=0.34)
     data.setup()
     kept = quiet_trainer().validate(module, data.val_dataloader(), verbose=False)[0]
     assert kept["val_loss"] == pytest.approx(epochs[1][1], rel=1e-4)
@@ -299,7 +299,7 @@ def test_the_default_finetune_survives_a_rate_a_thousand_times_as_high(
         (["data.interpolation=area"], "data.interpolation=area: choose null or bilinear, bicubic"),
         (["data.val_fraction=1"], "data.val_fraction=1"),
         (["finetune.batch_size=2"], "use 4 or more"),
-        (["finetune.open_from=conv6_1"], "choose a layer from conv1_1"),
+        (["finetune.unfreeze_from=conv6_1"], "choose a layer from conv1_1"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -327,12 +327,12 @@ def test_images_are_resized_as_the_weights_were_trained_unless_told(
         data = instantiate(cfg.data)
         data.setup()
         model = build_model(cfg, data, torch.device("cpu"))
-        assert model.framing == data.framing
+        assert model.preprocessing == data.preprocessing
         save_model(model, file)
-        return model.framing.interpolation
+        return model.preprocessing.interpolation
 
     assert build(chosen) == taken
-    assert open_split(file, images, "all")[0].framing.interpolation == taken
+    assert open_split(file, images, "all")[0].preprocessing.interpolation == taken
     assert build("null", f"ckpt={file}") == taken
     other = "bilinear" if taken == "bicubic" else "bicubic"
     assert build(other, f"ckpt={file}") == other

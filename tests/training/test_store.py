@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bcnn.training import feature_store as store_module
-from bcnn.training.feature_store import CHUNK, USAGE, VIEWS, DescriptorStore, Options, main, stores_dir
+from bcnn.training.feature_store import CHUNK, USAGE, VIEWS, FeatureStore, Options, main, stores_dir
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import PART
 from bcnn.utils.options import command
@@ -20,15 +20,15 @@ from bcnn.utils.options import command
 WIDTH = 8
 
 
-def make(images: int = 40, dtype: str = "float16", **identity: object) -> DescriptorStore:
-    return DescriptorStore(identity, images, WIDTH, dtype, about="some photographs")
+def make(images: int = 40, dtype: str = "float16", **identity: object) -> FeatureStore:
+    return FeatureStore(identity, images, WIDTH, dtype, about="some photographs")
 
 
 def rows(images: int = 40) -> np.ndarray:
     return np.random.default_rng(0).random((images * VIEWS, WIDTH), np.float32)
 
 
-def fill(store: DescriptorStore, chunks: list[int]) -> None:
+def fill(store: FeatureStore, chunks: list[int]) -> None:
     content = rows(store.images)
     for chunk in chunks:
         images = store.chunk_images(chunk)
@@ -50,7 +50,7 @@ def test_rows_come_back_in_any_order_within_their_precision() -> None:
 
 def test_mirror_images_are_there_for_the_chunks_that_somebody_trains_on() -> None:
     of_first, content = [3], rows()
-    tested = DescriptorStore({}, 40, WIDTH, mirrored=of_first)
+    tested = FeatureStore({}, 40, WIDTH, mirrored=of_first)
     assert tested.open() == ([0, 1, 2], 0)
     assert [tested.views(c) for c in (0, 1, 2)] == [2, 1, 1] and tested.rows == 32 + 16 + 8
     for chunk in (0, 1, 2):
@@ -58,7 +58,7 @@ def test_mirror_images_are_there_for_the_chunks_that_somebody_trains_on() -> Non
         part = content[images.start * VIEWS : images.stop * VIEWS]
         tested.write(chunk, part[:: VIEWS // tested.views(chunk)])
     assert tested.nbytes == sum(p.stat().st_size for p in tested.folder.glob("*.rows"))
-    for reader in (tested, DescriptorStore({}, 40, WIDTH, mirrored=of_first)):
+    for reader in (tested, FeatureStore({}, 40, WIDTH, mirrored=of_first)):
         if reader is not tested:
             assert reader.open() == ([], 0)
         found = np.empty((4, WIDTH), "float16")
@@ -73,7 +73,7 @@ def test_mirror_images_are_there_for_the_chunks_that_somebody_trains_on() -> Non
     trained.read(range(80), whole)
     np.testing.assert_allclose(whole, content, rtol=2**-11)
     assert make().open() == ([], 0)
-    assert DescriptorStore({}, 40, WIDTH, mirrored=of_first).open() == ([], 0)
+    assert FeatureStore({}, 40, WIDTH, mirrored=of_first).open() == ([], 0)
 
 
 def test_identity_alone_decides_which_store_it_is() -> None:
@@ -81,7 +81,7 @@ def test_identity_alone_decides_which_store_it_is() -> None:
     others = [make(size=2), make(size=1, precision="x"), make(images=41, size=1)]
     others += [make(size=1, dtype="float32")]
     assert len({store.key for store in [make(size=1), *others]}) == 5
-    renamed = DescriptorStore({"size": 1}, 40, WIDTH, about="moved elsewhere")
+    renamed = FeatureStore({"size": 1}, 40, WIDTH, about="moved elsewhere")
     assert renamed.key == make(size=1).key
 
 

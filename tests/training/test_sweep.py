@@ -18,7 +18,7 @@ from filelock import FileLock
 from bcnn.evaluation.jobs import Job, in_order, swept_options, write_jobs
 from bcnn.evaluation.plots import option_svg
 from bcnn.training import command, stages, sweep
-from bcnn.training.run_state import Result
+from bcnn.training.run_state import StageResult
 from bcnn.utils.interruption import Interruption
 
 LAST = ["stage=last", "last=sgd", "last.epochs=2", "model.backbone.name=tiny"]
@@ -128,7 +128,7 @@ def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     assert command.main([*words, "output=again"]) == 0
     once, again = (
-        Result.read(place, "last") for place in (tmp_path / "s" / table[0]["job"], Path("again"))
+        StageResult.read(place, "last") for place in (tmp_path / "s" / table[0]["job"], Path("again"))
     )
     assert once and again and once.metrics == again.metrics
 

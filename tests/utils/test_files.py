@@ -12,17 +12,17 @@ from PIL import Image
 from bcnn.cli import evaluate, explain, export, predict
 from bcnn.models.checkpoint import save_model
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import PART, refuse_unwritable, remove_parts, whole
+from bcnn.utils.files import PART, atomic_write, refuse_unwritable, remove_parts
 from bcnn.utils.options import command
 
 
 def test_the_old_content_stays_until_the_new_is_whole(tmp_path):
     path = tmp_path / "folder" / "file.txt"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         assert part.suffix == ".txt"
         part.write_text("first")
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), whole(path) as part:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as part:
         part.write_text("half of the sec")
         1 / 0  # noqa: B018
     assert path.read_text() == "first"
@@ -33,8 +33,8 @@ def test_a_process_that_is_killed_leaves_the_old_content(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("first")
     code = (
-        "import os, signal, sys; from pathlib import Path; from bcnn.utils.files import whole\n"
-        "with whole(Path(sys.argv[1])) as part:\n"
+        "import os, signal, sys; from pathlib import Path; from bcnn.utils.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as part:\n"
         "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, path], check=False)
@@ -49,20 +49,20 @@ def test_a_process_that_is_killed_leaves_the_old_content(tmp_path):
 def test_a_full_disk_is_a_sentence(tmp_path):
     with (
         pytest.raises(UserError, match=r"file\.txt cannot be written: No space left"),
-        whole(tmp_path / "file.txt"),
+        atomic_write(tmp_path / "file.txt"),
         open("/dev/full", "w") as file,
     ):
         file.write("content")
         file.flush()
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"), whole(tmp_path / "file" / "x"):
+    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / "file" / "x"):
         pass
 
 
 def test_a_name_as_long_as_names_can_be(tmp_path):
     path = tmp_path / f"{'x' * 251}.csv"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         assert part.suffix == ".csv"
         part.write_text("content")
     assert path.read_text() == "content"
@@ -108,10 +108,10 @@ def test_a_full_disk_in_the_words_of_a_library_is_a_sentence(tmp_path):
     said = "Error while serializing: I/O error: No space left on device (os error 28)"
     with (
         pytest.raises(UserError, match=r"m\.x cannot be written: no space left"),
-        whole(tmp_path / "m.x"),
+        atomic_write(tmp_path / "m.x"),
     ):
         raise RuntimeError(said)
-    with pytest.raises(RuntimeError), whole(tmp_path / "m.x"):
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "m.x"):
         raise RuntimeError("something else")
 
 

@@ -17,22 +17,22 @@ class Backbone(nn.Module):
     A subclass says, as attributes of the class or of the instance:
         channels: of its maps; of those that are projected once they are.
         stride: pixels from one location to the next.
-        smallest: side in pixels of the smallest image that leaves 2 × 2 locations.
-        multiple: that the sides of images have to be of, 1 for convolutions.
-        layers: names that `open_from` takes, from the first up.
-        can_checkpoint: whether its `maps` heed `checkpointing`.
+        min_size: side in pixels of the smallest image that leaves 2 × 2 locations.
+        size_divisor: that the sides of images have to be of, 1 for convolutions.
+        layers: names that `unfreeze_from` takes, from the first up.
+        supports_grad_checkpointing: whether its `forward_features` heed `grad_checkpointing`.
         licence: of the weights that are published for it; "": not known.
         interpolation: that images were resized by when these were trained.
-    and implements `maps` and `open_from`. Images are normalised here, with the mean and standard
+    and implements `forward_features` and `unfreeze_from`. Images are normalised here, with the mean and standard
     deviation that the weights were trained with, so the two cannot be mispaired.
     """
 
     channels: int
     stride: int
-    smallest: int
-    multiple: int = 1
+    min_size: int
+    size_divisor: int = 1
     layers: tuple[str, ...] = ()
-    can_checkpoint: bool = False
+    supports_grad_checkpointing: bool = False
     licence: str = ""
     interpolation: Interpolation = "bilinear"
     mean: Tensor
@@ -40,7 +40,7 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.checkpointing = False  # of activations: less memory in training, more time
+        self.grad_checkpointing = False  # of activations: less memory in training, more time
         self.compiling = False  # by torch.compile, what is computed in training
         self.projection: nn.Module = nn.Identity()
         self.register_buffer("mean", torch.zeros(3, 1, 1))
@@ -69,24 +69,24 @@ class Backbone(nn.Module):
     def unprojected(self, images: Tensor) -> Tensor:
         """As `forward`, but for the projection."""
         sides = images.shape[2:]
-        if images.ndim != 4 or images.shape[1] != 3 or min(sides) < self.smallest:
+        if images.ndim != 4 or images.shape[1] != 3 or min(sides) < self.min_size:
             raise ValueError(
                 "expected images of shape (batch, 3, height, width) with sides of at least "
-                f"{self.smallest} px, got {tuple(images.shape)}"
+                f"{self.min_size} px, got {tuple(images.shape)}"
             )
-        if any(side % self.multiple for side in sides):
+        if any(side % self.size_divisor for side in sides):
             raise ValueError(
-                f"expected sides that are multiples of {self.multiple} px, got {tuple(sides)}"
+                f"expected sides that are multiples of {self.size_divisor} px, got {tuple(sides)}"
             )
         x = images.to(self.mean.dtype)
         if not images.is_floating_point():
             x = x / 255
-        maps = self._compiled if self.compiling and torch.is_grad_enabled() else self.maps
+        maps = self._compiled if self.compiling and torch.is_grad_enabled() else self.forward_features
         return maps((x - self.mean) / self.std)
 
     @cached_property
     def _compiled(self) -> Callable[[Tensor], Tensor]:
-        return torch.compile(self.maps)
+        return torch.compile(self.forward_features)
 
     def project(self, channels: int) -> None:
         """Give the maps this many channels, by a 1 × 1 convolution after all else: at first the first.
@@ -119,10 +119,10 @@ class Backbone(nn.Module):
             raise UserError("model.weights=pretrained is for the backbone timm: give a name, or a file")
         return dict(tensors)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images → maps, as `forward`."""
         raise NotImplementedError
 
-    def open_from(self, name: str | None) -> None:
+    def unfreeze_from(self, name: str | None) -> None:
         """Train the layers from `name` (one of `layers`) up, or all of them (None)."""
         raise NotImplementedError

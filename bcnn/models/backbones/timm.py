@@ -38,11 +38,11 @@ class Timm(Backbone):
         info = self.network.feature_info
         chosen = (info if isinstance(info, list) else info.info)[self.levels[-1]]
         self.channels, self.stride = chosen["num_chs"], chosen["reduction"]
-        self.smallest, self.multiple = 2 * self.stride, self.stride
+        self.min_size, self.size_divisor = 2 * self.stride, self.stride
         self.layers = tuple(dict.fromkeys(map(_layer, dict(self.network.named_parameters()))))
         with suppress(AssertionError):  # which those that cannot raise
             self.network.set_grad_checkpointing(True)
-            self.can_checkpoint = True
+            self.supports_grad_checkpointing = True
         self.licence = self.about.get("license") or ""
         # timm evaluates by bicubic where weights say nothing; all that it publishes say one of the two.
         # "random", which draws one of them in its training, is nothing that its evaluation can do.
@@ -77,15 +77,15 @@ class Timm(Backbone):
         state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
         return {**state, "mean": self.mean, "std": self.std}
 
-    def open_from(self, name: str | None) -> None:
+    def unfreeze_from(self, name: str | None) -> None:
         if name not in (None, *self.layers):
-            raise UserError(f"finetune.open_from={name}: {self.model} has {', '.join(self.layers)}")
+            raise UserError(f"finetune.unfreeze_from={name}: {self.model} has {', '.join(self.layers)}")
         first = self.layers.index(name) if name else 0
         for parameter, tensor in self.network.named_parameters():
             tensor.requires_grad_(self.layers.index(_layer(parameter)) >= first)
 
-    def maps(self, x: Tensor) -> Tensor:
-        self.network.set_grad_checkpointing(self.checkpointing)
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.network.set_grad_checkpointing(self.grad_checkpointing)
         found = self.network.forward_intermediates(
             x, indices=self.levels, norm=True, output_fmt="NCHW", intermediates_only=True
         )

@@ -24,9 +24,9 @@ class VGG16(Backbone):
 
     channels = 512
     stride = 16
-    smallest = 32  # 2 × 2 locations after four pools
+    min_size = 32  # 2 × 2 locations after four pools
     layers = tuple(LAYERS)
-    can_checkpoint = True
+    supports_grad_checkpointing = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class VGG16(Backbone):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
 
-    def open_from(self, name: str | None) -> None:
+    def unfreeze_from(self, name: str | None) -> None:
         first = LAYERS[name] if name else 0
         for index, layer in enumerate(self.features):
             layer.requires_grad_(index >= first)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images (batch, 3, h, w) → relu5_3 (batch, 512, h // 16, w // 16).
 
         The maps lie in memory as the weights do. On a CPU where that is channels last, the pools are
@@ -55,17 +55,17 @@ class VGG16(Backbone):
         their inputs do in half precision. So is conv1_1, whose output is as large as any and soon made.
         In float32 (see `training_layout`) that costs an eighth of the step, and on a GPU a tenth: there
         nothing is.
-        With `checkpointing`, the first two blocks are computed again, two images at a time: they have
+        With `grad_checkpointing`, the first two blocks are computed again, two images at a time: they have
         most of the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
         channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
         x = x.contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
-        recomputing = self.checkpointing or (channels_last and x.device.type == "cpu")
+        recomputing = self.grad_checkpointing or (channels_last and x.device.type == "cpu")
         if not (recomputing and torch.is_grad_enabled()):
             return self.features(x)
-        if self.checkpointing:
+        if self.grad_checkpointing:
             start = LAYERS["conv3_1"]
             x = torch.cat([_recomputed(self.features[:start], part) for part in x.split(2)])
         else:
