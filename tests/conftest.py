@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
+import bcnn.training.schema  # noqa: F401  # the types of the options
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.transforms import Preprocessing
 from bcnn.models import backbones
@@ -272,6 +273,9 @@ def make_near_sighted(model: BCNN) -> None:
     for layer in model.backbone.features:
         if isinstance(layer, nn.Conv2d):
             layer.weight.data.mul_(F.pad(torch.full((1, 1, 1, 1), 3.0), (1, 1, 1, 1)))
+
+
+FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]  # one epoch, for `images`
 
 
 def configure(*overrides: str) -> DictConfig:

@@ -1,13 +1,11 @@
-"""Train a bilinear CNN: the command, `bcnn train` or `python train.py`."""
+"""Train by Hydra's overrides: `bcnn train`, which is `python train.py`."""
 
 import os
 import re
 import sys
-import traceback
+from collections.abc import Callable
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -16,141 +14,138 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bcnn.training.sweep import in_sweep, ranked, run_job, told
-from bcnn.utils.interruption import Interruption, raise_interruptions
-from bcnn.utils.options import literal, print_any_text
-from bcnn.utils.progress import progress
-from bcnn.utils.terminal import say
+import bcnn.training.schema  # noqa: F401  # registers the types of the options
+from bcnn.cli.errors import exit_code_of
+from bcnn.training.sweep import in_sweep, ranked, run_job
+from bcnn.utils.console import logger, progress
+from bcnn.utils.errors import UserError
+
+Task = Callable[[], object]
 
 PACKAGE = Path(__file__).parents[1]
 # In the package where it is installed, beside it in a clone.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # over 0 in the processes of other GPUs
 
 
-def main(words: list[str]) -> int:
-    """Train by Hydra's overrides and flags, or go on by `resume=FOLDER`; returns the exit code."""
-    print_any_text()
-    raise_interruptions()
-    resumed = [word for word in words if word.startswith("resume=")]
-    # What follows a flag is its value.
-    bare = [word for flag, word in pairwise(["", *words]) if "=" not in word and flag[:1] != "-"]
-    folders = [word for word in bare if Path(word).is_dir()]
-    if resumed and words[1:]:
-        return _mistake(f"{resumed[0]} goes on with the options of that run: give no others")
-    if not resumed and _apart(words):
-        return _mistake("processes that were started together need one folder: add output=FOLDER")
-    if folders:
-        return _mistake(f"{folders[0]}: to train on a folder, write data=folder data.root={folders[0]}")
-    try:
-        if resumed:
-            folder = Path(resumed[0].removeprefix("resume=")).expanduser()
-            told(_stages(f"going on with {folder}").resume, folder)
-        else:
-            return _compose(words)
-    except Interruption as error:
-        traceback.clear_frames(error.__traceback__)  # what was under way there ends: its bar
-        say(f"interrupted ({error})", file=sys.stderr)
-        return error.exit_code
-    return 0
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _main(cfg: DictConfig) -> float:
+    return train(cfg)
 
 
-def _apart(words: list[str]) -> bool:
-    """Whether torchrun or srun started several processes, each of which names a folder by itself."""
-    named = any(word.startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for word in words)
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-    return (torchrun or srun) and not named
+def main(words: list[str], task: Task = _main) -> int:
+    """Train as the words of a command say; return the exit code.
+
+    Args:
+        words: Hydra's overrides and flags, or `resume=FOLDER`.
+        task: a function that `hydra.main` decorates, and that calls `train`.
+    """
+    return exit_code_of(lambda: _main_of(words, task))
 
 
-def _first() -> bool:
-    """Whether this process speaks for all that train together."""
-    return all(os.environ.get(name, "0") == "0" for name in RANKS)
-
-
-def _mistake(sentence: str) -> int:
-    if _first():
-        say(f"error: {sentence}", file=sys.stderr)
-    return 1
-
-
-def _compose(words: list[str]) -> int:
-    """Have Hydra make a configuration of the words, or in a sweep several, and train by each."""
-    composed: list[DictConfig] = []
-    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(words)
+def _main_of(words: list[str], task: Task) -> None:
+    if any(word.startswith("resume=") for word in words):
+        resume(words)
+        return
+    if _started_together() and not any(
+        word.startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for word in words
+    ):
+        raise UserError("processes that are started together need one folder: add output=FOLDER")
+    sys.path.insert(0, os.getcwd())  # for classes of one's own, as python -m has it
     called = sys.argv
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def run(cfg: DictConfig) -> float:
-        """Returns validation top-1, for sweeps to maximise."""
-        OmegaConf.to_container(cfg, resolve=True)  # raises where ${name} stands for nothing
-        composed.append(cfg)
-        sys.argv = called  # by which Lightning starts the processes of other GPUs
-        room = _stages(_opening(cfg))
-        overrides = list(HydraConfig.get().overrides.task)
-        return run_job(room, cfg, overrides) if in_sweep() else told(room.run, cfg, overrides)
-
-    # What Hydra reads: `data.root=2024` is a folder, not a number.
-    sys.argv = [called[0], *_own_configuration(words), *(literal(word, sweep) for word in words)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # mistakes are raised, not printed
+    sys.argv = [called[0], *_own_configuration(words), *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised, not printed
     try:
         with ranked(words):
-            run()
+            task()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if composed:
+        if HydraConfig.initialized():
             raise
-        return _mistake(_refused(str(error)))
-    return 0
+        raise UserError(_explained(error, words)) from error
+    finally:
+        sys.argv = called
 
 
-def _refused(text: str) -> str:
-    """In a sentence, what Hydra says of words that make no configuration."""
-    text = " ".join(text.split())
-    if found := re.match(r"Could not override '([^']+)'", text):
-        return _unknown(found[1])
-    absent = r"In '.*': Could not find '(.+)/(.+?)' Available options in '.*': (.*?) Config search"
-    if found := re.match(absent, text):
-        return f"there is no {found[1]}={found[2]}: choose from {', '.join(found[3].split())}"
-    return text
+def train(cfg: DictConfig) -> float:
+    """Train by a configuration of Hydra's; return validation top-1, for sweeps to maximise."""
+    OmegaConf.to_container(cfg, resolve=True)  # raises where ${name} stands for nothing
+    overrides = list(HydraConfig.get().overrides.task)
+    if in_sweep():
+        return run_job(cfg, overrides)
+    return _run(cfg, overrides, resume=_requeued(cfg))
 
 
-def _unknown(name: str) -> str:
-    parent, _, last = name.rpartition(".")
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        plain, sgd = (hydra.compose("config", choice) for choice in ([], ["last=sgd"]))
-    if OmegaConf.select(sgd, name) is not None:
-        return f"{name} is an option of last=sgd, and last=convex is chosen: add last=sgd"
-    there = OmegaConf.select(plain, parent) if parent else plain
-    if near := get_close_matches(last, map(str, there if isinstance(there, DictConfig) else []), 1):
-        return f"there is no option {name}: did you mean {name.removesuffix(last)}{near[0]}?"
-    return (
-        f"there is no option {name} in what is chosen: --help lists all; +{name}=… hands on what is "
-        "not listed to the class that is configured"
+def resume(words: list[str]) -> float:
+    """Continue the interrupted run in FOLDER, by the words `resume=FOLDER`."""
+    (word,) = (word for word in words if word.startswith("resume="))
+    folder = Path(word.removeprefix("resume=")).expanduser().absolute()
+    logger.info(f"resuming {folder}")
+    with progress("loading PyTorch"):
+        from bcnn.training.run_state import RunState, resumable_overrides
+    overrides = resumable_overrides(
+        RunState.read(folder), [other for other in words if other != word]
     )
+    cfg = compose(overrides)
+    cfg.output = str(folder)
+    return _run(cfg, overrides, resume=True)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Return the configuration that overrides compose, outside of a command of Hydra's."""
+    search = [f"hydra.searchpath=[file://{Path('conf').absolute()}]"] if _own_configuration([]) else []
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", [*search, *overrides])
+
+
+def _run(cfg: DictConfig, overrides: list[str], resume: bool) -> float:
+    """Say in a first line what happens, and load PyTorch, which takes seconds, after it."""
+    images = OmegaConf.select(cfg, "data.list") or OmegaConf.select(cfg, "data.root")
+    stages = "last, then finetune" if cfg.stage == "both" else cfg.stage
+    logger.info(f"training stage {stages}; images: {images}; output: {os.path.relpath(cfg.output)}")
+    with progress("loading PyTorch"):
+        from bcnn.training.run import train as train_stages
+    return train_stages(cfg, overrides, resume)
+
+
+def _requeued(cfg: DictConfig) -> bool:
+    """Return whether SLURM runs the same command again, in a job that it put back into its queue."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and Path(cfg.output, "run.yaml").is_file()
+
+
+def _started_together() -> bool:
+    """Return whether torchrun or srun started several processes."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return torchrun or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _own_configuration(words: list[str]) -> list[str]:
-    """Have what the user keeps in `conf/` of the working folder be found, too."""
+    """Return the flag by which Hydra also finds the user's `conf/` in the working folder."""
     given = any(word.startswith(("--config-dir", "-cd")) for word in words)
     there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
     return ["--config-dir=conf"] if there and not given else []
 
 
-def _opening(cfg: DictConfig) -> str:
-    """The first line; mistakes are found later."""
-    stage, images, images_list, output = (
-        OmegaConf.select(cfg, name) for name in ("stage", "data.root", "data.list", "output")
-    )
-    stages = "last, then finetune" if stage == "both" else stage
-    here = str(output).removeprefix(f"{Path.cwd()}{os.sep}")
-    return f"training stage {stages}; images: {images_list or images}; output: {here}"
+def _explained(error: Exception, words: list[str]) -> str:
+    """Return one sentence for what Hydra says of words that make no configuration."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if found := re.match(r"Could not override '([^']+)'", text):
+        return _unknown_option(found[1])
+    absent = r"In '.*': Could not find '(.+)/(.+?)' Available options in '.*': (.*?) Config search"
+    if found := re.match(absent, text):
+        return f"there is no {found[1]}={found[2]}: choose from {', '.join(found[3].split())}"
+    if folders := [word for word in words if Path(word).is_dir()]:
+        return f"to train on the images of {folders[0]}, write data=folder data.root={folders[0]}"
+    return text.partition(" full_key:")[0]
 
 
-def _stages(opening: str) -> ModuleType:
-    """`bcnn.training.run`, whose torch and Lightning take seconds to load, after a first line."""
-    if _first():
-        say(opening)
-    with progress("loading PyTorch", show=_first()):
-        from bcnn.training import run
-    return run
+def _unknown_option(name: str) -> str:
+    """Return what may have been meant by the name of an option that there is not."""
+    parent, _, last = name.rpartition(".")
+    GlobalHydra.instance().clear()
+    plain, sgd = compose([]), compose(["last=sgd"])
+    if OmegaConf.select(sgd, name) is not None:
+        return f"{name} is an option of last=sgd: add last=sgd"
+    siblings = OmegaConf.select(plain, parent) if parent else plain
+    names = map(str, siblings if isinstance(siblings, DictConfig) else [])
+    if near := get_close_matches(last, names, 1):
+        return f"there is no option {name}: did you mean {name.removesuffix(last)}{near[0]}?"
+    return f"there is no option {name}: --help lists all; +{name}=… passes it to the class at {parent}"

@@ -1,70 +1,171 @@
-"""A stage's loggers, and what they are told beside the curves: the configuration, hard images."""
+"""What a run says: Lightning's loggers and what they get beside the curves, figures, next commands."""
 
-from collections.abc import Iterable, Mapping
+import logging
+import shlex
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import wandb
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import load_image
 from bcnn.evaluation.predictions import Predictions
+from bcnn.training.run_state import RUN, RunState, StageResult
+from bcnn.utils.console import logger
 
-PHOTOGRAPHS = 100  # in the table of predictions
-THUMBNAIL = 256  # px, their longer side
-COLUMNS = ["photograph", "class", "predicted", "confidence", "of_class", "path"]
+TABLE_IMAGES = 100  # in wandb's table of predictions
+THUMBNAIL = 256  # px, the longer side there
+COLUMNS = ["image", "class", "predicted", "confidence", "probability_of_class", "path"]
 
 
-def make_loggers(options: Mapping[str, Any] | None, folder: Path, identity: str) -> list[Logger]:
-    """Those of a configuration, writing to `folder`.
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's remarks on the machine, and on how a stage uses its Trainer."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for module in ("lightning", "torch.utils.data"):
+                warnings.filterwarnings("ignore", module=module)
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
 
-    By `identity` wandb knows the stage, which goes on in the same wandb run when it is resumed.
+
+def make_loggers(cfg: DictConfig, folder: Path, identity: str) -> list[Logger]:
+    """Return the loggers of the configuration, writing to the folder of a stage.
+
+    A resumed stage continues its wandb run, which is known by `identity`.
     """
     loggers: list[Logger] = []
-    for each in (options or {}).values():
-        named = (
-            {"id": identity} if each["_target_"].endswith("WandbLogger") and "id" not in each else {}
-        )
-        loggers.append(instantiate(each, save_dir=folder, **named))
+    for options in (cfg.logger or {}).values():
+        wandb_run = options["_target_"].endswith("WandbLogger") and "id" not in options
+        extra = {"id": identity} if wandb_run else {}
+        loggers.append(instantiate(options, save_dir=folder, **extra))
     return loggers
 
 
 @rank_zero_only
-def log_configuration(loggers: Iterable[Logger], cfg: DictConfig, stage: str) -> None:
-    """What was composed, with the name of the stage that these loggers follow."""
-    values: Any = OmegaConf.to_container(cfg, resolve=True)
-    for logger in loggers:
-        logger.log_hyperparams({**values, "stage": stage})
+def log_options(loggers: Iterable[Logger], cfg: DictConfig, stage: str) -> None:
+    """Log all options, with the name of the stage."""
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    for each in loggers:
+        each.log_hyperparams({**options, "stage": stage})
 
 
 @rank_zero_only
 def log_results(
     loggers: Iterable[Logger], metrics: Mapping[str, float], predictions: Predictions | None
 ) -> None:
-    """The test figures; to wandb also the confusion matrix, and the photographs that it is least right
-    about: those whose true class got least probability."""
-    for logger in loggers:
-        if predictions and isinstance(logger, WandbLogger):
-            logger.log_metrics({"confusion": _confusion(predictions)})
-            logger.log_table("predictions", columns=COLUMNS, data=_hardest(predictions))
-        logger.log_metrics({key: v for key, v in metrics.items() if key.startswith("test")})
+    """Log the test figures; to wandb also the confusion matrix and the images it is least right about."""
+    for each in loggers:
+        if predictions and isinstance(each, WandbLogger):
+            each.log_metrics({"confusion": _confusion(predictions)})
+            each.log_table("predictions", columns=COLUMNS, data=_hardest(predictions))
+        each.log_metrics({key: value for key, value in metrics.items() if key.startswith("test")})
 
 
 def close(loggers: Iterable[Logger]) -> None:
-    """Let every logger write what it has; a stage's wandb run ends with the stage."""
-    for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    """Write what the loggers hold; a stage's wandb run ends with the stage."""
+    for each in loggers:
+        each.finalize("success")
+        if isinstance(each, WandbLogger):
+            each.experiment.finish()
+
+
+def log_figures(results: list[StageResult], data: FineGrainedDataModule) -> None:
+    """Log the figures of the stages, side by side."""
+    logger.info("")
+    logger.info(_line("", (result.stage for result in results)))
+    cross_validated = f"the {len(data.train)} training images, each held out once"
+    counts = {
+        "val": f"{len(data.val)} images" if data.val else cross_validated,
+        "test": f"{len(data.test)} images",
+    }
+    for split, title in (("val", "validation"), ("test", "test")):
+        for name in ("top1", "top5") if len(data.classes) > 5 else ("top1",):
+            figures = [result.metrics.get(f"{split}_{name}") for result in results]
+            if any(figure is not None for figure in figures):
+                cells = ("–" if figure is None else f"{figure:.1%}" for figure in figures)
+                logger.info(_line(f"{title} top-{name[-1]}", cells) + f"  of {counts[split]}")
+    if not data.test:
+        logger.info(f"{data.root} has no test images: no test figures")
+
+
+def log_where(cfg: DictConfig, state: RunState, results: list[StageResult], report: Path | None) -> None:
+    """Log where the files of a finished run are, and the commands that may come next."""
+    checkpoint = results[-1].checkpoint
+    logger.info("")
+    logger.info(f"files of this run: {state.folder}")
+    if report:
+        logger.info(f"report: {report}")
+    if not checkpoint:
+        return
+    logger.info(f"best checkpoint: {checkpoint}")
+    if state.overrides is not None:
+        logger.info(f"predict: {shlex.join(['bcnn', 'predict', str(checkpoint), 'IMAGE'])}")
+        purpose = "fine-tune it" if results[-1].stage == "last" else "fine-tune it further"
+        logger.info(f"next, to {purpose}: {_next_command(cfg, state.overrides, results[-1])}")
+
+
+def log_how_to_resume(state: RunState) -> None:
+    """Log what an interrupted run leaves; nothing where it has not begun to train."""
+    if (state.folder / RUN).is_file():
+        code = [word for word in state.overrides or [] if "_target_" in word]
+        logger.info("")
+        logger.info(f"resume with: {train_command(f'resume={state.folder}', *code)}")
+
+
+def train_command(*words: str) -> str:
+    """Return a command that trains with these words, for a shell."""
+    return shlex.join(["bcnn", "train", *words])
+
+
+def facts(
+    cfg: DictConfig, state: RunState, result: StageResult, data: FineGrainedDataModule
+) -> dict[str, str]:
+    """Return how a model was made, for its report."""
+    splits = (("to train on", data.train), ("to validate", data.val), ("to test", data.test))
+    return {
+        "what went wrong": result.failure,
+        "command": "" if state.overrides is None else train_command(*state.overrides),
+        "images": cfg.data.list or cfg.data.root,
+        "preprocessing": str(data.preprocessing),
+        "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
+        "checkpoint": str(result.checkpoint or ""),
+    }
+
+
+def _next_command(cfg: DictConfig, overrides: list[str], result: StageResult) -> str:
+    """Return the command that fine-tunes what `last` saved, or a fine-tuned model at a tenth of its rate."""
+    change = {"stage": "finetune", "ckpt": QuotedString(str(result.checkpoint), Quote.double).with_quotes()}
+    if result.stage == "finetune":
+        change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
+    given = OverridesParser.create().parse_overrides(overrides)
+    kept = [each.input_line for each in given if each.key_or_group not in {*change, "output"}]
+    return train_command(*(f"{name}={value}" for name, value in change.items()), *map(str, kept))
+
+
+def _line(name: str, cells: Iterable[str]) -> str:
+    return f"{name:16}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _confusion(predictions: Predictions) -> Any:
-    """As `wandb.plot.confusion_matrix` draws it, from the cells that are not zero.
+    """Return wandb's confusion matrix, from the cells that are not zero.
 
-    That function lists every cell, and wandb cuts a table off after 10,000 rows: at 100 classes.
+    `wandb.plot.confusion_matrix` lists every cell, and wandb cuts a table off after 10,000 rows.
     """
     names, confusion = predictions.classes, predictions.confusion
     cells = [[names[i], names[j], int(confusion[i, j])] for i, j in confusion.nonzero().tolist()]
@@ -78,8 +179,9 @@ def _confusion(predictions: Predictions) -> Any:
 
 
 def _hardest(predictions: Predictions) -> list[list[Any]]:
+    """Return a row of `COLUMNS` for the images whose class got the least probability."""
     names, rows = predictions.classes, []
-    for index in predictions.of_truth.argsort(stable=True)[:PHOTOGRAPHS].tolist():
+    for index in predictions.of_truth.argsort(stable=True)[:TABLE_IMAGES].tolist():
         thumbnail = load_image(predictions.paths[index])
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
         rows.append(

@@ -1,136 +1,252 @@
-"""What a run writes down to be gone on with: its configuration, and the stages that ended."""
+"""What a run writes down so that it can be resumed: its options, its images, the stages that ended."""
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 from zipfile import BadZipFile
 
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bcnn.data.splits import SplitRecord
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import Neighbour
 from bcnn.evaluation.results import PREDICTIONS
-from bcnn.training.checkpointing import STATE
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write
+from bcnn.utils.files import atomic_write, remove_parts, validate_writable
 
 RUN = "run.yaml"
 STAGE = "result.json"
 HELD_OUT = "held_out.npz"
-PATHS = (("", "ckpt"), ("data", "root"), ("data", "list"), ("model", "weights"))
-
-
-@dataclass
-class RunState:
-    """Of a run, in `output/run.yaml`.
-
-    Args:
-        cfg: everything that was composed, paths being absolute and the precision that of the machine.
-        words: the overrides it was composed from; None where no command did.
-        identity: tells runs apart.
-        images: digest of the split.
-        finished: all is done, the report too.
-    """
-
-    cfg: DictConfig
-    words: list[str] | None
-    identity: str = field(default_factory=lambda: uuid4().hex[:8])
-    images: str = ""
-    finished: bool = False
-
-    def write(self) -> None:
-        """Paths become absolute: the run may be gone on with from another working folder."""
-        cfg: Any = OmegaConf.to_container(self.cfg, resolve=True)
-        for group, name in PATHS:
-            options = cfg[group] if group else cfg
-            place = Path(str(options[name])).expanduser()
-            if place.is_file() or (name == "root" and place.is_dir()):
-                options[name] = str(place.absolute())
-        with atomic_write(Path(self.cfg.output) / RUN) as part:
-            OmegaConf.save(OmegaConf.create(vars(self) | {"cfg": cfg}), part)
-
-    def finish(self) -> None:
-        """Nothing is left to go on with."""
-        self.finished = True
-        self.write()
-        for state in Path(self.cfg.output).glob(f"*/{STATE}"):
-            state.unlink()
-
-    @classmethod
-    def read(cls, folder: Path) -> "RunState":
-        """The record of a run that was interrupted, in the folder where it is now.
-
-        Raises:
-            UserError: there is none in the folder, or the run is finished.
-        """
-        try:
-            record = cls(**{str(name): value for name, value in OmegaConf.load(folder / RUN).items()})
-            record.cfg.output = str(folder)
-        except (OSError, YAMLError, OmegaConfBaseException, TypeError, AttributeError) as error:
-            raise UserError(
-                f"resume={folder}: no run to go on with: {RUN} lacks or is damaged"
-            ) from error
-        if record.finished:
-            raise UserError(f"resume={folder}: this run is finished, there is nothing left to do")
-        return record
 
 
 @dataclass
 class StageResult:
-    """What a stage ended with: the file of its best weights, their figures, and what went wrong."""
+    """What a stage ended with.
+
+    Args:
+        stage: its name.
+        checkpoint: the file of the weights it ended with; None where none is kept (fast_dev_run).
+        metrics: their validation and test figures.
+        failure: what went wrong, or "".
+        predictions: of the test images, or of the validation images without any; on rank zero.
+        held_out: of the training images, in cross-validation.
+        nearest: training images most similar to the worst mistakes; not written down.
+    """
 
     stage: str
-    checkpoint: Path
+    checkpoint: Path | None
     metrics: dict[str, float]
     failure: str = ""
-    predictions: Predictions | None = None  # of test or validation images; on rank zero
-    held_out: Predictions | None = None  # of training images, in cross-validation
-    nearest: dict[int, list[Neighbour]] = field(default_factory=dict)  # of the worst mistakes; not kept
+    predictions: Predictions | None = None
+    held_out: Predictions | None = None
+    nearest: dict[int, list[Neighbour]] = field(default_factory=dict)
 
-    def write(self, output: Path) -> None:
-        """Into the stage's folder of a run, with a relative path, since a run can be moved."""
-        checkpoint, folder = self.checkpoint.resolve(), output.resolve()
-        place = checkpoint.relative_to(folder) if checkpoint.is_relative_to(folder) else checkpoint
-        plain = {"checkpoint": str(place), "metrics": self.metrics, "failure": self.failure}
+    def write(self, folder: Path) -> None:
+        """Write the result into the folder of a run, which can be moved: paths are relative."""
+        checkpoint = self.checkpoint.resolve() if self.checkpoint else None
+        if checkpoint and checkpoint.is_relative_to(folder.resolve()):
+            checkpoint = checkpoint.relative_to(folder.resolve())
+        plain = {
+            "checkpoint": checkpoint and str(checkpoint),
+            "metrics": self.metrics,
+            "failure": self.failure,
+        }
         for found, name in ((self.predictions, PREDICTIONS), (self.held_out, HELD_OUT)):
             if found:
-                found.save(output / self.stage / name)
-        with atomic_write(output / self.stage / STAGE) as part:
+                found.save(folder / self.stage / name)
+        with atomic_write(folder / self.stage / STAGE) as part:
             part.write_text(json.dumps(plain, indent=1))
 
     @classmethod
-    def read(cls, output: Path, stage: str) -> "StageResult | None":
-        """Of a stage that ended; None if it did not.
+    def read(cls, folder: Path, stage: str) -> "StageResult | None":
+        """Return the result of a stage in the folder of a run; None where it has not ended.
 
         Raises:
             UserError: the file is damaged.
         """
-        file = output / stage / STAGE
+        file = folder / stage / STAGE
         if not file.is_file():
             return None
         try:
             plain = json.loads(file.read_text())
-            checkpoint = output / plain["checkpoint"]
-            files = (output / stage / name for name in (PREDICTIONS, HELD_OUT))
+            files = (folder / stage / name for name in (PREDICTIONS, HELD_OUT))
             predictions, held_out = (Predictions.load(f) if f.is_file() else None for f in files)
+            checkpoint = plain["checkpoint"] and folder / plain["checkpoint"]
             return cls(
-                stage,
-                checkpoint,
-                dict(plain["metrics"]),
-                str(plain["failure"]),
-                predictions,
-                held_out,
+                stage, checkpoint, plain["metrics"], plain["failure"], predictions, held_out
             )
         except (ValueError, TypeError, KeyError, BadZipFile) as error:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error
 
 
-def digest(split: SplitRecord) -> str:
-    """Tells whether images are the same and in the same splits."""
-    return hashlib.sha256(json.dumps(split.plain(), sort_keys=True).encode()).hexdigest()
+@dataclass
+class RunState:
+    """A run, written down in `output/run.yaml`.
+
+    Args:
+        folder: of the run.
+        overrides: what it was composed from; None where no command line was.
+        config: all options, resolved.
+        directory: the working folder, which relative paths in the overrides are relative to.
+        precision: Lightning's name; a resumed run keeps it.
+        identity: tells runs apart.
+        images: digest of the labelled images and their splits.
+        finished: whether all is done, the report too.
+    """
+
+    folder: Path
+    overrides: list[str] | None
+    config: dict[str, Any]
+    directory: str
+    precision: str
+    identity: str = field(default_factory=lambda: uuid4().hex[:8])
+    images: str = ""
+    finished: bool = False
+
+    @classmethod
+    def create(cls, cfg: DictConfig, overrides: list[str] | None, precision: str) -> "RunState":
+        """Return the state of a new run; nothing is written before there is something to train.
+
+        Raises:
+            UserError: the folder holds a run already, or cannot be written to.
+        """
+        folder = Path(cfg.output)
+        _validate_new(folder)
+        return cls(folder, overrides, _plain(cfg), str(Path.cwd()), precision)
+
+    @classmethod
+    def resume(cls, cfg: DictConfig) -> "RunState":
+        """Return the state of an interrupted run, to be continued with the same options.
+
+        Raises:
+            UserError: there is no such run in the folder, or it had other options.
+        """
+        state = cls.read(Path(cfg.output))
+        for name, (before, now) in _differences(state.config, _plain(cfg)).items():
+            raise UserError(
+                f"resume={state.folder}: {name} was {before!r} when the run began, and is {now!r} now"
+            )
+        _remove_leftovers(state.folder)
+        return state
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunState":
+        """Return the state that is written in a folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        try:
+            plain: Any = OmegaConf.to_container(OmegaConf.load(folder / RUN))
+            return cls(**plain | {"folder": folder})
+        except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
+            raise UserError(f"resume={folder}: no run to resume: {RUN} is missing or damaged") from error
+
+    @rank_zero_only
+    def write(self) -> None:
+        """Write the state into the folder of the run."""
+        plain = asdict(self)
+        del plain["folder"]
+        with atomic_write(self.folder / RUN) as part:
+            OmegaConf.save(OmegaConf.create(plain), part)
+
+    def begin(self, data: FineGrainedDataModule) -> None:
+        """Write the state down before the first stage.
+
+        Raises:
+            UserError: a run is resumed with other images, classes or splits.
+        """
+        images = data_digest(data)
+        if self.images not in ("", images):
+            raise UserError(
+                f"{data.root}: the images or their classes changed since {self.folder} began: restore "
+                "them, or start a new run"
+            )
+        self.images = images
+        self.write()
+
+    def result(self, stage: str) -> StageResult | None:
+        """Return the result of a stage, if it has ended."""
+        return StageResult.read(self.folder, stage)
+
+    @rank_zero_only
+    def finish(self) -> None:
+        """Note that nothing is left to do."""
+        self.finished = True
+        self.write()
+
+
+def resumable_overrides(state: RunState, given: list[str]) -> list[str]:
+    """Return the overrides to compose the configuration of a resumed run from.
+
+    A run's folder may come from somebody else. So an override in it that names code to run, by
+    `_target_` or in a group of Hydra's own, counts only where the command line repeats it.
+
+    Args:
+        state: as read from the folder.
+        given: the other words of the command.
+
+    Raises:
+        UserError: such an override is not repeated, or another one is given.
+    """
+    stored = state.overrides or []
+    code = [word for word in stored if "_target_" in word or word.lstrip("+~").startswith("hydra")]
+    if missing := [word for word in code if word not in given]:
+        raise UserError(
+            f"{state.folder / RUN} names classes to load: if you trust it, repeat {' '.join(missing)}"
+        )
+    if others := [word for word in given if word not in stored]:
+        raise UserError(f"resume= continues with the options of the run: leave out {others[0]}")
+    return stored
+
+
+def data_digest(data: FineGrainedDataModule) -> str:
+    """Return a digest of the classes, and of the content, class and split of every image."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    images = sorted(
+        (data.digests[path], data.classes[label], split)
+        for split, samples in splits.items()
+        for path, label in samples
+    )
+    return hashlib.sha256(json.dumps([data.classes, images]).encode()).hexdigest()
+
+
+@rank_zero_only
+def _validate_new(folder: Path) -> None:
+    validate_writable(folder)
+    for name in (RUN, "figures.json", "last", "finetune"):
+        if (folder / name).exists():
+            raise UserError(
+                f"output={folder} holds a run already ({name}): choose another folder, or resume the "
+                f"run by resume={folder}"
+            )
+
+
+@rank_zero_only
+def _remove_leftovers(folder: Path) -> None:
+    """Remove partial files, and Lightning's checkpoints of a SLURM job, from within an epoch."""
+    remove_parts(folder)
+    for state in folder.glob("*/hpc_ckpt_*.ckpt"):
+        state.unlink()
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return all options but the folder of the run, which may be moved."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {name: value for name, value in plain.items() if name != "output"}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ, by name, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in before.keys() | now.keys():
+            found |= _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        return found
+    return {} if before == now else {name: (before, now)}

@@ -19,7 +19,8 @@ from conftest import ROOT, Run, configure, toy, write
 from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.checkpointing import BestOrLastCheckpoint
-from bcnn.training.run import resume, run
+from bcnn.cli.train import resume as resume_command
+from bcnn.training.run import train
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.utils.errors import UserError
 from bcnn.utils.interruption import Interruption, raise_interruptions
@@ -78,9 +79,9 @@ def job(
     ):
         count(owner, name, event, seen, kill, number)
     raise_interruptions()
-    begun = (folder / "run.yaml").is_file() and "SLURM_RESTART_COUNT" not in variables
+    begun = (folder / "run.yaml").is_file()
     try:
-        resume(Path(folder.name)) if begun else run(configure(*words), words)
+        train(configure(*words), words, resume=begun)
     except Interruption as error:
         sys.exit(error.exit_code)
     except UserError as error:
@@ -124,7 +125,7 @@ FINETUNE = ("finetune.epochs=3", "finetune.batch_size=4", "finetune.optimizer.lr
     ("options", "kills"),
     [
         (
-            ("schedule@finetune.scheduler=plateau",),
+            ("scheduler@finetune.scheduler=plateau",),
             [
                 ("chunk", 2),
                 ("checkpoint", 1),  # before an epoch is done: nothing to go on from yet
@@ -215,12 +216,12 @@ def test_sigterm_and_a_job_that_slurm_runs_again(
     assert killed(words, tmp_path / "run", SLURM_RESTART_COUNT="1") == 0
     assert len((tmp_path / "run" / "last" / "metrics.csv").read_text().splitlines()) == 6
     with pytest.raises(UserError, match="holds a run already"):
-        run(configure(*words[:-1], f"output={tmp_path / 'run'}"))
+        train(configure(*words[:-1], f"output={tmp_path / 'run'}"))
 
 
 def begun(images: Path, output: Path) -> Path:
     """A run of stage `last` as if it had been interrupted after its stage."""
-    run(configure(*toy(images, "stage=last", "last.l2=[1e-2]", f"output={output}")))
+    train(configure(*toy(images, "stage=last", "last.l2=[1e-2]", f"output={output}")))
     record = output / "run.yaml"
     record.write_text(record.read_text().replace("finished: true", "finished: false"))
     return record
@@ -291,12 +292,12 @@ def test_no_room_is_said_before_an_epoch(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
-        run(configure(*toy(images, f"output={tmp_path}/file/run")))
+        train(configure(*toy(images, f"output={tmp_path}/file/run")))
     free = shutil._ntuple_diskusage(10**9, 0, 5 * 10**6)
     monkeypatch.setattr("bcnn.training.checkpointing.shutil.disk_usage", lambda _: free)
     words = toy(images, "stage=last", "last=sgd", "last.store=false", f"output={tmp_path}/run")
     with pytest.raises(UserError, match=r"no room for checkpoints: 0.\d\d GB are needed"):
-        run(configure(*words))
+        train(configure(*words))
 
 
 def test_a_record_tells_where_weights_are_however_its_folder_is_named(
@@ -332,7 +333,7 @@ def test_weights_of_an_epoch_after_the_state_are_forgotten(
 
     monkeypatch.setattr(BestOrLastCheckpoint, "on_train_epoch_end", end)
     with pytest.raises(Interruption):
-        run(configure(*words), words)
+        train(configure(*words), words)
     monkeypatch.setattr(BestOrLastCheckpoint, "on_train_epoch_end", save)
     seen: list[dict[str, float]] = []
     load = BestOrLastCheckpoint.load_state_dict
@@ -356,7 +357,7 @@ def test_a_run_that_ends_between_its_last_notes_is_gone_on_with(
     monkeypatch.setattr(RunState, "finish", interrupted)
     words = toy(images, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'run'}")
     with pytest.raises(Interruption):
-        run(configure(*words), words)
+        train(configure(*words), words)
     monkeypatch.setattr(RunState, "finish", finish)
     weights_of = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
     resume(tmp_path / "run")

@@ -14,7 +14,7 @@ GROUPS = {
     if group.is_dir()
 }
 PLACES = {  # groups that are composed elsewhere
-    "schedule": "schedule@finetune.scheduler",
+    "scheduler": "scheduler@finetune.scheduler",
     "optimizer": "optimizer@finetune.optimizer",
 }
 CHOICES = [
@@ -43,7 +43,7 @@ def test_data_instantiates(data: str) -> None:
     assert instantiate(cfg.data).val_fraction == 0.25
 
 
-@pytest.mark.parametrize("schedule", GROUPS["schedule"])
+@pytest.mark.parametrize("schedule", GROUPS["scheduler"])
 @pytest.mark.parametrize(
     "stage", ["last=sgd", "last=original", "finetune=default", "finetune=original"]
 )
@@ -51,7 +51,7 @@ def test_optimizer_and_schedule_instantiate(stage: str, schedule: str) -> None:
     import torch
 
     name = stage.split("=")[0]
-    cfg = configure(stage, f"schedule@{name}.scheduler={schedule}")[name]
+    cfg = configure(stage, f"scheduler@{name}.scheduler={schedule}")[name]
     optimizer = instantiate(cfg.optimizer)([torch.zeros(2, requires_grad=True)])
     assert optimizer.defaults["lr"] == cfg.optimizer.lr
     if cfg.scheduler is not None:
@@ -137,7 +137,7 @@ def test_multistep_falls_at_shares_of_the_steps() -> None:
     import torch
 
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
-    cfg = configure("schedule@finetune.scheduler=multistep", "finetune.scheduler.milestones=[0.5,0.75]")
+    cfg = configure("scheduler@finetune.scheduler=multistep", "finetune.scheduler.milestones=[0.5,0.75]")
     schedule = instantiate(cfg.finetune.scheduler)(optimizer, total_steps=8)
     rates = []
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""What wandb keeps of a run, offline: configuration, confusion matrix, photographs, checkpoint."""
+"""What wandb keeps of a run, offline: configuration, confusion matrix, images, checkpoint."""
 
 import json
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
 from bcnn.evaluation.predictions import Predictions
-from bcnn.training import tracking
-from bcnn.training.logging import log_configuration, log_results
+from bcnn.training import logging as training_logging
+from bcnn.training.logging import log_options, log_results
 
 
 @pytest.fixture
 def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where wandb keeps what it will send later, photographs and checkpoints."""
+    """Where wandb keeps what it will send later, images and checkpoints."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
@@ -40,7 +40,7 @@ def logger(staged: Path, tmp_path: Path) -> Iterator[WandbLogger]:
 
 @pytest.fixture
 def predictions(tmp_path: Path) -> Predictions:
-    """Six photographs, of which the last, red, is taken for blue."""
+    """Six images, of which the last, red, is taken for blue."""
     write_images(tmp_path / "photos", 2)
     paths = sorted(map(str, (tmp_path / "photos").glob("*/*.png")))
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -66,15 +66,15 @@ def table(folder: Path, name: str) -> dict[str, list[list[object]]]:
     return json.loads(path.read_text())
 
 
-def test_confusion_and_the_hardest_photographs(
+def test_confusion_and_the_hardest_images(
     logger: WandbLogger,
     predictions: Predictions,
     tmp_path: Path,
     staged: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracking, "PHOTOGRAPHS", 4)
-    monkeypatch.setattr(tracking, "THUMBNAIL", 24)
+    monkeypatch.setattr(training_logging, "TABLE_IMAGES", 4)
+    monkeypatch.setattr(training_logging, "THUMBNAIL", 24)
     log_results([logger], {"test_top1": 0.5}, predictions)
     cells = table(tmp_path / "run", "confusion")["data"]
     assert cells == [
@@ -88,7 +88,7 @@ def test_confusion_and_the_hardest_photographs(
     first = dict(zip(rows["columns"], rows["data"][0], strict=True))
     assert (first["class"], first["predicted"]) == ("red", "blue")
     assert first["path"] == predictions.paths[-1]
-    assert [first["confidence"], first["of_class"]] == pytest.approx([0.8, 0.1])
+    assert [first["confidence"], first["probability_of_class"]] == pytest.approx([0.8, 0.1])
     kept = pictures(staged)
     assert {picture.size for picture in kept} == {(24, 20)}
     assert sorted(map(colour, kept)) == ["blue", "blue", "green", "red"]
@@ -96,7 +96,7 @@ def test_confusion_and_the_hardest_photographs(
 
 def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:
     cfg = configure(*toy(tmp_path, "last.l2=[1e-5]", f"output={tmp_path}"))
-    log_configuration([logger], cfg, "last")
+    log_options([logger], cfg, "last")
     kept = logger.experiment.config
     assert (kept["stage"], kept["last"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
     assert kept["data"]["size"] == 32 and kept["data"]["seed"] == 0  # an interpolation, resolved
@@ -118,7 +118,7 @@ def test_other_loggers_are_told_the_configuration_alone(
 ) -> None:
     logger = CSVLogger(tmp_path / "csv", name="", version="")
     cfg = configure(*toy(tmp_path, f"output={tmp_path}"))
-    log_configuration([logger], cfg, "finetune")
+    log_options([logger], cfg, "finetune")
     log_results([logger], {"test_top1": 0.5}, predictions)
     logger.save()
     kept = OmegaConf.load(tmp_path / "csv" / "hparams.yaml")

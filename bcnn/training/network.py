@@ -1,0 +1,90 @@
+"""The network that the first stage starts from: a new one, or that of a checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.index import listed
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import initialise_backbone, load_model
+from bcnn.training.config import validate_network
+from bcnn.utils.console import logger
+from bcnn.utils.errors import UserError
+
+
+def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
+    """Return the network, on the CPU, and have the data module prepare images as it needs them.
+
+    Preprocessing and splits are decided here, once: the network keeps them.
+
+    Args:
+        cfg: the whole configuration.
+        data: set up already.
+
+    Raises:
+        UserError: the weights cannot be loaded, or options do not fit the network.
+    """
+    model = _new_model(cfg, data) if cfg.ckpt is None else _model_of_checkpoint(cfg, data)
+    data.use_preprocessing(model.preprocessing, model.backbone.stride, model.backbone.min_size)
+    validate_network(cfg, model)
+    model.split = data.split
+    logger.info(
+        f"{data.root}: {len(data.classes)} classes ({listed(data.classes, 3)}), {len(data.train)} images "
+        f"to train on, {len(data.val)} to validate, {len(data.test)} to test"
+    )
+    return model
+
+
+def load_weights(model: BCNN, checkpoint: Path | None) -> None:
+    """Load the weights of a checkpoint of the same network into a model."""
+    if checkpoint is not None:
+        model.load_state_dict(load_model(checkpoint, model.classes).state_dict())
+
+
+def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
+    options: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    network = (options["backbone"], options["pooling"], options["project"])
+    model = BCNN(data.classes, data.preprocessing, *network)
+    interpolation = data.interpolation or model.backbone.interpolation
+    model.preprocessing = replace(data.preprocessing, interpolation=interpolation)
+    initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
+    if cfg.model.weights == "pretrained":
+        logger.info(f"licence of the pretrained weights: {model.backbone.licence or 'not stated'}")
+    return model
+
+
+def _model_of_checkpoint(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
+    model = load_model(cfg.ckpt, data.classes, cfg.model.normalization)
+    if model.classes != data.classes:
+        raise UserError(
+            f"{cfg.ckpt} was trained on other classes than {data.root} has "
+            f"({_difference(model.classes, data.classes)}): train stage=last on them first"
+        )
+    logger.info(f"network of {cfg.ckpt}: {model.chosen}")
+    interpolation = data.interpolation or model.preprocessing.interpolation
+    preprocessing = replace(data.preprocessing, interpolation=interpolation)
+    if model.preprocessing != preprocessing:
+        logger.info(f"{cfg.ckpt} was trained at {model.preprocessing}; this run: {preprocessing}")
+    model.preprocessing = preprocessing
+    if model.split is None:
+        logger.warning(
+            f"{cfg.ckpt} does not record its training images: some may be among the validation and "
+            "test images"
+        )
+    else:
+        data.follow(model.split)
+    return model
+
+
+def _difference(before: list[str], now: list[str]) -> str:
+    """Return which classes only one of the lists has."""
+    sides = (("new", now, before), ("missing", before, now))
+    found = [
+        f"{title}: {listed(name for name in names if name not in others)}"
+        for title, names, others in sides
+        if set(names) - set(others)
+    ]
+    return "; ".join(found) or "the same names in another order"

@@ -1,0 +1,112 @@
+"""The options of a run and their types, which Hydra checks when it composes a configuration.
+
+Values and what they mean are in conf/; a group there names its types first in its defaults list.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+
+@dataclass
+class ModelOptions:
+    """Options at model.*"""
+
+    weights: str
+    project: int | None
+    normalization: str | None
+    backbone: Any
+    pooling: Any
+
+
+@dataclass
+class DataOptions:
+    """Options at data.*, of `bcnn.data.datamodule.FineGrainedDataModule`."""
+
+    _target_: str
+    root: str | None
+    list: str | None
+    size: int
+    resize: str
+    crop_pct: float
+    interpolation: str | None
+    train_scale: float | None
+    classes: Any  # names, or how many
+    val_fraction: float
+    test_fraction: float | None
+    on_invalid_image: str
+    sampler: str | None
+    cache: bool
+    num_workers: int | None
+    seed: int
+
+
+@dataclass
+class ConvexOptions:
+    """Options at last.* of last=convex."""
+
+    solver: str
+    l2: list[float]
+    folds: int | None
+    class_weights: bool
+    loss: Any
+
+
+@dataclass
+class SGDOptions:
+    """Options at last.* of last=sgd."""
+
+    solver: str
+    store: bool
+    epochs: int
+    batch_size: int
+    accumulate: int
+    optimizer: Any
+    scheduler: Any
+    class_weights: bool
+    loss: Any
+
+
+@dataclass
+class FinetuneOptions:
+    """Options at finetune.*"""
+
+    epochs: int
+    batch_size: int
+    accumulate: int
+    unfreeze_from: str | None
+    grad_checkpointing: bool
+    compile: bool
+    centering: bool
+    polyak: float | None
+    optimizer: Any
+    scheduler: Any
+    class_weights: bool
+    loss: Any
+
+
+@dataclass
+class RunOptions:
+    """The whole configuration."""
+
+    stage: str
+    ckpt: str | None
+    seed: int
+    output: str
+    model: ModelOptions
+    data: Any
+    last: Any
+    finetune: FinetuneOptions
+    trainer: Any
+    callbacks: Any
+    logger: Any
+
+
+for name, options in {
+    "run": RunOptions,
+    "data": DataOptions,
+    "convex": ConvexOptions,
+    "sgd": SGDOptions,
+}.items():
+    ConfigStore.instance().store(group="schema", name=name, node=options)

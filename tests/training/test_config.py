@@ -1,0 +1,177 @@
+"""Every option has an effect, or is refused by name before training."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import lightning as L
+import pytest
+from conftest import FINETUNE, configure, toy
+from hydra.errors import HydraException
+
+from bcnn.training.config import absolute_paths, validate, validate_batches
+from bcnn.training.run import train
+from bcnn.utils.errors import UserError
+
+TINY = "model.backbone.name=tiny"
+MINE = "+callbacks.mine._target_=lightning.pytorch.callbacks."
+TIMER = "{_target_:lightning.pytorch.callbacks.Timer}"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["seed=5000000000"], r"seed=5e\+09: choose a number from 0"),
+        (["stage=lst"], "stage=lst: choose from both, last, finetune"),
+        (["+stag=last"], "no option stag:"),
+        (["+last.sotre=false"], r"no option last\.sotre:"),
+        (["+finetune.epoch=3"], r"no option finetune\.epoch:"),
+        (["+model.heads=2"], r"no option model\.heads:"),
+        (["+data.siez=64"], r"data: .*siez"),
+        (["+finetune.optimizer.betas=[0.9,0.99]"], r"finetune\.optimizer: .*betas"),
+        (["+finetune.scheduler.warmpu=0.1"], r"finetune\.scheduler: .*warmpu"),
+        (["+logger.csv.flush=3"], r"logger\.csv: .*flush"),
+        (["finetune.optimizer._target_=torch.optim.SDG"], r"finetune\.optimizer: .*SDG"),
+        (["finetune.epochs=0"], r"finetune\.epochs=0: choose a number from 1"),
+        (["finetune.polyak=0"], r"finetune\.polyak=0: choose"),
+        (["optimizer@finetune.optimizer=adam"], r"polyak has no effect .*Adam: add finetune\.polyak=null"),
+        (["finetune.batch_size=2"], "too small for finetune.centering: use 4 or more"),
+        (["last.folds=1"], r"last\.folds=1: choose a number from 2"),
+        (["last.l2=[]"], r"last\.l2=\[\]: give one number above zero"),
+        (["last=sgd", "last.batch_size=0"], r"last\.batch_size=0"),
+        (["data.size=9000"], "data.size=9000: choose a number from 1 to 8192"),
+        ([f"+trainer.callbacks=[{TIMER}]"], r"trainer\.callbacks is set by the stage: use callbacks="),
+        (["+trainer.max_epochs=3"], r"trainer\.max_epochs .*finetune\.epochs"),
+        (["+trainer.check_val_every_n_epoch=2"], r"trainer\.check_val_every_n_epoch .*every epoch"),
+        (["+trainer.accumulate_grad_batches=2"], r"finetune\.accumulate"),
+        (["+trainer.logger=false"], r"use logger=NAME"),
+        (["stage=last", "+trainer.gradient_clip_val=1"], r"gradient_clip_val has no effect on last=convex"),
+        (["trainer.precision=bf16-true"], "choose from auto, 32-true, bf16-mixed, 16-mixed"),
+        (["+callbacks.mine.patience=2"], r"name its class by callbacks\.mine\._target_="),
+        (["stage=last", f"{MINE}Timer"], "no effect on last=convex"),
+        ([f"{MINE}LearningRateFinder"], "LearningRateFinder .* use finetune.optimizer.lr"),
+        ([f"{MINE}BatchSizeFinder"], r"BatchSizeFinder .* use finetune\.batch_size$"),
+        ([f"{MINE}StochasticWeightAveraging"], "use EMAWeightAveraging"),
+        (["stage=finetune"], "starts from a checkpoint of stage=last: add ckpt=PATH"),
+        (["stage=last", "ckpt=some.ckpt"], "ckpt is for stage=finetune"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as refusal:
+        validate(configure(*toy(Path("images"), "output=out", *options)))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["data.sise=64", "seed=1.5", "finetune.polyak=many", "data.size=big", "last.l2=[a]", "last.epochs=3"],
+)
+def test_hydra_refuses_unknown_options_and_wrong_types(option: str) -> None:
+    with pytest.raises(HydraException):
+        configure(option)
+
+
+def test_a_text_option_that_looks_like_a_number_is_text() -> None:
+    assert configure("data=folder", "data.root=2024").data.root == "2024"
+
+
+def test_ranks_share_a_batch_equally() -> None:
+    cfg = configure("output=out")
+    validate_batches(cfg, ranks=4)
+    with pytest.raises(UserError, match=r"finetune\.batch_size=16: 3 devices .*; use 18"):
+        validate_batches(cfg, ranks=3)
+
+
+def test_paths_become_absolute_and_names_of_weights_stay(tmp_path: Path) -> None:
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "own.pth").touch()
+    cfg = configure("data=folder", "data.root=images", "output=run", "ckpt=best.ckpt")
+    found = absolute_paths(cfg, tmp_path)
+    assert (found.data.root, found.output, found.ckpt) == tuple(
+        str(tmp_path / name) for name in ("images", "run", "best.ckpt")
+    )
+    assert found.model.weights == "imagenet"
+    assert absolute_paths(configure("output=run", "model.weights=own.pth"), tmp_path).model.weights == str(
+        tmp_path / "own.pth"
+    )
+    assert cfg.data.root == "images"
+
+
+class Counted(L.Callback):
+    """Counts how often it is made and which stages it sees."""
+
+    made: ClassVar[int] = 0
+    stages: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.stages.append(str(pl_module.stage))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_callback_of_ones_own_is_made_once_a_stage(images: Path, tmp_path: Path) -> None:
+    Counted.made, Counted.stages[:] = 0, []
+    mine = "+callbacks.mine._target_=test_config.Counted"
+    train(configure(*toy(images, TINY, *FINETUNE, "last=sgd", "last.epochs=1", mine, f"output={tmp_path}/a")))
+    assert (Counted.made, Counted.stages) == (2, ["last", "finetune"])
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["+trainer.deterministic=true", "+trainer.profiler=simple", "~logger.csv"],
+        ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1", "+trainer.limit_train_batches=1"],
+        ["~logger.csv", "+trainer.enable_progress_bar=false", "+trainer.detect_anomaly=true"],
+        ["+trainer.limit_test_batches=1", "+trainer.limit_val_batches=1", "+trainer.max_time=00:00:10:00"],
+        ["last=sgd", "last.epochs=1", "+trainer.overfit_batches=1"],
+        [f"{MINE}ModelCheckpoint"],
+        [
+            "scheduler@finetune.scheduler=plateau",
+            "callbacks=early_stopping",
+            "callbacks.early_stopping.patience=1",
+        ],
+    ],
+)
+def test_options_of_lightning_s(images: Path, tmp_path: Path, options: list[str]) -> None:
+    train(configure(*toy(images, TINY, *FINETUNE, *options, f"output={tmp_path / 'out'}")))
+    assert (tmp_path / "out" / "finetune" / "result.json").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_fast_dev_run_keeps_no_checkpoint(images: Path, tmp_path: Path) -> None:
+    options = ["last=sgd", "+trainer.fast_dev_run=true", f"output={tmp_path / 'out'}"]
+    train(configure(*toy(images, TINY, *FINETUNE, *options)))
+    assert not [*tmp_path.rglob("*.ckpt")]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_finetune_has_the_network_of_its_checkpoint(images: Path, tmp_path: Path) -> None:
+    network = [TINY, "model/pooling=sqrt", "model.project=3"]
+    train(configure(*toy(images, *network, "stage=last", f"output={tmp_path / 'a'}")))
+    start = ["stage=finetune", f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}", *FINETUNE]
+    for wrong, sentence in (
+        (["model/pooling=newton_schulz"], r"model\.pooling is .*newton_schulz.*has .*sqrt"),
+        (["model.project=2"], r"model\.project is 2, and .* has 3: leave it out"),
+        (["model/pooling=sqrt", "model.pooling.power=0.25"], r"model\.pooling is .*0\.25"),
+        (["finetune.grad_checkpointing=true"], "this backbone does not support it"),
+        (["finetune.unfreeze_from=conv5_1"], r"unfreeze_from=conv5_1: choose from null, features"),
+        (["data.size=6"], r"data\.size=6: this backbone takes 8 or more"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            train(configure(*toy(images, *start, *wrong, f"output={tmp_path / 'c'}")))
+    train(configure(*toy(images, *start, f"output={tmp_path / 'b'}")))
+    report = (tmp_path / "b" / "report.html").read_text()
+    assert "name: tiny" in report and "name: sqrt" in report
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_output_folder_is_used_once(images: Path, tmp_path: Path) -> None:
+    options = toy(images, "stage=last", TINY, f"output={tmp_path / 'out'}")
+    train(configure(*options))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(UserError, match=r"output=.*out holds a run already .*choose another folder"):
+        train(configure(*options, "seed=3"))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
