@@ -21,7 +21,7 @@ from bcnn.training.config import STAGES, absolute_paths, validate
 from bcnn.training.logging import facts, log_figures, log_how_to_resume, log_where, quiet_lightning
 from bcnn.training.network import build_model, load_weights
 from bcnn.training.run_state import RunState, StageResult
-from bcnn.training.stage import run_stage
+from bcnn.training.stage import Stage
 from bcnn.utils.console import log_file, logger, span
 from bcnn.utils.device import chosen_precision
 from bcnn.utils.distributed import explain_lost_ranks
@@ -62,7 +62,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
             result = state.result(stage)
             if result is None:
                 start = results[-1].checkpoint if results else cfg.ckpt
-                result = run_stage(cfg, state, stage, model, data, start and Path(start))
+                result = Stage(stage, cfg, state, model, data, start and Path(start)).run()
             else:
                 logger.info(f"stage {stage} has ended already: {result.checkpoint}")
                 load_weights(model, result.checkpoint)
