@@ -1,4 +1,4 @@
-"""The photographs that are most like others to a network: those with the nearest rows."""
+"""Nearest images by the distance of their descriptors."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,14 +10,14 @@ from bcnn.utils.device import autocast
 
 
 @torch.no_grad()
-def rows(
+def descriptors(
     model: BCNN, batches: Iterable[tuple[Tensor, Tensor]], precision: str | None = None
 ) -> Iterator[Tensor]:
-    """Rows (batch, width) of batches of (inputs, labels), in float32, on the model's device.
+    """Yield the descriptors (batch, width) of each batch, in float32, on the model's device.
 
     Args:
         model: in evaluation mode.
-        batches: inputs are images, or stored rows.
+        batches: of (inputs, labels); inputs are images, or stored descriptors.
         precision: Lightning's name; None: the fastest of the device.
     """
     device = model.head.bias.device
@@ -25,32 +25,31 @@ def rows(
         if inputs.ndim == 4:
             with autocast(device, precision):
                 inputs = model.descriptor(inputs.to(device))
-        yield inputs.to(device, torch.float32, copy=True)  # a store's next batch takes this one's place
+        yield inputs.to(device, torch.float32, copy=True)  # a store reuses the batch's memory
+
+
+rows = descriptors  # alias: removed at the merge
 
 
 def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Of each query the nearest of other rows, of which a batch at a time is in memory.
+    """Return the nearest of other descriptors for each query, holding one batch of them at a time.
 
     Args:
-        queries: (n, width), of unit length as are the others: distances go from 0, the same, to √2,
-            nothing shared.
-        others: batches (m, width).
-        count: how many, at most all.
+        queries: (n, width), of unit length.
+        others: batches (m, width), of unit length.
+        count: neighbours of each query, at most all.
 
     Returns:
-        Distances and indices, (n, count), the nearest first, on the CPU.
+        Distances, 0 (equal) to √2 (orthogonal), and indices, (n, count), nearest first, on the CPU.
     """
-    best, places, done = (
-        torch.empty(len(queries), 0),
-        torch.empty(len(queries), 0, dtype=torch.int64),
-        0,
-    )
+    distances, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    seen = 0
     for batch in others:
-        exact = "donot_use_mm_for_euclid_dist"  # the other way, what is the same is a thousandth apart
-        apart = torch.cdist(queries, batch.to(queries), compute_mode=exact).cpu()
-        found = torch.arange(done, done + len(batch)).expand(len(queries), -1)
-        best, places = torch.cat([best, apart], dim=1), torch.cat([places, found], dim=1)
-        best, order = best.topk(min(count, best.shape[1]), largest=False)
-        places = places.gather(1, order)
-        done += len(batch)
-    return best, places
+        exact = "donot_use_mm_for_euclid_dist"  # a matrix product puts equal ones 0.001 apart
+        found = torch.cdist(queries, batch.to(queries), compute_mode=exact).cpu()
+        places = torch.arange(seen, seen + len(batch)).expand(len(queries), -1)
+        distances, indices = torch.cat([distances, found], 1), torch.cat([indices, places], 1)
+        distances, order = distances.topk(min(count, distances.shape[1]), largest=False)
+        indices = indices.gather(1, order)
+        seen += len(batch)
+    return distances, indices

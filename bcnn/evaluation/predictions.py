@@ -1,14 +1,19 @@
-"""What a model said of a set of images."""
+"""Class probabilities of labelled images, and which classes they confuse."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from bcnn.utils.files import atomic_write
+
+MAX_OPTIMAL_ORDER = 1000  # classes; the optimal order takes the cube of their number, here a second
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,11 @@ class Predictions:
         return self.probabilities.amax(dim=1)
 
     @property
-    def of_truth(self) -> Tensor:
+    def true_probability(self) -> Tensor:
         """(images,) probabilities of the true classes."""
         return self.probabilities.gather(1, self.labels[:, None])[:, 0]
+
+    of_truth = true_probability  # alias: removed at the merge
 
     @property
     def correct(self) -> Tensor:
@@ -49,25 +56,22 @@ class Predictions:
 
     @property
     def confusion(self) -> Tensor:
-        """(classes, classes) numbers of images, a row a true class, a column a predicted one."""
+        """(classes, classes) numbers of images: rows are true classes, columns predicted ones."""
         return multiclass_confusion_matrix(self.predicted, self.labels, len(self.classes))
 
-    def of_same_images(self, others: "Predictions") -> bool:
-        """Whether these are of the same images, with the same labels, in the same order."""
-        return (
-            (self.classes, self.paths) == (others.classes, others.paths)
-            and self.probabilities.shape == others.probabilities.shape
-            and torch.equal(self.labels, others.labels)
-        )
+    def of_same_images(self, other: "Predictions") -> bool:
+        """Return whether both are of the same images, with the same labels, in the same order."""
+        same_names = (self.classes, self.paths) == (other.classes, other.paths)
+        return same_names and torch.equal(self.labels, other.labels)
 
     def confident_mistakes(self, count: int) -> list[int]:
-        """Indices of wrongly classified images, the most confident first."""
+        """Return the indices of misclassified images, the most confident first."""
         wrong = (~self.correct).nonzero()[:, 0]
         order = self.confidence[wrong].argsort(descending=True, stable=True)
         return wrong[order][:count].tolist()
 
     def save(self, path: Path) -> None:
-        """Write everything to an .npz that `numpy.load` opens, with these fields' names."""
+        """Write an .npz file with these fields, which `numpy.load` opens."""
         with atomic_write(path) as part:
             np.savez_compressed(
                 part,
@@ -79,26 +83,66 @@ class Predictions:
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
-        """What `save` wrote.
-
-        Raises:
-            OSError, ValueError, KeyError, BadZipFile: it cannot be read, or is something else.
-        """
-        with np.load(path) as kept:
+        """Read what `save` wrote."""
+        with np.load(path) as file:
             return cls(
-                kept["classes"].tolist(),
-                kept["paths"].tolist(),
-                torch.from_numpy(kept["labels"]),
-                torch.from_numpy(kept["probabilities"]),
+                file["classes"].tolist(),
+                file["paths"].tolist(),
+                torch.from_numpy(file["labels"]),
+                torch.from_numpy(file["probabilities"]),
             )
 
 
-def soft_confusion(predictions: Predictions) -> Tensor:
-    """(classes, classes) mean probabilities that the images of a row's class give to a column's.
+def softmax(logits: Tensor) -> Tensor:
+    """Return probabilities in float32 on the CPU; nan for an image of which a logit is not finite.
 
-    Says which classes look alike even where no image is mistaken. Rows without images are zero.
+    Torch's softmax hides a logit of -∞, which float16 overflows to.
+
+    Args:
+        logits: (…, classes).
+    """
+    finite = logits.isfinite().all(dim=-1, keepdim=True)
+    return logits.float().softmax(dim=-1).where(finite, math.nan).cpu()
+
+
+def soft_confusion(predictions: Predictions) -> Tensor:
+    """Return the mean probabilities that the images of a class (row) give to each class (column).
+
+    They show which classes look alike even where no image is misclassified.
+
+    Returns:
+        (classes, classes) in float64; rows of classes without images are zero.
     """
     count = len(predictions.classes)
     sums = torch.zeros(count, count, dtype=torch.float64)
     sums.index_add_(0, predictions.labels, predictions.probabilities.double())
     return sums / predictions.labels.bincount(minlength=count).clamp_min(1)[:, None]
+
+
+def confusion_order(predictions: Predictions) -> list[int]:
+    """Return the classes in an order that puts confused ones side by side.
+
+    Average linkage on the negative logarithm of the mean probability that two classes give each other,
+    with the leaves in optimal order (Bar-Joseph et al., Bioinformatics 2001) for up to
+    `MAX_OPTIMAL_ORDER` classes.
+    """
+    shared = soft_confusion(predictions).numpy()
+    shared = shared + shared.T
+    np.fill_diagonal(shared, shared.max())
+    distance = np.log(shared.max() + 1e-9) - np.log(shared + 1e-9)
+    optimal = len(shared) <= MAX_OPTIMAL_ORDER
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=optimal)
+    return leaves_list(tree).tolist()
+
+
+def confused_pairs(predictions: Predictions, count: int) -> list[tuple[int, int]]:
+    """Return pairs of classes, those with the most images mistaken for each other first."""
+    confusion = predictions.confusion
+    both = (confusion + confusion.T).triu(diagonal=1)
+    soft = soft_confusion(predictions)
+    pairs = sorted(
+        ((a, b) for a, b in both.nonzero().tolist()),
+        key=lambda pair: (both[pair], soft[pair] + soft[pair[::-1]]),
+        reverse=True,
+    )
+    return pairs[:count]

@@ -1,148 +1,172 @@
-"""What evaluation writes and prints: the report with its evidence, figures, tables."""
+"""An evaluation: the split to evaluate, and the files and tables of its results."""
 
-from collections.abc import Mapping, Sequence
+import csv
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from bcnn.data.datamodule import FineGrainedDataModule
-from bcnn.data.image_io import load_image
 from bcnn.data.splits import choose
-from bcnn.evaluation.figures import write_figures
-from bcnn.evaluation.heatmap import framed, overlay, scaled
-from bcnn.evaluation.inference import explain, open_model
-from bcnn.evaluation.metrics import NAMES, headline, per_class, shown
+from bcnn.evaluation.explain import explain_mistakes
+from bcnn.evaluation.inference import open_model
+from bcnn.evaluation.metrics import NAMES, as_text, displayed, headline, per_class
 from bcnn.evaluation.predictions import Predictions
-from bcnn.evaluation.report import MISTAKES, THUMBNAIL, Before, Evidence, Neighbour, write_report
+from bcnn.evaluation.report import MISTAKES, THUMBNAIL, Before, ReportContent, write_report
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import track
-from bcnn.utils.terminal import say
+from bcnn.utils.files import atomic_write
 
 STAGES = ("last", "finetune")
-PREDICTIONS = "predictions.npz"  # in the folder of a stage, or of a run
+PREDICTIONS = "predictions.npz"  # in the folder of a stage
 
 
 def open_split(
     ckpt: Path, images: Path, split: str
 ) -> tuple[FineGrainedDataModule, list[tuple[str, int]], BCNN]:
-    """The images and the model, and the split's samples with the labels that the model uses."""
-    place = {"list" if images.is_file() else "root": images}
-    data = FineGrainedDataModule(**place, on_invalid_image="skip")  # type: ignore[arg-type]
-    layout = data.labelled()
-    names = sorted({layout.classes[label] for _, label in layout.samples})
+    """Open a checkpoint and the images of a split, matching classes by name.
+
+    Args:
+        ckpt: any file that `load_model` takes.
+        images: an image folder, or a list of images.
+        split: "test", "val", "train" or "all"; see `bcnn.data.splits.choose`.
+
+    Returns:
+        The data module, (path, label of the model) of the split's images, and the model.
+
+    Raises:
+        UserError: the split is empty, or the model lacks a class of the images.
+    """
+    source: dict[str, Any] = {"list" if images.is_file() else "root": images}
+    data = FineGrainedDataModule(**source, on_invalid_image="skip")
+    index = data.labelled()
+    names = sorted({index.classes[label] for _, label in index.samples})
     model = open_model(ckpt, names)
+    # At the merge: data.use_preprocessing(model.preprocessing), and data.digests below.
     data.preprocessing = model.preprocessing
     unknown = sorted(set(names) - set(model.classes))
     if unknown:
         raise UserError(
             f"{images} holds classes that {ckpt} does not know: {', '.join(unknown)}; "
-            "remove their folders, or name them as in training"
+            "remove them, or name them as in training"
         )
-    samples, said = choose(layout, data.content, model.split, split)
-    say(*said)
+    samples, remarks = choose(index, data.content, model.split, split)
+    for remark in remarks:
+        logger.info(remark)
     if not samples:
         raise UserError(f"{images} has no images for split={split}: choose another split")
-    return data, [(path, model.classes.index(layout.classes[k])) for path, k in samples], model
+    return data, [(path, model.classes.index(index.classes[k])) for path, k in samples], model
 
 
-def evidence_pictures(model: BCNN, predictions: Predictions) -> dict[int, Evidence]:
-    """What spoke for the wrong class, and for the right one, in the mistakes that the report shows.
-
-    Both pictures of an image have one scale of colours.
-
-    Args:
-        model: whose predictions these are, in evaluation mode, on any device.
-    """
-    pictures: dict[int, Evidence] = {}
-    mistakes = predictions.confident_mistakes(MISTAKES)
-    for index in track(mistakes, "explaining mistakes"):
-        photograph = load_image(predictions.paths[index], model.preprocessing.side)
-        called, truth = int(predictions.predicted[index]), int(predictions.labels[index])
-        found = explain(model, photograph, called, against=truth)
-        maps = [found.evidence.numpy(), (found.evidence - found.contrast).numpy()]
-        if not all(np.isfinite(shares).all() for shares in maps):
-            continue  # of logits so large that their shares overflow
-        limit = max(float(abs(shares).max()) for shares in maps) or 1.0
-        small = photograph.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        scale = small.width / photograph.width
-        crop, box = scaled(found.crop, scale), scaled(found.box, scale)
-        wrong, right_one = (framed(overlay(small, box, m, limit), crop) for m in maps)
-        pictures[index] = (wrong, right_one)
-    return pictures
-
-
-def write_results(
-    folder: Path,
-    model: BCNN,
-    predictions: Predictions,
-    title: str,
-    stages: Sequence[tuple[str, Path]],
-    configuration: str,
-    held_out: Predictions | None = None,
-    facts: Mapping[str, str] | None = None,
-    before: Before | None = None,
-    nearest: Mapping[int, Sequence[Neighbour]] | None = None,
-) -> Path:
-    """The report and the files of figures.
+def write_results(folder: Path, model: BCNN, content: ReportContent, *old: Any, **named: Any) -> Path:
+    """Write the report, the metrics as JSON and CSV, and the predictions as CSV and NPZ.
 
     Args:
         folder: made where there is none.
-        model: whose predictions these are; its mistakes are explained.
-        predictions: as `predict_split` returns them.
-        title: of the report.
-        stages, configuration, held_out, facts, before, nearest: as for `write_report`.
+        model: whose predictions these are, in evaluation mode; its mistakes are explained.
+        content: of the report.
 
     Returns:
-        The report.
+        The path of the report.
     """
+    if isinstance(content, Predictions):  # alias: removed at the merge, with *old and **named
+        content = ReportContent(content, *old, **{k: v for k, v in named.items() if v is not None})
+    predictions = content.predictions
     folder.mkdir(parents=True, exist_ok=True)
-    write_figures(folder, predictions)
-    report = folder / "report.html"
-    evidence = evidence_pictures(model, predictions)
-    known = (configuration, held_out, facts, before, nearest)
-    write_report(report, predictions, title, stages, evidence, *known)
-    return report
+    _write_metrics(folder / "figures.json", predictions)
+    _write_classes(folder / "classes.csv", predictions)
+    write_images(folder / "predictions.csv", predictions)
+    predictions.save(folder / PREDICTIONS)
+    mistakes = predictions.confident_mistakes(MISTAKES)
+    attributions = explain_mistakes(model, predictions, mistakes, THUMBNAIL)
+    write_report(folder / "report.html", content, attributions)
+    return folder / "report.html"
 
 
-def logged_stages(checkpoint: Path) -> list[tuple[str, Path]]:
-    """Names and metrics.csv of the stages that led to a checkpoint, as its run left them beside it."""
-    stage, run = checkpoint.parent.name, checkpoint.parent.parent
-    before = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else ()
-    logs = [(name, run / name / "metrics.csv") for name in before]
-    return [(name, path) for name, path in logs if path.is_file()]
+def write_images(path: Path, predictions: Predictions) -> None:
+    """Write a CSV row per image: its class and the predicted one, with their probabilities."""
+    names = predictions.classes
+    columns = zip(
+        predictions.paths,
+        predictions.labels.tolist(),
+        predictions.predicted.tolist(),
+        predictions.confidence.tolist(),
+        predictions.true_probability.tolist(),
+        strict=True,
+    )
+    with csv_file(path) as writer:
+        writer.writerow(["path", "class", "predicted", "confidence", "of_class", "correct"])
+        for image, label, predicted, confidence, of_class in columns:
+            shares = [f"{confidence:.6f}", f"{of_class:.6f}"]
+            correct = int(label == predicted)
+            writer.writerow([image, names[label], names[predicted], *shares, correct])
 
 
-def kept_predictions(stage: Path) -> Before | None:
-    """Name and predictions of the stage whose folder this is, where its run left them."""
-    places = [stage]
-    if stage.name == STAGES[0] and not (stage.parent / STAGES[1]).exists():
-        places.append(stage.parent)  # of a run of this stage alone
-    for place in places:
-        try:
-            return stage.name, Predictions.load(place / PREDICTIONS)
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none, or damaged
-            continue
-    return None
+@contextmanager
+def csv_file(path: Path) -> Iterator[Any]:
+    """Open a `csv.writer` of a file that appears when it is complete."""
+    with (
+        atomic_write(path) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        yield csv.writer(file)
 
 
 def headline_table(predictions: Predictions, title: str) -> Table:
-    """The figures of the whole, with their intervals."""
+    """Return the metrics of all images with their intervals."""
     table = Table("", "", "95 % interval", title=f"{title}: {len(predictions.paths)} images")
     table.columns[1].justify = table.columns[2].justify = "right"
-    for name, figure in headline(predictions).items():
-        table.add_row(NAMES[name], *shown(name, figure))
+    for key, estimate in displayed(predictions).items():
+        table.add_row(NAMES[key], *as_text(key, estimate))
     return table
 
 
 def weakest_table(predictions: Predictions, count: int = 5) -> Table:
-    """The classes of the lowest recall."""
+    """Return the classes of the lowest recall."""
     table = Table("class", "images", "recall", "precision", title="weakest classes")
     present = [row for row in per_class(predictions) if row.images]
     for row in sorted(present, key=lambda row: row.recall.value)[:count]:
-        precision = f"{row.precision.value:.1%}" if row.predicted else "–"
+        precision, _ = as_text("precision", row.precision)
         table.add_row(row.name, str(row.images), f"{row.recall.value:.1%}", precision)
     return table
+
+
+def logged_stages(checkpoint: Path) -> list[tuple[str, Path]]:
+    """Return names and metrics.csv of the stages that led to a checkpoint in the folder of a run."""
+    stage, run = checkpoint.parent.name, checkpoint.parent.parent
+    stages = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else ()
+    logs = [(name, run / name / "metrics.csv") for name in stages]
+    return [(name, path) for name, path in logs if path.is_file()]
+
+
+def kept_predictions(stage: Path) -> Before | None:
+    """Return the name and the predictions of the stage with this folder, None where it has none."""
+    file = stage / PREDICTIONS
+    return (stage.name, Predictions.load(file)) if file.is_file() else None
+
+
+def _write_metrics(path: Path, predictions: Predictions) -> None:
+    """Write `headline` as JSON, unknown ends of intervals as null."""
+    metrics = {
+        key: {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
+        for key, estimate in headline(predictions).items()
+    }
+    with atomic_write(path) as part:
+        part.write_text(json.dumps({"images": len(predictions.paths), **metrics}, indent=2) + "\n")
+
+
+def _write_classes(path: Path, predictions: Predictions) -> None:
+    """Write `per_class` as CSV, unknown numbers as empty cells."""
+    ends = [f"{name}{end}" for name in ("recall", "precision") for end in ("", "_low", "_high")]
+    with csv_file(path) as writer:
+        writer.writerow(["class", "images", "predicted", *ends])
+        for row in per_class(predictions):
+            numbers = [*asdict(row.recall).values(), *asdict(row.precision).values()]
+            cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
+            writer.writerow([row.name, row.images, row.predicted, *cells])

@@ -1,4 +1,4 @@
-"""Predictions as rows of text, each written as it comes."""
+"""The output formats of `bcnn predict`: each writes a prediction as soon as it is known."""
 
 import csv
 import json
@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
-from bcnn.utils.cells import harmless
-from bcnn.utils.terminal import printable, say
+from bcnn.utils.console import printable
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one photograph.
+    """The most probable classes of one image.
 
     Args:
-        path: of the photograph.
-        classes: names of its likeliest classes, the likeliest first.
+        path: of the image.
+        classes: names of its most probable classes, in descending order.
         probabilities: of these classes.
-        error: why the photograph could not be read; then it has no classes.
+        error: why there is no prediction; then there are no classes.
     """
 
     path: str
@@ -30,22 +29,27 @@ class Prediction:
     probabilities: list[float] = field(default_factory=list)
     error: str = ""
 
+    @property
+    def pairs(self) -> list[tuple[str, float]]:
+        """(class, probability), the most probable first."""
+        return list(zip(self.classes, self.probabilities, strict=True))
+
 
 Writer = Callable[[Prediction], object]
 
 
 @contextmanager
 def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
-    """A line a class. Widths are known before the first row, so that rows can come one by one."""
+    """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, classes))
-    say(f"{'photograph':{first}}  {'class':{second}}  probability", file=out)
+    print(f"{'image':{first}}  {'class':{second}}  probability", file=out)
 
     def write(prediction: Prediction) -> None:
         name = printable(prediction.path)
         if prediction.error:
-            say(f"{name:{first}}  error: {prediction.error}", file=out)
-        for label, value in zip(prediction.classes, prediction.probabilities, strict=True):
-            say(f"{name:{first}}  {printable(label):{second}}  {value:>11.1%}", file=out)
+            print(f"{name:{first}}  error: {printable(prediction.error)}", file=out)
+        for label, probability in prediction.pairs:
+            print(f"{name:{first}}  {printable(label):{second}}  {probability:>11.1%}", file=out)
             name = ""
 
     yield write
@@ -53,63 +57,57 @@ def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Itera
 
 @contextmanager
 def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
-    """An object a line: path and predictions, or path and error."""
+    """Write an object per line: path and predictions, or path and error."""
 
     def write(prediction: Prediction) -> None:
-        found = [
-            {"class": label, "probability": round(value, 6)}
-            for label, value in zip(prediction.classes, prediction.probabilities, strict=True)
-        ]
-        said = {"error": prediction.error} if prediction.error else {"predictions": found}
-        print(json.dumps({"path": prediction.path, **said}), file=out)
+        found = [{"class": label, "probability": round(p, 6)} for label, p in prediction.pairs]
+        content = {"error": prediction.error} if prediction.error else {"predictions": found}
+        print(json.dumps({"path": prediction.path, **content}), file=out)
 
     yield write
 
 
 @contextmanager
 def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
-    """A row a photograph: path, class_1, probability_1, …, error; see `harmless` of its names."""
+    """Write a row per image: path, class_1, probability_1, …, error."""
     writer = csv.writer(out, lineterminator="\n")
-    shown = printable if out.isatty() else harmless  # on a terminal, nobody's program reads it
-    pairs = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
-    writer.writerow(["path", *pairs, "error"])
+    shown = printable if out.isatty() else str  # control characters would act on a terminal
+    names = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
+    writer.writerow(["path", *names, "error"])
 
     def write(prediction: Prediction) -> None:
-        values = (f"{value:.6f}" for value in prediction.probabilities)
-        names = map(shown, prediction.classes)
-        found = [cell for pair in zip(names, values, strict=True) for cell in pair]
-        row = [shown(prediction.path), *(found or [""] * 2 * top), shown(prediction.error)]
-        writer.writerow(row)
+        cells = [cell for label, p in prediction.pairs for cell in (shown(label), f"{p:.6f}")]
+        empty = [""] * (2 * top - len(cells))
+        writer.writerow([shown(prediction.path), *cells, *empty, shown(prediction.error)])
 
     yield write
 
 
 @contextmanager
 def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
-    """A task a photograph, of Label Studio's JSON: the likeliest class chosen, `top` of them in words.
+    """Write a list of Label Studio's tasks: the most probable class chosen, the others as text.
 
-    The photograph is named as Label Studio serves files of its own machine, from the root of its disk.
+    Images are addressed as Label Studio serves local files, by their path from the root of the disk.
     """
-    start = "["
+    separator = "[\n"
 
     def write(prediction: Prediction) -> None:
-        nonlocal start
+        nonlocal separator
         path = Path(os.path.abspath(prediction.path)).as_posix().lstrip("/")
-        place = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
-        said = zip(prediction.classes, prediction.probabilities, strict=True)
-        words = ", ".join(f"{label} {value:.1%}" for label, value in said) or prediction.error
+        address = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
+        text = ", ".join(f"{label} {p:.1%}" for label, p in prediction.pairs) or prediction.error
         value = {"choices": prediction.classes[:1]}
-        chosen = {"from_name": "class", "to_name": "image", "type": "choices", "value": value}
-        found = [
-            {"model_version": "bcnn", "score": round(likeliest, 6), "result": [chosen]}
-            for likeliest in prediction.probabilities[:1]
+        result = {"from_name": "class", "to_name": "image", "type": "choices", "value": value}
+        predictions = [
+            {"model_version": "bcnn", "score": round(probability, 6), "result": [result]}
+            for probability in prediction.probabilities[:1]
         ]
-        task = {"data": {"image": place, "bcnn": words}, "predictions": found}
-        print(start, json.dumps(task), sep="\n", end="", file=out)
-        start = ","
+        task = {"data": {"image": address, "bcnn": text}, "predictions": predictions}
+        print(separator, json.dumps(task), sep="", end="", file=out)
+        separator = ",\n"
 
     yield write
-    print("\n]" if start == "," else "[]", file=out)
+    print("\n]" if separator == ",\n" else "[]", file=out)
 
 
 FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv, "labelstudio": _labelstudio}
