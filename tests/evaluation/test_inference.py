@@ -1,35 +1,19 @@
-"""The model as a library: `load_model(path).predict(images)`."""
+"""Predictions of images: by the model as a library, of files, and of labelled splits."""
 
-from dataclasses import replace
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, write_images
+from conftest import folder_data, write_images
 from PIL import Image
-from torch import nn
 
-from bcnn import load_model
 from bcnn.data.image_io import load_image
-from bcnn.data.transforms import Preprocessing
-from bcnn.evaluation.inference import predict_paths
+from bcnn.evaluation.inference import predict_paths, predict_split
+from bcnn.evaluation.predictions import softmax
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.third_party import to_original
 from bcnn.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> BCNN:
-    """As `load_model` opens it, with a classifier that tells images apart."""
-    torch.manual_seed(0)
-    model = BCNN(list(COLOURS))
-    nn.init.normal_(model.head.weight)
-    path = tmp_path_factory.mktemp("weights") / "model.pth"
-    torch.save(to_original(model), path)
-    loaded = load_model(path, classes=list(COLOURS))
-    loaded.preprocessing = Preprocessing(32)
-    return loaded
 
 
 @pytest.fixture
@@ -38,81 +22,98 @@ def paths(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob("*/*.png"))
 
 
-def test_paths_pil_images_and_a_batch_are_the_same_photographs(model: BCNN, paths: list[Path]) -> None:
-    probabilities = model.predict(paths)
-    assert probabilities.shape == (len(paths), len(COLOURS)) and not probabilities.requires_grad
-    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(paths)))
-    assert (probabilities.std(dim=0) > 0).all()
+def test_paths_pil_images_arrays_and_a_batch_are_the_same_images(tiny: BCNN, paths: list[Path]) -> None:
+    expected = tiny.predict(paths)
+    torch.testing.assert_close(expected.sum(dim=1), torch.ones(len(paths)))
+    assert (expected.std(dim=0) > 0).all() and not expected.requires_grad
     opened = [Image.open(path) for path in paths]
-    torch.testing.assert_close(model.predict(opened), probabilities)
-    batch = torch.stack([model.preprocessing.evaluation()(load_image(path)) for path in paths])
-    assert batch.dtype == torch.uint8 and batch.shape[1:] == (3, 32, 32)
-    torch.testing.assert_close(model.predict(batch), probabilities)
+    arrays = np.stack([np.asarray(image) for image in opened])
+    batch = torch.stack([tiny.preprocessing.evaluation()(load_image(path)) for path in paths])
+    for images in (opened, arrays, [*arrays], batch):
+        torch.testing.assert_close(tiny.predict(images), expected)
+    for one in (paths[0], str(paths[0]), opened[0], arrays[0]):
+        torch.testing.assert_close(tiny.predict(one), expected[:1])
+    assert tiny.predict([]).shape == (0, 3)
 
 
-def test_the_crop_is_as_large_a_share_as_in_training(model: BCNN, tmp_path: Path) -> None:
-    frame = Image.new("RGB", (64, 64), "red")
-    frame.paste("blue", (8, 8, 56, 56))
-    whole = model.preprocessing.evaluation()(frame)
-    model.preprocessing = replace(model.preprocessing, crop_pct=0.5)
-    middle = model.preprocessing.evaluation()(frame)
-    model.preprocessing = replace(model.preprocessing, crop_pct=1.0)
-    assert whole.shape == middle.shape == (3, 32, 32)
-    assert whole[0].max() == 255 and middle[0].max() == 0
-
-
-def test_one_photograph_is_a_batch_of_one(model: BCNN, paths: list[Path]) -> None:
-    expected = model.predict(paths[:1])
-    for one in (paths[0], str(paths[0]), Image.open(paths[0])):
-        torch.testing.assert_close(model.predict(one), expected)
-
-
-def test_a_photograph_lying_on_its_side_is_read_upright(model: BCNN, tmp_path: Path) -> None:
+def test_an_image_with_exif_orientation_is_read_upright(tiny: BCNN, tmp_path: Path) -> None:
     pixels = torch.randint(256, (48, 32, 3), dtype=torch.uint8).numpy()
     Image.fromarray(pixels).save(tmp_path / "upright.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90° to see it upright
     Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
     upright, lying = tmp_path / "upright.png", Image.open(tmp_path / "lying.png")
-    torch.testing.assert_close(model.predict(lying), model.predict(upright))
+    torch.testing.assert_close(tiny.predict(lying), tiny.predict(upright))
 
 
-def test_a_loaded_model_is_ready_for_use(model: BCNN) -> None:
-    assert not any(module.training for module in model.modules())
-
-
-def test_a_broken_photograph_is_named(model: BCNN, tmp_path: Path) -> None:
-    (tmp_path / "broken.jpg").write_text("not a photograph")
-    with pytest.raises(UserError, match=r"broken\.jpg"):
-        model.predict(tmp_path / "broken.jpg")
-
-
-def test_arrays_are_photographs(model: BCNN, paths: list[Path]) -> None:
-    arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
-    expected = model.predict(paths)
-    torch.testing.assert_close(model.predict(arrays), expected)
-    torch.testing.assert_close(model.predict([*arrays]), expected)
-    torch.testing.assert_close(model.predict(arrays[0]), expected[:1])
-
-
-def test_what_is_no_photograph_is_told(model: BCNN) -> None:
-    assert model.predict([]).shape == (0, len(COLOURS))
+def test_inputs_that_are_no_images_raise(tiny: BCNN, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_text("text")
     for wrong in ([None], [b"bytes"], np.zeros((4, 4, 3), np.float32)):
-        with pytest.raises(TypeError, match="is no photograph: give a path, a PIL image, or an array"):
-            model.predict(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"floating point is in 0\.\.1"):
-        model.predict(torch.full((1, 3, 32, 32), 255.0))
-    with pytest.raises(UserError, match=r"there is no image nowhere\.jpg$"):
-        model.predict("nowhere.jpg")
+        with pytest.raises(TypeError):
+            tiny.predict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        tiny.predict(torch.full((1, 3, 32, 32), 255.0))
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        tiny.predict(tmp_path / "broken.jpg")
 
 
-def test_a_cpu_in_float32_takes_few_photographs_at_a_time(
-    model: BCNN, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(
+    tiny: BCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: together.append(len(inputs[0])))
+    def load(path: str, side: int) -> Image.Image:
+        if path == "b":
+            raise MemoryError  # decoders raise anything
+        return Image.new("RGB", (32, 32))
+
+    monkeypatch.setattr("bcnn.evaluation.inference.load_image", load)
+    for batch in (1, 2, 3):  # alone in a batch, and with others
+        found = list(predict_paths(tiny, ["a", "b", "c"], batch=batch, workers=0))
+        assert [each.error for each in found] == ["", "MemoryError()", ""]
+        assert [len(each.classes) for each in found] == [3, 0, 3]
+
+
+def test_predictions_come_before_the_list_is_read_to_its_end(tiny: BCNN, paths: list[Path]) -> None:
+    found = predict_paths(tiny, [str(paths[0])] * 2 + ["never opened"], top=1, batch=2, workers=0)
+    first = next(found)
+    assert not first.error and first.probabilities[0] == pytest.approx(
+        tiny.predict(paths[0]).max().item(), abs=0.01
+    )
+
+
+def test_a_cpu_in_float32_takes_few_images_at_a_time(
+    tiny: BCNN, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    tiny.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     for fastest, expected in (("32-true", [2, 2, 2]), ("bf16-mixed", [6])):
         monkeypatch.setattr("bcnn.evaluation.inference.fastest_precision", lambda _, name=fastest: name)
-        together.clear()
-        assert len(list(predict_paths(model, [*map(str, paths)], workers=0))) == 6
-        assert together == expected
+        sizes.clear()
+        assert len(list(predict_paths(tiny, [*map(str, paths)], workers=0))) == 6
+        assert sizes == expected
+
+
+def test_descriptors_and_mirrored_images_of_a_split(tiny: BCNN, images: Path) -> None:
+    data = folder_data(images)
+    batches = [*data.test_dataloader()]
+    with torch.no_grad():
+        descriptors = [(tiny.descriptor(x), y) for x, y in batches]
+        logits = torch.cat([tiny(x) for x, _ in batches])
+        mirrored = torch.cat([tiny(x.flip(-1)) for x, _ in batches])
+    made = predict_split(tiny, data.test, batches, "32-true")
+    torch.testing.assert_close(made.probabilities, logits.softmax(1))
+    assert list(zip(made.paths, made.labels.tolist(), strict=True)) == data.test
+    stored = predict_split(tiny, data.test, descriptors, "32-true")
+    torch.testing.assert_close(stored.probabilities, made.probabilities)
+    both = predict_split(tiny, data.test, batches, "32-true", mirror=True)
+    torch.testing.assert_close(both.probabilities, ((logits + mirrored) / 2).softmax(1))
+
+
+def test_outputs_that_are_not_finite_become_no_figures(tiny: BCNN, images: Path) -> None:
+    data = folder_data(images)
+    tiny.backbone.features.weight.data.fill_(1e30)
+    with pytest.raises(UserError, match=r"test/blue/0\.png: .* not finite numbers"):
+        predict_split(tiny, data.test, data.test_dataloader(), "32-true")
+    (found,) = predict_paths(tiny, [data.test[0][0]], workers=0)
+    assert "not finite numbers" in found.error and not found.classes
+    hidden = softmax(torch.tensor([[0.0, -math.inf], [0.0, 0.0]]))
+    assert hidden[0].isnan().all() and hidden[1].tolist() == [0.5, 0.5]

@@ -1,9 +1,7 @@
-"""Figures of merit against other libraries and closed formulas, and their intervals."""
+"""Metrics and their intervals against other libraries and closed formulas."""
 
-import json
 import math
 from dataclasses import astuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +14,13 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from bcnn.evaluation.figures import write_figures
 from bcnn.evaluation.metrics import (
+    as_text,
     calibration,
+    displayed,
     headline,
     per_class,
     proportion,
-    shown,
     weighted_proportion,
 )
 from bcnn.evaluation.predictions import Predictions
@@ -39,7 +37,7 @@ def predictions(classes: int, images: int, seed: int = 0, sure: float = 1.5) -> 
     return Predictions(names, paths, labels, logits.softmax(1))
 
 
-def test_headline_is_what_other_libraries_say() -> None:
+def test_headline_metrics_equal_those_of_scikit_learn() -> None:
     made = predictions(classes=12, images=301)
     labels, probabilities = made.labels.numpy(), made.probabilities.numpy()
     called = probabilities.argmax(1)
@@ -52,7 +50,7 @@ def test_headline_is_what_other_libraries_say() -> None:
         "ece": np.abs(gaps).sum() / 301,
         "nll": log_loss(labels, probabilities),
     }
-    found = {name: figure.value for name, figure in headline(made).items()}
+    found = {key: estimate.value for key, estimate in headline(made).items()}
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -65,13 +63,10 @@ def test_precision_and_recall_of_every_class() -> None:
     assert [row.precision.value for row in rows] == pytest.approx(precision.tolist())
     assert [row.recall.value for row in rows] == pytest.approx(recall.tolist())
     assert [row.images for row in rows] == images.tolist()
-
-
-@pytest.mark.parametrize(("hits", "of"), [(0, 10), (3, 16), (16, 16), (950, 1000)])
-def test_interval_of_a_proportion_is_wilsons(hits: int, of: int) -> None:
-    found, expected = proportion(hits, of), binomtest(hits, of).proportion_ci(method="wilson")
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert 0 <= found.low <= found.value <= found.high <= 1
+    confusion = made.confusion.fill_diagonal_(0)
+    mistakes, others = confusion.max(dim=1)
+    expected = [f"class {k} ({n})" for k, n in zip(others.tolist(), mistakes.tolist(), strict=True)]
+    assert [row.mistaken_for for row in rows] == expected
 
 
 def test_interval_of_the_log_likelihood_is_students() -> None:
@@ -81,11 +76,14 @@ def test_interval_of_the_log_likelihood_is_students() -> None:
     assert (nll.low, nll.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
-def test_macro_top1_of_classes_of_one_size_has_the_interval_of_top1() -> None:
-    for sure in (1.5, 100):  # some right, and all
-        figures = headline(predictions(classes=20, images=60, sure=sure))
-        assert astuple(figures["macro_top1"]) == pytest.approx(astuple(figures["top1"]))
-    assert figures["macro_top1"].value == 1 and figures["macro_top1"].low < 0.95
+def test_macro_top1_of_classes_of_one_size_has_wilsons_interval_as_top1_has() -> None:
+    for sure in (1.5, 100):  # some correct, and all
+        made = predictions(classes=20, images=60, sure=sure)
+        metrics, hits = headline(made), int(made.correct.sum())
+        assert astuple(metrics["macro_top1"]) == pytest.approx(astuple(metrics["top1"]))
+        interval = binomtest(hits, 60).proportion_ci(method="wilson")
+        assert astuple(metrics["top1"]) == pytest.approx((hits / 60, interval.low, interval.high))
+    assert metrics["macro_top1"].value == 1 and metrics["macro_top1"].low < 0.95
 
 
 @pytest.mark.parametrize(
@@ -107,25 +105,23 @@ def test_interval_of_macro_top1_covers_the_truth(sizes: list[int], recalls: list
     assert covered > 930
 
 
-def test_what_the_images_cannot_support_is_unknown(tmp_path: Path) -> None:
+def test_what_the_images_cannot_support_is_unknown() -> None:
     made = Predictions(["a", "b"], ["x"] * 6, torch.arange(6) % 2, torch.eye(2)[torch.arange(6) % 2])
-    found = {name: shown(name, figure) for name, figure in headline(made).items()}
-    assert found["top1"] == found["macro_top1"] == ("100.0%", "61.0% – 100.0%")  # six say little
+    found = {key: as_text(key, estimate) for key, estimate in headline(made).items()}
+    assert found["top1"] == found["macro_top1"] == ("100.0%", "61.0% – 100.0%")  # of six images
     assert found["ece"] == ("0.0%", "–") and found["nll"] == ("0.000", "–")
-    assert shown("recall", proportion(0, 0)) == ("–", "–")
-    write_figures(tmp_path, made)
+    assert as_text("recall", proportion(0, 0)) == ("–", "–")
 
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
 
-    figures = json.loads((tmp_path / "figures.json").read_text(), parse_constant=refuse)
-    assert figures["nll"] == {"value": 0, "low": None, "high": None}
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_top5_of_five_classes_is_not_displayed(classes: int, shown: bool) -> None:
+    assert ("top5" in displayed(predictions(classes, images=12))) == shown
 
 
 def test_the_plotted_bins_add_up_to_the_calibration_error() -> None:
     made = predictions(classes=5, images=200)
-    bins = calibration(made.confidence.double().numpy(), made.correct.double().numpy())
-    error = sum(each.images * abs(each.accuracy - each.confidence) for each in bins) / 200
+    images, confidence, accuracy = calibration(made)
+    error = (images * abs(accuracy - confidence)).sum() / 200
     assert error == pytest.approx(headline(made)["ece"].value, abs=1e-6)
 
 

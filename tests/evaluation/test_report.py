@@ -1,30 +1,22 @@
-"""The report: what it holds, and how it behaves in a browser."""
+"""The report: its plots, what it shows, and how it behaves in a browser."""
 
-import csv
 import re
-import subprocess
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, watched, write_images
-from matplotlib import rc_context
 from PIL import Image
 
-from bcnn.evaluation.figures import write_figures
-from bcnn.evaluation.heatmap import evidence_figure, framed
 from bcnn.evaluation.plots import curves_svg, plot_curves
-from bcnn.evaluation.predictions import Predictions
-from bcnn.evaluation.report import MISTAKES, confused_pairs, confusion_order, write_report
-from bcnn.utils.software import commit, software
+from bcnn.evaluation.predictions import Predictions, confused_pairs, confusion_order
+from bcnn.evaluation.report import MISTAKES, ReportContent, write_report
 
 LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 0,0,,,1.4,0.4
@@ -56,7 +48,7 @@ def grouped(classes: int, group: int, images: int = 6, seed: int = 0) -> tuple[P
 
 
 @pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (200, 4), (1200, 4)])
-def test_confused_classes_stand_together(classes: int, group: int) -> None:
+def test_confused_classes_stand_side_by_side(classes: int, group: int) -> None:
     made, groups = grouped(classes, group)
     order = confusion_order(made)
     assert sorted(order) == list(range(classes))
@@ -74,7 +66,7 @@ def test_most_confused_pairs_by_count_in_both_directions() -> None:
     assert confused_pairs(made, 1) == [(0, 1)]
 
 
-def test_each_stage_has_a_panel_with_epochs_of_its_own(tmp_path: Path) -> None:
+def test_each_stage_has_a_panel_with_its_own_epochs(tmp_path: Path) -> None:
     log = tmp_path / "metrics.csv"
     log.write_text(LOG)
     one = curves_svg([("last", log)], "loss")
@@ -84,12 +76,12 @@ def test_each_stage_has_a_panel_with_epochs_of_its_own(tmp_path: Path) -> None:
     assert re.findall(r">(\d)</text>", two) == ["1", "2", "1", "2"]
 
 
-def test_a_convex_stage_is_drawn_over_its_weights_and_not_over_epochs(tmp_path: Path) -> None:
+def test_a_convex_stage_is_drawn_over_lambda(tmp_path: Path) -> None:
     log, finetune = tmp_path / "last.csv", tmp_path / "finetune.csv"
     log.write_text(CONVEX)
     finetune.write_text(LOG)
     alone = curves_svg([("last", log)], "loss")
-    assert re.findall(r">(\d(?:\.\d+)?e-\d)</text>", alone) == ["1e-4", "2.5e-5", "1e-6"]
+    assert re.findall(r">([\d.e-]+)</text>", alone)[:3] == ["0.0001", "2.5e-05", "1e-06"]
     assert ">λ, weight of" in alone and "epoch" not in alone
     both = curves_svg([("last", log), ("finetune", finetune)], "top1")
     assert ">λ, weight of" in both and both.count(">epoch<") == 1
@@ -107,72 +99,98 @@ def test_curves_of_what_was_logged(log: str | None, mistaken: Predictions, tmp_p
     assert bool(curves_svg([("last", first)], "loss")) == trained
     assert curves_svg([("last", first)], "top1") == ""
     assert ("last" in curves_svg([("last", first), ("finetune", second)], "loss")) == trained
-    write_report(tmp_path / "report.html", mistaken, "Title", [("last", first)])
-    assert ("<h2>Training</h2>" in (tmp_path / "report.html").read_text()) == trained
+    page = tmp_path / "report.html"
+    write_report(page, ReportContent(mistaken, "Title", [("last", first)]))
+    assert ("<h2>Training</h2>" in page.read_text()) == trained
     plot_curves(first, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists() == trained
 
 
-def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
-    photograph, shares = Image.new("RGB", (32, 32)), np.ones((2, 2))
-    title = "costs $5^$ or $x_1$\x1b\0\udcff\nof two lines"
-    box = (0.0, 0.0, 32.0, 32.0)
-    figure = evidence_figure(photograph, box, box, title, [("for $5^$\t", shares)])
-    with rc_context({"svg.fonttype": "none"}), catch_warnings():
-        simplefilter("error")
-        figure.savefig(tmp_path / "figure.svg")
-        figure.savefig(tmp_path / "figure.png")
-    drawn = (tmp_path / "figure.svg").read_text()
-    assert "costs $5^$ or $x_1$���" in drawn and "for $5^$�" in drawn
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    write_images(tmp_path / "images", 8)
+    return sorted(map(str, (tmp_path / "images").glob("*/*.png")))
 
 
-HOSTILE = ["=1+1", "evil\x1b[2J\x1b]0;title\a", "right\u202eto left\u2066\n\udcff"]
-
-
-def test_names_that_act_on_terminals_and_spreadsheets_do_nothing_in_files(
-    photographs: list[str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def mistaken(paths: list[str]) -> Predictions:
+    """24 images of three classes, some misclassified; one name tries to be markup."""
     labels = torch.arange(3).repeat_interleave(8)
-    made = Predictions(HOSTILE, photographs, labels, torch.full((24, 3), 1 / 3))
-    page = tmp_path / "report.html"
-    write_report(page, made, HOSTILE[2], configuration="data: a\nseed: 0")
+    logits = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    logits[torch.arange(24), labels] += 1.0
+    assert 0 < int((logits.argmax(1) != labels).sum()) < 24
+    names = ["<b onclick=alert(1)>blue & co", *list(COLOURS)[1:]]
+    return Predictions(names, paths, labels, logits.softmax(1))
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page on one line, without its markup."""
+    shown = re.sub("(?s)<(style|script|svg).*?</\\1>", "", page.read_text())
+    return " ".join(re.sub("<[^>]*>", " ", shown).split())
+
+
+def test_names_act_on_nothing(paths: list[str], tmp_path: Path) -> None:
+    names = ["<img src=x>", "evil\x1b[2J\x1b]0;title\a", "right\u202eto left\u2066\n\udcff"]
+    labels, page = torch.arange(3).repeat_interleave(8), tmp_path / "report.html"
+    made = Predictions(names, paths, labels, torch.full((24, 3), 1 / 3))
+    write_report(page, ReportContent(made, names[2], configuration="data: a\nseed: 0"))
     text = page.read_text()
     assert not set("\x1b\a\u202e\u2066") & set(text) and r"evil\x1b[2J\x1b]0;title\x07" in text
     assert "<h1>right\\u202eto left\\u2066\n\\xff</h1>" in text and "<pre>data: a\nseed: 0" in text
-    write_figures(tmp_path / "out", made)
-    for name, column in (("classes.csv", "class"), ("predictions.csv", "predicted")):
-        with (tmp_path / "out" / name).open(errors="surrogateescape", newline="") as file:
-            found = {row[column] for row in csv.DictReader(file)}
-        assert "'=1+1" in found and found <= {"'=1+1", *HOSTILE[1:]}
+    assert "<img src=x>" not in text and "&lt;img src=x&gt;" in text
 
 
-def test_a_clone_that_is_not_installed_has_versions_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lookup(name: str) -> str:
-        if name == "bcnn":
-            raise PackageNotFoundError(name)
-        return "1.2"
-
-    monkeypatch.setattr("bcnn.utils.software.version", lookup)
-    assert "bcnn not installed, torch 1.2" in software()["versions"]
-
-
-def test_the_commit_of_a_clone_and_of_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "within").mkdir()
-    assert commit(tmp_path) == ""
-    (tmp_path / "file").write_text("a")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *words], check=True)
-    assert re.fullmatch("[0-9a-f]{12}", commit(tmp_path))
-    (tmp_path / "file").write_text("b")
-    assert re.fullmatch("[0-9a-f]{12}, with altered files", commit(tmp_path))
-    assert commit(tmp_path / "within") == ""  # of another project's clone
+def test_facts_and_figures(mistaken: Predictions, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    facts = {"command": "bcnn <b>train</b>", "training took": ""}
+    write_report(page, ReportContent(mistaken, "A", facts=facts))
+    text, wrong = text_of(page), int((~mistaken.correct).sum())
+    assert f"24 images, 3 classes, {wrong} images misclassified" in text
+    assert "command bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
+    assert re.search(r"report written 20\d\d-\d\d-\d\d \d\d:\d\d", text)
+    assert f"top-1 {(24 - wrong) / 24:.1%}" in text and "top-5" not in text  # of three classes
 
 
-def test_the_frame_is_around_what_the_network_saw() -> None:
-    pixels = np.asarray(framed(Image.new("RGB", (40, 20), "grey"), (10, 0, 30, 20))).astype(int)
-    assert (pixels[10, [9, 10, 29, 30], 0] == [0, 255, 255, 0]).all()
-    assert (pixels[10, :9, 0] == 128).all() and (pixels[10, 11:29, 0] == 128).all()
+def test_two_stages_are_compared(mistaken: Predictions, tmp_path: Path) -> None:
+    page, right = tmp_path / "report.html", mistaken.correct
+    predicted = mistaken.labels.clone()  # all correct, but for two that `last` has correct
+    lost = right.nonzero()[:2, 0]
+    predicted[lost] = (predicted[lost] + 1) % 3
+    after = replace(mistaken, probabilities=0.7 * torch.eye(3)[predicted] + 0.1)
+    stages = [("last", tmp_path / "none"), ("finetune", tmp_path / "none")]
+    write_report(page, ReportContent(after, "A", stages, before=("last", mistaken)))
+    text, corrected = text_of(page), int((~right).sum())
+    assert "From last to finetune Both on the same 24 images" in text
+    assert f" {right.float().mean():.1%} " in text and f" {22 / 24:.1%} " in text
+    assert f"{corrected} images that finetune classifies correctly and last does not" in text
+    assert "2 images that last classifies correctly and finetune does not:" in text
+    truth, wrong = (mistaken.classes[k] for k in (mistaken.labels[lost[1]], predicted[lost[1]]))
+    assert f"{escape(truth)}, not {escape(wrong)} (80.0%)" in page.read_text()
+
+    elsewhere = replace(mistaken, paths=[f"other/{path}" for path in mistaken.paths])
+    for others in (elsewhere, replace(mistaken, labels=mistaken.labels.flip(0))):
+        write_report(page, ReportContent(after, "A", stages, before=("last", others)))
+        assert "From last" not in page.read_text()
+
+
+@pytest.fixture
+def page(mistaken: Predictions, tmp_path: Path) -> Path:
+    """A report with all its parts."""
+    log, path = tmp_path / "metrics.csv", tmp_path / "report.html"
+    log.write_text(LOG)
+    picture, wrong = Image.new("RGB", (40, 40), "grey"), mistaken.confident_mistakes(MISTAKES)
+    content = ReportContent(
+        mistaken,
+        "A <title>",
+        [("last", log), ("finetune", log)],
+        "seed: 0",
+        held_out=replace(mistaken, probabilities=mistaken.probabilities.roll(2, 0)),
+        facts={"command": f"bcnn train data.root={'folder/' * 30}", "numbers": "3 to train on"},
+        before=("last", replace(mistaken, probabilities=mistaken.probabilities.roll(1, 0))),
+        nearest={index: [(mistaken.paths[0], "green", 0.25)] for index in wrong},
+    )
+    write_report(path, content, {index: (picture, picture) for index in wrong})
+    return path
 
 
 class Addresses(HTMLParser):
@@ -186,97 +204,38 @@ class Addresses(HTMLParser):
         self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> list[str]:
-    write_images(tmp_path / "photos", 8)
-    return sorted(map(str, (tmp_path / "photos").glob("*/*.png")))
-
-
-@pytest.fixture
-def mistaken(photographs: list[str]) -> Predictions:
-    """24 photographs of three classes, a third of them mistaken; one name tries to be markup."""
-    labels = torch.arange(3).repeat_interleave(8)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(24, 3, generator=generator)
-    logits[torch.arange(24), labels] += 1.0
-    assert 0 < int((logits.argmax(1) != labels).sum()) < 24
-    names = ["<b onclick=alert(1)>blue & co", *list(COLOURS)[1:]]
-    return Predictions(names, photographs, labels, logits.softmax(1))
-
-
-def text_of(page: Path) -> str:
-    """As it is read, on one line."""
-    shown = re.sub("(?s)<(style|script|svg).*?</\\1>", "", page.read_text())
-    return " ".join(re.sub("<[^>]*>", " ", shown).split())
-
-
-def test_the_card_says_what_is_known_and_nothing_of_what_is_not(
-    mistaken: Predictions, tmp_path: Path
-) -> None:
-    page = tmp_path / "report.html"
-    facts = {"command": "bcnn <b>train</b>", "training took": "", **software()}
-    write_report(page, mistaken, "A", facts=facts)
-    text = page.read_text()
-    assert "bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
-    assert re.search(r"report of 20\d\d-\d\d-\d\d \d\d:\d\d", text_of(page))
-    assert f"torch {version('torch')}" in text_of(page)
-
-
-def test_two_stages_stand_side_by_side(mistaken: Predictions, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    right = mistaken.correct
-    called = mistaken.labels.clone()  # all right, but for the first two that the other has right
-    lost = right.nonzero()[:2, 0]
-    called[lost] = (called[lost] + 1) % 3
-    after = replace(mistaken, probabilities=0.7 * torch.eye(3)[called] + 0.1)
-    stages = [("last", tmp_path / "none"), ("finetune", tmp_path / "none")]
-    write_report(page, after, "A", stages, before=("last", mistaken))
-    text, gained = text_of(page), int((~right).sum())
-    assert "From last to finetune Both of the same 24 images" in text
-    for of in (right.float().mean(), 22 / 24):
-        assert f" {of:.1%} " in text
-    assert f"{gained} images that finetune got right and last wrong" in text
-    assert "2 images that last got right and finetune wrong:" in text
-    truth, wrongly = (mistaken.classes[k] for k in (mistaken.labels[lost[1]], called[lost[1]]))
-    assert f"{escape(truth)}, not {escape(wrongly)} (80.0%)" in page.read_text()
-
-    elsewhere = replace(mistaken, paths=[f"other/{path}" for path in mistaken.paths])
-    for others in (elsewhere, replace(mistaken, labels=mistaken.labels.flip(0))):
-        write_report(page, after, "A", stages, before=("last", others))
-        assert "From last" not in page.read_text()
-
-
-@pytest.fixture
-def page(mistaken: Predictions, tmp_path: Path) -> Path:
-    log = tmp_path / "metrics.csv"
-    log.write_text(LOG)
-    picture = Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
-    evidence = {index: (picture, picture) for index in mistaken.confident_mistakes(MISTAKES)}
-    path = tmp_path / "report.html"
-    stages = [("last", log), ("finetune", log)]
-    facts = {"command": f"bcnn train data.root={'folder/' * 30}", "numbers": "3 to train on"}
-    before = ("last", replace(mistaken, probabilities=mistaken.probabilities.roll(1, 0)))
-    write_report(path, mistaken, "A <title>", stages, evidence, "seed: 0", facts=facts, before=before)
-    return path
-
-
-def test_the_page_is_one_file_with_a_bounded_number_of_photographs(
-    page: Path, mistaken: Predictions
-) -> None:
+def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions) -> None:
     addresses = Addresses()
     addresses.feed(page.read_text())
     assert all(re.match("data:|#", address) for address in addresses.found)
-    photographs = [address for address in addresses.found if address.startswith("data:image/jpeg")]
     mistakes = min(MISTAKES, int((~mistaken.correct).sum()))
-    assert 3 * mistakes < len(photographs) <= 72
+    pictures = [address for address in addresses.found if address.startswith("data:image/jpeg")]
+    assert 4 * mistakes < len(pictures) <= 100
+    for heading in (
+        "From last to finetune",
+        "Training",
+        "Confusion",
+        "Most confused pairs",
+        "Most confident mistakes",
+        "Possibly wrong labels",
+        "Classes",
+        "Calibration",
+        "Configuration",
+    ):
+        assert f"<h2>{heading}</h2>" in page.read_text()
+    assert page.read_text().count('<div class="near">') == mistakes
+    assert text_of(page).count("green 0.25") == mistakes
+    assert "Of the 24 training images" in text_of(page)
 
 
-def test_a_page_without_mistakes(photographs: list[str], tmp_path: Path) -> None:
-    labels = torch.arange(3).repeat_interleave(8)
-    made = Predictions(list(COLOURS), photographs, labels, torch.eye(3)[labels])
-    write_report(tmp_path / "report.html", made, "All right")
-    text = (tmp_path / "report.html").read_text()
-    assert "No class was taken for another" in text and "every image was recognised" in text
+def test_a_page_without_mistakes(paths: list[str], tmp_path: Path) -> None:
+    labels, page = torch.arange(3).repeat_interleave(8), tmp_path / "report.html"
+    made = Predictions(list(COLOURS), paths, labels, torch.eye(3)[labels])
+    write_report(page, ReportContent(made, "All correct", held_out=made))
+    text = text_of(page)
+    assert "No image was mistaken for another class" in text
+    assert "every image was classified correctly" in text
+    assert "every image is predicted as it is labelled" in text
 
 
 def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:
@@ -306,9 +265,9 @@ def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) 
     assert column(1) == ["green"]
     assert tab.inner_text("#shown") == "1 of 3"
 
-    # the confusion matrix says what a cell is
+    # a cell of the confusion matrix can be read
     tab.locator("#matrix rect.miss").first.click()
-    assert re.fullmatch(r".+ called .+: \d+ of 8", tab.inner_text("#says"))
+    assert re.fullmatch(r".+ predicted as .+: \d+ of 8", tab.inner_text("#cell"))
 
     light = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     ink = tab.evaluate("getComputedStyle(document.body).color")
@@ -325,12 +284,11 @@ def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) 
 
 
 def test_a_large_matrix_zooms_to_where_one_clicks(
-    browser: Any, photographs: list[str], tmp_path: Path
+    browser: Any, paths: list[str], tmp_path: Path
 ) -> None:
     made, _ = grouped(150, group=3)
-    paths = [photographs[k % len(photographs)] for k in range(len(made.paths))]
-    made = Predictions(made.classes, paths, made.labels, made.probabilities)
-    write_report(tmp_path / "report.html", made, "150 classes")
+    made = replace(made, paths=[paths[k % len(paths)] for k in range(len(made.paths))])
+    write_report(tmp_path / "report.html", ReportContent(made, "150 classes"))
     tab = browser.new_page(viewport={"width": 1000, "height": 800})
     tab.goto((tmp_path / "report.html").as_uri())
     box = tab.locator("#matrix")

@@ -1,0 +1,69 @@
+"""Attributions as they are drawn; the command's tests say where they lie on the image."""
+
+from pathlib import Path
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import pytest
+import torch
+from conftest import folder_data
+from matplotlib import rc_context
+from PIL import Image
+
+from bcnn.evaluation.explain import draw, explain, explain_mistakes
+from bcnn.evaluation.heatmap import framed
+from bcnn.evaluation.inference import predict_split
+from bcnn.models.bilinear_cnn import BCNN
+
+
+def test_attributions_of_mistakes_sum_to_the_logits_of_both_classes(
+    tiny: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+
+    def note(image: Image.Image, box: object, shares: np.ndarray, limit: float) -> Image.Image:
+        assert max(image.size) == 100 and abs(shares).max() <= limit
+        drawn.append(float(shares.sum()))
+        return image
+
+    monkeypatch.setattr("bcnn.evaluation.explain.overlay", note)
+    data = folder_data(images)
+    made = predict_split(tiny, data.test, data.test_dataloader(), "32-true")
+    wrong = made.confident_mistakes(3)
+    assert wrong and list(explain_mistakes(tiny, made, wrong, side=100)) == wrong
+    with torch.no_grad():
+        logits = torch.cat([tiny(batch) for batch, _ in data.test_dataloader()])
+    expected = [logits[wrong, made.predicted[wrong]], logits[wrong, made.labels[wrong]]]
+    assert drawn == pytest.approx(torch.stack(expected, 1).flatten().tolist(), rel=0.02, abs=0.02)
+
+
+def test_the_class_to_compare_with_is_another_one(tiny: BCNN) -> None:
+    image = Image.new("RGB", (40, 30), "red")
+    likeliest = explain(tiny, image)
+    found = explain(tiny, image, against=likeliest.target)
+    assert (found.target, found.against) == (likeliest.against, likeliest.target)
+
+
+def test_names_are_drawn_literally(tiny: BCNN, tmp_path: Path) -> None:
+    found = explain(tiny, Image.new("RGB", (40, 30), "red"), target=0, against=1)
+    figure = draw(found, ["$5^$\t", "blue", "red"], "costs $x_1$\x1b\udcff\nof two lines")
+    with rc_context({"svg.fonttype": "none"}), catch_warnings():
+        simplefilter("error")
+        figure.savefig(tmp_path / "figure.svg")
+        figure.savefig(tmp_path / "figure.png")
+    text = (tmp_path / "figure.svg").read_text()
+    assert r"costs $x_1$\x1b\xff" in text and r"$5^$\t" in text
+
+
+def test_the_frame_is_around_the_crop() -> None:
+    pixels = np.asarray(framed(Image.new("RGB", (40, 20), "grey"), (10, 0, 30, 20))).astype(int)
+    assert (pixels[10, [9, 10, 29, 30], 0] == [0, 255, 255, 0]).all()
+    assert (pixels[10, :9, 0] == 128).all() and (pixels[10, 11:29, 0] == 128).all()
+
+
+def test_a_resized_explanation_covers_the_same_part(tiny: BCNN) -> None:
+    found = explain(tiny, Image.new("RGB", (120, 60)))
+    small = found.resized(40)
+    assert small.image.size == (40, 20) and found.crop == (30, 0, 90, 60)
+    assert small.crop == pytest.approx((10, 0, 30, 20)) and small.box == pytest.approx(small.crop)
+    assert torch.equal(small.evidence, found.evidence)

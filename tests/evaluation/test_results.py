@@ -1,0 +1,82 @@
+"""The files of an evaluation, and what it finds in the folder of a run."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import folder_data
+
+from bcnn.evaluation.inference import predict_split
+from bcnn.evaluation.metrics import headline
+from bcnn.evaluation.predictions import Predictions
+from bcnn.evaluation.report import MISTAKES, ReportContent
+from bcnn.evaluation.results import (
+    headline_table,
+    kept_predictions,
+    logged_stages,
+    write_images,
+    write_results,
+)
+from bcnn.models.bilinear_cnn import BCNN
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_files_hold_the_same_predictions(tiny: BCNN, images: Path, tmp_path: Path) -> None:
+    data = folder_data(images)
+    made = predict_split(tiny, data.test, data.test_dataloader(), "32-true")
+    report = write_results(tmp_path / "out", tiny, ReportContent(made, "A title"))
+    text = report.read_text()
+    assert "<h1>A title</h1>" in text
+    mistakes = min(MISTAKES, int((~made.correct).sum()))
+    assert text.count('alt="attribution of') == 2 * mistakes > 0
+
+    def no_constant(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text(), parse_constant=no_constant)
+    assert figures["top1"]["value"] == headline(made)["top1"].value
+    assert figures["ece"]["low"] is None and figures["images"] == len(made.paths)
+    rows = read(tmp_path / "out" / "predictions.csv")
+    assert [row["path"] for row in rows] == made.paths
+    assert [row["correct"] == "1" for row in rows] == made.correct.tolist()
+    assert [row["class"] for row in read(tmp_path / "out" / "classes.csv")] == made.classes
+    loaded = Predictions.load(tmp_path / "out" / "predictions.npz")
+    assert loaded.of_same_images(made) and torch.equal(loaded.probabilities, made.probabilities)
+
+
+def test_names_are_in_the_csv_as_they_are(tmp_path: Path) -> None:
+    names = ['a "quoted", comma', "two\nlines", "=1+1", "no Unicode \udcff"]
+    made = Predictions(names, names, torch.arange(4), torch.eye(4))
+    write_images(tmp_path / "predictions.csv", made)
+    rows = read(tmp_path / "predictions.csv")
+    assert [row["path"] for row in rows] == [row["predicted"] for row in rows] == names
+
+
+def test_the_table_of_a_few_classes_has_no_top5() -> None:
+    made = Predictions(["a", "b"], ["x"] * 2, torch.arange(2), torch.eye(2))
+    assert list(headline_table(made, "title").columns[0].cells)[:2] == ["top-1", "macro top-1"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"), [("finetune", ["last", "finetune"]), ("last", ["last"]), ("elsewhere", [])]
+)
+def test_logs_of_the_stages_up_to_a_checkpoint(tmp_path: Path, stage: str, expected: list[str]) -> None:
+    for name in ("last", "finetune"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").touch()
+    assert [name for name, _ in logged_stages(tmp_path / stage / "best.ckpt")] == expected
+
+
+def test_predictions_that_a_stage_kept(tmp_path: Path) -> None:
+    assert kept_predictions(tmp_path / "last") is None
+    made = Predictions(["a"], ["x.png"], torch.tensor([0]), torch.ones(1, 1))
+    (tmp_path / "last").mkdir()
+    made.save(tmp_path / "last" / "predictions.npz")
+    found = kept_predictions(tmp_path / "last")
+    assert found and found[0] == "last" and found[1].of_same_images(made)
