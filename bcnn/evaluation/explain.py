@@ -125,10 +125,7 @@ def explain(
 def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
     """Draw the image with the network's crop framed, and both attribution maps beside it.
 
-    Args:
-        explanation: of the image.
-        classes: names of the model's classes.
-        name: of the image, the title above its most probable classes.
+    The title is the name of the image, above its most probable classes.
     """
     found, top = explanation.resized(SIDE), explanation.probabilities.topk(min(3, len(classes)))
     target, against = classes[found.target], classes[found.against]
@@ -160,13 +157,13 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
 def explain_mistakes(
     model: BCNN, predictions: Predictions, mistakes: Sequence[int], side: int
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
-    """Draw the attribution of the predicted and of the true class, on one colour scale per image.
+    """Draw the attributions of the predicted and of the true class, on one colour scale per image.
 
     Args:
         model: whose predictions these are, in evaluation mode, on any device.
         predictions: of labelled images.
-        mistakes: indices of the misclassified images to draw.
-        side: of the pictures in pixels, the long one.
+        mistakes: indices of the misclassified images to draw, which are the keys of the result.
+        side: the long side of the pictures in pixels.
     """
     pictures = {}
     for index in track(mistakes, "explaining mistakes"):

@@ -52,22 +52,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Recall and precision of a class, and what its images are most often mistaken for.
-
-    Args:
-        name: of the class.
-        images: of the class.
-        predicted: images predicted as the class.
-        recall, precision: share of these numbers that is correct.
-        mistaken_for: name of another class, with the number of images; or "".
-    """
+    """The metrics of one class."""
 
     name: str
     images: int
-    predicted: int
+    predicted: int  # images predicted as this class
     recall: Estimate
     precision: Estimate
-    mistaken_for: str
+    mistaken_for: str  # the most frequent other prediction and its number of images, or ""
 
 
 def headline(predictions: Predictions) -> dict[str, Estimate]:

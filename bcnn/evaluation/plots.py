@@ -29,12 +29,7 @@ Rows = list[dict[str, str]]
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
     """Plot loss and top-1 of training and validation over the epochs (or λ) of a stage, as a PNG.
 
-    Epoch 0 is the validation before the first step of a finetune. No file is written where nothing
-    was logged.
-
-    Args:
-        metrics_csv: as Lightning's CSVLogger writes it.
-        picture: the file to write.
+    Epoch 0 is the validation before the first step. No file is written where nothing was logged.
     """
     rows = _rows(metrics_csv)
     panels = [(title, rows, metric) for metric, title in TITLES.items() if _logged(rows, metric)]
@@ -45,14 +40,11 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
 
 
 def curves_svg(stages: Sequence[tuple[str, Path]], metric: str) -> str:
-    """Plot a metric over the epochs (or λ) of each stage that logged it, a panel per stage.
+    """Plot "loss" or "top1" over the epochs (or λ) of each stage that logged it; "" if none did.
 
     Args:
         stages: name and Lightning's metrics.csv of each.
         metric: "loss" or "top1".
-
-    Returns:
-        SVG; empty if no stage logged the metric.
     """
     logs = [(name, _rows(path), metric) for name, path in stages]
     panels = [panel for panel in logs if _logged(panel[1], metric)]
@@ -81,21 +73,17 @@ def calibration_svg(images: Array, confidence: Array, accuracy: Array) -> str:
 
 
 def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
-    """Plot validation top-1 over the values of an option, a dot per job, the means as a line.
+    """Plot validation top-1 over the values of an option, a dot per job, the best of which comes first.
 
-    Args:
-        name: of the option.
-        values: of the jobs, the best first, as text. If all are numbers the axis is numeric, and
-            logarithmic where they span a decade.
-        top1: of the jobs.
+    If all values are numbers the axis is numeric, and logarithmic where they span a decade. Where jobs
+    share a value, a line connects the means.
     """
     texts = sorted(set(values))
     try:
         positions = {text: float(text) for text in texts}
     except ValueError:
         positions = {}
-    numeric = all(map(math.isfinite, positions.values())) and bool(positions)
-    if not numeric:
+    if not (numeric := bool(positions) and all(map(math.isfinite, positions.values()))):
         positions = {text: float(index) for index, text in enumerate(texts)}
     x = [positions[value] for value in values]
     at = {place: [y for p, y in zip(x, top1, strict=True) if p == place] for place in sorted(set(x))}
@@ -108,7 +96,7 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
             names = [text if len(text) <= 14 else f"{text[:13]}…" for text in texts]
             axes.set_xticks(range(len(texts)), names)
             axes.set_xlim(-0.5, len(texts) - 0.5)
-        if len(at) < len(values):  # some jobs share a value
+        if len(at) < len(values):
             axes.plot(list(at), [mean(each) for each in at.values()], color=SOFT, lw=1.2, zorder=1)
         axes.scatter(x[1:], top1[1:], 30, color=HIT, alpha=0.7, lw=0, zorder=2, clip_on=False)
         axes.scatter(x[:1], top1[:1], 44, color=MISS, lw=0, zorder=3, clip_on=False)
@@ -121,13 +109,10 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
 
 
 def _scale(axes: Axes, numbers: list[float]) -> None:
-    """Make the axis logarithmic where ascending numbers span a decade, with 0 a decade below."""
+    """Make the axis logarithmic where ascending numbers span a decade."""
     above = [number for number in numbers if number > 0]
-    if numbers[0] >= 0 and above and above[-1] >= 10 * above[0]:
-        if numbers[0] > 0:
-            axes.set_xscale("log")
-        else:
-            axes.set_xscale("symlog", linthresh=above[0], linscale=1)
+    if numbers[0] >= 0 and above and above[-1] >= 10 * above[0]:  # 0 is a decade below the least
+        axes.set_xscale("symlog", linthresh=above[0])
     if len(numbers) <= 6:
         axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
         axes.minorticks_off()

@@ -29,7 +29,7 @@ THUMBNAIL, CHANGED, SMALL = 280, 180, 120  # px, the long side
 
 Neighbour = tuple[str, str, float]  # path, class and distance of a training image
 Before = tuple[str, Predictions]  # name of a stage, and its predictions
-Attributions = Mapping[int, tuple[Image.Image, Image.Image]]
+Attributions = Mapping[int, tuple[Image.Image, Image.Image]]  # of predicted and true class
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,9 @@ class ReportContent:
 
 
 def write_report(page: Path, content: ReportContent, attributions: Attributions | None = None) -> None:
-    """Write the report.
-
-    Args:
-        page: the file to write.
-        content: of the report.
-        attributions: pictures for the predicted and for the true class of each of the
-            `confident_mistakes(MISTAKES)`, by its index.
-    """
+    """Write the report, with the attributions of its `confident_mistakes(MISTAKES)` by their index."""
     predictions, held_out = content.predictions, content.held_out
-    mistakes, doubts = predictions.confident_mistakes(MISTAKES), []
-    if held_out:
-        doubts = _examples(held_out, held_out.confident_mistakes(DOUBTS))
+    doubts = _examples(held_out, held_out.confident_mistakes(DOUBTS)) if held_out else []
     pairs = confused_pairs(predictions, PAIRS)
     write_page(
         page,
@@ -82,7 +73,7 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(content.stages, metric))],
         matrix=_matrix(predictions),
         pairs=[(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs],
-        mistakes=_examples(predictions, mistakes),
+        mistakes=_examples(predictions, predictions.confident_mistakes(MISTAKES)),
         attributions=attributions or {},
         doubts=doubts,
         classes=per_class(predictions),

@@ -39,9 +39,6 @@ def open_split(
 
     Returns:
         The data module, (path, label of the model) of the split's images, and the model.
-
-    Raises:
-        UserError: the split is empty, or the model lacks a class of the images.
     """
     source: dict[str, Any] = {"list" if images.is_file() else "root": images}
     data = FineGrainedDataModule(**source, on_invalid_image="skip")
@@ -69,11 +66,8 @@ def write_results(folder: Path, model: BCNN, content: ReportContent, *old: Any, 
 
     Args:
         folder: made where there is none.
-        model: whose predictions these are, in evaluation mode; its mistakes are explained.
-        content: of the report.
-
-    Returns:
-        The path of the report.
+        model: whose predictions these are, in evaluation mode.
+        content: of the report, whose path is returned.
     """
     if isinstance(content, Predictions):  # alias: removed at the merge, with *old and **named
         content = ReportContent(content, *old, **{k: v for k, v in named.items() if v is not None})

@@ -1,15 +1,13 @@
-"""Predictions of images: by the model as a library, of files, and of labelled splits."""
+"""Predictions of image files and of labelled splits."""
 
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import folder_data, write_images
 from PIL import Image
 
-from bcnn.data.image_io import load_image
 from bcnn.evaluation.inference import predict_paths, predict_split
 from bcnn.evaluation.predictions import softmax
 from bcnn.models.bilinear_cnn import BCNN
@@ -20,41 +18,6 @@ from bcnn.utils.errors import UserError
 def paths(tmp_path: Path) -> list[Path]:
     write_images(tmp_path, 2)
     return sorted(tmp_path.glob("*/*.png"))
-
-
-def test_paths_pil_images_arrays_and_a_batch_are_the_same_images(tiny: BCNN, paths: list[Path]) -> None:
-    expected = tiny.predict(paths)
-    torch.testing.assert_close(expected.sum(dim=1), torch.ones(len(paths)))
-    assert (expected.std(dim=0) > 0).all() and not expected.requires_grad
-    opened = [Image.open(path) for path in paths]
-    arrays = np.stack([np.asarray(image) for image in opened])
-    batch = torch.stack([tiny.preprocessing.evaluation()(load_image(path)) for path in paths])
-    for images in (opened, arrays, [*arrays], batch):
-        torch.testing.assert_close(tiny.predict(images), expected)
-    for one in (paths[0], str(paths[0]), opened[0], arrays[0]):
-        torch.testing.assert_close(tiny.predict(one), expected[:1])
-    assert tiny.predict([]).shape == (0, 3)
-
-
-def test_an_image_with_exif_orientation_is_read_upright(tiny: BCNN, tmp_path: Path) -> None:
-    pixels = torch.randint(256, (48, 32, 3), dtype=torch.uint8).numpy()
-    Image.fromarray(pixels).save(tmp_path / "upright.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° to see it upright
-    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
-    upright, lying = tmp_path / "upright.png", Image.open(tmp_path / "lying.png")
-    torch.testing.assert_close(tiny.predict(lying), tiny.predict(upright))
-
-
-def test_inputs_that_are_no_images_raise(tiny: BCNN, tmp_path: Path) -> None:
-    (tmp_path / "broken.jpg").write_text("text")
-    for wrong in ([None], [b"bytes"], np.zeros((4, 4, 3), np.float32)):
-        with pytest.raises(TypeError):
-            tiny.predict(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"0\.\.1"):
-        tiny.predict(torch.full((1, 3, 32, 32), 255.0))
-    with pytest.raises(UserError, match=r"broken\.jpg"):
-        tiny.predict(tmp_path / "broken.jpg")
 
 
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(
@@ -110,7 +73,7 @@ def test_descriptors_and_mirrored_images_of_a_split(tiny: BCNN, images: Path) ->
 
 def test_outputs_that_are_not_finite_become_no_figures(tiny: BCNN, images: Path) -> None:
     data = folder_data(images)
-    tiny.backbone.features.weight.data.fill_(1e30)
+    next(tiny.backbone.parameters()).data.fill_(1e30)
     with pytest.raises(UserError, match=r"test/blue/0\.png: .* not finite numbers"):
         predict_split(tiny, data.test, data.test_dataloader(), "32-true")
     (found,) = predict_paths(tiny, [data.test[0][0]], workers=0)

@@ -101,7 +101,7 @@ def test_interval_of_macro_top1_covers_the_truth(sizes: list[int], recalls: list
     for _ in range(1000):
         correct = (rng.random(len(labels)) < np.array(recalls)[labels]).astype(float)
         found = weighted_proportion(correct, weights)
-        covered += found.low <= np.mean(recalls) <= found.high
+        covered += bool(found.low <= np.mean(recalls) <= found.high)
     assert covered > 930
 
 

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from html import escape
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def grouped(classes: int, group: int, images: int = 6, seed: int = 0) -> tuple[P
     return Predictions(names, paths, labels, logits.softmax(1)), groups.tolist()
 
 
-@pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (200, 4), (1200, 4)])
+@pytest.mark.parametrize(("classes", "group"), [(6, 3), (17, 4), (100, 5), (1200, 4)])
 def test_confused_classes_stand_side_by_side(classes: int, group: int) -> None:
     made, groups = grouped(classes, group)
     order = confusion_order(made)
@@ -193,25 +192,13 @@ def page(mistaken: Predictions, tmp_path: Path) -> Path:
     return path
 
 
-class Addresses(HTMLParser):
-    """Everything that a page would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-
-
 def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions) -> None:
-    addresses = Addresses()
-    addresses.feed(page.read_text())
-    assert all(re.match("data:|#", address) for address in addresses.found)
-    mistakes = min(MISTAKES, int((~mistaken.correct).sum()))
-    pictures = [address for address in addresses.found if address.startswith("data:image/jpeg")]
+    html, mistakes = page.read_text(), min(MISTAKES, int((~mistaken.correct).sum()))
+    addresses = re.findall(r'\b(?:src|href)="([^"]*)"', html)
+    assert all(re.match("data:|#", address) for address in addresses)
+    pictures = [address for address in addresses if address.startswith("data:image/jpeg")]
     assert 4 * mistakes < len(pictures) <= 100
-    for heading in (
+    assert re.findall("<h2>(.*?)</h2>", html) == [
         "From last to finetune",
         "Training",
         "Confusion",
@@ -221,10 +208,8 @@ def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions)
         "Classes",
         "Calibration",
         "Configuration",
-    ):
-        assert f"<h2>{heading}</h2>" in page.read_text()
-    assert page.read_text().count('<div class="near">') == mistakes
-    assert text_of(page).count("green 0.25") == mistakes
+    ]
+    assert html.count('<div class="near">') == text_of(page).count("green 0.25") == mistakes
     assert "Of the 24 training images" in text_of(page)
 
 
