@@ -1,1 +1,1 @@
-"""Figures and pages from predictions and logs: no model, no trainer."""
+"""Inference with a trained model, its metrics, and the files that present them."""

@@ -91,11 +91,8 @@ def write_page(page: Path, name: str, **content: object) -> None:
 
 def template(name: str) -> Template:
     """Return a template of this package, which escapes markup and control characters."""
-    environment = Environment(
-        loader=PackageLoader("bcnn.evaluation", "templates"),
-        autoescape=True,
-        finalize=_printable,
-    )
+    loader = PackageLoader("bcnn.evaluation", "templates")
+    environment = Environment(loader=loader, autoescape=True, finalize=_printable)
     environment.filters |= {"percent": "{:.1%}".format, "thumbnail": thumbnail}
     environment.globals["as_text"] = as_text
     return environment.get_template(name)

@@ -65,25 +65,17 @@ def test_most_confused_pairs_by_count_in_both_directions() -> None:
     assert confused_pairs(made, 1) == [(0, 1)]
 
 
-def test_each_stage_has_a_panel_with_its_own_epochs(tmp_path: Path) -> None:
-    log = tmp_path / "metrics.csv"
-    log.write_text(LOG)
-    one = curves_svg([("last", log)], "loss")
-    two = curves_svg([("last", log), ("finetune", log)], "loss")
-    assert "finetune" not in one and one.count(">epoch<") == 1
-    assert "finetune" in two and two.count(">epoch<") == 2
-    assert re.findall(r">(\d)</text>", two) == ["1", "2", "1", "2"]
-
-
-def test_a_convex_stage_is_drawn_over_lambda(tmp_path: Path) -> None:
-    log, finetune = tmp_path / "last.csv", tmp_path / "finetune.csv"
-    log.write_text(CONVEX)
+def test_each_stage_has_a_panel_over_its_epochs_or_lambdas(tmp_path: Path) -> None:
+    last, finetune = tmp_path / "last.csv", tmp_path / "finetune.csv"
+    last.write_text(CONVEX)
     finetune.write_text(LOG)
-    alone = curves_svg([("last", log)], "loss")
+    alone = curves_svg([("last", last)], "loss")
     assert re.findall(r">([\d.e-]+)</text>", alone)[:3] == ["0.0001", "2.5e-05", "1e-06"]
     assert ">λ, weight of" in alone and "epoch" not in alone
-    both = curves_svg([("last", log), ("finetune", finetune)], "top1")
+    both = curves_svg([("last", last), ("finetune", finetune)], "top1")
     assert ">λ, weight of" in both and both.count(">epoch<") == 1
+    epochs = curves_svg([("last", finetune), ("finetune", finetune)], "loss")
+    assert re.findall(r">(\d)</text>", epochs) == ["1", "2", "1", "2"]
 
 
 @pytest.mark.parametrize(

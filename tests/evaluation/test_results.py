@@ -13,7 +13,6 @@ from bcnn.evaluation.metrics import headline
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import MISTAKES, ReportContent
 from bcnn.evaluation.results import (
-    headline_table,
     kept_predictions,
     logged_stages,
     write_images,
@@ -56,11 +55,6 @@ def test_names_are_in_the_csv_as_they_are(tmp_path: Path) -> None:
     write_images(tmp_path / "predictions.csv", made)
     rows = read(tmp_path / "predictions.csv")
     assert [row["path"] for row in rows] == [row["predicted"] for row in rows] == names
-
-
-def test_the_table_of_a_few_classes_has_no_top5() -> None:
-    made = Predictions(["a", "b"], ["x"] * 2, torch.arange(2), torch.eye(2))
-    assert list(headline_table(made, "title").columns[0].cells)[:2] == ["top-1", "macro top-1"]
 
 
 @pytest.mark.parametrize(
