@@ -1,12 +1,14 @@
 """Nearest images by the distance of their descriptors."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from bcnn.evaluation.report import Neighbour
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.device import autocast
+from bcnn.utils.progress import track
 
 
 @torch.no_grad()
@@ -53,3 +55,30 @@ def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tens
         indices = indices.gather(1, order)
         seen += len(batch)
     return distances, indices
+
+
+def nearest_images(
+    model: BCNN,
+    queries: Iterable[tuple[Tensor, Tensor]],
+    others: Iterable[tuple[Tensor, Tensor]],
+    samples: Sequence[tuple[str, int]],
+    count: int,
+    precision: str | None = None,
+) -> list[list[Neighbour]]:
+    """Return the nearest images of each image in `queries`: path, class and distance, nearest first.
+
+    Args:
+        model: in evaluation mode.
+        queries: batches of (inputs, labels); inputs are images, or stored descriptors.
+        others: the same, of the images to choose from.
+        samples: (path, label) of the images in `others`, in the same order.
+        count: neighbours of each query, at most all.
+        precision: Lightning's name; None: the fastest of the device.
+    """
+    asked = torch.cat([*descriptors(model, queries, precision)])
+    shown = track(descriptors(model, others, precision), "nearest images", unit="batches")
+    distances, indices = nearest(asked, shown, count)
+    return [
+        [(samples[i][0], model.classes[samples[i][1]], far) for i, far in zip(*found, strict=True)]
+        for found in zip(indices.tolist(), distances.tolist(), strict=True)
+    ]

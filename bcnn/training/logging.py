@@ -181,7 +181,7 @@ def _confusion(predictions: Predictions) -> Any:
 def _hardest(predictions: Predictions) -> list[list[Any]]:
     """Return a row of `COLUMNS` for the images whose class got the least probability."""
     names, rows = predictions.classes, []
-    for index in predictions.of_truth.argsort(stable=True)[:TABLE_IMAGES].tolist():
+    for index in predictions.true_probability.argsort(stable=True)[:TABLE_IMAGES].tolist():
         thumbnail = load_image(predictions.paths[index])
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
         rows.append(
@@ -190,7 +190,7 @@ def _hardest(predictions: Predictions) -> list[list[Any]]:
                 names[predictions.labels[index]],
                 names[predictions.predicted[index]],
                 float(predictions.confidence[index]),
-                float(predictions.of_truth[index]),
+                float(predictions.true_probability[index]),
                 predictions.paths[index],
             ]
         )
