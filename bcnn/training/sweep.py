@@ -1,17 +1,16 @@
-"""Jobs of a sweep: each leaves word of itself in its folder, and at the end they are ranked."""
+"""Sweeps: each job records its outcome in its folder; at the end, the jobs are ranked."""
 
 import json
-import logging
 import math
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
@@ -19,174 +18,178 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from bcnn.evaluation.sweep_page import Job, print_ranking, write_sweep
+from bcnn.utils.console import console, logger, setup_logging
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write
-from bcnn.utils.options import as_called
-from bcnn.utils.terminal import say
 
-FILE = "job.json"  # in a job's folder: what it is, how long it took, and what went wrong
-COMMAND = "multirun.yaml"  # in the sweep's folder: what it was begun with, by Hydra's sweeper
-HOW = {"launcher", "sweep"}  # groups that say how jobs are run, not what is trained
-# What a launcher or sweeper is loaded from, and the package that brings it.
-PACKAGES = {
-    "hydra_plugins.hydra_joblib_launcher": "hydra-joblib-launcher",
-    "hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher",
-    "hydra_plugins.hydra_ray_launcher": "hydra-ray-launcher",
-    "hydra_plugins.bcnn_optuna": "optuna",
-}
+JOB = "job.json"  # in a job's folder: the fields of `Job`
+COMMAND = "multirun.yaml"  # in the sweep's folder: its configuration, written by the sweeper
+GROUPS = ("launcher", "hparams_search")  # configuration groups that only sweeps use
 
-T = TypeVar("T")
-
-_begun: list[FileLock] = []  # in the folder of the sweep that this process leads
-
-
-def told(act: Callable[..., T], *arguments: Any) -> T:
-    """Do it; a mistake is a sentence and ends the program with exit code 1."""
-    try:
-        return act(*arguments)
-    except (UserError, OSError) as error:  # OSError: such as a disk that is full
-        _say_mistake(error)
-        sys.exit(1)
-
-
-def run_job(room: ModuleType, cfg: DictConfig, words: list[str]) -> float:
-    """Train as a job of a sweep, or go on with one; a mistake is noted, and the others run.
-
-    Args:
-        room: `bcnn.training.run`.
-        cfg: the whole configuration.
-        words: the overrides it was composed from.
-
-    Returns:
-        Validation top-1; nan where there is none.
-    """
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    words = [word for word in words if word.partition("=")[0] not in HOW]
-    kept = json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else {}
-    if kept.get("overrides") == words and kept["seconds"] is not None:
-        return float(kept["value"])
-    note: dict[str, Any] = {"overrides": words, "output": str(cfg.output), "value": math.nan}
-    _write(folder, note | {"seconds": None, "failure": ""})
-    begun, failure = time.monotonic(), ""
-    try:
-        goes_on = kept.get("overrides") == words and Path(str(cfg.output), room.RUN).is_file()
-        note["value"] = room.resume(Path(cfg.output)) if goes_on else room.run(cfg, words)
-    except (UserError, OSError) as error:
-        failure = _say_mistake(error)
-    except Exception as error:
-        logging.exception("job failed")
-        failure = f"{type(error).__name__}: {error}"
-    _write(folder, note | {"seconds": time.monotonic() - begun, "failure": failure})
-    return float(note["value"])
+_locks: list[FileLock] = []  # on the folder of the sweep that this process runs
 
 
 def in_sweep() -> bool:
-    """Whether this is a job of a sweep."""
+    """Return whether this is a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-class Sweep(Callback):
-    """Refuses, before anything is trained, what is not installed, not for a sweep, or in its way."""
+def run_job(cfg: DictConfig, overrides: list[str]) -> float:
+    """Train one job of a sweep and record its outcome in `job.json`.
+
+    A job that has finished is not trained again; one that was interrupted is resumed. A failure is
+    logged and recorded, so that the other jobs still run.
+
+    Returns:
+        Validation top-1; nan if the job failed or there are no validation images.
+    """
+    from bcnn.training.config import STAGES  # imports torch, which takes seconds
+    from bcnn.training.run import resume, run
+    from bcnn.training.run_state import RUN, StageResult
+
+    setup_logging()  # a launcher may run the job in a process of its own
+    folder, output = Path(HydraConfig.get().runtime.output_dir), Path(cfg.output)
+    job = Job(folder, [word for word in overrides if word.partition("=")[0] not in GROUPS])
+    earlier = _read(folder / JOB) if (folder / JOB).is_file() else None
+    begun = earlier is not None and earlier.overrides == job.overrides
+    if earlier and begun and earlier.seconds is not None:
+        return earlier.metrics.get("val_top1", math.nan)
+    _write(job)
+    start = time.monotonic()
+    try:
+        if begun and (output / RUN).is_file():
+            resume(output)
+        else:
+            run(cfg, job.overrides)
+        for result in filter(None, (StageResult.read(output, stage) for stage in STAGES["both"])):
+            job.metrics, job.checkpoint = result.metrics, str(result.checkpoint)
+    except (UserError, OSError) as error:
+        job.failure = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        job.failure = f"{type(error).__name__}: {error}"
+    if job.failure:
+        logger.error(job.failure)
+    job.seconds = time.monotonic() - start
+    _write(job)
+    return job.metrics.get("val_top1", math.nan)
+
+
+class SweepCallback(Callback):
+    """Check, before anything is trained, that a sweep can run.
+
+    Hydra turns exceptions of callbacks into warnings, but not `SystemExit`.
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        told(_refuse_how, config)
+        for group in GROUPS:
+            if choice := config.hydra.runtime.choices.get(group):
+                sys.exit(f"error: {group}={choice} is for sweeps: add -m")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        told(_refuse_missing, config)
-        _begun.append(told(_claimed, Path(config.hydra.sweep.dir), config.hydra.overrides.task))
+        plugin = ".".join(config.hydra.launcher._target_.split(".")[:2])
+        if find_spec(plugin) is None:  # Hydra would call it an unknown class
+            package = plugin.partition(".")[2].replace("_", "-")
+            sys.exit(f"error: this launcher needs {package}: pip install {package}")
+        _locks.append(_lock(Path(config.hydra.sweep.dir), config.hydra.overrides.task))
 
 
 @contextmanager
 def ranked(words: list[str]) -> Iterator[None]:
-    """However a sweep that runs in the block ends, rank its jobs; those that failed are exit code 1.
+    """Rank the jobs of a sweep when the block ends or is interrupted; exit with 1 if a job failed.
 
     Args:
-        words: of the command, for one that goes on with it.
+        words: of the command, to show how to continue an interrupted sweep.
     """
+    interrupted = True
     try:
         yield
-    except BaseException:
-        _end(words, interrupted=True)
-        raise
-    if not _end(words, interrupted=False):
+        interrupted = False
+    finally:
+        succeeded = not _locks or _report(_locks.pop(), words if interrupted else None)
+    if not succeeded:
         sys.exit(1)
 
 
-def _end(words: list[str], interrupted: bool) -> bool:
-    if not _begun:
+def _report(lock: FileLock, interrupted: list[str] | None) -> bool:
+    """Rank the jobs in a sweep's folder on the screen and in files, and unlock the folder.
+
+    Args:
+        lock: on the folder.
+        interrupted: words of the command, if the sweep was interrupted.
+
+    Returns:
+        Whether all jobs succeeded.
+    """
+    folder = Path(lock.lock_file).parent
+    lock.release()
+    files = sorted(folder.glob(f"**/{JOB}"), key=lambda file: (len(str(file)), file))  # 10 after 2
+    jobs = [_read(file) for file in files]
+    if not jobs:
         return True
-    from bcnn.training.ranking import say_ranking  # with torch, which takes seconds
+    print_ranking(jobs)
+    table, page = write_sweep(folder, jobs)
+    console.print(f"table: {table}\npage: {page}")
+    for job in jobs:
+        if job.failure:
+            logger.error(f"{job.folder} failed ({shlex.join(job.overrides)}): {job.failure}")
+        elif job.seconds is None:
+            logger.warning(f"{job.folder} has not finished")
+    if interrupted:
+        words = [word for word in interrupted if not word.startswith("hydra.sweep.dir=")]
+        command = shlex.join(["bcnn", "train", *words, f"hydra.sweep.dir={folder}"])
+        console.print(f"continue the sweep: {command}")
+    return all(job.succeeded for job in jobs)
 
-    lock = _begun.pop()
+
+def _lock(folder: Path, overrides: Sequence[str]) -> FileLock:
+    """Lock the folder of a sweep, which is new or holds jobs of the same command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
     try:
-        return told(say_ranking, Path(lock.lock_file).parent, words if interrupted else None)
-    finally:
-        lock.release()
+        lock.acquire(blocking=False)
+    except Timeout:
+        sys.exit(f"error: hydra.sweep.dir={folder}: another sweep is running there")
+    if any(folder.glob(f"**/{JOB}")):
+        earlier = OmegaConf.load(folder / COMMAND).hydra.overrides.task
+        here, there = ([w for w in words if w[:9] != "launcher="] for words in (overrides, earlier))
+        if here != there:
+            sys.exit(f"error: hydra.sweep.dir={folder} holds a sweep with other options: name another")
+    return lock
 
 
-def jobs_at_once() -> int:
-    """On this machine, by processes that know nothing of each other: one a core, or one on a GPU."""
-    return 1 if gpus() else cores()
+def _read(file: Path) -> Job:
+    return Job(file.parent, **json.loads(file.read_text()))
+
+
+def _write(job: Job) -> None:
+    record = {name: value for name, value in vars(job).items() if name != "folder"}
+    with atomic_write(job.folder / JOB) as part:
+        part.write_text(json.dumps(record, indent=1))
 
 
 def gpus() -> int:
-    """Of this machine."""
+    """Return the number of GPUs of this machine."""
     import torch  # takes seconds
 
     return torch.cuda.device_count()
 
 
+# For conf/launcher.
 for name, resolver in {
-    "jobs_at_once": jobs_at_once,
-    "gpus_a_job": lambda: min(1, gpus()),
-    "cores_a_job": lambda: max(1, cores() // (gpus() or cores())),
+    "jobs_at_once": lambda: 1 if gpus() else cores(),
+    "gpus_per_job": lambda: min(1, gpus()),
+    "cores_per_job": lambda: max(1, cores() // (gpus() or cores())),
 }.items():
     OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
-def _refuse_how(config: DictConfig) -> None:
-    chosen = HOW.intersection(name for name, choice in config.hydra.runtime.choices.items() if choice)
-    if chosen:
-        name = min(chosen)
-        raise UserError(f"{name}={config.hydra.runtime.choices[name]} is for sweeps: add -m")
-
-
-def _refuse_missing(config: DictConfig) -> None:
-    for part in ("launcher", "sweeper"):
-        module = str(config.hydra[part]._target_).rpartition(".")[0]
-        for plugin, package in PACKAGES.items():
-            needed = package if package == "optuna" else plugin
-            if module.startswith(plugin) and find_spec(needed) is None:
-                raise UserError(f"this sweep needs {package}: pip install {package}")
-
-
-def _say_mistake(error: Exception) -> str:
-    sentence = str(error)
-    traceback.clear_frames(error.__traceback__)  # what was under way there ends: its bar
-    say(f"error: {as_called(sentence)}", file=sys.stderr)
-    return sentence
-
-
-def _write(folder: Path, note: dict[str, Any]) -> None:
-    """A file, since launchers run jobs in processes of their own."""
-    with atomic_write(folder / FILE) as part:
-        part.write_text(json.dumps(note, indent=1))
-
-
-def _claimed(folder: Path, words: list[str]) -> FileLock:
-    """The lock of a sweep's folder, which is new or holds jobs of the same command."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+def told(act: Callable[..., Any], *arguments: Any) -> Any:  # alias: removed at the merge
     try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(f"hydra.sweep.dir={folder}: another sweep is running there") from error
-    if any(folder.glob(f"**/{FILE}")):
-        there, here = (
-            [word for word in each if not word.startswith("launcher=")]
-            for each in (OmegaConf.load(folder / COMMAND).hydra.overrides.task, words)
-        )
-        if there != here:
-            raise UserError(f"hydra.sweep.dir={folder} holds a sweep with other options: name another")
-    return lock
+        return act(*arguments)
+    except (UserError, OSError) as error:
+        setup_logging()
+        logger.error(str(error))
+        sys.exit(1)

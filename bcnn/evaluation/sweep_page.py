@@ -1,0 +1,168 @@
+"""The jobs of a sweep, ranked: on the screen, as a table (`sweep.csv`) and as a page (`sweep.html`)."""
+
+import csv
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+
+from markupsafe import Markup
+from rich.table import Table
+
+from bcnn.utils.console import console
+from bcnn.utils.files import atomic_write
+
+METRICS = ("val_top1", "val_loss", "test_top1", "test_loss")
+
+
+@dataclass
+class Job:
+    """One run of a sweep.
+
+    Args:
+        folder: the job's own; its name is the job's number.
+        overrides: command-line options that the job is trained with.
+        metrics: validation and test metrics by name; empty if no stage has finished.
+        checkpoint: file of its best weights.
+        seconds: duration; None if the job has not finished.
+        failure: why the job failed, or an empty string.
+    """
+
+    folder: Path
+    overrides: list[str]
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint: str = ""
+    seconds: float | None = None
+    failure: str = ""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.seconds is not None and not self.failure
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The value of each override, by the option's name."""
+        return {option_name(word): word.partition("=")[2] for word in self.overrides}
+
+    @property
+    def command(self) -> str:
+        """The command that trains this job alone."""
+        return shlex.join(["bcnn", "train", *self.overrides])
+
+    def shown_options(self, names: Sequence[str]) -> str:
+        """Return the job's values of these options as text."""
+        return " ".join(f"{name}={self.options[name]}" for name in names if name in self.options)
+
+
+def option_name(override: str) -> str:
+    """Return the name of the option that an override sets."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def swept_options(jobs: Sequence[Job]) -> list[str]:
+    """Return the names of the options that differ between jobs."""
+    names = dict.fromkeys(name for job in jobs for name in job.options)
+    return [name for name in names if len({job.options.get(name) for job in jobs}) > 1]
+
+
+def rank(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Group the jobs that succeeded and differ in the seed alone; return the best group first.
+
+    Groups are ordered by the mean validation top-1 of their jobs, then by the mean validation loss, so
+    that one lucky seed makes no group the best.
+    """
+    groups: dict[tuple[str, ...], list[Job]] = {}
+    for job in jobs:
+        if job.succeeded:
+            others = tuple(word for word in job.overrides if option_name(word) != "seed")
+            groups.setdefault(others, []).append(job)
+
+    def order(group: list[Job]) -> tuple[bool, float, float]:
+        top1 = mean("val_top1", group)
+        return math.isnan(top1), -top1, mean("val_loss", group)
+
+    return sorted(groups.values(), key=order)
+
+
+def best_of(groups: Sequence[list[Job]]) -> list[Job]:
+    """Return the first of the ranked groups; an empty list without validation figures."""
+    return groups[0] if groups and not math.isnan(mean("val_top1", groups[0])) else []
+
+
+def mean(metric: str, jobs: Sequence[Job]) -> float:
+    """Return the mean of a metric over jobs; nan if a job lacks it."""
+    return fmean(job.metrics.get(metric, math.nan) for job in jobs)
+
+
+def shown(metric: str, jobs: Sequence[Job]) -> str:
+    """Return the mean of a metric over jobs as text, with the standard deviation of several jobs."""
+    if math.isnan(mean(metric, jobs)):
+        return "–"
+    digits = ".4f" if metric.endswith("loss") else ".1%"
+    deviation = f" ± {stdev(job.metrics[metric] for job in jobs):{digits}}" if len(jobs) > 1 else ""
+    return f"{mean(metric, jobs):{digits}}{deviation}"
+
+
+def print_ranking(jobs: Sequence[Job]) -> None:
+    """Print a row for each group of jobs (see `rank`), and how to train the best again."""
+    if not (groups := rank(jobs)):
+        return
+    best, swept = best_of(groups), swept_options(jobs)
+    table = Table(box=None)
+    for heading in ("job", "validation", "loss", "test", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("options", overflow="fold")
+    for group in groups:
+        numbers = " ".join(job.folder.name for job in group)
+        metrics = [shown(metric, group) for metric in METRICS[:3]]
+        seconds = sum(job.seconds or 0 for job in group)
+        values = group[0].shown_options([name for name in swept if name != "seed"])
+        table.add_row(numbers, *metrics, f"{seconds:.1f}", values)
+    order = "best validation top-1 first" if best else "no validation images to rank them by"
+    seeds = "; mean ± standard deviation over seeds" if "seed" in swept else ""
+    console.print(f"\njobs, {order}{seeds}:", table)
+    if best:
+        console.print(f"best checkpoint: {best[0].checkpoint}\ntrain it again: {best[0].command}")
+
+
+def write_sweep(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
+    """Write `sweep.csv` and `sweep.html` in the sweep's folder; return their paths.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    from bcnn.evaluation.plots import option_svg  # takes seconds
+    from bcnn.evaluation.report import write_page
+
+    table, page = folder / "sweep.csv", folder / "sweep.html"
+    groups, swept = rank(jobs), swept_options(jobs)
+    failed = [job for job in jobs if not job.succeeded]
+    with atomic_write(table) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["job", *swept, *METRICS, "seconds", "checkpoint", "command", "failure"])
+        for job in chain(*groups, failed):
+            values = [*map(job.options.get, swept), *map(job.metrics.get, METRICS)]
+            rest = [job.seconds, job.checkpoint, job.command, job.failure]
+            writer.writerow([job.folder.name, *values, *rest])
+
+    best, options = best_of(groups), [name for name in swept if name != "seed"]
+    top1 = [mean("val_top1", group) for group in groups]
+    values_of = {name: [group[0].options.get(name, "") for group in groups] for name in options}
+    write_page(
+        page,
+        "sweep.html",
+        title=f"Sweep of {len(jobs)} jobs",
+        seconds=sum(job.seconds or 0 for job in jobs),
+        common=[word for word in jobs[0].overrides if option_name(word) not in swept],
+        swept=swept,
+        options=options,
+        groups=groups,
+        best=best,
+        pictures=[Markup(option_svg(name, values_of[name], top1)) for name in options if best],
+        failed=failed,
+        shown=shown,
+    )
+    return table, page
