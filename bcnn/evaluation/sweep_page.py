@@ -52,10 +52,6 @@ class Job:
         """The command that trains this job alone."""
         return shlex.join(["bcnn", "train", *self.overrides])
 
-    def shown_options(self, names: Sequence[str]) -> str:
-        """Return the job's values of these options as text."""
-        return " ".join(f"{name}={self.options[name]}" for name in names if name in self.options)
-
 
 def option_name(override: str) -> str:
     """Return the name of the option that an override sets."""
@@ -111,16 +107,16 @@ def print_ranking(jobs: Sequence[Job]) -> None:
     if not (groups := rank(jobs)):
         return
     best, swept = best_of(groups), swept_options(jobs)
-    table = Table(box=None)
-    for heading in ("job", "validation", "loss", "test", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("options", overflow="fold")
+    options = [name for name in swept if name != "seed"]
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in ("job", "validation", *options, "loss", "test", "seconds"):
+        name = heading.replace(".", ".\n")
+        table.add_column(name, justify="right", no_wrap=heading not in options, overflow="fold")
     for group in groups:
         numbers = " ".join(job.folder.name for job in group)
-        metrics = [shown(metric, group) for metric in METRICS[:3]]
-        seconds = sum(job.seconds or 0 for job in group)
-        values = group[0].shown_options([name for name in swept if name != "seed"])
-        table.add_row(numbers, *metrics, f"{seconds:.1f}", values)
+        top1, *others = [shown(metric, group) for metric in METRICS[:3]]
+        values = [group[0].options.get(name, "–") for name in options]
+        table.add_row(numbers, top1, *values, *others, f"{sum(job.seconds or 0 for job in group):.1f}")
     order = "best validation top-1 first" if best else "no validation images to rank them by"
     seeds = "; mean ± standard deviation over seeds" if "seed" in swept else ""
     console.print(f"\njobs, {order}{seeds}:", table)

@@ -50,16 +50,17 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> float:
     from bcnn.training.run_state import RUN, StageResult
 
     setup_logging()  # a launcher may run the job in a process of its own
-    folder, output = Path(HydraConfig.get().runtime.output_dir), Path(cfg.output)
-    job = Job(folder, [word for word in overrides if word.partition("=")[0] not in GROUPS])
-    earlier = _read(folder / JOB) if (folder / JOB).is_file() else None
-    begun = earlier is not None and earlier.overrides == job.overrides
-    if earlier and begun and earlier.seconds is not None:
-        return earlier.metrics.get("val_top1", math.nan)
+    file = Path(HydraConfig.get().runtime.output_dir, JOB)
+    job = Job(file.parent, [word for word in overrides if word.partition("=")[0] not in GROUPS])
+    output, begun = Path(cfg.output).expanduser(), False
+    if file.is_file() and (earlier := _read(file)).overrides == job.overrides:
+        if earlier.seconds is not None:
+            return earlier.metrics.get("val_top1", math.nan)
+        begun = (output / RUN).is_file()
     _write(job)
     start = time.monotonic()
     try:
-        if begun and (output / RUN).is_file():
+        if begun:
             resume(output)
         else:
             run(cfg, job.overrides)
@@ -154,7 +155,10 @@ def _lock(folder: Path, overrides: Sequence[str]) -> FileLock:
         sys.exit(f"error: hydra.sweep.dir={folder}: another sweep is running there")
     if any(folder.glob(f"**/{JOB}")):
         earlier = OmegaConf.load(folder / COMMAND).hydra.overrides.task
-        here, there = ([w for w in words if w[:9] != "launcher="] for words in (overrides, earlier))
+        here, there = (
+            [word for word in words if not word.startswith("launcher=")]
+            for words in (overrides, earlier)
+        )
         if here != there:
             sys.exit(f"error: hydra.sweep.dir={folder} holds a sweep with other options: name another")
     return lock
