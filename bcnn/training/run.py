@@ -22,7 +22,7 @@ from bcnn.training.logging import facts, log_figures, log_how_to_resume, log_whe
 from bcnn.training.network import build_model, load_weights
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.training.stage import Stage
-from bcnn.utils.console import log_file, logger, span
+from bcnn.utils.console import log_file, logger, setup_logging, span
 from bcnn.utils.device import chosen_precision
 from bcnn.utils.distributed import explain_lost_ranks
 from bcnn.utils.environment import software
@@ -46,10 +46,14 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         UserError: a mistake in the configuration, the images or the weights; or, after all is
             written, a stage that diverged or ended worse than it started.
     """
+    setup_logging()
     validate(cfg)
     cfg = absolute_paths(cfg, _directory(cfg, resume))
     precision = chosen_precision(cfg.trainer)
     state = RunState.resume(cfg) if resume else RunState.create(cfg, overrides, precision)
+    if state.finished:
+        logger.info(f"{state.folder}: this run has finished already")
+        return _outcome([result for stage in STAGES[cfg.stage] if (result := state.result(stage))])
     began, versions = time.monotonic(), software()  # a clone may be changed before the run ends
     with log_file(state.folder / "train.log"), _how_to_resume(state), explain_lost_ranks():
         data: FineGrainedDataModule = instantiate(cfg.data)
@@ -71,9 +75,16 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
                 break
         log_figures(results, data)
         circumstances = {"training took": span(time.monotonic() - began), **versions}
+        if resume:
+            circumstances = {k: v and f"{v} (since it was resumed)" for k, v in circumstances.items()}
         report = _write_report(cfg, state, results, data, model, circumstances)
         state.finish()
         log_where(cfg, state, results, report)
+    return _outcome(results)
+
+
+def _outcome(results: list[StageResult]) -> float:
+    """Return the validation top-1 of a finished run; raise UserError where its last stage failed."""
     if results[-1].failure:
         raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)

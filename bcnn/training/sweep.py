@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +46,7 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> float:
         Validation top-1; nan if the job failed or there are no validation images.
     """
     from bcnn.training.config import STAGES  # imports torch, which takes seconds
-    from bcnn.training.run import resume, run
+    from bcnn.training.run import train
     from bcnn.training.run_state import RUN, StageResult
 
     setup_logging()  # a launcher may run the job in a process of its own
@@ -60,12 +60,9 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> float:
     _write(job)
     start = time.monotonic()
     try:
-        if begun:
-            resume(output)
-        else:
-            run(cfg, job.overrides)
+        train(cfg, job.overrides, resume=begun)
         for result in filter(None, (StageResult.read(output, stage) for stage in STAGES["both"])):
-            job.metrics, job.checkpoint = result.metrics, str(result.checkpoint)
+            job.metrics, job.checkpoint = result.metrics, str(result.checkpoint or "")
     except (UserError, OSError) as error:
         job.failure = str(error)
     except Exception as error:
@@ -188,12 +185,3 @@ for name, resolver in {
     "cores_per_job": lambda: max(1, cores() // (gpus() or cores())),
 }.items():
     OmegaConf.register_new_resolver(name, resolver, replace=True)
-
-
-def told(act: Callable[..., Any], *arguments: Any) -> Any:  # alias: removed at the merge
-    try:
-        return act(*arguments)
-    except (UserError, OSError) as error:
-        setup_logging()
-        logger.error(str(error))
-        sys.exit(1)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ from conftest import ROOT, Run, configure, toy, write
 from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.checkpointing import BestOrLastCheckpoint
-from bcnn.cli.train import resume as resume_command
 from bcnn.training.run import train
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.utils.errors import UserError
@@ -56,7 +56,7 @@ def job(
     number: signal.Signals,
 ) -> None:
     """Begin a run, or go on with it where it was begun; a signal at an event."""
-    import bcnn.evaluation.figures
+    import bcnn.evaluation.results
     import bcnn.training.checkpointing
     from bcnn.training.feature_store import FeatureStore
     from bcnn.training.module import BCNNModule
@@ -75,7 +75,7 @@ def job(
         (torch, "save", "checkpoint"),
         (os, "fsync", "sync"),
         (Path, "replace", "rename"),
-        (bcnn.evaluation.figures, "_write_classes", "report"),
+        (bcnn.evaluation.results, "_write_classes", "report"),
     ):
         count(owner, name, event, seen, kill, number)
     raise_interruptions()
@@ -163,9 +163,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
         log, resumed = ((folder / stage / "metrics.csv").read_text() for folder in (whole, parts))
         assert log == resumed
     assert (whole / "classes.csv").read_text() == (parts / "classes.csv").read_text()
-    assert not [*parts.rglob(".part-*"), *parts.rglob("resume.ckpt")]
-    with pytest.raises(UserError, match="finished"):
-        RunState.read(parts)
+    assert not [*parts.rglob(".part-*")]
+    assert RunState.read(parts).finished
 
 
 def interrupt(words: list[str], folder: Path, sign: str, number: signal.Signals) -> tuple[int, str]:
@@ -186,105 +185,62 @@ def interrupt(words: list[str], folder: Path, sign: str, number: signal.Signals)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_sweep_says_how_to_go_on_and_that_does(
-    images: Path, tmp_path: Path, train: Run
-) -> None:
-    words = ["-m", "seed=1,2", "stage=last", *toy(images, *SGD[:1], "last.epochs=10_000")]
-    sweep = ["hydra.sweep.dir=sweep"]
-    code, output = interrupt([*words, *sweep], tmp_path, "sweep/0/last/resume.ckpt", signal.SIGINT)
+def test_ctrl_c_ends_a_run_that_the_command_it_shows_resumes(images: Path, tmp_path: Path, train: Run) -> None:
+    words = ["stage=last", *toy(images, *SGD[:1], "last.epochs=10_000"), "output=run"]
+    code, output = interrupt(words, tmp_path, "run/last/last.ckpt", signal.SIGINT)
     assert code == 130, output
-    assert "interrupted (SIGINT)" in output and "Traceback" not in output
-    assert f"best weights until now: {tmp_path}/sweep/0/last/best.ckpt" in output
-    assert f"go on with: {sys.executable} {ROOT}/train.py resume={tmp_path}/sweep/0" in output
-    assert not (tmp_path / "sweep" / "1").exists()
-    record = tmp_path / "sweep" / "0" / "run.yaml"
-    record.write_text(record.read_text().replace("epochs: 10000", "epochs: 1"))  # it is here for long
-    done = train(f"resume={tmp_path}/sweep/0")
+    assert "Traceback" not in output
+    assert f"resume with: bcnn train resume={tmp_path}/run" in output
+    state = tmp_path / "run" / "run.yaml"
+    state.write_text(re.sub(r"epochs(:|=)( ?)10_?000", r"epochs\1\g<2>1", state.read_text()))
+    done = train(f"resume={tmp_path}/run")
     assert done.returncode == 0, done.stderr
-    assert "best checkpoint" in done.stdout and "next: " in done.stdout
-    both = train(f"resume={tmp_path}/sweep/0", "seed=3")
-    assert both.returncode == 1 and "give no others" in both.stderr
+    assert "best checkpoint" in done.stdout and "next, to fine-tune it: " in done.stdout
+    both = train(f"resume={tmp_path}/run", "seed=3")
+    assert both.returncode == 1 and "leave out seed=3" in both.stderr
 
 
 @pytest.mark.slow
 def test_sigterm_and_a_job_that_slurm_runs_again(
-    images: Path, tmp_path: Path, killed: Callable[..., int]
+    images: Path, tmp_path: Path, train: Run, killed: Callable[..., int]
 ) -> None:
-    words = ["stage=last", *toy(images, SMALL, *SGD), "output=run"]
+    words = ["stage=last", *toy(images, *SGD), "output=run"]
     assert killed(words, tmp_path / "run", ("step", 5), signal.SIGTERM) == 143
-    assert (tmp_path / "run" / "last" / "resume.ckpt").is_file()
-    assert killed(words, tmp_path / "run", SLURM_RESTART_COUNT="1") == 0
+    assert (tmp_path / "run" / "last" / "last.ckpt").is_file()
+    for _ in range(2):  # the second time, the run has finished
+        again = train(*words, SLURM_RESTART_COUNT="1")
+        assert again.returncode == 0, again.stderr
     assert len((tmp_path / "run" / "last" / "metrics.csv").read_text().splitlines()) == 6
-    with pytest.raises(UserError, match="holds a run already"):
-        train(configure(*words[:-1], f"output={tmp_path / 'run'}"))
+    refused = train(*words)
+    assert refused.returncode == 1 and "holds a run already" in refused.stderr
 
 
-def begun(images: Path, output: Path) -> Path:
-    """A run of stage `last` as if it had been interrupted after its stage."""
-    train(configure(*toy(images, "stage=last", "last.l2=[1e-2]", f"output={output}")))
-    record = output / "run.yaml"
-    record.write_text(record.read_text().replace("finished: true", "finished: false"))
-    return record
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_where_it_was_moved_to_and_not_with_other_images(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("tiny")
+def test_a_run_is_resumed_where_it_was_moved_to_and_not_with_other_images(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def clone() -> dict[str, str]:
-        return {"commit": "altered since" if (tmp_path / "run" / "last").exists() else "as it began"}
+    words = toy(images, SMALL, "stage=last", "last.l2=[1e-2]")
 
-    monkeypatch.setattr("bcnn.training.run.software", clone)
-    begun(images, tmp_path / "run")
-    text = (tmp_path / "run" / "report.html").read_text()
-    assert "32 px (keep, crop_pct 1, bilinear)" in text
-    assert "as it began" in text and "altered since" not in text and "gone on with" not in text
+    def begun(output: Path) -> None:
+        """A run that is interrupted after its stage."""
+        with monkeypatch.context() as patch:
+            patch.setattr("bcnn.training.run._write_report", interrupted)
+            with pytest.raises(Interruption):
+                train(configure(*words, f"output={output}"), words)
+
+    begun(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
-    resume(tmp_path / "moved")
-    assert f"best checkpoint: {tmp_path}/moved/last/best.ckpt" in capsys.readouterr().out
-    text = (tmp_path / "moved" / "report.html").read_text()
-    assert "as it began since it was gone on with; before that is not known" in text
-    record = begun(images, tmp_path / "other")
+    train(configure(*words, f"output={tmp_path / 'moved'}"), words, resume=True)
+    report = (tmp_path / "moved" / "report.html").read_text()
+    assert "32 px (keep, crop_pct 1, bilinear)" in report and "(since it was resumed)" in report
+    begun(tmp_path / "other")
     write(images / "train" / "red" / "new.png", seed=99)
-    with pytest.raises(UserError, match=r"not those that .*other was begun with"):
-        resume(record.parent)
+    with pytest.raises(UserError, match=r"the images or their classes changed since .*other began"):
+        train(configure(*words, f"output={tmp_path / 'other'}"), words, resume=True)
 
 
-def test_a_record_keeps_any_path_and_makes_it_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("a\udcff: [b]", "imagenet"):
-        Path(name).mkdir()
-    cfg = configure(*toy(Path("x"), "output=run", "model.weights=imagenet"))
-    cfg.data.root = "a\udcff: [b]"
-    RunState(cfg, ["data.root=a"]).write()
-    monkeypatch.chdir("/")
-    record = RunState.read(tmp_path / "run")
-    assert record.cfg.data.root == str(tmp_path / "a\udcff: [b]")
-    assert record.cfg.model.weights == "imagenet"
-    assert (record.cfg.output, record.words) == (str(tmp_path / "run"), ["data.root=a"])
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "sentence"),
-    [
-        ("finished", "finis: [", "lacks or is damaged"),
-        ("cfg:", "stuff:", "lacks or is damaged"),
-        ("lightning.pytorch.loggers.CSVLogger", "os.system", "os.system, which no configuration needs"),
-        ("torch.nn.CrossEntropyLoss", "subprocess.run", "subprocess.run, which no configuration needs"),
-        ("torch.nn.CrossEntropyLoss", "no.such.thing", "there is no no.such.thing"),
-        ("seed: 0", "sed: 0", "seed"),
-    ],
-)
-def test_a_strangers_record_runs_nothing(
-    images: Path, tmp_path: Path, old: str, new: str, sentence: str
-) -> None:
-    RunState(configure(*toy(images, f"output={tmp_path}")), []).write()
-    record = tmp_path / "run.yaml"
-    record.write_text(record.read_text().replace(old, new))
-    with pytest.raises(UserError, match=sentence):
-        resume(tmp_path)
+def interrupted(*_: Any) -> None:
+    raise Interruption(signal.SIGTERM)
 
 
 def test_no_room_is_said_before_an_epoch(
@@ -298,22 +254,6 @@ def test_no_room_is_said_before_an_epoch(
     words = toy(images, "stage=last", "last=sgd", "last.store=false", f"output={tmp_path}/run")
     with pytest.raises(UserError, match=r"no room for checkpoints: 0.\d\d GB are needed"):
         train(configure(*words))
-
-
-def test_a_record_tells_where_weights_are_however_its_folder_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lightning says it absolutely, without links; a run may be moved all the same."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "disk").mkdir()
-    Path("link").symlink_to("disk")
-    for output in (Path("a"), Path("link/b")):
-        (output / "last").mkdir(parents=True)
-        StageResult("last", (output / "last" / "best.ckpt").resolve(), {}).write(output)
-        output.rename("moved")
-        found = StageResult.read(Path("moved"), "last")
-        assert found is not None and found.checkpoint == Path("moved/last/best.ckpt")
-        Path("moved").rename(f"{output.name} of before")
 
 
 @pytest.mark.usefixtures("tiny")
@@ -343,24 +283,5 @@ def test_weights_of_an_epoch_after_the_state_are_forgotten(
         seen.append(self.metrics)
 
     monkeypatch.setattr(BestOrLastCheckpoint, "load_state_dict", loaded)
-    assert 0 <= resume(tmp_path / "run") <= 1
+    assert 0 <= train(configure(*words), words, resume=True) <= 1
     assert seen == [{}]
-
-
-def test_a_run_that_ends_between_its_last_notes_is_gone_on_with(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(self: RunState) -> None:
-        raise Interruption(signal.SIGTERM)
-
-    finish = RunState.finish
-    monkeypatch.setattr(RunState, "finish", interrupted)
-    words = toy(images, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'run'}")
-    with pytest.raises(Interruption):
-        train(configure(*words), words)
-    monkeypatch.setattr(RunState, "finish", finish)
-    weights_of = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
-    resume(tmp_path / "run")
-    assert (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns == weights_of
-    with pytest.raises(UserError, match="this run is finished"):
-        resume(tmp_path / "run")

@@ -1,0 +1,113 @@
+"""What a run writes down: it can be moved, names no code, and belongs to its images and options."""
+
+from pathlib import Path
+
+import pytest
+from conftest import configure, set_up, toy
+from hydra.errors import HydraException
+
+from bcnn.cli.train import resume
+from bcnn.training.config import absolute_paths
+from bcnn.training.run import train
+from bcnn.training.run_state import RUN, RunState, StageResult, data_digest, resumable_overrides
+from bcnn.utils.errors import UserError
+
+CALLBACK = "+callbacks.mine._target_=lightning.pytorch.callbacks.Timer"
+
+
+def state(folder: Path, *words: str) -> RunState:
+    """The state of a new run, written down."""
+    cfg = absolute_paths(configure(*words, f"output={folder}"), folder.parent)
+    made = RunState.create(cfg, list(words), "32-true")
+    made.write()
+    return made
+
+
+def test_a_state_is_read_as_it_was_written_where_the_folder_is_now(tmp_path: Path) -> None:
+    made = state(tmp_path / "run", "data=folder", "data.root=a b: [c]")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    read = RunState.read(tmp_path / "moved")
+    made.folder = tmp_path / "moved"
+    assert read == made
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "overrides: [", "stuff: 1"])
+def test_a_damaged_state(tmp_path: Path, content: str) -> None:
+    (tmp_path / RUN).write_text(content)
+    with pytest.raises(UserError, match="no run to resume"):
+        RunState.read(tmp_path)
+
+
+def test_other_options_do_not_resume_a_run(tmp_path: Path) -> None:
+    state(tmp_path / "run", "seed=1")
+    cfg = absolute_paths(configure("seed=2", f"output={tmp_path / 'run'}"), tmp_path)
+    with pytest.raises(UserError, match="seed was 1 when the run began, and is 2 now"):
+        RunState.resume(cfg)
+
+
+def test_an_override_that_names_a_class_counts_where_the_command_repeats_it(tmp_path: Path) -> None:
+    made = state(tmp_path / "run", "seed=1", CALLBACK)
+    with pytest.raises(UserError, match=r"names classes to load: .* repeat \+callbacks"):
+        resumable_overrides(made, [])
+    assert resumable_overrides(made, [CALLBACK]) == ["seed=1", CALLBACK]
+    with pytest.raises(UserError, match="leave out seed=2"):
+        resumable_overrides(made, [CALLBACK, "seed=2"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+callbacks.x={_target_: os.mkdir, path: PWNED}",
+        "+callbacks.x=[{_target_: os.mkdir, path: PWNED}]",
+        "data._target_=os.mkdir",
+        "hydra.searchpath=[file:///tmp]",
+        "+hydra.callbacks.x._target_=os.mkdir",
+    ],
+)
+def test_a_strangers_state_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = state(tmp_path / "run", "seed=1")
+    made.overrides = ["seed=1", word]
+    made.config["callbacks"] = {"x": {"_target_": "os.mkdir", "path": "PWNED"}}
+    made.write()
+    with pytest.raises((UserError, HydraException)):
+        resume([f"resume={tmp_path / 'run'}"])
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_digest_is_of_images_classes_and_splits(images: Path) -> None:
+    before = data_digest(set_up(images, val_fraction=0.34))
+    assert data_digest(set_up(images, val_fraction=0.34)) == before
+    assert data_digest(set_up(images, val_fraction=0.34, seed=1)) != before
+    for split in ("train", "test"):  # the same images, two classes exchanged
+        folder = images / split
+        for old, new in (("red", "x"), ("blue", "red"), ("x", "blue")):
+            (folder / old).rename(folder / new)
+    assert data_digest(set_up(images, val_fraction=0.34)) != before
+
+
+def test_a_result_can_be_moved_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning names checkpoints absolutely, without links."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    Path("link").symlink_to("disk")
+    for output in (Path("a"), Path("link/b")):
+        (output / "last").mkdir(parents=True)
+        StageResult("last", (output / "last" / "best.ckpt").resolve(), {"val_top1": 1.0}).write(output)
+        output.rename("moved")
+        found = StageResult.read(Path("moved"), "last")
+        assert found is not None and found.checkpoint == Path("moved/last/best.ckpt")
+        Path("moved").rename(f"{output.name}-done")
+    assert StageResult.read(Path("a-done"), "finetune") is None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(images: Path, tmp_path: Path) -> None:
+    words = toy(images, "model.backbone.name=tiny", "stage=last", "last.l2=[1e-2]")
+    cfg = configure(*words, f"output={tmp_path / 'run'}")
+    figure = train(cfg, words)
+    weights = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
+    assert train(cfg, words, resume=True) == figure
+    assert (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns == weights
