@@ -1,5 +1,7 @@
 """Names as cells of a CSV file, which spreadsheets must not take for formulas."""
 
+# alias: removed at the merge (bcnn.evaluation.writers and bcnn.data.index take their own)
+
 import re
 
 FORMULA = re.compile(r"'*[=+\-@\t\r\n]")  # how a cell begins that a spreadsheet computes

@@ -1,4 +1,4 @@
-"""Ranks: processes that train together, a device each; what they have of one another."""
+"""Ranks: processes that train together, one on each device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of `x`, of any shape, over the ranks; none of them waits for its device.
+    """Return the mean of `x`, of any shape, over the ranks.
 
-    Differentiable, where the loss is the mean of the ranks' losses: as DistributedDataParallel has it.
+    Differentiable, for a loss that is the mean of the ranks' losses, as in DistributedDataParallel.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return x
@@ -25,40 +25,29 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def on_rank_zero(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T]) -> T:
-    """What rank 0's `act` returns, on every rank.
+    """Call `act` on rank 0 and return its result, or raise its exception, on every rank.
+
+    Without the exception the other ranks would wait for rank 0.
 
     Args:
         rank: of this process.
-        broadcast: object → that of rank 0, as a strategy of Lightning's has it.
-
-    Raises:
-        UserError: `act` does; on every rank, or the others would wait for this one.
+        broadcast: returns rank 0's object on every rank: `trainer.strategy.broadcast`.
     """
-    outcome: Any = None
+    result: Any = None
+    error: Exception | None = None
     if rank == 0:
         try:
-            outcome = act()
-        except UserError as error:
-            outcome = error
-    outcome = broadcast(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome  # type: ignore[no-any-return]
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Raises UserError where another rank is gone: killed, or ended by a mistake that it told."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError("another process of this run has ended, and this one with it") from error
-        raise
+            result = act()
+        except Exception as raised:
+            error = raised
+    result, error = broadcast((result, error))
+    if error:
+        raise error
+    return result  # type: ignore[no-any-return]
 
 
 class _Mean(Function):
-    """The gradient of the mean is the mean of the gradients."""
+    """Torch's own (`torch.distributed.nn.functional.all_reduce`) is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -70,3 +59,14 @@ class _Mean(Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         mean: Tensor = _Mean.apply(gradient.contiguous())
         return mean
+
+
+@contextmanager
+def together() -> Iterator[None]:  # alias: removed at the merge
+    """Raise UserError if another rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError("another process of this run has ended, and this one with it") from error
+        raise

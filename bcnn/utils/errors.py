@@ -1,6 +1,17 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""What ends a command early: a mistake of the user's, Ctrl-C, SIGTERM."""
 
-from bcnn.utils.terminal import printable
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, NoReturn
+
+from bcnn.utils.console import printable
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RETRY = 0.1  # seconds until a signal that was lost is sent again
+SHOW_CURSOR = b"\x1b[?25h\n"  # progress bars hide it
 
 
 class UserError(Exception):
@@ -10,6 +21,60 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        # From a data-loading worker it comes with that process's traceback before the sentence.
+        # A data-loading worker prepends its traceback.
         sentence = super().__str__().rpartition("bcnn.utils.errors.UserError: ")[2]
         return printable(sentence.strip())
+
+
+class Interruption(BaseException):
+    """Raised in the main thread when a signal asks the process to end.
+
+    Not a `KeyboardInterrupt`, on which Lightning ends the process with exit code 1.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.exit_code = 128 + number  # the shells' convention: 130 after Ctrl-C, 143 after SIGTERM
+
+
+def raise_interruptions() -> None:
+    """Raise `Interruption` at the first SIGINT or SIGTERM; the second ends the process at once.
+
+    Does nothing outside the main thread, where Python does not handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != owner:  # a forked worker, whose parent ends it
+            raise KeyboardInterrupt
+        if os.isatty(2):
+            os.write(2, SHOW_CURSOR + b"stopping; Ctrl-C again stops at once\n")
+        if _importing(frame):  # numpy and others crash when their import is broken off
+            os._exit(128 + number)
+        raise Interruption(number)
+
+    def resend(unraisable: Any) -> None:
+        """Send the signal again if it was raised in a destructor, where Python drops exceptions."""
+        if not isinstance(unraisable.exc_value, Interruption):
+            sys.__unraisablehook__(unraisable)
+            return
+        listen()
+        threading.Timer(RETRY, os.kill, (owner, unraisable.exc_value.number)).start()
+
+    def listen() -> None:
+        for each in SIGNALS:
+            signal.signal(each, interrupt)
+
+    sys.unraisablehook = resend
+    listen()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

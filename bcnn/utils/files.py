@@ -1,7 +1,7 @@
-"""Files that are whole or absent, whatever ends the process that writes them, and where they go."""
+"""Files that are complete or absent, and the folders that output and caches go to."""
 
-import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,105 +11,94 @@ from pathlib import Path
 
 from bcnn.utils.errors import UserError
 
-PART = ".part-"  # begins the name of a file that is being written
-FULL = 1 << 20  # bytes: a disk with less is full
+PART = ".part-"  # prefix of files that are being written
+FULL = 1 << 20  # bytes: a disk with less free space counts as full
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write what `path` is to hold: a file beside it, of the same ending.
+    """Give a temporary file beside `path`, of the same suffix, that replaces `path` at the end.
 
-    When the block ends it is on the disk and takes the place of `path`; when the block raises it is
-    removed, and `path` is as it was. A process that is killed leaves at most a file `.part-…`.
+    The content is on the disk before the file is renamed. If the block raises, the temporary file is
+    removed and `path` is unchanged. A process that is killed leaves at most a file `.part-…`.
 
     Args:
-        path: its folder is made where there is none.
+        path: its folder is made if necessary.
 
     Raises:
-        UserError: the file cannot be written, or the disk is full.
+        UserError: the file cannot be written; it names `path`, not the temporary file.
     """
-    part = path.with_name(f"{PART}{os.getpid()}-{path.name[-50:]}")  # names have 255 bytes at most
+    # An unguessable name, made with O_EXCL: in a shared folder nobody can put a link there first.
+    part = path.with_name(f"{PART}{secrets.token_hex(8)}-{path.name[-50:]}")  # at most 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(exist_ok=False)
         yield part
-        with part.open("rb+") as file:  # Windows writes out only what may be written
-            os.fsync(file.fileno())
+        _sync(part, os.O_RDWR)
         part.replace(path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # some file systems do not open folders
+            _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        # Libraries that write in C++ or Rust say it in their own words.
-        with suppress(OSError):
-            full = os.strerror(errno.ENOSPC) in str(error)
-            if full or shutil.disk_usage(path.parent).free < FULL:
-                raise UserError(f"{path} cannot be written: no space left on its disk") from error
-        raise
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Say before any work is done that its results could not be kept.
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_write` below a folder."""
+    for part in folder.rglob(f"{PART}*"):
+        part.unlink(missing_ok=True)
+
+
+def validate_writable(folder: Path) -> None:
+    """Raise UserError if no file can be written into a folder, before results are computed for it.
 
     Args:
-        folder: is not made where there is none.
-
-    Raises:
-        UserError: no folder, or no file in it, can be made there, or its disk is full.
+        folder: it need not exist, and is not made.
     """
-    there = folder.absolute()
+    existing = folder.absolute()
     try:
-        while not os.path.lexists(there):
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            if shutil.disk_usage(there).free < FULL:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            if shutil.disk_usage(existing).free < FULL:
                 raise UserError(f"{folder} cannot be written: no space left on its disk")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def new_output(verb: str) -> Path:
-    """Where a verb puts what it makes now, below `outputs` in the working folder; it is not made."""
+    """Return a new folder for the output of a command; it is not made."""
     now = datetime.now()
     return Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S-%f}-{verb}")
 
 
 def cache_dir() -> Path:
-    """What can be made again is kept in $XDG_CACHE_HOME/bcnn, or in ~/.cache/bcnn."""
+    """Return $XDG_CACHE_HOME/bcnn, or ~/.cache/bcnn."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bcnn"
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder `kind` in `cache_dir`, made where there is none.
+    """Make and return the folder `kind` in `cache_dir`.
 
     Raises:
-        UserError: it cannot be written to.
+        UserError: it cannot be made.
     """
     folder = cache_dir() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder to write to"
-        ) from error
+        raise UserError(f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from error
     return folder
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what processes that were killed were writing below a folder."""
-    for part in folder.rglob(f"{PART}*"):
-        part.unlink(missing_ok=True)
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    """The new name, too; not every system lets a folder be opened for it."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+refuse_unwritable = validate_writable  # alias: removed at the merge

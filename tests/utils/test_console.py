@@ -1,0 +1,150 @@
+"""What reaches the terminal: escaped names, the log of rank zero, bars and lines of progress."""
+
+import io
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bcnn.utils import console as module
+from bcnn.utils.console import Console, Task, log_file, logger, printable, setup_logging, span, track
+
+ESCAPED = {
+    "\x1b[2J\x1b]0;title\a": r"\x1b[2J\x1b]0;title\x07",
+    "two\rparts and \u2028 more": r"two\rparts and \u2028 more",
+    "right\u202eto left\u200f": r"right\u202eto left\u200f",
+    "\x9b31m, and a byte \udcff that is no text": r"\x9b31m, and a byte \xff that is no text",
+    "\ud800": r"\ud800",
+}
+HARMLESS = "é 蝶\u3000 🦋 👩\u200d🌾 می\u200cخواهم [red] :smile: $5^$ C:\\x1b"
+
+
+@pytest.fixture
+def logging_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    setup_logging()
+    yield
+
+
+@pytest.mark.parametrize("name", ESCAPED)
+@pytest.mark.usefixtures("logging_on")
+def test_control_characters_are_escaped(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logger.info("class %s", name)
+    assert capsys.readouterr().out == f"class {ESCAPED[name]}\n"
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, width=20).print(name)
+    assert file.getvalue() == f"{ESCAPED[name]}\n"
+
+
+def test_names_of_any_script_are_not_changed() -> None:
+    assert printable(HARMLESS) == HARMLESS
+    file = io.StringIO()
+    Console(file=file, width=20).print(HARMLESS)
+    assert file.getvalue() == f"{HARMLESS}\n"
+
+
+@pytest.mark.usefixtures("logging_on")
+def test_warnings_go_to_standard_error_and_everything_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with log_file(tmp_path / "run" / "train.log"):
+        logger.info("stage %s", "last")
+        logger.warning("one image is left out")
+    logger.info("after the run")
+    shown = capsys.readouterr()
+    assert shown.out == "stage last\nafter the run\n"
+    assert shown.err == "warning: one image is left out\n"
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log == "stage last\nwarning: one image is left out\n"
+
+
+@pytest.mark.usefixtures("logging_on")
+def test_ranks_other_than_zero_show_only_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.fabric.utilities import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger.info("told twice")
+    logger.error("told once")
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    logger.info("told")
+    monkeypatch.delattr(rank_zero_only, "rank")  # before Lightning is imported
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    logger.info("told twice")
+    shown = capsys.readouterr()
+    assert shown.out == "told\n" and shown.err == "error: told once\n"
+
+
+def test_lines_on_a_pipe_are_written_when_something_moved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moments = {20.0: 1, 29.0: 2, 70.0: 8}  # when so many parts are done
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "_last_line", -100.0)
+    task = Task("waiting", 9, "images")
+
+    class Clock(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal now
+            now += timeout or 0
+            task.advance(max((n for t, n in moments.items() if t <= now), default=0) - task.done)
+            return now > 100
+
+    module._write_lines(task, Clock())
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.match(r"waiting: (\d) of 9 images", line)[1] for line in lines]  # type: ignore[index]
+    assert counts == ["0", "1", "2", "8"]
+
+
+def test_a_terminal_gets_a_bar_that_is_removed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    shown = bytearray()
+    reader = threading.Thread(target=lambda: shown.extend(iter(lambda: os.read(ours, 1)[0], 0)))
+    reader.start()
+    monkeypatch.setenv("TERM", "xterm")
+    with open(theirs, "w") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(module, "console", Console(width=100))
+        with pytest.raises(KeyboardInterrupt):
+            for part in track(range(9), "computing", unit="parts"):
+                print(f"row {part}")
+                module.console.print(f"result {part}")
+                time.sleep(0.2)  # the bar is drawn ten times a second
+                if part == 4:
+                    raise KeyboardInterrupt
+        screen.write("\0")
+    reader.join(5)
+    text = shown.decode()
+    assert "row 3" in text and "result 3" in text and re.search("computing .*━.* [34] of 9 parts", text)
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
+    assert text.rindex("\x1b[2K") > text.rindex("computing")  # the bar's line is erased
+
+
+def test_the_time_left_follows_from_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    task = Task("it", 10, "images")
+    monkeypatch.setattr(task.bar, "get_time", lambda: now)
+    assert str(task) == "0 of 10 images"
+    now = 30  # workers have started
+    task.advance()
+    assert str(task) == "1 of 10 images"
+    now = 32
+    task.advance()
+    assert str(task) == "2 of 10 images, 0.5 images/s, about 16 s left"
+    assert task.left_until(5) == "about 6.0 s left" and task.left_until(2) == ""
+
+
+def test_durations() -> None:
+    seconds = (0.04, 9.94, 9.96, 99.4, 100, 11000)
+    assert [*map(span, seconds)] == ["0.0 s", "9.9 s", "10 s", "99 s", "2 min", "3 h 03 min"]
