@@ -1,29 +1,36 @@
-# make train | test | test-gpu | torture | lint
+# make train | test | test-gpu | torture | lint | bench
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-gpu torture lint
+.PHONY: train test test-gpu torture lint bench
 
 train: .venv/ready
 	$(BIN)/python train.py experiment=quick
 
-# A process a core, of one thread each: threads that share a core wait for each other.
-# While you edit: .venv/bin/pytest -m "not slow"
+# One process per core with one thread each: threads that share a core wait for each other.
+# While editing: .venv/bin/pytest -m "not slow"
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# The same fuzzing as in the tests, at length (an hour and more).
-torture: .venv/ready
-	HYPOTHESIS_PROFILE=torture OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fuzz
-
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
+
+# The fuzzing of the tests, for an hour and more.
+torture: .venv/ready
+	HYPOTHESIS_PROFILE=torture OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fuzz
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A few minutes; each script lists its options with --help.
+bench: .venv/ready
+	$(BIN)/python benchmarks/finetune.py --size 224 --images 16
+	$(BIN)/python benchmarks/predict.py --size 224
+	$(BIN)/python benchmarks/data.py --images 16
+	$(BIN)/python benchmarks/last.py --size 128 --images 16 --rows 500
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
-"""Stage `last`: the original's loop, a cache of relu5_3 maps, and this project's descriptor store.
+"""Stage last: the two-script original's loop beside `bcnn train stage=last`, then the solver alone.
 
-Each contender returns seconds an image: `once`, before the first epoch, and of an `epoch` that is warm.
+Further arguments are those of `bcnn train`: data=folder data.root=FOLDER model.weights=random
 """
 
 import tempfile
@@ -8,147 +8,77 @@ import time
 from functools import partial
 from pathlib import Path
 
-import lightning as L
-import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import Options, compare, device_of, measure, now, original_step, parser
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from rich.table import Table
 
-from bcnn.data.datamodule import FineGrainedDataModule
-from bcnn.data.public import Butterflies
-from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.checkpoint import initialise_backbone
-from bcnn.models.third_party import CHANNELS
-from bcnn.training.feature_data import CachedFeatureDataModule
-from bcnn.training.module import BCNNModule
-from bcnn.utils.device import fastest_precision
-from bcnn.utils.errors import UserError
-from benchmarks.harness import measure, now, random_batches, title, torch_device, trainer
-from benchmarks.options import Options
-from benchmarks.original import OriginalNet, original_loop
+from bcnn.models.pooling.bilinear import packed_size
+from bcnn.training.logistic_regression import ConvexProblem
+from bcnn.training.run import train
+from bcnn.utils.console import console
 
-BATCH = 64  # images a step over stored features, as in conf/last/sgd.yaml
-STEPS = 4  # that the cache is timed over
+CONF = Path(__file__).parents[1] / "conf"
 
 
-def relu5_3_cache(options: Options) -> dict[str, float]:
-    """Float32 maps of relu5_3 on disk, pooled and classified anew in every epoch."""
-    device = torch_device(options)
-    net = OriginalNet(options.classes).to(device)
-    sgd = torch.optim.SGD(net.classifiers.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-5)
-    side = options.size // 16
-    shape = (options.images, CHANNELS, side, side)
-
-    def step() -> None:
-        rows = np.random.randint(options.images, size=BATCH)  # a shuffled epoch reads all over the file
-        maps = torch.from_numpy(cache[rows]).to(device)
-        labels = torch.randint(options.classes, (BATCH,), device=device)
-        sgd.zero_grad()
-        F.cross_entropy(net.classify(maps), labels).backward()
-        sgd.step()
-
-    with tempfile.TemporaryDirectory() as folder:
-        cache = np.memmap(Path(folder) / "maps", np.float32, "w+", shape=shape)
-        start, filled = now(device), 0
-        for images, _ in random_batches(options):
-            with torch.no_grad():
-                cache[filled : filled + len(images)] = net.features(images).cpu().numpy()
-            filled += len(images)
-        cache.flush()
-        once = (now(device) - start) / options.images
-        step()  # the first allocates
-        start = now(device)
-        for _ in range(STEPS):
-            step()
-        epoch = (now(device) - start) / (STEPS * BATCH)
-    return {"once": once, "epoch": epoch, "bytes": 4.0 * CHANNELS * side**2}
+def config(options: Options, *overrides: str) -> DictConfig:
+    """Return the configuration of the run."""
+    sized = [f"data.size={options.size}", f"trainer.accelerator={device_of(options).type}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", ["stage=last", *sized, *options.train, *overrides])
 
 
-def descriptor_store(options: Options) -> dict[str, float]:
-    """This project's stage `last`, from an empty store: built, then read in every epoch.
-
-    `start` is what the fit takes beyond its epochs, were all as the warm ones.
-    """
-    folder = _folder(options)
-    model = BCNN(folder.classes, folder.preprocessing)
-    initialise_backbone(model, options.weights)
-    data = CachedFeatureDataModule(folder, model, fastest_precision(torch_device(options).type))
-    sgd = partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=1e-5, fused=True)
-    module = BCNNModule(model, "last", sgd)
-    clock = _EpochClock()
-    fit = trainer(options, max_epochs=options.epochs, callbacks=[clock])
-    data.trainer = fit
-    start = time.perf_counter()
-    data.setup()
-    once = time.perf_counter() - start
-    start = time.perf_counter()
-    fit.fit(module, datamodule=data)
-    seconds = time.perf_counter() - start
-    test = trainer(options).test(module, datamodule=data, verbose=False)[0] if folder.test else {}
-    images = len(folder.train)
-    return {
-        "once": once / images,  # the building of val and test is in it
-        "start": (seconds - options.epochs * clock.warm_epoch()) / images,
-        "epoch": clock.warm_epoch() / images,
-        "bytes": float(data.store.nbytes) / len(data.paths),
-        **({"top1": test["test_top1"]} if test else {}),
-        "images": images,
-    }
+def original_loop(options: Options) -> dict[str, float]:
+    """Time a few of the original's steps, and multiply them out to all images and epochs."""
+    step = original_step(options)["seconds"]
+    return {"seconds": step * options.total * options.epochs}
 
 
-class _EpochClock(L.Callback):
-    """When each epoch began, and when the last ended."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.times.append(now(pl_module.device))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.times.append(now(pl_module.device))
-
-    def warm_epoch(self) -> float:
-        """Mean seconds of the epochs after the first."""
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+def stage_last(options: Options, overrides: tuple[str, ...] = ()) -> dict[str, float]:
+    """Time a run from an empty cache to the report."""
+    with tempfile.TemporaryDirectory() as output:
+        start = time.perf_counter()
+        train(config(options, f"output={output}/run", *overrides))
+        return {"seconds": time.perf_counter() - start}
 
 
-def table(options: Options) -> Table:
-    """The three side by side."""
-    if options.epochs < 2:
-        raise UserError(f"epochs={options.epochs}: 2 at least, as the first only warms up")
-    ours = measure(descriptor_store, options)
-    cache = measure(relu5_3_cache, options)
-    original = measure(original_loop, options)
-    images, epochs = ours["images"], options.epochs
-    table = Table(title=title(options))
-    for heading in ("stage last", "once", "an epoch", "in all", "faster", "an image", "memory"):
-        table.add_column(heading, justify="left" if heading == "stage last" else "right")
-    for label, row in (("original *", original), ("cache *", cache), ("store", ours)):
-        total = row.get("once", 0) + row.get("start", 0) + epochs * row["epoch"]
-        table.add_row(
-            label,
-            f"{row.get('once', 0) * images:.0f} s",
-            f"{row['epoch'] * images:.3g} s",
-            f"{total * images:.0f} s",
-            f"{epochs * original['epoch'] / total:.1f} ×",
-            f"{row['bytes'] / 1e3:.0f} kB" if "bytes" in row else "",
-            f"{row['peak'] / 1e9:.2f} GB",
-        )
-    table.caption = (
-        f"{epochs} epochs of {images:.0f} images, cache and store in batches of {BATCH}; an image: "
-        "bytes on disk, of the store in both of its views; "
-        f"*: timed over {options.images} images and multiplied out"
+def solver(options: Options, count: int) -> dict[str, float]:
+    """Time the convex problem for one λ on random descriptors of bilinear pooling."""
+    device = device_of(options)
+    descriptors = F.normalize(torch.rand(count, packed_size(512)))
+    labels = torch.arange(count) % options.classes
+    start = now(device)
+    ConvexProblem(descriptors, labels, options.classes, device=device).solve(1e-6)
+    return {"seconds": now(device) - start}
+
+
+if __name__ == "__main__":
+    options = parser(
+        __doc__, size=448, batch=8, images=32, epochs=55, classes=17, rows=[500, 1000, 2000]
     )
-    if "top1" in ours:
-        table.caption += f"; test top-1 of the store's {ours['top1']:.1%}"
-    return table
-
-
-def _folder(options: Options) -> FineGrainedDataModule:
-    kind = FineGrainedDataModule if options.root else Butterflies
-    root = options.root or "data/butterflies"
-    data = kind(root, options.size, val_fraction=0, batch_size=BATCH)
+    options.add_argument("train", nargs="*", help="arguments of bcnn train")
+    asked = options.parse_intermixed_args()
+    data = instantiate(config(asked, "output=unused").data)
     data.prepare_data()
     data.setup()
-    return data
+    asked.total, asked.classes = len(data.train), len(data.classes)
+    epochs = f"last.epochs={asked.epochs}"
+    contenders = {
+        f"the original (timed over {asked.images} images)": original_loop,
+        "last=sgd": partial(stage_last, overrides=("last=sgd", epochs)),
+        "last=convex": stage_last,
+    }
+    compare(
+        f"{asked.epochs} epochs of stage last on {asked.total} images of {asked.size} px",
+        contenders,
+        asked,
+        unit="run",
+    )
+    table = Table("descriptors", "seconds", "memory", title="the convex solver, one λ")
+    for count in asked.rows:
+        row = measure(f"the solver on {count} descriptors", partial(solver, count=count), asked)
+        table.add_row(str(count), f"{row['seconds']:.1f}", f"{row['peak'] / 1e6:.0f} MB")
+    console.print(table)

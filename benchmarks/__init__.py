@@ -1,1 +1,0 @@
-"""This project beside the original's plain loop, one file a part: `python -m benchmarks`."""
