@@ -48,7 +48,8 @@ class Console(rich.console.Console):
     """rich's, where names are neither markup nor emoji codes, and lines are not wrapped."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+        super().__init__(soft_wrap=True, force_jupyter=False, **plain, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
         lines = "\n".join(map(printable, text.split("\n")))
