@@ -1,12 +1,9 @@
 """A run: train the stages that a configuration names, test them, and write the report."""
 
 import math
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -97,12 +94,10 @@ def _directory(cfg: DictConfig, resume: bool) -> Path:
 
 @contextmanager
 def _how_to_resume(state: RunState) -> Iterator[None]:
-    """Log the command, and how the run can be resumed where it is interrupted or fails."""
-    logger.debug(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+    """Log how the run can be resumed where it is interrupted or fails."""
     try:
         yield
-    except (Interruption, UserError, OSError) as error:
-        logger.debug(f"{type(error).__name__}: {error}")
+    except (Interruption, UserError, OSError):
         log_how_to_resume(state)
         raise
 

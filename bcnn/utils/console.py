@@ -6,11 +6,13 @@ Names of files and classes come from strangers: control characters in them are s
 import logging
 import os
 import re
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,13 +74,17 @@ def setup_logging() -> None:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append the records of `logger` to a file, too, until the block ends."""
+    """Append the command, the records of `logger` and what ends the block early to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter())
+    handler.stream.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}\n")
     logger.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        handler.stream.write(f"{type(error).__name__}: {printable(str(error))}\n")
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()

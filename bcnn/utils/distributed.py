@@ -46,6 +46,17 @@ def on_rank_zero(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T
     return result  # type: ignore[no-any-return]
 
 
+@contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Raise UserError in place of torch's errors where another rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError("another process of this run has ended, and this one with it") from error
+        raise
+
+
 class _Mean(Function):
     """Torch's own (`torch.distributed.nn.functional.all_reduce`) is deprecated."""
 
@@ -59,14 +70,3 @@ class _Mean(Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         mean: Tensor = _Mean.apply(gradient.contiguous())
         return mean
-
-
-@contextmanager
-def together() -> Iterator[None]:  # alias: removed at the merge
-    """Raise UserError if another rank has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError("another process of this run has ended, and this one with it") from error
-        raise
