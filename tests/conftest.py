@@ -26,7 +26,7 @@ from torch import nn
 import bcnn.training.schema  # noqa: F401  # the types of the options
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.transforms import Preprocessing
-from bcnn.models import backbones
+from bcnn.models.backbones import BACKBONES
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_data import CachedFeatureDataModule
 
@@ -225,11 +225,11 @@ def junk() -> st.SearchStrategy:
 
 
 @pytest.fixture
-def tiny(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> BCNN:
-    """Of `TINY`, which is found among the backbones, in evaluation mode and of random weights."""
-    folder = tmp_path_factory.mktemp("backbones")
-    (folder / "tiny.py").write_text(TINY)
-    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(folder)])
+def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
+    """Of `TINY`, which is among the backbones, in evaluation mode and of random weights."""
+    namespace: dict[str, Any] = {}
+    exec(TINY, namespace)
+    monkeypatch.setitem(BACKBONES, "tiny", namespace["Tiny"])
     torch.manual_seed(0)
     model = BCNN(["blue", "green", "red"], Preprocessing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)

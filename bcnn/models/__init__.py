@@ -1,1 +1,1 @@
-"""The network: backbone, pooling, head; its files of weights; the evidence for its answers."""
+"""The network: backbone, pooling, head; its files of weights; attribution; export."""

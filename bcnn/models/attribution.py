@@ -1,17 +1,18 @@
-"""Which places of an image spoke for a class: the exact reading that a second-order pooling allows.
+"""Which locations of an image made a logit: an exact decomposition, for every second-order pooling.
 
-Give every location a mass m_p, how much it counts in the pooling; it is 1. Pooled rows r are
-homogeneous in the masses: r(c·m) = c^degree · r(m). So by Euler's theorem, for any weights w on a row,
+Give every location a mass m_p, how much it counts in the pooling; it is 1. Descriptors r before
+normalisation are homogeneous in the masses: r(c·m) = c^degree · r(m). By Euler's theorem, for any
+weights w,
 
     Σ_p ∂(w·r)/∂m_p = degree · w·r      at m = 1,
 
-and ∂(w·r)/∂m_p / degree is location p's share of w·r. A logit is w·r/‖r‖ + constant, the constant
-being the bias less the weights' product with the head's mean. The norm is held, and the constant is
-shared out as the squared norm is, r·r/‖r‖² = 1. One vector-Jacobian product through the pooling, with
-the cotangent w/‖r‖ + constant · r/‖r‖², gives all shares, and they sum to the logit.
+so ∂(w·r)/∂m_p / degree is the share of location p in w·r. A logit is w·r/‖r‖ + constant, where the
+constant is the bias less the product of w with the head's mean. The norm is held fixed, and the constant
+is divided as the squared norm is, since r·r/‖r‖² = 1. One vector-Jacobian product through the pooling,
+with the cotangent w/‖r‖ + constant · r/‖r‖², gives all shares. They sum to the logit.
 
-A constant under a root is no location's: what it makes of a logit (next to nothing, for the signed
-root) is spread evenly. All-zero maps have zero shares.
+A constant under a root belongs to no location: its part of the logit, next to nothing for the signed
+root, is spread evenly. All-zero maps have zero shares.
 """
 
 import torch
@@ -21,16 +22,16 @@ from bcnn.models.bilinear_cnn import BCNN
 
 
 def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
-    """Each location's share of a logit, or of the difference of two.
+    """Return each location's share of a logit, or of the difference of two.
 
     Args:
         images: (batch, 3, height, width), as the model takes them.
-        target: (batch,), the class of each image whose logit is shared out.
-        against: (batch,), the class whose logit is taken off: "why this and not that".
+        target: (batch,), the class of each image whose logit is decomposed.
+        against: (batch,), the class whose logit is subtracted: "why this and not that".
 
     Returns:
         (batch, h, w) of the backbone's maps, in float32 at least. Each map sums to
-        logits[target] - logits[against]; places above zero spoke for `target`.
+        logits[target] - logits[against]; locations above zero are evidence for `target`.
     """
     with torch.no_grad():
         maps = model.backbone(images)
@@ -38,7 +39,7 @@ def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None
 
 
 def shares(model: BCNN, maps: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
-    """As `evidence`, from maps (batch, channels, h, w) → (batch, h, w)."""
+    """Return `evidence` from maps (batch, channels, h, w) → (batch, h, w)."""
     # Tensors made in inference mode take no part in gradients; their copies do.
     with (
         torch.inference_mode(False),
@@ -52,11 +53,11 @@ def shares(model: BCNN, maps: Tensor, target: Tensor, against: Tensor | None = N
             weight, constant = weight - other_weight, constant - other_constant
         weight, constant = (part.detach().to(maps.dtype) for part in (weight, constant))
         mass = maps.new_ones(len(maps), maps[0, 0].numel(), requires_grad=True)
-        rows = model.pooling.pool(maps, mass)
-        r = rows.detach()
+        pooled = model.pooling.pool(maps, mass)
+        r = pooled.detach()
         norm = r.norm(dim=1, keepdim=True).clamp_min(1e-12)
         cotangent = weight / norm + constant[:, None] * r / norm**2
-        (gradient,) = torch.autograd.grad(rows, mass, cotangent)
+        (gradient,) = torch.autograd.grad(pooled, mass, cotangent)
         total = gradient / model.pooling.degree
         logit = (weight * r).sum(dim=1) / norm[:, 0] + constant
         rest = (logit - total.sum(dim=1)) / total.shape[1]

@@ -1,6 +1,6 @@
 """The network: a backbone, a second-order pooling, a linear head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,34 @@ from torch import Tensor, nn
 from bcnn.data.image_io import load_image, upright_rgb
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Preprocessing
-from bcnn.models import backbones, pooling
-from bcnn.models.backbones import Backbone
-from bcnn.models.description import refuse_nonsense
+from bcnn.models.backbones import make_backbone
+from bcnn.models.description import validate_description
 from bcnn.models.head import Head
-from bcnn.models.pooling import Pooling
-from bcnn.models.registry import make
-from bcnn.utils.errors import UserError
+from bcnn.models.pooling import make_pooling
 
-Photograph = str | Path | Image.Image | np.ndarray
+ImageLike = str | Path | Image.Image | np.ndarray
 
 PREPROCESSING = Preprocessing()
 DEFAULT = {"backbone": {"name": "vgg16"}, "pooling": {"name": "bilinear"}}
+ROUNDING = 1e-3  # by which pixels in 0..1 may be out of range
 
 
 class BCNN(nn.Module):
-    """Bilinear CNN: by default the symmetric one on VGG-16 (Lin et al., ICCV 2015).
+    """Bilinear CNN; by default the symmetric one on VGG-16 (Lin et al., ICCV 2015).
 
-    The model takes images as they come from a decoder and normalises them itself.
+    The model normalises images itself.
 
     Args:
         classes: names, in the order of the logits.
-        preprocessing: how an image becomes the square that it is trained and tested on.
-        backbone: name and options of the backbone; None: VGG-16.
-        pooling: name and options of the pooling; None: bilinear.
-        project: channels that the maps are projected to; None: as they come.
-        split: which images it was trained, validated and tested on, where that is known.
+        preprocessing: how an image becomes the square of training and evaluation.
+        backbone: name and options for `make_backbone`; None: VGG-16.
+        pooling: name and options for `make_pooling`; None: bilinear.
+        project: channels to project the maps to; None: no projection.
+        split: the images that it is trained, validated and tested on, where known.
 
     Attributes:
-        assumed: of a model that was opened, what its file leaves open; a sentence, or "".
+        chosen: backbone, pooling and project, as given.
+        assumed: of a model loaded from a file without a description, a sentence on what was assumed.
 
     Raises:
         UserError: there is no such backbone or pooling, or fewer channels than `project`.
@@ -71,11 +70,11 @@ class BCNN(nn.Module):
         self.backbone = make_backbone(**self.chosen["backbone"], project=project)
         self.pooling = make_pooling(self.backbone.channels, **self.chosen["pooling"])
         self.head = Head(self.pooling.width, len(self.classes))
-        self.backbone.initialise()  # after the head: a seed gives the weights that it always gave
+        self.backbone.initialise()  # after the head, whose draws come first for a seed
         self.to(memory_format=torch.channels_last)
 
     def description(self) -> dict[str, Any]:
-        """What another of this network is made from (`build`), in names, numbers and lists."""
+        """Return what `build` makes the same network from, in names, numbers and lists."""
         return {
             **self.chosen,
             "preprocessing": asdict(self.preprocessing),
@@ -84,106 +83,85 @@ class BCNN(nn.Module):
         }
 
     def descriptor(self, images: Tensor) -> Tensor:
-        """Rows of images as a backbone takes them.
-
-        Returns:
-            (batch, width), of unit length, in float32 at least.
-        """
-        rows: Tensor = self.pooling(self.backbone(images))
-        return rows
+        """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length, float32 at least."""
+        descriptors: Tensor = self.pooling(self.backbone(images))
+        return descriptors
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images as a backbone takes them → logits (batch, classes)."""
+        """Images (see `Backbone.forward`) → logits (batch, classes)."""
         logits: Tensor = self.head(self.descriptor(images))
         return logits
 
     @torch.no_grad()
-    def predict(self, images: Tensor | Photograph | Sequence[Photograph]) -> Tensor:
-        """Probabilities of the classes, in the order of `classes`.
+    def predict(self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int = 16) -> Tensor:
+        """Return the probabilities of the classes.
 
         Args:
-            images: a PIL image, a path or an array (height, width, 3) of uint8, or a list of them: each
-                is framed; or a tensor as a backbone takes it, as it is.
+            images: a path, a PIL image or an array (height, width, 3) of uint8, or a list of them, which
+                are preprocessed as in evaluation; or a tensor (batch, 3, height, width), uint8 in 0..255
+                or floating point in 0..1, which is not.
+            batch_size: images at a time: it bounds the memory.
 
         Returns:
-            (batch, classes), rows that sum to one, in float32 at least.
+            (batch, classes), in float32 at least; each image's sum to one.
 
         Raises:
-            UserError: a file cannot be decoded.
-            ValueError: floating point is not in 0..1.
-            TypeError: it is none of these.
+            TypeError: images of another kind.
+            ValueError: a tensor of another shape, or floating point outside 0..1.
         """
-        if isinstance(images, Tensor):
-            if images.is_floating_point() and (images > 2).any():  # a little over 1 comes of resizing
-                raise ValueError("floating point is in 0..1, and larger values are in it: give uint8")
-        else:
-            if isinstance(images, str | Path | Image.Image):
-                images = [images]
-            elif isinstance(images, np.ndarray) and images.ndim == 3:
-                images = images[None]
-            framed = [self._framed(each) for each in images]
-            size = self.preprocessing.size
-            images = torch.stack(framed) if framed else torch.empty(0, 3, size, size)
-        return self(images.to(self.head.bias.device)).softmax(dim=1)
+        device = self.head.bias.device
+        batches = self._batches(images, batch_size)
+        outputs = [self(batch.to(device)).softmax(dim=1) for batch in batches]
+        return torch.cat(outputs) if outputs else self.head.bias.new_empty(0, len(self.classes))
 
-    def _framed(self, photograph: Photograph) -> Tensor:
-        if isinstance(photograph, str | Path):
-            image = load_image(photograph, self.preprocessing.side)
-        elif isinstance(photograph, Image.Image):
-            image = upright_rgb(photograph)
-        elif isinstance(photograph, np.ndarray) and photograph.dtype == np.uint8:
-            image = Image.fromarray(photograph).convert("RGB")
+    def _batches(
+        self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int
+    ) -> Iterator[Tensor]:
+        """Yield tensors of up to `batch_size` images, uint8 in 0..255 or floating point in 0..1."""
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        elif isinstance(images, np.ndarray) and images.ndim == 3:
+            images = images[None]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            if not isinstance(batch, Tensor):
+                batch = torch.stack([self._preprocessed(image) for image in batch])
+            if batch.is_floating_point():
+                if not ((batch >= -ROUNDING) & (batch <= 1 + ROUNDING)).all():
+                    raise ValueError("pixels are outside 0..1: the model normalises images itself")
+            elif batch.dtype != torch.uint8:
+                raise TypeError(f"expected pixels in uint8 or floating point, got {batch.dtype}")
+            yield batch
+
+    def _preprocessed(self, image: ImageLike) -> Tensor:
+        if isinstance(image, str | Path):
+            image = load_image(image, self.preprocessing.side)
+        elif isinstance(image, Image.Image):
+            image = upright_rgb(image)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = Image.fromarray(image).convert("RGB")
         else:
             raise TypeError(
-                f"{type(photograph).__name__} is no photograph: give a path, a PIL image, or an array "
-                "of uint8 (height, width, 3)"
+                f"expected a path, a PIL image or an array (height, width, 3) of uint8, got {type(image)}"
             )
-        framed: Tensor = self.preprocessing.evaluation()(image)
-        return framed
+        pixels: Tensor = self.preprocessing.evaluation()(image)
+        return pixels
 
 
 def build(description: Mapping[str, Any]) -> BCNN:
-    """The network that `BCNN.description` describes, with the weights of a new one.
-
-    Args:
-        description: what it leaves out has its default, but for the classes.
+    """Build the network that `BCNN.description` describes, with new weights.
 
     Raises:
-        UserError: it makes no sense, or names a backbone or a pooling that there is not.
+        UserError: a value is wrong, or names a backbone or a pooling that does not exist.
+        KeyError, TypeError: a part is missing or unknown.
     """
-    refuse_nonsense(description)
-    preprocessing, split = (
-        Preprocessing(**description.get("preprocessing", {})),
-        description.get("split"),
-    )
-    made = BCNN(
+    validate_description(description)
+    split = description["split"]
+    return BCNN(
         description["classes"],
-        preprocessing,
-        description.get("backbone"),
-        description.get("pooling"),
+        Preprocessing(**description["preprocessing"]),
+        description["backbone"],
+        description["pooling"],
         description.get("project"),
         SplitRecord.from_plain(split) if split else None,
     )
-    smallest, multiple = made.backbone.min_size, made.backbone.size_divisor
-    if preprocessing.size < smallest or preprocessing.size % multiple:
-        raise UserError(
-            f"its preprocessing.size should be {smallest} at least, and a multiple of {multiple}"
-        )
-    return made
-
-
-def make_backbone(name: str, project: int | None = None, **options: Any) -> Backbone:
-    """A backbone by its name, whose maps are projected to `project` channels if that is a number.
-
-    Raises:
-        UserError: there is none, it has no such option, or fewer channels.
-    """
-    made = make(backbones, Backbone, name, **options)  # type: ignore[type-abstract]
-    if project is not None:
-        made.project(project)
-    return made
-
-
-def make_pooling(channels: int, name: str, **options: Any) -> Pooling:
-    """A pooling of maps of `channels` by its name. Raises UserError where there is none."""
-    return make(pooling, Pooling, name, channels, **options)

@@ -1,12 +1,14 @@
-"""The files of other formats that a model is written to, opened again and compared with."""
+"""Export a model to a file for other programs, and compare the file with PyTorch."""
 
 import importlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,51 +18,90 @@ from bcnn.data.image_io import load_image
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import describe, load_model, write_model
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import track
+from bcnn.utils.files import PART, atomic_write
 
-OPSET = 20  # of ONNX; ONNX Runtime 1.17 (January 2024) and later run it
+OPSET = 20  # of ONNX, for ONNX Runtime 1.17 (January 2024) and later
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
 
 Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
 
 
+def export_model(
+    model: BCNN,
+    path: str | Path,
+    format: str = "onnx",
+    softmax: bool = False,
+    images: Sequence[str | Path] = (),
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] | None = None,
+) -> tuple[float, float]:
+    """Write a model to a file, load it again, and compare the outputs of both.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        path: a file that does not agree with the model never gets this name.
+        format: a key of `FORMATS`.
+        softmax: give probabilities instead of logits (onnx and pt2).
+        images: files to compare the outputs on; none: random images.
+        progress: wraps the batches of the comparison, as to show a bar.
+
+    Returns:
+        The largest difference between the outputs, and the largest output.
+
+    Raises:
+        ImportError: packages for ONNX are not installed.
+        UserError: the outputs differ, or the format has no form of the model.
+    """
+    write, read = FORMATS[format]
+    path = Path(path)
+    batches: Iterable[Tensor] = comparison_images(model, images)
+    with tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as folder:
+        file = Path(folder, path.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters', about their own code
+            write(model, file, softmax)
+        batches = progress(batches) if progress else batches
+        difference, largest = compare(network(model, softmax), read(file), batches)
+        if not difference <= TOLERANCE * largest:  # nor nan
+            raise UserError(
+                f"{path} would differ from the model by {difference:.1e}, where outputs are up to "
+                f"{largest:.3g}: not kept"
+            )
+        for written in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights over 2 GB first
+            with atomic_write(path.with_name(written.name)) as part:
+                written.replace(part)
+    return difference, largest
+
+
 def network(model: nn.Module, softmax: bool) -> nn.Module:
-    """The model as it is, or with probabilities in place of logits."""
+    """Return the model, with probabilities in place of logits if `softmax`."""
     return nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
 
 
-def comparison_images(model: BCNN, paths: Sequence[str]) -> Iterator[Tensor]:
-    """Batches to compare networks on: photographs one by one, or where there are none random images."""
+def comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:
+    """Yield the images one by one, or, if there are none, one batch of random pixels."""
     if not paths:
         generator = torch.Generator().manual_seed(0)
         shape = (3, 3, model.preprocessing.size, model.preprocessing.size)
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     transform = model.preprocessing.evaluation()
-    for path in track(paths, "comparing", show=bool(paths)):
+    for path in paths:
         yield transform(load_image(path, model.preprocessing.side))[None].as_subclass(Tensor)
 
 
 @torch.no_grad()
-def compare(a: Network, b: Network, batches: Iterator[Tensor]) -> tuple[float, float]:
-    """The largest difference between two networks' outputs, and the largest output."""
-    pairs = [(a(images), b(images)) for images in batches]
-    # torch's max keeps a nan, wherever it is; Python's does not
-    return (
-        float(torch.stack([(x - y).abs().max() for x, y in pairs]).max()),
-        float(torch.stack([x.abs().max() for x, _ in pairs]).max()),
-    )
+def compare(a: Network, b: Network, batches: Iterable[Tensor]) -> tuple[float, float]:
+    """Return the largest difference between two networks' outputs, and the largest output."""
+    outputs = [(a(images), b(images)) for images in batches]
+    differences = torch.stack([(x - y).abs().max() for x, y in outputs])
+    largest = torch.stack([x.abs().max() for x, _ in outputs])
+    return float(differences.max()), float(largest.max())  # torch's max keeps a nan, Python's does not
 
 
 def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
-    """ONNX in float32 with a free batch size; input "images", output "logits" or "probabilities".
-
-    Raises:
-        UserError: the packages for it are not installed, or ONNX has no form of the pooling.
-    """
-    _require("onnx", "onnxscript", "onnxruntime")
-    optimizer = importlib.import_module("onnxscript.optimizer")
-    passes = importlib.import_module("onnx_ir.passes.common")
-    for exporter in ("torch.onnx", "onnxscript.optimizer"):  # which tell of their own insides
+    """Write ONNX in float32, for any batch size: input "images", output "logits" or "probabilities"."""
+    optimizer = _imported("onnxscript.optimizer")
+    passes = _imported("onnx_ir.passes.common")
+    for exporter in ("torch.onnx", "onnxscript.optimizer"):  # they log their own insides
         logging.getLogger(exporter).setLevel(logging.ERROR)
     output = "probabilities" if softmax else "logits"
     parts = nn.Sequential(model.backbone, model.pooling.exportable(), model.head)
@@ -75,51 +116,38 @@ def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     assert program is not None
     # The indices of the upper triangle follow from shapes alone: constants, above the usual size.
     optimizer.optimize(program.model, input_size_limit=2**24, output_size_limit=2**24)
-    passes.ClearMetadataAndDocStringPass()(program.model)  # traces of the exporter, paths among them
+    passes.ClearMetadataAndDocStringPass()(program.model)  # traces of the exporter, with paths
     program.model.metadata_props.update(describe(model), output=output)
     program.save(path)
 
 
 def read_onnx(path: Path) -> Network:
-    """The network in an ONNX file, run by ONNX Runtime."""
-    session = importlib.import_module("onnxruntime").InferenceSession(path)
+    """Load an ONNX file into ONNX Runtime."""
+    session = _imported("onnxruntime").InferenceSession(path)
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
-    """torch.export's file; its extra file metadata.json holds what `describe` says."""
+    """Write torch.export's file; its extra file metadata.json holds what `describe` returns."""
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
     torch.export.save(_exported(model, model.preprocessing.size, softmax), content, extra_files=extra)
     path.write_bytes(content.getbuffer())
 
 
-def read_pt2(path: Path) -> Network:
-    """The network in a file of torch.export's."""
-    return torch.export.load(path).module()
-
-
 def write_weights(model: BCNN, path: Path, softmax: bool) -> None:
-    """A state dict, in the layout that the suffix of `path` names: see `write_model`.
-
-    Raises:
-        UserError: `softmax`, which weights cannot say.
-    """
+    """Write a state dict in the layout of the suffix; see `save_model`."""
     if softmax:
-        raise UserError("softmax=true is for format=onnx and format=pt2: a state dict holds no layers")
+        raise UserError("softmax is for format onnx and pt2: a state dict holds no layers")
     write_model(model, path)
 
 
-def read_weights(path: Path) -> Network:
-    """The model that `load_model` makes of a state dict."""
-    return load_model(path)
-
-
+# How to write each format, and how to load it as a network.
 FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Network]]] = {
     "onnx": (write_onnx, read_onnx),
-    "pt2": (write_pt2, read_pt2),
-    "pth": (write_weights, read_weights),
-    "safetensors": (write_weights, read_weights),
+    "pt2": (write_pt2, lambda path: torch.export.load(path).module()),
+    "pth": (write_weights, load_model),
+    "safetensors": (write_weights, load_model),
 }
 
 
@@ -129,7 +157,9 @@ def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
     return torch.export.export(network(model, softmax), (example,), dynamic_shapes=batch)
 
 
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise UserError(f"format=onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        packages = "onnx onnxscript onnxruntime"
+        raise ImportError(f"format onnx needs more packages: pip install {packages}") from error

@@ -1,6 +1,4 @@
-"""The head: one linear classifier on rows that a mean is taken off."""
-
-from typing import Any
+"""The head: a linear classifier on centred descriptors."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +6,13 @@ from torch import Tensor, nn
 
 from bcnn.utils.distributed import mean_over_ranks
 
-BLOCK = 3456  # columns, a 38th of a packed bilinear row
-BLOCKS = 4  # at a time
-
 
 class Head(nn.Linear):
-    """W·(x − mean) + b: rows (batch, width) → logits (batch, classes).
+    """W·(x − mean) + b: descriptors (batch, width) → logits (batch, classes).
 
-    Rows of different images are much alike. A step that moves all of them together is told to the
-    classifier, whose weights are large, as one and the same change of every image's logits, and the
-    loss explodes. With their mean gone it is told nothing: see docs/finetune.md.
-
-    In training with `batch_mean` it is the mean of the batch, of all ranks together; else it is `mean`,
-    a constant that could as well be part of the bias.
+    Descriptors of different images are much alike. Without centring, a step that moves all of them
+    together changes every image's logits alike, and the loss explodes: see docs/finetune.md. In training
+    with `batch_mean` the mean is that of the batch on all ranks, else the constant `mean`.
 
     Source: "mean-only batch normalization", Salimans & Kingma, "Weight Normalization", NIPS 2016, §3.
     """
@@ -31,80 +23,29 @@ class Head(nn.Linear):
         super().__init__(width, classes)
         self.batch_mean = False
         self.register_buffer("mean", torch.zeros(width))
-        # The problem is convex: zero is as good a start as any, and the same for all.
+        # The problem of stage `last` is convex: zero is as good a start as any.
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows (batch, width), of any precision → logits (batch, classes), in float32 at least.
+    def forward(self, descriptors: Tensor) -> Tensor:
+        """Descriptors of any precision → logits in that of the weights, float32 at least.
 
-        A row has many small entries; summing them in half precision would cost accuracy and saves
-        nothing beside the convolutions.
+        The mean is subtracted first: the equal W·x + (b − W·mean) adds a second gradient as large as W,
+        which makes a step of 64 descriptors of 131,328 numbers half again as long on a CPU.
         """
-        in_training = self.training and self.batch_mean
-        mean = mean_over_ranks(rows.mean(dim=0)) if in_training else self.mean
-        with torch.autocast(rows.device.type, enabled=False):
-            if rows.device.type == "cpu":
-                logits: Tensor = _CenteredLinear.apply(rows, mean, self.weight, self.bias)
-                return logits
-            bias = self.bias - self.weight @ mean
-            return F.linear(rows.to(self.weight.dtype), self.weight, bias)
+        with torch.autocast(descriptors.device.type, enabled=False):
+            x = descriptors.to(self.weight.dtype)
+            in_training = self.training and self.batch_mean
+            mean = mean_over_ranks(x.mean(dim=0)) if in_training else self.mean
+            return F.linear(x - mean, self.weight, self.bias)
 
     @torch.no_grad()
     def center_on(self, mean: Tensor) -> None:
-        """Take `mean` (width,) off the rows and make up for it in the bias: same logits."""
+        """Subtract `mean` (width,) from descriptors, and change the bias to keep the logits."""
         self.bias.add_(self.weight @ (mean - self.mean))
         self.mean.copy_(mean)
 
     def linear(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of classes (n,), the weights on a row (n, width), and what else is in their logits (n,)."""
+        """Return weights (n, width) and constants (n,) of classes (n,): logit = weight·x + constant."""
         weight = self.weight[labels]
         return weight, self.bias[labels] - weight @ self.mean
-
-
-class _CenteredLinear(torch.autograd.Function):
-    """W·(x − mean) + b, for x in any precision, multiplied and summed in that of W.
-
-    On a CPU, where most of a step from the store is spent here, on matrices that are wide and low. So
-    nothing as large as x is made, of W there is one gradient, and `BLOCKS` times `BLOCK` columns are
-    taken at a time, which are converted and read again within the processor's cache; the rest of the
-    columns come last.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mean, weight)
-        products = weight.new_zeros(weight.shape[0], x.shape[0])  # `len` would fix an exported batch
-        for left, right in zip(_blocks(weight), _blocks(x), strict=True):
-            products += torch.bmm(left, _dense(right, weight.dtype).mT).sum(dim=0)
-        return products.mT + (bias - weight @ mean)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, weight = ctx.saved_tensors
-        of_x, of_mean, of_weight, _ = ctx.needs_input_grad
-        total = gradient.sum(dim=0)
-        weight_gradient = torch.empty_like(weight) if of_weight else None
-        if weight_gradient is not None:
-            for out, right in zip(_blocks(weight_gradient), _blocks(x), strict=True):
-                left = gradient.mT.expand(len(right), -1, -1)
-                out.copy_(torch.bmm(left, _dense(right, weight.dtype)))
-            weight_gradient.addr_(total, mean, alpha=-1)
-        return (
-            gradient @ weight if of_x else None,
-            -(total @ weight) if of_mean else None,
-            weight_gradient,
-            total,
-        )
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype, memory_format=torch.contiguous_format)
-
-
-def _blocks(x: Tensor) -> list[Tensor]:
-    """Views of (rows, width), each (up to `BLOCKS`, rows, `BLOCK`), the last (1, rows, rest)."""
-    whole = x.shape[1] // BLOCK * BLOCK
-    views = x[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1).split(BLOCKS) if whole else ()
-    rest = [x[:, whole:].unsqueeze(0)] if whole < x.shape[1] else []
-    return [*views, *rest]

@@ -1,63 +1,84 @@
-"""The state dicts of others: a classifier on the whole matrix, of the original and of bilinear-cnn."""
+"""State dicts of the two-script original and of HaoMood's bilinear-cnn, in and out.
 
+Both have VGG-16's features and a classifier on the whole pooled matrix, 262,144 wide.
+"""
+
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models import VGG16_Weights
 
-from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.backbones.vgg16 import normalization_of
+from bcnn.models.bilinear_cnn import BCNN, DEFAULT, PREPROCESSING
 from bcnn.models.pooling.bilinear import pack, unpack
 from bcnn.utils.errors import UserError
 
 CHANNELS = 512  # of VGG-16's relu5_3
 
-# Their names for the classifier, and the square root that they train it on.
-WIDE = {"classifiers.0": "signed", "fc": "plain"}
+# Names of their classifiers, and the square root that each is trained on.
+CLASSIFIERS = {"classifiers.0": "signed", "fc": "plain"}
 
 
 def is_original(tensors: dict[str, Tensor]) -> bool:
-    """Whether a state dict has VGG's features and one of their classifiers."""
-    return "features.0.weight" in tensors and any(f"{name}.weight" in tensors for name in WIDE)
+    """Return whether a state dict has VGG's features and one of these classifiers."""
+    return "features.0.weight" in tensors and any(f"{name}.weight" in tensors for name in CLASSIFIERS)
 
 
 def from_original(
-    tensors: dict[str, Tensor], path: str | Path
+    tensors: dict[str, Tensor],
+    path: str | Path,
+    classes: list[str] | None = None,
+    normalization: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict of theirs under this project's names, packed at the same logits, and what it is.
+    """Return the state of a `BCNN` with the same logits, and its description.
+
+    Args:
+        tensors: for which `is_original` holds.
+        path: of their file, for messages.
+        classes: their names; by default "0", "1", ….
+        normalization: a key of `PUBLISHED`; by default "imagenet", which both start from.
 
     Raises:
-        UserError: the classifier is not of numbers on a matrix of 512 × 512.
+        UserError: the classifier is not of floating point on a 512 × 512 matrix, or of other classes.
     """
-    name = next(name for name in WIDE if f"{name}.weight" in tensors)
+    name = next(name for name in CLASSIFIERS if f"{name}.weight" in tensors)
     weight = tensors[f"{name}.weight"]
-    if weight.ndim != 2 or weight.shape[1] != CHANNELS**2:
+    if weight.ndim != 2 or weight.shape[1] != CHANNELS**2 or not weight.is_floating_point():
         raise UserError(
-            f"{path}: {name}.weight has shape {tuple(weight.shape)}, expected "
-            f"(classes, {CHANNELS**2}): it was trained with another pooling"
+            f"{path}: {name}.weight is {weight.dtype} of shape {tuple(weight.shape)}, expected floating "
+            f"point of (classes, {CHANNELS**2}): it was trained with another pooling"
         )
-    if not weight.is_floating_point():
-        raise UserError(f"{path}: {name}.weight is of {weight.dtype}, expected floating point")
-    state = {key: value for key, value in tensors.items() if key.startswith("features.")}
+    if classes and len(classes) != len(weight):
+        raise UserError(
+            f"{path} was trained on {len(weight)} classes, the images have {len(classes)}: train "
+            "stage=last on these images first"
+        )
+    state = {f"backbone.{key}": t for key, t in tensors.items() if key.startswith("features.")}
+    state["backbone.mean"], state["backbone.std"] = normalization_of(normalization or "imagenet")
     state["head.weight"] = pack(weight.float().view(-1, CHANNELS, CHANNELS))
     state["head.bias"] = tensors.get(f"{name}.bias", torch.zeros(len(weight)))
-    about = {
-        "pooling": {"name": "bilinear", "root": WIDE[name]},
-        "weights": VGG16_Weights.IMAGENET1K_V1.name,  # which both start from
+    state["head.mean"] = torch.zeros(state["head.weight"].shape[1])
+    return state, {
+        **DEFAULT,
+        "pooling": {"name": "bilinear", "root": CLASSIFIERS[name]},
+        "classes": classes or [str(k) for k in range(len(weight))],
+        "preprocessing": asdict(PREPROCESSING),
+        "split": None,
+        "assumed": f"{path} has no preprocessing: {PREPROCESSING} is assumed"
+        + ("" if classes else ", and numbers as the names of the classes"),
     }
-    return state, about
 
 
 def to_original(model: BCNN) -> dict[str, Tensor]:
-    """The model under the original's key names, its classifier in the 262,144-wide layout.
+    """Return the model's state under the original's names, with the classifier 262,144 wide.
 
-    The original normalises images as torchvision's IMAGENET1K_V1 does. For a model that wants them
-    otherwise the first convolution makes up the difference, which is exact but at the outermost
-    pixels: there it reads padding, which is zero under either.
+    The original normalises images as torchvision's IMAGENET1K_V1. Another normalisation is folded into
+    the first convolution, exactly but for the outermost pixels: their padding is zero under either.
 
     Raises:
-        UserError: the model is of another backbone or pooling, or projects its maps.
+        UserError: the model has another backbone or pooling, or a projection.
     """
     plain = model.chosen["backbone"] == {"name": "vgg16"} and "project" not in model.chosen
     pooling = {"root": "signed"} | model.chosen["pooling"]
@@ -67,8 +88,7 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
         )
     backbone, head = model.backbone, model.head
     state = {key: value for key, value in backbone.state_dict().items() if key.startswith("features.")}
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-    mean, std = (torch.tensor(v).to(backbone.mean).view(3, 1, 1) for v in (preset.mean, preset.std))
+    mean, std = (part.to(backbone.mean) for part in normalization_of("imagenet"))
     first = state["features.0.weight"]
     shift = (first * (mean - backbone.mean) / backbone.std).sum((1, 2, 3))
     state["features.0.weight"] = first * (std / backbone.std)

@@ -1,13 +1,23 @@
 """VGG-16 up to relu5_3, without pool5: the features of the bilinear CNN papers."""
 
+from pathlib import Path
+from urllib.parse import urlparse
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from bcnn.models.backbones import Backbone
+from bcnn.models.backbones.base import Backbone
+from bcnn.utils.errors import UserError
 
-# Where the convolutions are in `VGG16.features`, by their names in the VGG paper.
+PUBLISHED = {
+    "imagenet": VGG16_Weights.IMAGENET1K_V1,
+    "imagenet_features": VGG16_Weights.IMAGENET1K_FEATURES,
+}
+
+# Index of each convolution in `VGG16.features`, by its name in the VGG paper.
 # fmt: off
 LAYERS = {
     "conv1_1": 0, "conv1_2": 2,
@@ -19,28 +29,53 @@ LAYERS = {
 # fmt: on
 
 
+def normalization_of(name: str) -> tuple[Tensor, Tensor]:
+    """Return mean and std (3, 1, 1) of the images that `PUBLISHED[name]` was trained on."""
+    preset = PUBLISHED[name].transforms()
+    return torch.tensor(preset.mean).view(3, 1, 1), torch.tensor(preset.std).view(3, 1, 1)
+
+
+def file_name(name: str) -> str:
+    """Return the file name of `PUBLISHED[name]`."""
+    return Path(urlparse(PUBLISHED[name].url).path).name
+
+
 class VGG16(Backbone):
     """Simonyan & Zisserman, "Very deep convolutional networks", ICLR 2015, configuration D."""
 
     channels = 512
     stride = 16
-    min_size = 32  # 2 × 2 locations after four pools
+    min_size = 32
     layers = tuple(LAYERS)
+    weights = tuple(PUBLISHED)
     supports_grad_checkpointing = True
 
     def __init__(self) -> None:
         super().__init__()
         self.features = make_layers(cfgs["D"], batch_norm=False)[:-1]
         for i, layer in enumerate(self.features):
-            if isinstance(layer, nn.MaxPool2d):  # before its ReLU: the same, on a quarter of it
+            if isinstance(layer, nn.MaxPool2d):  # before its ReLU: equal, on a quarter of the values
                 self.features[i - 1], self.features[i] = layer, self.features[i - 1]
 
     def initialise(self) -> None:
-        """As torchvision does it (He et al., ICCV 2015)."""
+        """Draw weights as torchvision does (He et al., ICCV 2015)."""
         for layer in self.features:
             if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
+
+    def download(self, weights: str) -> dict[str, Tensor]:
+        """Return torchvision's weights, kept in torch.hub's folder after a check of their hash."""
+        published = PUBLISHED[weights]
+        try:
+            state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            file = Path(torch.hub.get_dir(), "checkpoints", file_name(weights))
+            raise UserError(
+                f"cannot download the weights '{weights}' ({error}): put {published.url} at {file}"
+            ) from error
+        mean, std = normalization_of(weights)
+        return {**state, "mean": mean, "std": std}
 
     def unfreeze_from(self, name: str | None) -> None:
         first = LAYERS[name] if name else 0
@@ -50,18 +85,17 @@ class VGG16(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images (batch, 3, h, w) → relu5_3 (batch, 512, h // 16, w // 16).
 
-        The maps lie in memory as the weights do. On a CPU where that is channels last, the pools are
-        computed again in the backward pass: where their maxima were (int64) takes as much memory as
-        their inputs do in half precision. So is conv1_1, whose output is as large as any and soon made.
-        In float32 (see `training_layout`) that costs an eighth of the step, and on a GPU a tenth: there
-        nothing is.
-        With `grad_checkpointing`, the first two blocks are computed again, two images at a time: they have
+        The maps have the memory layout of the weights. In channels last on a CPU, the backward pass
+        recomputes the pools, whose indices of maxima (int64) take as much memory as their inputs in half
+        precision, and conv1_1, whose output is among the largest and the cheapest. In float32 (see
+        `training_layout`) that would cost an eighth of a step, and on a GPU a tenth.
+
+        With `grad_checkpointing` it recomputes the first two blocks, two images at a time: they have
         most of the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
         channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
-        x = x.contiguous(
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format
-        )
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
         recomputing = self.grad_checkpointing or (channels_last and x.device.type == "cpu")
         if not (recomputing and torch.is_grad_enabled()):
             return self.features(x)
@@ -77,6 +111,6 @@ class VGG16(Backbone):
 
 
 def _recomputed(layers: nn.Module, x: Tensor) -> Tensor:
-    """`layers(x)`, keeping nothing but x for the backward pass."""
+    """Return `layers(x)`, keeping only x for the backward pass."""
     y: Tensor = checkpoint(layers, x, use_reentrant=False, preserve_rng_state=False)
     return y

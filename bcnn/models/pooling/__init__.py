@@ -1,48 +1,39 @@
-"""Second-order poolings: maps of an image in, one row out. A file each; its name is the choice."""
+"""Poolings: the feature maps of an image → its descriptor."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
+
+from bcnn.models.pooling.base import Pooling
+from bcnn.models.pooling.bilinear import Bilinear
+from bcnn.models.pooling.compact import Compact
+from bcnn.models.pooling.democratic import Democratic
+from bcnn.models.pooling.newton_schulz import NewtonSchulz
+from bcnn.models.pooling.sqrt import Sqrt
+from bcnn.utils.errors import UserError
+
+# By the name in a configuration and in a checkpoint. Add your own before you train or load a model.
+POOLINGS: dict[str, Callable[..., Pooling]] = {
+    "bilinear": Bilinear,
+    "compact": Compact,
+    "democratic": Democratic,
+    "newton_schulz": NewtonSchulz,
+    "sqrt": Sqrt,
+}
 
 
-class Pooling(nn.Module):
-    """What the network asks of its pooling.
+def make_pooling(channels: int, name: str, **options: Any) -> Pooling:
+    """Return a new pooling.
 
-    A subclass takes the number of channels first, says `width`, the entries of a row, and implements
-    `pool`.
+    Args:
+        channels: of the maps.
+        name: a key of `POOLINGS`.
+        options: further arguments of its class.
+
+    Raises:
+        UserError: there is no such pooling, or an option is out of its range.
     """
+    if name not in POOLINGS:
+        raise UserError(f"there is no pooling {name}: choose from {', '.join(POOLINGS)}")
+    return POOLINGS[name](channels, **options)
 
-    width: int
-    degree: float  # pool(maps, c · mass) = c^degree · pool(maps, mass), up to constants under a root
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        """Rows before they are made of unit length.
-
-        Args:
-            maps: (batch, channels, h, w), of any floating type.
-            mass: (batch, h · w), how much each location counts; None: 1.
-
-        Returns:
-            (batch, width), in float32 at least.
-        """
-        raise NotImplementedError
-
-    def exportable(self) -> "Pooling":
-        """A pooling of the same rows, within a bound that it states, of what ONNX can compute.
-
-        Raises:
-            UserError: there is none.
-        """
-        return self
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (batch, channels, h, w), under any autocast → rows (batch, width) of unit length.
-
-        In float32 at least: squares of float16 activations overflow. All-zero maps give a zero row.
-        """
-        with torch.autocast(maps.device.type, enabled=False):
-            return F.normalize(self.pool(maps))

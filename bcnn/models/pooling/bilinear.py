@@ -1,8 +1,8 @@
 """Bilinear pooling with the signed square root.
 
-With symmetric features the pooled matrix is symmetric, so only the upper triangle is kept ("packed"),
-the entries off the diagonal scaled by √2. This is an orthonormal change of coordinates: inner
-products, hence norms, logits and the path of SGD with momentum and weight decay, stay as they are.
+The pooled matrix is symmetric, so only its upper triangle is kept ("packed"), with the entries off the
+diagonal scaled by √2. This is an orthonormal change of coordinates: inner products, and so norms, logits
+and the path of SGD with momentum and weight decay, do not change.
 """
 
 import math
@@ -11,19 +11,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bcnn.models.pooling import Pooling
+from bcnn.models.pooling.base import Pooling
 from bcnn.utils.errors import UserError
 
 ROOT_EPS = 1e-10  # under the square root, as in the original
 
 
 def packed_size(channels: int) -> int:
-    """Entries in the upper triangle of a `channels` × `channels` matrix (512 → 131,328)."""
+    """Return the number of entries in the upper triangle of a `channels` × `channels` matrix (512 → 131,328)."""
     return channels * (channels + 1) // 2
 
 
 def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
-    """Mean over the locations of the outer product of the features with themselves.
+    """Return the mean over the locations of the outer product of the features with themselves.
 
     Args:
         maps: (batch, channels, height, width).
@@ -41,12 +41,12 @@ def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
 
 
 def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = False) -> Tensor:
-    """B of which B·Bᵀ is the pooled matrix: a location's features times √(mass / locations).
+    """Return B with B·Bᵀ the pooled matrix: each location's features times √(mass / locations).
 
     Args:
         maps: (batch, channels, height, width).
         mass: (batch, height · width), not negative; None: 1.
-        centred: take the features' mean off them, so that B·Bᵀ is their covariance.
+        centred: subtract the mean of the features, so that B·Bᵀ is their covariance.
 
     Returns:
         (batch, channels, height · width), in float32 at least.
@@ -75,14 +75,14 @@ ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
-def check_root(root: str | None) -> None:
-    """Raises UserError for a root that there is not."""
+def validate_root(root: str | None) -> None:
+    """Raise UserError unless `root` is one of `ROOTS`."""
     if root not in ROOTS:
         raise UserError(f"model.pooling.root={root}: choose signed, plain or null (none)")
 
 
 class Bilinear(Pooling):
-    """The upper triangle of the pooled matrix, packed, and the square roots of its entries.
+    """The packed upper triangle of the pooled matrix, and the square roots of its entries.
 
     Args:
         channels: of the maps.
@@ -93,14 +93,14 @@ class Bilinear(Pooling):
     """
 
     def __init__(self, channels: int, root: str | None = "signed") -> None:
-        check_root(root)
+        validate_root(root)
         super().__init__(channels)
         self.root = root
         self.width = packed_size(channels)
         self.degree = 0.5 if root else 1.0
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        """The pooled matrix, symmetric: (batch, channels, channels). Other poolings make another."""
+        """Return the symmetric matrix (batch, channels, channels) to pack; subclasses compute another."""
         return bilinear_pool(maps, mass)
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
@@ -110,7 +110,7 @@ class Bilinear(Pooling):
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """Coordinates of each matrix's symmetric part: (n, c, c) → (n, c·(c + 1)/2).
+    """Pack the symmetric part of matrices: (n, c, c) → (n, c·(c + 1)/2).
 
     Diagonal entries stay, pairs off it become (m_ij + m_ji)/√2. Packing the weights of a linear layer
     on the full matrix gives those of the equivalent layer on packed descriptors.
@@ -121,7 +121,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The symmetric matrices that pack to these rows: (n, c·(c + 1)/2) → (n, c, c)."""
+    """Undo `pack` for symmetric matrices: (n, c·(c + 1)/2) → (n, c, c)."""
     channels = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
     matrix = packed.new_zeros(len(packed), channels, channels)
     index, scale = _upper_triangle(matrix)
@@ -130,7 +130,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def _upper_triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat indices of the upper triangle, and the scale of each entry: 1 on the diagonal, √2 off it."""
+    """Return flat indices of the upper triangle, and their scales: 1 on the diagonal, √2 off it."""
     channels = matrix.shape[-1]
     row, column = torch.triu_indices(channels, channels, device=matrix.device)
     scale = matrix.new_full(row.shape, math.sqrt(2)).masked_fill_(row == column, 1)

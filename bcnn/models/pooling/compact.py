@@ -1,9 +1,9 @@
-"""Compact bilinear pooling: a random sketch of the pooled matrix, some thousand numbers wide.
+"""Compact bilinear pooling: a random sketch of the pooled matrix, of some thousand entries.
 
 A tensor sketch sends the product of channels i and j to entry h(i) + k(j) (modulo the width) with sign
-s(i)·t(j), h, k, s, t drawn once: inner products of sketches are those of the pooled matrices, up to
-noise. It is linear in the matrix, so the pooled one is sketched once, with no Fourier transforms of
-every location's features.
+s(i)·t(j), with h, k, s, t drawn once. Inner products of sketches are those of the pooled matrices, up to
+noise. A sketch is linear in the matrix, so the pooled matrix is sketched once, without a Fourier transform
+of every location's features.
 
 Source: Gao et al., "Compact Bilinear Pooling", CVPR 2016.
 """
@@ -11,8 +11,8 @@ Source: Gao et al., "Compact Bilinear Pooling", CVPR 2016.
 import torch
 from torch import Tensor
 
-from bcnn.models.pooling import Pooling
-from bcnn.models.pooling.bilinear import ROOTS, bilinear_pool, check_root
+from bcnn.models.pooling.base import Pooling
+from bcnn.models.pooling.bilinear import ROOTS, bilinear_pool, validate_root
 from bcnn.utils.errors import UserError
 
 
@@ -21,9 +21,9 @@ class Compact(Pooling):
 
     Args:
         channels: of the maps.
-        width: entries of a row.
+        width: entries of a descriptor.
         root: one of `ROOTS`.
-        seed: of the hashes, which nothing else's draws depend on. They are saved with the weights.
+        seed: of the hashes, which are saved with the weights.
 
     Raises:
         UserError: an argument is out of its range.
@@ -35,7 +35,7 @@ class Compact(Pooling):
     def __init__(
         self, channels: int, width: int = 8192, root: str | None = "signed", seed: int = 0
     ) -> None:
-        check_root(root)
+        validate_root(root)
         if not isinstance(width, int) or width < 1:
             raise UserError(f"model.pooling.width={width}: a whole number over 0")
         super().__init__(channels)
@@ -43,9 +43,8 @@ class Compact(Pooling):
         self.root = root
         self.degree = 0.5 if root else 1.0
         generator = torch.Generator().manual_seed(seed)
-        pair = 2, channels
-        hashes = torch.randint(width, pair, generator=generator, device="cpu")
-        signs = torch.randint(2, pair, generator=generator, device="cpu") * 2.0 - 1
+        hashes = torch.randint(width, (2, channels), generator=generator, device="cpu")
+        signs = torch.randint(2, (2, channels), generator=generator, device="cpu") * 2.0 - 1
         self.register_buffer("hashes", hashes)
         self.register_buffer("signs", signs)
 

@@ -1,9 +1,9 @@
-"""γ-democratic pooling: locations weighed so that none of them outvotes the others.
+"""γ-democratic pooling: locations are weighted so that none dominates.
 
-In a plain sum, features that are large, or frequent in the image, drown the rest. A location's
-contribution is its inner product with the pooled matrix, α_i·Σ_j α_j·⟨x_i, x_j⟩². Weights α are looked
-for that make it the γ-th power of what it is without weights: γ = 1 leaves the sum as it is, γ = 0
-makes all contributions equal. Damped Sinkhorn steps find them.
+In a plain sum, features that are large, or frequent in the image, dominate. A location's contribution is
+its inner product with the pooled matrix, α_i·Σ_j α_j·⟨x_i, x_j⟩². Damped Sinkhorn steps find weights α
+that make it the γ-th power of the contribution without weights: γ = 1 changes nothing, γ = 0 makes all
+contributions equal.
 
 Source: Lin, Maji & Koniusz, "Second-order Democratic Aggregation", ECCV 2018.
 """
@@ -15,7 +15,7 @@ from bcnn.models.pooling.bilinear import Bilinear
 from bcnn.utils.errors import UserError
 
 STEPS = 10  # the paper's, as is their damping by a square root
-SILENT = 1e-16  # a location with no more to say than this has no contribution to weigh
+SILENT = 1e-16  # a location of a smaller contribution is not weighted
 
 
 class Democratic(Bilinear):
@@ -40,13 +40,13 @@ class Democratic(Bilinear):
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
         mass = x.new_ones(1, x.shape[2]) if mass is None else mass
-        # A factor common to all weights is nothing to the row: kernels of features of length up to 1.
+        # A factor common to all weights does not change the descriptor: features are scaled to length 1.
         unit = x / x.detach().norm(dim=1).amax(dim=1)[:, None, None].clamp_min(1e-24)
         weight = mass * self._weights((unit.mT @ unit).square(), mass)
         return (x * weight[:, None]) @ x.mT / x.shape[2]
 
     def _weights(self, kernel: Tensor, mass: Tensor) -> Tensor:
-        """α (batch, places), where a mass stands for so many copies of its location."""
+        """Return α (batch, locations); a mass stands for so many copies of its location."""
         alone = (kernel @ mass[..., None]).squeeze(-1)
         silent = alone <= SILENT
         target = alone.masked_fill(silent, 1) ** self.gamma

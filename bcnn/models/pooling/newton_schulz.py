@@ -1,14 +1,14 @@
-"""The matrix square root by products of matrices alone: what ONNX can compute.
+"""The matrix square root by products of matrices alone, as ONNX can compute it.
 
 The Newton–Schulz iteration Y ← YT, Z ← TZ, T = (3I - ZY)/2, from Y = M/tr M and Z = I, makes each root
-√λ of an eigenvalue grow up to 1.5-fold in a step, to 1: then Y is the root of M/tr M, and Z that of its
-inverse. Pooled matrices have many small eigenvalues: after the usual 5 steps the result is a fifth off
-on photographs. Scaled, so that every step serves the whole interval [`SMALLEST`, 1] of roots alike,
-they grow up to 2.6-fold, and 10 steps are enough.
+√λ of an eigenvalue grow up to 1.5-fold in a step, to 1. Then Y is the root of M/tr M, and Z that of its
+inverse. Pooled matrices have many small eigenvalues: after the usual 5 steps the result of photographs
+has an error of a fifth. Here each step is scaled for the whole interval [`SMALLEST`, 1] of roots: they
+grow up to 2.6-fold, and 10 steps are enough.
 
-Roots below `SMALLEST`, of the trace's, come out too small: an error of no more than themselves. To go
-on would not do in float32: Z grows to 1/`SMALLEST` on eigenvalues of zero, of which a matrix of fewer
-places than channels is full, and so does the rounding there (at 1e-4 it diverges).
+Roots below `SMALLEST` times that of the trace come out too small, by no more than themselves. More steps
+would diverge in float32: on eigenvalues of zero, of which a matrix of fewer locations than channels has
+many, Z and its rounding error grow to 1/`SMALLEST`.
 
 Sources: Li et al., "Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix
 Square Root Normalization", CVPR 2018; the scaling, Chen & Chow, "A Stable Scaling of Newton-Schulz for
@@ -26,13 +26,13 @@ SMALLEST = 1e-3
 class NewtonSchulz(Bilinear):
     """The pooled matrix's square root, by iteration.
 
-    In float32 rows, of unit length, are within 1e-3 of those of `sqrt` (4e-4 on photographs), and
-    within 1e-2 where all places of an image are alike.
+    In float32, descriptors are within 1e-3 of those of `sqrt` (4e-4 on photographs), and within 1e-2
+    where all locations of an image are alike.
 
     Args:
         channels: of the maps.
-        centred: of the covariance of the features in place of their second moment.
-        root: of the entries after that of the matrix; none by default.
+        centred: take the covariance of the features in place of their second moment.
+        root: of the entries, after that of the matrix; none by default.
     """
 
     def __init__(self, channels: int, centred: bool = False, root: str | None = None) -> None:
@@ -44,17 +44,17 @@ class NewtonSchulz(Bilinear):
         b = weighted_features(maps, mass, self.centred)
         thin = b.shape[2] < b.shape[1]
         gram = b.mT @ b if thin else b @ b.mT
-        # The trace, which keeps the result homogeneous; without a root's infinite gradient at zero.
+        # The trace keeps the result homogeneous; clamped, its root has a finite gradient at zero.
         trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None].clamp_min(1e-24)
         root, inverse = newton_schulz(gram / trace)
         return b @ inverse @ b.mT * trace.rsqrt() if thin else root * trace.sqrt()
 
 
 def newton_schulz(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Square roots of symmetric matrices (n, c, c) with eigenvalues in 0..1, and their inverses."""
+    """Return square roots of symmetric matrices (n, c, c) with eigenvalues in 0..1, and their inverses."""
     eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
     y, z = a, eye.expand_as(a)
-    low = SMALLEST  # roots of eigenvalues have come from `SMALLEST`..1 to low..1
+    low = SMALLEST  # roots that began in `SMALLEST`..1 are in low..1
     while low < 1 - 1e-4:
         scale = (3 / (1 + low + low**2)) ** 0.5
         t = 1.5 * scale * eye - 0.5 * scale**3 * (z @ y)

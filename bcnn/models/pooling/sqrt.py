@@ -3,12 +3,12 @@
 With B = U·diag(s)·Vᵀ the features over the root of their number, the pooled matrix is M = B·Bᵀ =
 U·diag(λ)·Uᵀ, λ = s², and its power U·diag(λ^α)·Uᵀ. Autograd through an eigendecomposition divides by
 differences of eigenvalues, and gives NaN where they repeat; in the gradient of a power these cancel.
-With G that of the result, H = UᵀGU, and D_ij = (λ_i^α - λ_j^α)/(λ_i - λ_j), which for the root is
+With G the gradient of the result, H = UᵀGU, and D_ij = (λ_i^α - λ_j^α)/(λ_i - λ_j), for the root
 1/(s_i + s_j), the gradient of B is
 
     2 · (U·(H∘D)·diag(s) + (G·U - U·H)·diag(s^(2α-1))) · Vᵀ,
 
-for α = ½ bounded, however small s is. Directions with s = 0 have none.
+bounded for α = ½, however small s is. Directions with s = 0 have no gradient.
 
 Sources: Lin & Maji, "Improved Bilinear Pooling with CNNs", BMVC 2017; Ionescu et al., "Matrix
 Backpropagation for Deep Networks with Structured Layers", ICCV 2015.
@@ -24,7 +24,7 @@ from bcnn.models.pooling.bilinear import Bilinear, weighted_features
 from bcnn.models.pooling.newton_schulz import NewtonSchulz
 from bcnn.utils.errors import UserError
 
-SMALLEST = 1e-7  # of the largest s: what is under it is rounding
+SMALLEST = 1e-7  # relative to the largest s; less is rounding
 
 
 class Sqrt(Bilinear):
@@ -32,9 +32,9 @@ class Sqrt(Bilinear):
 
     Args:
         channels: of the maps.
-        centred: of the covariance of the features in place of their second moment.
-        root: of the entries after that of the matrix; none by default.
-        power: α, over 0 and up to 1, in place of the square root's ½.
+        centred: take the covariance of the features in place of their second moment.
+        root: of the entries, after that of the matrix; none by default.
+        power: α, over 0 and up to 1; ½ for the square root.
 
     Raises:
         UserError: an argument is out of its range.
@@ -64,7 +64,7 @@ class Sqrt(Bilinear):
 
 
 class _Power(torch.autograd.Function):
-    """B (batch, channels, places), power α → (B·Bᵀ)^α (batch, channels, channels)."""
+    """B (batch, channels, locations), power α → (B·Bᵀ)^α (batch, channels, channels)."""
 
     @staticmethod
     def forward(ctx: Any, b: Tensor, power: float) -> Tensor:
@@ -90,17 +90,17 @@ class _Power(torch.autograd.Function):
 
 
 def _svd(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s, V of b (batch, m, n) in float64, through the smaller of bᵀb and b·bᵀ.
+    """Return U, s, V of b (batch, m, n) in float64, from the smaller of bᵀb and b·bᵀ.
 
-    In float32 LAPACK fails to converge on matrices with many eigenvalues of zero. Where s is zero, or
-    rounding, it is 1 here, and U and V have columns of zeros.
+    In float32, LAPACK fails to converge on matrices with many eigenvalues of zero. Where s is zero or
+    rounding it is replaced by 1, and the columns of U and V by zeros.
     """
     if b.shape[1] < b.shape[2]:
         v, s, u = _svd(b.mT)
         return u, s, v
     b = b.to("cpu" if b.device.type == "mps" else b.device, torch.float64)  # mps has no float64
     gram = b.mT @ b
-    # Maps that are not finite shall give rows that are not, not an error of LAPACK's.
+    # Maps that are not finite give descriptors that are not, in place of an error of LAPACK.
     v = torch.linalg.eigh(gram.where(gram.isfinite(), 0)).eigenvectors
     u = b @ v
     s = u.norm(dim=1)

@@ -1,0 +1,130 @@
+"""The interface of a backbone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from bcnn.data.transforms import Interpolation
+from bcnn.utils.errors import UserError
+
+
+class Backbone(nn.Module):
+    """Normalises images and computes feature maps.
+
+    A subclass implements `forward_features` and `unfreeze_from`, and sets these attributes:
+        channels: of its maps; `project` changes it.
+        stride: pixels from one location to the next.
+        min_size: side in pixels of the smallest image with 2 × 2 locations.
+        size_divisor: the sides of images are multiples of it; 1 for most convolutional networks.
+        layers: names for `unfreeze_from`, from the input up.
+        weights: names of published weights for `download`.
+        supports_grad_checkpointing: whether `forward_features` heeds `grad_checkpointing`.
+        licence: of the published weights; "": unknown.
+        interpolation: by which images were resized when these weights were trained.
+
+    The mean and standard deviation are buffers, saved with the weights that were trained with them. A
+    backbone stays in evaluation mode: batches are small, so BatchNorm keeps its statistics.
+    """
+
+    channels: int
+    stride: int
+    min_size: int
+    size_divisor: int = 1
+    layers: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    supports_grad_checkpointing: bool = False
+    licence: str = ""
+    interpolation: Interpolation = "bilinear"
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False  # recompute activations in the backward pass
+        self.compiling = False  # torch.compile the training step
+        self.projection: nn.Module = nn.Identity()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+
+    def set_normalization(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
+        """Set the mean and standard deviation of each channel, for images in 0..1."""
+        self.mean.copy_(torch.as_tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.as_tensor(std).view(3, 1, 1))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the maps, projected if the backbone has a projection.
+
+        Args:
+            images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
+
+        Returns:
+            (batch, channels, height // stride, width // stride).
+
+        Raises:
+            ValueError: the shape is another, or a side is too small or not a multiple of the divisor.
+        """
+        projected: Tensor = self.projection(self.unprojected(images))
+        return projected
+
+    def unprojected(self, images: Tensor) -> Tensor:
+        """Compute the maps without the projection; see `forward`."""
+        sides = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != 3 or min(sides) < self.min_size:
+            raise ValueError(
+                "expected images of shape (batch, 3, height, width) with sides of at least "
+                f"{self.min_size} px, got {tuple(images.shape)}"
+            )
+        if any(side % self.size_divisor for side in sides):
+            raise ValueError(
+                f"expected sides that are multiples of {self.size_divisor} px, got {tuple(sides)}"
+            )
+        x = images.to(self.mean.dtype)
+        if not images.is_floating_point():
+            x = x / 255
+        maps = self._compiled if self.compiling and torch.is_grad_enabled() else self.forward_features
+        return maps((x - self.mean) / self.std)
+
+    @cached_property
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        return torch.compile(self.forward_features)
+
+    def project(self, channels: int) -> None:
+        """Append a 1 × 1 convolution to `channels`, which at first selects the first of its input.
+
+        Raises:
+            UserError: the backbone has fewer channels, or `channels` is no positive whole number.
+        """
+        if type(channels) is not int or not 0 < channels <= self.channels:
+            raise UserError(f"model.project={channels}: a whole number from 1 to {self.channels}")
+        # skip_init draws no random numbers: the other weights of a seed stay the same.
+        convolution: nn.Conv2d = skip_init(nn.Conv2d, self.channels, channels, 1, bias=False)
+        nn.init.dirac_(convolution.weight)
+        self.projection = convolution
+        self.channels = channels
+
+    def initialise(self) -> None:
+        """Draw random weights; by default those of the layers' constructors stay."""
+
+    def download(self, weights: str) -> dict[str, Tensor]:
+        """Return the state of published weights (one of `weights`), with mean and std."""
+        raise NotImplementedError
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors under their authors' names as a state of this backbone."""
+        return dict(tensors)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the maps (batch, channels, h, w) of normalised images (batch, 3, height, width)."""
+        raise NotImplementedError
+
+    def unfreeze_from(self, name: str | None) -> None:
+        """Train the layers from `name` (one of `layers`) up, or all of them (None)."""
+        raise NotImplementedError

@@ -1,0 +1,100 @@
+"""Tensors by name from a file, without running code from it."""
+
+import json
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from bcnn.utils.errors import UserError
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which training loops save tensors
+PREFIXES = ("module.", "model.")  # put before the names by DataParallel, and by a LightningModule
+
+
+def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a file by name, and the description or the metadata beside them.
+
+    Args:
+        path: `.safetensors`, or what `torch.save` writes: a state dict, bare or in a dictionary.
+
+    Raises:
+        OSError: the file cannot be opened.
+        UserError: it is damaged, compressed, or holds more than tensors and plain values.
+    """
+    path = Path(path).expanduser()
+    path.open("rb").close()
+    try:
+        tensors, about = (_safetensors if path.suffix == ".safetensors" else _pickle)(path)
+    except Exception as error:  # damaged bytes lead an unpickler to every kind of exception
+        raise UserError(
+            f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
+        ) from error
+    if not tensors:
+        raise UserError(f"{path} is not a state dict: expected tensors by name")
+    return tensors, about
+
+
+def validate_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless all tensors expected are there, of their shape and kind of number."""
+    for name, tensor in expected.items():
+        found = tensors.get(name)
+        if found is None:
+            raise UserError(f"it has no {name}")
+        if found.shape != tensor.shape:
+            shapes = f"{tuple(found.shape)}, expected {tuple(tensor.shape)}"
+            raise UserError(f"its {name} is of shape {shapes}")
+        if found.dtype not in (FLOATS if tensor.is_floating_point() else {tensor.dtype}):
+            raise UserError(f"its {name} is of {found.dtype}, expected {tensor.dtype}")
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load tensors that `validate_state` has checked; raise UserError for values that are not finite."""
+    own = module.state_dict()
+    module.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    for name, tensor in own.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{path} is damaged, or its training diverged: its {name} has values that are not finite"
+            )
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = file.metadata() or {}
+    return tensors, dict(json.loads(about["bcnn"])) if "bcnn" in about else about
+
+
+def _pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if zipfile.is_zipfile(path):  # uncompressed, as torch writes it: else it may take any memory
+        with zipfile.ZipFile(path) as members:
+            if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
+                raise ValueError("compressed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about files that are refused anyway
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = _unwrapped(content)
+    for name, tensor in tensors.items():
+        # A view can repeat one number without end.
+        stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else -1
+        if stored < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{name} is larger than what is stored of it, or sparse")
+    return tensors, dict(content.get("hyper_parameters", {}))
+
+
+def _unwrapped(content: Any) -> dict[str, Tensor]:
+    """Return the tensors by name without dictionaries around them and prefixes before all names."""
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    for prefix in PREFIXES:
+        inside = {key.removeprefix(prefix): v for key, v in content.items() if key.startswith(prefix)}
+        content = inside or content  # beside the network, a module may hold the weights of a loss
+    return {key: value for key, value in content.items() if torch.is_tensor(value)}

@@ -1,0 +1,70 @@
+"""The weights that a new backbone starts from."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bcnn.models.backbones.vgg16 import PUBLISHED, file_name, normalization_of
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.state_dict import load_state, read_state_dict, validate_state
+from bcnn.models.third_party import is_original
+from bcnn.utils.errors import UserError
+
+
+def initialise_backbone(model: BCNN, weights: str, normalization: str | None = None) -> None:
+    """Load the weights of a new model's backbone, and set the normalisation that belongs to them.
+
+    Args:
+        model: changed in place.
+        weights: one of the backbone's `weights`, to download ("imagenet" and "imagenet_features",
+            torchvision's IMAGENET1K_V1 and IMAGENET1K_FEATURES, for vgg16; "pretrained" for timm);
+            "random", to keep the initialisation; or a file, under the backbone's names or its authors'.
+        normalization: "imagenet" or "imagenet_features", for a file that leaves it open.
+
+    Raises:
+        UserError: there are no such weights, they are of another network, or of unknown normalisation.
+    """
+    backbone, name = model.backbone, model.chosen["backbone"]["name"]
+    if weights == "random":
+        if not backbone.mean.any():  # timm's networks have theirs
+            backbone.set_normalization(*normalization_of("imagenet"))
+        return
+    if weights in backbone.weights:
+        tensors = backbone.download(weights)
+    elif Path(weights).expanduser().exists():
+        tensors = _from_file(model, weights, normalization)
+    else:
+        known = ", ".join([*backbone.weights, "random"])
+        raise UserError(f"model.weights={weights}: no such file; the backbone {name} has {known}")
+    own = backbone.state_dict()
+    expected = {key: own[key] for key in own if not key.startswith("projection.")}
+    try:
+        validate_state(expected, tensors)
+    except UserError as error:
+        raise UserError(f"{weights} does not hold the features of {name}: {error}") from error
+    load_state(backbone, {key: tensors[key] for key in expected}, weights)
+
+
+def _from_file(model: BCNN, path: str, normalization: str | None) -> dict[str, Tensor]:
+    """Return the state of the backbone in a file, with mean and std: its own, or those of its weights."""
+    tensors, about = read_state_dict(path)
+    if is_original(tensors):
+        normalization = normalization or "imagenet"
+    prefix = "backbone."
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    tensors = own or tensors
+    if model.backbone.state_dict().keys().isdisjoint(tensors):
+        tensors = model.backbone.convert(tensors)
+    if {"mean", "std"} <= tensors.keys():
+        return tensors
+    text = " ".join(map(str, [Path(path).name, *about.values()]))
+    named = [key for key, each in PUBLISHED.items() if each.name in text or file_name(key) in text]
+    choice: Any = normalization or (named[0] if named else None)
+    if choice not in PUBLISHED:
+        raise UserError(
+            f"{path} does not name the normalisation of its images: set model.normalization to "
+            "imagenet (mean 0.485…, std 0.229…) or imagenet_features (mean 0.482…, std 1/255)"
+        )
+    mean, std = normalization_of(choice)
+    return {**tensors, "mean": mean, "std": std}
