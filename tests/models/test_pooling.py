@@ -1,4 +1,4 @@
-"""The mathematics, against plain loops and float64."""
+"""The mathematics of the poolings, against plain loops and float64."""
 
 import math
 
@@ -8,13 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcnn.models import pooling
-from bcnn.models.bilinear_cnn import make_pooling
+from bcnn.models.pooling import POOLINGS, make_pooling
 from bcnn.models.pooling.bilinear import Bilinear, bilinear_pool, pack, packed_size, unpack
-from bcnn.models.registry import names
 from bcnn.utils.errors import UserError
-
-POOLINGS = names(pooling)
 
 
 def bilinear_descriptor(maps: Tensor) -> Tensor:
@@ -165,7 +161,7 @@ def test_packed_size_of_vgg16_features() -> None:
 
 
 # Entries of the upper triangle of (1, 2, 3)ᵀ(1, 2, 3), row by row. Stored weights rely on the order.
-ONE_PLACE = torch.tensor([[1, 2 * 2**0.5, 3 * 2**0.5, 4, 6 * 2**0.5, 9]]).double() / 14
+ONE_LOCATION = torch.tensor([[1, 2 * 2**0.5, 3 * 2**0.5, 4, 6 * 2**0.5, 9]]).double() / 14
 
 
 @pytest.mark.parametrize(
@@ -175,7 +171,7 @@ ONE_PLACE = torch.tensor([[1, 2 * 2**0.5, 3 * 2**0.5, 4, 6 * 2**0.5, 9]]).double
 def test_the_order_of_the_entries_is_frozen(name: str, options: dict[str, None]) -> None:
     x = torch.tensor([1.0, 2.0, 3.0]).double().view(1, 3, 1, 1)
     rows = make_pooling(3, name, **options)(x)
-    torch.testing.assert_close(rows, ONE_PLACE, rtol=0, atol=1e-4)
+    torch.testing.assert_close(rows, ONE_LOCATION, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 3), (2, 12, 2, 3), (1, 6, 2, 3)])
@@ -192,24 +188,24 @@ def test_the_root_times_itself_is_the_matrix(name: str, centred: bool, shape: tu
         assert np.linalg.eigvalsh(found).min() > -1e-9
 
 
-@pytest.mark.parametrize("places", [(5, 3), (1, 4)])
-def test_other_powers_are_the_root_again_and_the_matrix_itself(places: tuple[int, int]) -> None:
-    x = features((2, 6, *places))
+@pytest.mark.parametrize("grid", [(5, 3), (1, 4)])
+def test_other_powers_are_the_root_again_and_the_matrix_itself(grid: tuple[int, int]) -> None:
+    x = features((2, 6, *grid))
     half, quarter, whole = (unpack(make_pooling(6, "sqrt", power=p).pool(x)) for p in (0.5, 0.25, 1))
     torch.testing.assert_close(quarter @ quarter, half)
     torch.testing.assert_close(whole, bilinear_pool(x))
 
 
 def hard_maps() -> dict[str, Tensor]:
-    """Of 64 channels and 81 places, in float32."""
+    """Maps of 64 channels and 81 locations, in float32."""
     x = features((2, 64, 9, 9)).relu().float()
     dead = x.clone()
     dead[:, ::3] = 0
     return {
         "noise": x,
-        "few places": x[..., :3, :3],
+        "few locations": x[..., :3, :3],
         "dead channels": dead,
-        "repeated places": x[..., :1].expand_as(x),
+        "repeated locations": x[..., :1].expand_as(x),
         "one direction": x[..., :1, :1].expand_as(x),
         "equal eigenvalues": torch.eye(64, 81).view(1, 64, 9, 9),
         "a large mean": 1e3 + x,
@@ -228,8 +224,8 @@ def test_float32_roots_of_hard_maps(kind: str) -> None:
             assert (found - exact).norm(dim=1).max() < bound
 
 
-def test_newton_schulz_is_the_root_on_maps_like_those_of_photographs() -> None:
-    """Singular values that fall as those of VGG-16's relu5_3 do, from 1 to 1e-3."""
+def test_newton_schulz_is_the_root_on_maps_like_those_of_real_images() -> None:
+    """Singular values fall as those of VGG-16's relu5_3 do, from 1 to 1e-3."""
     u, v = (torch.linalg.qr(features((2, n, 100), seed=n))[0] for n in (128, 196))
     x = ((u * torch.logspace(0, -3, 100)) @ v.mT).float().view(2, 128, 14, 14)
     exact, found = (make_pooling(128, name)(x) for name in ("sqrt", "newton_schulz"))
@@ -237,7 +233,7 @@ def test_newton_schulz_is_the_root_on_maps_like_those_of_photographs() -> None:
 
 
 def test_gradients_of_the_root_at_equal_eigenvalues_are_right() -> None:
-    """Where autograd through an eigendecomposition is not a number."""
+    """Where autograd through an eigendecomposition gives nan."""
     x = torch.eye(4, 6, dtype=torch.float64).view(1, 4, 2, 3)
     for power in (0.5, 0.25):
         root = make_pooling(4, "sqrt", power=power)
@@ -257,11 +253,11 @@ def test_a_sketch_is_the_tensor_sketch_of_every_location() -> None:
     x = features((2, 6, 3, 2))
     rows = torch.zeros(2, 16, dtype=torch.float64)
     for row, image in zip(rows, x.flatten(2), strict=True):
-        for place in image.T:
+        for location in image.T:
             spectra = torch.ones(16, dtype=torch.complex128)
             for hashes, signs in zip(pool.hashes, pool.signs, strict=True):
                 count = torch.zeros(16, dtype=torch.float64)
-                for entry, sign, value in zip(hashes, signs, place, strict=True):
+                for entry, sign, value in zip(hashes, signs, location, strict=True):
                     count[entry] += sign * value
                 spectra = spectra * torch.fft.fft(count)
             row += torch.fft.ifft(spectra).real / 6
@@ -290,21 +286,23 @@ def test_a_sketch_is_drawn_by_its_own_seed_and_saved() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-def test_democratic_weights_give_each_location_its_say(gamma: float) -> None:
+def test_democratic_weights_equalise_contributions(gamma: float) -> None:
     x = features((2, 8, 3, 2)).relu()
-    x[0, :, 0, 0] = 0  # a location that says nothing
+    x[0, :, 0, 0] = 0  # a location without features
     matrices = unpack(make_pooling(8, "democratic", gamma=gamma, root=None).pool(x))
     for image, matrix in zip(x.flatten(2).numpy(), matrices, strict=True):
         kernel = (image.T @ image / (image**2).sum(axis=0).max()) ** 2
         alone = kernel.sum(axis=1)
         weights = np.ones(6)
         for _ in range(10):
-            say = weights * (kernel @ weights)
-            weights = weights * np.sqrt(np.divide(alone**gamma, say, where=say > 0, out=0 * say))
+            contribution = weights * (kernel @ weights)
+            weights = weights * np.sqrt(
+                np.divide(alone**gamma, contribution, where=contribution > 0, out=0 * contribution)
+            )
         plain = sum(w * np.outer(f, f) for w, f in zip(weights, image.T, strict=True)) / 6
         np.testing.assert_allclose(matrix, plain, rtol=1e-10, atol=1e-14)
-        say = weights * (kernel @ weights)
-        np.testing.assert_allclose(say, np.where(alone > 0, alone**gamma, 0), rtol=0.05)
+        contribution = weights * (kernel @ weights)
+        np.testing.assert_allclose(contribution, np.where(alone > 0, alone**gamma, 0), rtol=0.05)
 
 
 def _full(x: Tensor) -> Tensor:

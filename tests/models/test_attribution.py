@@ -1,4 +1,4 @@
-"""The shares of the locations: what they sum to, what autograd says, and where they lie."""
+"""Attribution: what the shares sum to, what autograd says, and where they lie."""
 
 import pytest
 import torch
@@ -31,22 +31,19 @@ TARGET, AGAINST = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 0])
 
 
 def test_shares_sum_to_the_logit_and_to_the_difference_of_two(model: BCNN, images: Tensor) -> None:
-    rows = torch.arange(3)
-    logits = model(images)
+    logits, each = model(images), torch.arange(3)
     one = evidence(model, images, TARGET)
     assert one.shape == (3, 4, 5) and not one.requires_grad
-    torch.testing.assert_close(one.sum((1, 2)), logits[rows, TARGET], rtol=0, atol=5e-6)
+    torch.testing.assert_close(one.sum((1, 2)), logits[each, TARGET], rtol=0, atol=5e-6)
     torch.testing.assert_close(
         evidence(model, images, TARGET, AGAINST).sum((1, 2)),
-        logits[rows, TARGET] - logits[rows, AGAINST],
+        logits[each, TARGET] - logits[each, AGAINST],
         rtol=0,
         atol=5e-6,
     )
 
 
-def test_a_share_is_the_due_part_of_the_logit_and_twice_the_gradient(
-    model: BCNN, images: Tensor
-) -> None:
+def test_a_share_is_a_part_of_the_logit_and_twice_the_gradient(model: BCNN, images: Tensor) -> None:
     """By autograd through the descriptor: its weights on the locations scale each x_p x_pᵀ."""
     maps = model.backbone(images).detach()
     weights = torch.ones_like(maps[:, :1]).requires_grad_()
@@ -55,7 +52,7 @@ def test_a_share_is_the_due_part_of_the_logit_and_twice_the_gradient(
     norm = F.normalize(maps.sum(1).flatten(1) ** 2, p=1).view(gradient[:, 0].shape)
     expected = norm * logits.detach()[:, None, None] + 2 * gradient[:, 0]
     torch.testing.assert_close(shares(model, maps, TARGET), expected, rtol=1e-6, atol=1e-7)
-    # Why the gradient alone is no answer: it sums to nothing, whatever the logit.
+    # The gradient alone is no attribution: it sums to zero, whatever the logit.
     assert gradient.sum().abs() < 1e-5 * gradient.abs().sum()
 
 
@@ -91,10 +88,11 @@ def test_the_mark_that_decides_between_two_classes_is_found() -> None:
     images, cells = zip(*(marked(int(label), generator) for label in labels), strict=True)
     batch = torch.stack(images)
     with torch.no_grad():
-        rows = model.descriptor(batch[:32])
-        model.head.center_on(rows.mean(dim=0))
-        # Least squares on the rows: the weights are a combination of them.
-        centered = rows - rows.mean(dim=0)
+        descriptors = model.descriptor(batch[:32])
+        mean = descriptors.mean(dim=0)
+        model.head.center_on(mean)
+        # Least squares: the weights are a combination of the descriptors.
+        centered = descriptors - mean
         signs = 1.0 - 2 * labels[:32]
         weight = torch.linalg.lstsq(centered, signs[:, None], driver="gelsd").solution[:, 0]
         model.head.weight.copy_(torch.stack([weight, -weight]))
