@@ -1,82 +1,82 @@
-"""docs/extend.md, executed: each example is put where it says, and used as it says."""
+"""The examples of docs/extend.md, executed."""
 
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, configure, toy
 
-from bcnn import data as data_package
-from bcnn.models import backbones, pooling
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.models.backbones import BACKBONES
 from bcnn.models.checkpoint import load_model
+from bcnn.models.pooling import POOLINGS
 from bcnn.training.run import run
+from bcnn.utils.errors import UserError
 
 EXAMPLES = dict(
     re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.DOTALL)
 )
-PACKAGES = {
-    "bcnn/models/backbones": backbones,
-    "bcnn/models/pooling": pooling,
-    "bcnn/data": data_package,
-}
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The examples in folders that the packages look into, too."""
-    before = set(sys.modules)
+@pytest.fixture(autouse=True)
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The examples as files that can be imported, and the dictionaries as before afterwards."""
+    folder = tmp_path / "examples"
+    folder.mkdir()
     for name, text in EXAMPLES.items():
-        file = tmp_path / "examples" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    for folder, package in PACKAGES.items():
-        places = [*package.__path__, str(tmp_path / "examples" / folder)]
-        monkeypatch.setattr(package, "__path__", places)
-    monkeypatch.syspath_prepend(str(tmp_path / "examples"))
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    before = [(each, dict(each)) for each in (BACKBONES, POOLINGS)]
     yield
-    for name in set(sys.modules) - before:
-        if name.rpartition(".")[2] in ("resnet18", "average", "parts", "my_module"):
-            del sys.modules[name]
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)  # type: ignore[arg-type]
+    for name in EXAMPLES:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def test_every_example_is_under_forty_lines() -> None:
-    assert len(EXAMPLES) == 4
+    assert [*EXAMPLES] == ["my_backbone.py", "my_pooling.py", "my_data.py", "my_callback.py"]
     assert all(len(text.splitlines()) < 40 for text in EXAMPLES.values())
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("installed")
 def test_a_backbone_and_a_pooling_train_and_come_back(images: Path, tmp_path: Path) -> None:
+    import_module("my_backbone")
+    average = import_module("my_pooling").Average
     new = ["model.backbone.name=resnet18", "model.pooling.name=average", "data.size=64"]
     short = ["finetune.epochs=1", "finetune.batch_size=6", "finetune.unfreeze_from=layer4"]
     run(configure(*toy(images, *new, *short, f"output={tmp_path / 'out'}")))
-    model = load_model(tmp_path / "out" / "finetune" / "best.ckpt")
+    best = tmp_path / "out" / "finetune" / "best.ckpt"
+    model = load_model(best)
     assert model.chosen == {"backbone": {"name": "resnet18"}, "pooling": {"name": "average"}}
-    assert model.head.weight.shape == (3, 512)
+    assert isinstance(model.pooling, average) and model.head.weight.shape == (3, 512)
     assert (tmp_path / "out" / "report.html").is_file()  # with the evidence of its mistakes
-    with torch.no_grad():
-        assert model(torch.rand(1, 3, 64, 96)).isfinite().all()
+    assert model(torch.rand(1, 3, 64, 96)).isfinite().all()
+    del POOLINGS["average"]
+    with pytest.raises(UserError, match="there is no pooling average: choose from bilinear"):
+        load_model(best)
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.skipif(
+    not hasattr(FineGrainedDataModule, "read_index"), reason="read_index comes with the data module"
+)
 def test_a_data_set(images: Path, tmp_path: Path) -> None:
-    from bcnn.data.parts import Parts  # type: ignore[import-not-found]
-
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in (images / "train").glob("*/*.png"):
         path.rename(flat / f"{path.parent.name}-{path.name}")
-    data = Parts(flat, size=32, num_workers=0)
+    data = import_module("my_data").Parts(flat, size=32, num_workers=0)
     data.setup()
     assert data.classes == ["blue", "green", "red"]
     assert len(data.train) + len(data.val) + len(data.test) == 18
 
 
-@pytest.mark.usefixtures("installed")
 def test_a_callback(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = ["stage=last", "+callbacks.mine._target_=my_module.Announce"]
+    mine = ["stage=last", "+callbacks.mine._target_=my_callback.Announce"]
     run(configure(*toy(images, *mine, f"output={tmp_path / 'out'}")))
     assert "last: all validation images are right" in capsys.readouterr().out
