@@ -6,9 +6,9 @@ weights w,
 
     Σ_p ∂(w·r)/∂m_p = degree · w·r      at m = 1,
 
-so ∂(w·r)/∂m_p / degree is the share of location p in w·r. A logit is w·r/‖r‖ + constant, where the
-constant is the bias less the product of w with the head's mean. The norm is held fixed, and the constant
-is divided as the squared norm is, since r·r/‖r‖² = 1. One vector-Jacobian product through the pooling,
+so ∂(w·r)/∂m_p / degree is the share of location p in w·r. A logit is w·r/‖r‖ + constant, the constant
+being the bias less the product of w with the head's mean. The norm is held fixed, and the constant is
+divided as the squared norm is, since r·r/‖r‖² = 1. One vector-Jacobian product through the pooling,
 with the cotangent w/‖r‖ + constant · r/‖r‖², gives all shares. They sum to the logit.
 
 A constant under a root belongs to no location: its part of the logit, next to nothing for the signed

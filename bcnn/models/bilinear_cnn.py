@@ -41,9 +41,6 @@ class BCNN(nn.Module):
     Attributes:
         chosen: backbone, pooling and project, as given.
         assumed: of a model loaded from a file without a description, a sentence on what was assumed.
-
-    Raises:
-        UserError: there is no such backbone or pooling, or fewer channels than `project`.
     """
 
     assumed = ""
@@ -83,7 +80,7 @@ class BCNN(nn.Module):
         }
 
     def descriptor(self, images: Tensor) -> Tensor:
-        """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length, float32 at least."""
+        """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length."""
         descriptors: Tensor = self.pooling(self.backbone(images))
         return descriptors
 
@@ -97,10 +94,10 @@ class BCNN(nn.Module):
         """Return the probabilities of the classes.
 
         Args:
-            images: a path, a PIL image or an array (height, width, 3) of uint8, or a list of them, which
-                are preprocessed as in evaluation; or a tensor (batch, 3, height, width), uint8 in 0..255
-                or floating point in 0..1, which is not.
-            batch_size: images at a time: it bounds the memory.
+            images: a path, a PIL image or an array (height, width, 3) of uint8, or a list of them,
+                preprocessed as in evaluation; or a tensor (batch, 3, height, width), uint8 in 0..255 or
+                floating point in 0..1, taken without preprocessing.
+            batch_size: images in memory at a time.
 
         Returns:
             (batch, classes), in float32 at least; each image's sum to one.
@@ -141,9 +138,7 @@ class BCNN(nn.Module):
         elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image).convert("RGB")
         else:
-            raise TypeError(
-                f"expected a path, a PIL image or an array (height, width, 3) of uint8, got {type(image)}"
-            )
+            raise TypeError(f"expected a path, a PIL image or an array of uint8, got {type(image)}")
         pixels: Tensor = self.preprocessing.evaluation()(image)
         return pixels
 

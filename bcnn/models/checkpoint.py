@@ -59,8 +59,8 @@ def network_in(path: str | Path) -> BCNN:
 def save_model(model: BCNN, path: str | Path) -> None:
     """Save the model to a file that `load_model` loads.
 
-    `.safetensors` holds the whole model, with its description as metadata; `.pth` is a state dict for the
-    original's network (see `to_original`), without the names of the classes.
+    `.safetensors` holds the whole model, with its description as metadata; `.pth` is a state dict for
+    the original's network (see `to_original`), without the names of the classes.
     """
     with atomic_write(Path(path)) as part:
         write_model(model, part)
@@ -98,7 +98,7 @@ def describe(model: BCNN) -> dict[str, str]:
 def _read(
     path: str | Path, classes: list[str] | None = None, normalization: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], BCNN]:
-    """Return the tensors of a file, its description, and the network on the meta device that fits both."""
+    """Return a file's tensors, its description, and the network of both on the meta device."""
     tensors, about = read_state_dict(path)
     if is_original(tensors):
         tensors, about = from_original(tensors, path, classes, normalization)
@@ -108,7 +108,7 @@ def _read(
             f"model.weights={path}"
         )
     try:
-        with torch.device("meta"):  # takes no memory before all of the network is known to be in the file
+        with torch.device("meta"):  # no memory before the whole network is known to be in the file
             network = build(about)
         validate_state(network.state_dict(), tensors)
     except Exception as error:  # a class may raise anything, given a stranger's options

@@ -11,8 +11,8 @@ class Head(nn.Linear):
     """W·(x − mean) + b: descriptors (batch, width) → logits (batch, classes).
 
     Descriptors of different images are much alike. Without centring, a step that moves all of them
-    together changes every image's logits alike, and the loss explodes: see docs/finetune.md. In training
-    with `batch_mean` the mean is that of the batch on all ranks, else the constant `mean`.
+    together changes every image's logits alike, and the loss explodes: see docs/finetune.md. In
+    training with `batch_mean` the mean is that of the batch on all ranks, else the constant `mean`.
 
     Source: "mean-only batch normalization", Salimans & Kingma, "Weight Normalization", NIPS 2016, §3.
     """
@@ -30,8 +30,8 @@ class Head(nn.Linear):
     def forward(self, descriptors: Tensor) -> Tensor:
         """Descriptors of any precision → logits in that of the weights, float32 at least.
 
-        The mean is subtracted first: the equal W·x + (b − W·mean) adds a second gradient as large as W,
-        which makes a step of 64 descriptors of 131,328 numbers half again as long on a CPU.
+        The mean is subtracted first. W·x + (b − W·mean) is equal, but has a second gradient as large as
+        W: a step of stage `last` takes 190 ms instead of 122 ms (two cores, 64 × 131,328, 200 classes).
         """
         with torch.autocast(descriptors.device.type, enabled=False):
             x = descriptors.to(self.weight.dtype)

@@ -36,8 +36,6 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise UserError(
             f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
         ) from error
-    if not tensors:
-        raise UserError(f"{path} is not a state dict: expected tensors by name")
     return tensors, about
 
 
@@ -55,14 +53,12 @@ def validate_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load tensors that `validate_state` has checked; raise UserError for values that are not finite."""
+    """Load tensors that `validate_state` has checked; raise UserError if a value is not finite."""
     own = module.state_dict()
     module.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
     for name, tensor in own.items():
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{path} is damaged, or its training diverged: its {name} has values that are not finite"
-            )
+            raise UserError(f"{path} is damaged or its training diverged: {name} is not finite")
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -47,8 +47,8 @@ def from_original(
     weight = tensors[f"{name}.weight"]
     if weight.ndim != 2 or weight.shape[1] != CHANNELS**2 or not weight.is_floating_point():
         raise UserError(
-            f"{path}: {name}.weight is {weight.dtype} of shape {tuple(weight.shape)}, expected floating "
-            f"point of (classes, {CHANNELS**2}): it was trained with another pooling"
+            f"{path}: {name}.weight is {weight.dtype} of shape {tuple(weight.shape)}, expected "
+            f"floating point of (classes, {CHANNELS**2}): it was trained with another pooling"
         )
     if classes and len(classes) != len(weight):
         raise UserError(

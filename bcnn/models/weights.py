@@ -47,7 +47,7 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
 
 
 def _from_file(model: BCNN, path: str, normalization: str | None) -> dict[str, Tensor]:
-    """Return the state of the backbone in a file, with mean and std: its own, or those of its weights."""
+    """Return the state of the backbone in a file, with the mean and std of its weights."""
     tensors, about = read_state_dict(path)
     if is_original(tensors):
         normalization = normalization or "imagenet"

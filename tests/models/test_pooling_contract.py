@@ -248,7 +248,6 @@ def test_an_unknown_name_lists_the_others() -> None:
         ("bilinear", "root", "cube"),
         ("sqrt", "power", 0),
         ("sqrt", "power", "half"),
-        ("compact", "width", 0),
         ("democratic", "gamma", 2),
     ],
 )

@@ -13,21 +13,10 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {"vgg16": VGG16, "timm": Timm}
 
 
 def make_backbone(name: str, project: int | None = None, **options: Any) -> Backbone:
-    """Return a new backbone, in evaluation mode.
-
-    Args:
-        name: a key of `BACKBONES`.
-        project: channels to project its maps to; None: no projection.
-        options: arguments of its class.
-
-    Raises:
-        UserError: there is no such backbone, or it has fewer channels than `project`.
-    """
+    """Return a backbone by a key of `BACKBONES` and its class's arguments, projected if `project`."""
     if name not in BACKBONES:
         raise UserError(f"there is no backbone {name}: choose from {', '.join(BACKBONES)}")
     backbone = BACKBONES[name](**options)
     if project is not None:
         backbone.project(project)
     return backbone.eval()
-
-

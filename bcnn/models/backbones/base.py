@@ -97,11 +97,7 @@ class Backbone(nn.Module):
         return torch.compile(self.forward_features)
 
     def project(self, channels: int) -> None:
-        """Append a 1 × 1 convolution to `channels`, which at first selects the first of its input.
-
-        Raises:
-            UserError: the backbone has fewer channels, or `channels` is no positive whole number.
-        """
+        """Append a 1 × 1 convolution to `channels`, which at first selects the first of its input."""
         if type(channels) is not int or not 0 < channels <= self.channels:
             raise UserError(f"model.project={channels}: a whole number from 1 to {self.channels}")
         # skip_init draws no random numbers: the other weights of a seed stay the same.

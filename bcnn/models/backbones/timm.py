@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,8 @@ class Timm(Backbone):
         level: index of the maps: -1 the last, -2 those of the stage before.
 
     Raises:
-        UserError: timm is not installed, has no such network, or one for images of one size only.
+        ImportError: timm is not installed.
+        UserError: timm has no such network or level, or one for images of one size only.
     """
 
     network: Any
@@ -51,14 +51,8 @@ class Timm(Backbone):
         self.eval()
 
     def download(self, weights: str) -> dict[str, Tensor]:
-        try:
-            return self._state(_create(self.model, pretrained=True))
-        except Exception as error:  # the hub and its clients raise many kinds
-            where = self.published.get("hf_hub_id") or self.published.get("url")
-            raise UserError(
-                f"cannot download the weights of timm's {self.model} ({error}): fetch {where} by hand "
-                "and set model.weights to the file"
-            ) from error
+        """Return the weights that timm publishes under the network's name."""
+        return self._state(_create(self.model, pretrained=True))
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors under timm's names, or under those that timm converts, as a state."""
@@ -68,12 +62,9 @@ class Timm(Backbone):
             if f"{head}.weight" in tensors:
                 options["num_classes"] = len(tensors[f"{head}.weight"])
         overlay = {"state_dict": dict(tensors), **options}
-        try:
-            network = _create(self.model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-        except Exception as error:  # timm's converters may raise anything
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"these are no weights of timm's {self.model}: {first}") from error
-        return self._state(network)
+        return self._state(
+            _create(self.model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        )
 
     def _state(self, network: Any) -> dict[str, Tensor]:
         network.prune_intermediate_layers(self.levels, prune_norm=False)
@@ -96,19 +87,14 @@ class Timm(Backbone):
         return last
 
 
-def _timm() -> Any:
-    try:
-        return import_module("timm")
-    except ImportError as error:
-        raise UserError("the backbone timm needs the package timm: pip install timm") from error
-
-
 def _create(model: str, **options: Any) -> Any:
     """Create a network that takes images of any size; raise UserError where timm has none."""
+    import timm
+
     try:
-        return _timm().create_model(model, dynamic_img_size=True, **options)
+        return timm.create_model(model, dynamic_img_size=True, **options)
     except TypeError:  # it has no such option, and needs none unless its input size is fixed
-        network = _timm().create_model(model, **options)
+        network: Any = timm.create_model(model, **options)
     if network.pretrained_cfg.get("fixed_input_size"):
         side = network.pretrained_cfg["input_size"][-1]
         raise UserError(f"timm's {model} takes images of {side} px only: choose another")
@@ -121,7 +107,8 @@ def _validate_name(model: str) -> None:
     A name like "hf-hub:…" in a checkpoint would download a stranger's configuration, and unknown
     weights would silently have the default normalisation.
     """
-    timm = _timm()
+    import timm
+
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
         raise UserError(f"timm has no network {model}: see timm.list_models()")

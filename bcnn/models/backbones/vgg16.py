@@ -86,8 +86,8 @@ class VGG16(Backbone):
         """Normalised images (batch, 3, h, w) → relu5_3 (batch, 512, h // 16, w // 16).
 
         The maps have the memory layout of the weights. In channels last on a CPU, the backward pass
-        recomputes the pools, whose indices of maxima (int64) take as much memory as their inputs in half
-        precision, and conv1_1, whose output is among the largest and the cheapest. In float32 (see
+        recomputes the pools, whose indices of maxima (int64) take as much memory as their inputs in
+        half precision, and conv1_1, whose output is among the largest and the cheapest. In float32 (see
         `training_layout`) that would cost an eighth of a step, and on a GPU a tenth.
 
         With `grad_checkpointing` it recomputes the first two blocks, two images at a time: they have

@@ -22,18 +22,7 @@ POOLINGS: dict[str, Callable[..., Pooling]] = {
 
 
 def make_pooling(channels: int, name: str, **options: Any) -> Pooling:
-    """Return a new pooling.
-
-    Args:
-        channels: of the maps.
-        name: a key of `POOLINGS`.
-        options: further arguments of its class.
-
-    Raises:
-        UserError: there is no such pooling, or an option is out of its range.
-    """
+    """Return a pooling of maps of `channels` by a key of `POOLINGS` and its class's options."""
     if name not in POOLINGS:
         raise UserError(f"there is no pooling {name}: choose from {', '.join(POOLINGS)}")
     return POOLINGS[name](channels, **options)
-
-

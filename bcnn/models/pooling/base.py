@@ -31,11 +31,7 @@ class Pooling(nn.Module):
         raise NotImplementedError
 
     def exportable(self) -> "Pooling":
-        """Return a pooling of ONNX's operators that gives the same descriptors within a stated bound.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Return a pooling of ONNX's operators with the same descriptors, within a bound it states."""
         return self
 
     def forward(self, maps: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Bilinear pooling with the signed square root.
 
 The pooled matrix is symmetric, so only its upper triangle is kept ("packed"), with the entries off the
-diagonal scaled by √2. This is an orthonormal change of coordinates: inner products, and so norms, logits
-and the path of SGD with momentum and weight decay, do not change.
+diagonal scaled by √2. This is an orthonormal change of coordinates: inner products do not change, nor
+do norms, logits and the path of SGD with momentum and weight decay.
 """
 
 import math
@@ -14,23 +14,14 @@ from torch import Tensor
 from bcnn.models.pooling.base import Pooling
 from bcnn.utils.errors import UserError
 
-ROOT_EPS = 1e-10  # under the square root, as in the original
-
 
 def packed_size(channels: int) -> int:
-    """Return the number of entries in the upper triangle of a `channels` × `channels` matrix (512 → 131,328)."""
+    """Return the number of entries of a packed matrix (512 channels → 131,328)."""
     return channels * (channels + 1) // 2
 
 
 def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
-    """Return the mean over the locations of the outer product of the features with themselves.
-
-    Args:
-        maps: (batch, channels, height, width).
-        mass: (batch, height · width), how much each location counts; None: 1.
-
-    Returns:
-        (batch, channels, channels), in float32 at least.
+    """Return the mean of x·xᵀ over locations of features x, (batch, channels, channels); see `Pooling`.
 
     Source: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, §3.
     """
@@ -41,16 +32,7 @@ def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
 
 
 def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = False) -> Tensor:
-    """Return B with B·Bᵀ the pooled matrix: each location's features times √(mass / locations).
-
-    Args:
-        maps: (batch, channels, height, width).
-        mass: (batch, height · width), not negative; None: 1.
-        centred: subtract the mean of the features, so that B·Bᵀ is their covariance.
-
-    Returns:
-        (batch, channels, height · width), in float32 at least.
-    """
+    """Return B (batch, channels, locations) of which B·Bᵀ is the pooled matrix or the covariance."""
     x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
     weight = (x.new_ones(1, x.shape[2]) if mass is None else mass)[:, None]
     if centred:
@@ -59,12 +41,12 @@ def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = 
 
 
 def signed_sqrt(x: Tensor) -> Tensor:
-    """sign(x)·√(|x| + 1e-10), elementwise (Lin et al. 2015, §3.1; the constant is the original's)."""
-    return x.sign() * (x.abs() + ROOT_EPS).sqrt()
+    """Return sign(x)·√(|x| + 1e-10) (Lin et al. 2015, §3.1; the constant is the original's)."""
+    return x.sign() * (x.abs() + 1e-10).sqrt()
 
 
 def plain_sqrt(x: Tensor) -> Tensor:
-    """√(x + 1e-5) of x ≥ 0, elementwise, as HaoMood's bilinear-cnn has it: of 0 it is not 0."""
+    """Return √(x + 1e-5) of x ≥ 0, as HaoMood's bilinear-cnn computes it."""
     return (x + 1e-5).sqrt()
 
 
@@ -82,15 +64,7 @@ def validate_root(root: str | None) -> None:
 
 
 class Bilinear(Pooling):
-    """The packed upper triangle of the pooled matrix, and the square roots of its entries.
-
-    Args:
-        channels: of the maps.
-        root: one of `ROOTS`.
-
-    Raises:
-        UserError: there is no such root.
-    """
+    """The packed upper triangle of the pooled matrix, and a root (of `ROOTS`) of its entries."""
 
     def __init__(self, channels: int, root: str | None = "signed") -> None:
         validate_root(root)
@@ -100,7 +74,7 @@ class Bilinear(Pooling):
         self.degree = 0.5 if root else 1.0
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        """Return the symmetric matrix (batch, channels, channels) to pack; subclasses compute another."""
+        """Return symmetric matrices (batch, channels, channels) to pack; subclasses have others."""
         return bilinear_pool(maps, mass)
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:

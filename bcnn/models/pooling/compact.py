@@ -1,9 +1,9 @@
 """Compact bilinear pooling: a random sketch of the pooled matrix, of some thousand entries.
 
 A tensor sketch sends the product of channels i and j to entry h(i) + k(j) (modulo the width) with sign
-s(i)·t(j), with h, k, s, t drawn once. Inner products of sketches are those of the pooled matrices, up to
-noise. A sketch is linear in the matrix, so the pooled matrix is sketched once, without a Fourier transform
-of every location's features.
+s(i)·t(j), with h, k, s, t drawn once. Inner products of sketches are those of the pooled matrices, up
+to noise. A sketch is linear in the matrix, so the pooled matrix is sketched once, without a Fourier
+transform of every location's features.
 
 Source: Gao et al., "Compact Bilinear Pooling", CVPR 2016.
 """
@@ -13,20 +13,16 @@ from torch import Tensor
 
 from bcnn.models.pooling.base import Pooling
 from bcnn.models.pooling.bilinear import ROOTS, bilinear_pool, validate_root
-from bcnn.utils.errors import UserError
 
 
 class Compact(Pooling):
-    """A sketch of the pooled matrix, and the square roots of its entries.
+    """A sketch of the pooled matrix, and a root of its entries.
 
     Args:
         channels: of the maps.
         width: entries of a descriptor.
         root: one of `ROOTS`.
         seed: of the hashes, which are saved with the weights.
-
-    Raises:
-        UserError: an argument is out of its range.
     """
 
     hashes: Tensor  # (2, channels): h and k
@@ -36,8 +32,6 @@ class Compact(Pooling):
         self, channels: int, width: int = 8192, root: str | None = "signed", seed: int = 0
     ) -> None:
         validate_root(root)
-        if not isinstance(width, int) or width < 1:
-            raise UserError(f"model.pooling.width={width}: a whole number over 0")
         super().__init__(channels)
         self.width = width
         self.root = root

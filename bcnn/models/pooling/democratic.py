@@ -1,9 +1,9 @@
 """γ-democratic pooling: locations are weighted so that none dominates.
 
-In a plain sum, features that are large, or frequent in the image, dominate. A location's contribution is
-its inner product with the pooled matrix, α_i·Σ_j α_j·⟨x_i, x_j⟩². Damped Sinkhorn steps find weights α
-that make it the γ-th power of the contribution without weights: γ = 1 changes nothing, γ = 0 makes all
-contributions equal.
+In a plain sum, features that are large, or frequent in the image, dominate. A location's contribution
+is its inner product with the pooled matrix, α_i·Σ_j α_j·⟨x_i, x_j⟩². Damped Sinkhorn steps find weights
+α that make it the γ-th power of the contribution without weights: γ = 1 changes nothing, γ = 0 makes
+all contributions equal.
 
 Source: Lin, Maji & Koniusz, "Second-order Democratic Aggregation", ECCV 2018.
 """
@@ -19,16 +19,7 @@ SILENT = 1e-16  # a location of a smaller contribution is not weighted
 
 
 class Democratic(Bilinear):
-    """The pooled matrix of weighted locations, and the square roots of its entries.
-
-    Args:
-        channels: of the maps.
-        gamma: γ, from 0 to 1.
-        root: one of `ROOTS`.
-
-    Raises:
-        UserError: an argument is out of its range.
-    """
+    """The pooled matrix of weighted locations, with γ from 0 to 1, and a root of its entries."""
 
     def __init__(self, channels: int, gamma: float = 0.5, root: str | None = "signed") -> None:
         if not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
@@ -40,7 +31,7 @@ class Democratic(Bilinear):
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
         mass = x.new_ones(1, x.shape[2]) if mass is None else mass
-        # A factor common to all weights does not change the descriptor: features are scaled to length 1.
+        # A factor common to all weights does not change the descriptor: features have lengths up to 1.
         unit = x / x.detach().norm(dim=1).amax(dim=1)[:, None, None].clamp_min(1e-24)
         weight = mass * self._weights((unit.mT @ unit).square(), mass)
         return (x * weight[:, None]) @ x.mT / x.shape[2]

@@ -6,9 +6,9 @@ inverse. Pooled matrices have many small eigenvalues: after the usual 5 steps th
 has an error of a fifth. Here each step is scaled for the whole interval [`SMALLEST`, 1] of roots: they
 grow up to 2.6-fold, and 10 steps are enough.
 
-Roots below `SMALLEST` times that of the trace come out too small, by no more than themselves. More steps
-would diverge in float32: on eigenvalues of zero, of which a matrix of fewer locations than channels has
-many, Z and its rounding error grow to 1/`SMALLEST`.
+Roots below `SMALLEST` times that of the trace come out too small, by no more than themselves. More
+steps would diverge in float32: on eigenvalues of zero, of which a matrix of fewer locations than
+channels has many, Z and its rounding error grow to 1/`SMALLEST`.
 
 Sources: Li et al., "Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix
 Square Root Normalization", CVPR 2018; the scaling, Chen & Chow, "A Stable Scaling of Newton-Schulz for
@@ -24,15 +24,10 @@ SMALLEST = 1e-3
 
 
 class NewtonSchulz(Bilinear):
-    """The pooled matrix's square root, by iteration.
+    """The pooled matrix's square root, by iteration; for the arguments see `Sqrt`.
 
-    In float32, descriptors are within 1e-3 of those of `sqrt` (4e-4 on photographs), and within 1e-2
+    In float32, descriptors are within 1e-3 of those of `Sqrt` (4e-4 on photographs), and within 1e-2
     where all locations of an image are alike.
-
-    Args:
-        channels: of the maps.
-        centred: take the covariance of the features in place of their second moment.
-        root: of the entries, after that of the matrix; none by default.
     """
 
     def __init__(self, channels: int, centred: bool = False, root: str | None = None) -> None:
@@ -51,7 +46,7 @@ class NewtonSchulz(Bilinear):
 
 
 def newton_schulz(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return square roots of symmetric matrices (n, c, c) with eigenvalues in 0..1, and their inverses."""
+    """Return roots of symmetric matrices (n, c, c) with eigenvalues in 0..1, and their inverses."""
     eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
     y, z = a, eye.expand_as(a)
     low = SMALLEST  # roots that began in `SMALLEST`..1 are in low..1

@@ -35,9 +35,6 @@ class Sqrt(Bilinear):
         centred: take the covariance of the features in place of their second moment.
         root: of the entries, after that of the matrix; none by default.
         power: α, over 0 and up to 1; ½ for the square root.
-
-    Raises:
-        UserError: an argument is out of its range.
     """
 
     def __init__(
