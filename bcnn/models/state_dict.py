@@ -69,7 +69,9 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if zipfile.is_zipfile(path):  # uncompressed, as torch writes it: else it may take any memory
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:  # by torch without compression: else it may take any amount of memory
         with zipfile.ZipFile(path) as members:
             if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
                 raise ValueError("compressed")
