@@ -8,18 +8,14 @@ import io
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from bcnn.models.bilinear_cnn import BCNN, build
 from bcnn.models.state_dict import load_state, read_state_dict, validate_state
 from bcnn.models.third_party import from_original, is_original, to_original
-from bcnn.models.weights import (
-    initialise_backbone as initialise_backbone,
-)  # alias: removed at the merge
+from bcnn.models.weights import initialise_backbone  # noqa: F401  # alias: removed at the merge
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write
 
@@ -44,16 +40,25 @@ def load_model(
         OSError: the file cannot be opened.
         UserError: it is damaged, or does not hold a bilinear CNN.
     """
-    tensors, about, _ = _read(path, classes, normalization)
+    tensors, about = read_state_dict(path)
+    if is_original(tensors):
+        tensors, about = from_original(tensors, path, classes, normalization)
+    elif not {"classes", "preprocessing"} <= about.keys():
+        raise UserError(
+            f"{path} holds no bilinear CNN with its description; features alone go to "
+            f"model.weights={path}"
+        )
+    try:
+        with torch.device("meta"):  # no memory before the whole network is known to be in the file
+            expected = build(about).state_dict()
+        validate_state(expected, tensors)
+    except Exception as error:  # a class may raise anything, given a stranger's options
+        reason = error if isinstance(error, UserError) else f"its description is wrong ({error!r})"
+        raise UserError(f"{path} cannot be understood: {reason}") from error
     model = build(about)
     load_state(model, tensors, path)
     model.assumed = about.get("assumed", "")
     return model.eval()
-
-
-def network_in(path: str | Path) -> BCNN:
-    """Return the network of a file on the meta device: everything but its weights; see `load_model`."""
-    return _read(path)[2]
 
 
 def save_model(model: BCNN, path: str | Path) -> None:
@@ -93,25 +98,3 @@ def describe(model: BCNN) -> dict[str, str]:
         "preprocessing": f"upright (EXIF), RGB, resized {resized} ({preprocessing.interpolation}, "
         f"antialiased), centre crop of {size} × {size} px, uint8 in 0..255; the model normalises",
     }
-
-
-def _read(
-    path: str | Path, classes: list[str] | None = None, normalization: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any], BCNN]:
-    """Return a file's tensors, its description, and the network of both on the meta device."""
-    tensors, about = read_state_dict(path)
-    if is_original(tensors):
-        tensors, about = from_original(tensors, path, classes, normalization)
-    elif not {"classes", "preprocessing"} <= about.keys():
-        raise UserError(
-            f"{path} holds no bilinear CNN with its description; features alone go to "
-            f"model.weights={path}"
-        )
-    try:
-        with torch.device("meta"):  # no memory before the whole network is known to be in the file
-            network = build(about)
-        validate_state(network.state_dict(), tensors)
-    except Exception as error:  # a class may raise anything, given a stranger's options
-        reason = error if isinstance(error, UserError) else f"its description is wrong ({error!r})"
-        raise UserError(f"{path} cannot be understood: {reason}") from error
-    return tensors, about, network
