@@ -1,33 +1,39 @@
-"""From a file to an upright RGB image in 0..255."""
+"""From a file to an upright RGB image with values 0..255."""
 
+import importlib
 import math
+import os
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
-from PIL.ImageFile import ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from bcnn.data.formats import open_image
 from bcnn.utils.errors import UserError
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this many times the side needed.
-# On 272 photographs of flowers, at the least that each allows: 1 changes the top-1 of four, 1.5 and 2
+# On 272 images of flowers, at the least that each allows: 1 changes the top-1 of four, 1.5 and 2
 # that of none.
 MARGIN = 1.5
 
-# Of the decoding, up by one with every change of what comes out: what was remembered of before is not
-# believed.
-VERSION = 2
+# Increase with every change of what decoding returns: older caches are then not used.
+VERSION = 3
 
-ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+# The formats that are opened, by Pillow's names. Others are no photographs, are not decoded by Pillow,
+# or are programs: Pillow has Ghostscript run PostScript.
+FORMATS = {
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA"),
+    *("TIFF", "WEBP"),
+}
+HEIC = (".heic", ".heif")
+
+ORIENTATION = 0x0112  # a tag of EXIF
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
-
-# How the file's pixels come to lie upright, by the orientation.
-TURNS = {
+TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,13 +44,51 @@ TURNS = {
 }
 
 
+def _register_plugins() -> None:
+    if find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    if find_spec("pillow_avif"):
+        importlib.import_module("pillow_avif")
+
+
+_register_plugins()  # at import, so that every process that decodes has them
+_SUFFIXES = (*HEIC, *(s for s, name in Image.registered_extensions().items() if name in FORMATS))
+
+
+def has_image_suffix(name: str) -> bool:
+    """Return whether a file of this name is taken for an image; decoding may need a plug-in."""
+    return name.lower().endswith(_SUFFIXES)
+
+
+def file_state(path: str | Path) -> tuple[int, int, int, int]:
+    """Return size, modification time, change time and inode, which change with the file.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def open_image(file: str | Path | BinaryIO) -> ImageFile.ImageFile:
+    """Open an image of one of `FORMATS`, whatever the file is named; pixels are not decoded yet.
+
+    Raises:
+        UnidentifiedImageError: the file has none of these formats.
+        OSError: it cannot be opened.
+    """
+    image = Image.open(file, "r", [name for name in Image.ID if name in FORMATS])
+    image.filename = ""  # or Pillow maps the file into memory and ignores the orientation of a TIFF
+    return image
+
+
 def load_image(path: str | Path, side: int | None = None) -> Image.Image:
-    """An image of any of `bcnn.data.formats.FORMATS`, as `upright_rgb`.
+    """Load an image of one of `FORMATS`: see `upright_rgb`.
 
     Args:
-        path: of the file.
-        side: the short side in pixels that the image is going to be resized to. A JPEG of several
-            times that is then decoded at a fraction of its size. None: whole.
+        path: the file.
+        side: the short side in pixels that the image will be resized to. A JPEG several times as large
+            is decoded at a fraction of its size. None: decode at full size.
 
     Raises:
         UserError: the file cannot be decoded.
@@ -54,50 +98,61 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[ImageFile]:
-    """As `open_image`. Raises UserError: it cannot be opened, or what is done with it fails."""
+def opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
+    """Open an image as `open_image` does; errors in the block name the file, as decoders' do not.
+
+    Raises:
+        UserError: the file cannot be opened, or the block raises.
+    """
     try:
         with open_image(path) as file:
             yield file
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"there is no image {path}") from error
-    except Exception as error:  # decoders raise whatever the bytes lead them into
-        raise UserError(f"cannot read the image {path} ({error}): repair or remove it") from error
+    except Exception as error:  # decoders raise many types
+        raise UserError(f"cannot read the image {path}: {reason(path, error)}") from error
 
 
-def decode(file: ImageFile, side: int | None) -> Image.Image:
-    """As `load_image`, of a file that is open."""
+def reason(path: str | Path, error: Exception) -> str:
+    """Return on one line why an image could not be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        if str(path).lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
+            return "HEIC needs a plug-in: pip install pillow-heif"
+        return "not an image, damaged at its beginning, or of a format that is not supported"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def decode(file: ImageFile.ImageFile, side: int | None) -> Image.Image:
+    """Decode an open image: see `load_image`."""
     if side is not None:
-        least = math.ceil(MARGIN * side)
-        file.draft(None, (least, least))  # Pillow's name for it; of JPEGs only
+        draft_side = math.ceil(MARGIN * side)
+        file.draft(None, (draft_side, draft_side))  # has an effect on JPEGs only
     return upright_rgb(file)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """As its EXIF orientation says, as RGB in 0..255; transparency shows white.
+    """Return the image turned by its EXIF orientation, as RGB with values 0..255, on white.
 
     Grey of more than 8 bits or in floats is scaled so that white becomes 255. White is 1 where floats
-    do not exceed it, else the largest number of 8, 10, 12, 14 or 16 bits: the fewest that hold what
-    the file has, and what it says it may have.
+    do not exceed it, else the largest number of 8, 10, 12, 14 or 16 bits: the fewest that hold the
+    values, and the largest value that the file states.
 
     Raises:
-        ValueError: it cannot be told which value is white, or Pillow does not read all of the bits.
+        ValueError: white is unknown, or Pillow does not read all bits.
     """
     raw_modes = " ".join(str(tile.args) for tile in getattr(image, "tile", []))  # gone once decoded
     image.load()
-    turn = TURNS.get(_orientation(image))
+    transposition = TRANSPOSITIONS.get(_orientation(image))
     if image.mode.startswith(("I", "F")):
         image = _eight_bit_grey(image)
     elif raw_modes:
-        _refuse_lost_bits(image, raw_modes)
-    if turn is None:
+        _validate_bits(image, raw_modes)
+    if transposition is None:
         image = image.copy()
     else:
-        image = image.transpose(turn)
+        image = image.transpose(transposition)
         for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)  # or it would be turned again
+            image.info.pop(key, None)  # or a second call would turn it again
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -105,47 +160,30 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """What the EXIF says, 1 where it says nothing or cannot be read."""
     try:
-        return _exif_orientation(image.info.get("exif", b"")) or image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow raises whatever the bytes lead it into
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises many types at damaged EXIF data
         return 1
-
-
-def _exif_orientation(exif: bytes) -> int:
-    """The orientation in the first directory, 0 without one; Pillow's reader stops at an odd tag."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = "<" if tiff.startswith(b"II") else ">"
-    integers = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i"}  # by EXIF's number of the type
-    try:
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
-            if tag == ORIENTATION and kind in integers:
-                return int(struct.unpack_from(f"{order}{integers[kind]}", tiff, entry + 8)[0])
-    except struct.error:  # it ends before
-        pass
-    return 0
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image, np.float32)
     low, high = float(values.min()), float(values.max())
-    real = image.mode == "F"
-    # A float a little above 1 may be the glare of an image in 0..1, which as 0..255 would be black.
-    if not 0 <= low <= high <= 65535 or (real and 1 < high < 16):
+    is_float = image.mode == "F"
+    # Floats a little above 1 may be glare in an image of 0..1, which would be black if 255 were white.
+    if not 0 <= low <= high <= 65535 or (is_float and 1 < high < 16):
         raise ValueError(
-            f"its values run from {low:g} to {high:g}, and which of them is white is not known: save "
-            "it with 8 bits a channel"
+            f"its values run from {low:g} to {high:g} and it is unknown which is white: save it with "
+            "8 bits a channel"
         )
-    most = max(high, _largest_stated(image))
-    white = 1 if real and high <= 1 else next(2**n - 1 for n in (8, 10, 12, 14, 16) if most < 2**n)
+    most = max(high, _stated_maximum(image))
+    unit_range = is_float and high <= 1
+    white = 1 if unit_range else next(2**n - 1 for n in (8, 10, 12, 14, 16) if most < 2**n)
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
-def _largest_stated(image: Image.Image) -> int:
-    """The largest value that the file says a pixel can have, 0 where it says nothing."""
+def _stated_maximum(image: Image.Image) -> int:
+    """Return the largest pixel value that a TIFF states, 0 where a file states none."""
     bits = _bits_per_sample(image)
     if bits < 16:
         return 2**bits - 1
@@ -154,17 +192,18 @@ def _largest_stated(image: Image.Image) -> int:
 
 
 def _bits_per_sample(image: Image.Image) -> int:
-    """Of a TIFF, 0 of others."""
+    """Return the bits of a TIFF's channel, 0 for other formats."""
     return int(max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (0,))))
 
 
-def _refuse_lost_bits(image: Image.Image, raw_modes: str) -> None:
-    """Of 16 bits a channel Pillow keeps the upper 8; of planes, as TIFF may have, it reads half."""
+def _validate_bits(image: Image.Image, raw_modes: str) -> None:
+    """Raise ValueError where Pillow drops bits that matter.
+
+    Of 16 bits a channel it keeps the upper 8; of 16-bit TIFF planes it reads half.
+    """
     lost = _bits_per_sample(image) > 8
     if re.search(";16[BLN]", raw_modes):
         channels = dict(zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True))
         lost = max(high for band, (_, high) in channels.items() if band not in "Aa") < 64
     if lost:
-        raise ValueError(
-            "its 16 bits a channel cannot be read faithfully: save it with 8 bits a channel"
-        )
+        raise ValueError("its 16 bits a channel cannot be read in full: save it with 8 bits a channel")

@@ -1,35 +1,29 @@
-"""From a folder or a list to labelled paths: which image is of which class and in which split."""
+"""From a folder or a list to an index of images: the class and the split of each."""
 
-import csv
-import io
+import difflib
 import os
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
-from bcnn.data.formats import files_below, images_below, is_ignored, is_image
-from bcnn.utils.cells import name_of
+import torch
+
+from bcnn.data.image_files import count_suffixes, files_below, is_image, listed
+from bcnn.data.lists import read_rows
+from bcnn.data.split_folders import (
+    class_name,
+    holds_images,
+    possible_splits,
+    split_folders,
+    split_of,
+    subfolders,
+)
 from bcnn.utils.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
 
-# What people call a split, as a folder or in a list.
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "development"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout", "heldout"), "test"),
-}
-BESIDE = {"set", "data", "images", "photos", "split"}  # words that say nothing beside a split's
-
-OWN = ("outputs", "multirun")  # where a run in a folder of photographs puts its files
-
-METADATA = "metadata.csv"  # of file_name,label
-
-WAYS_IN = "<class>/<images>, {train,val,test}/<class>/<images>, or a list (data.list)"
+METADATA = "metadata.csv"  # Hugging Face's list of file_name,label beside the images
 
 
 @dataclass
@@ -37,12 +31,12 @@ class ImageIndex:
     """Images by class and split.
 
     Args:
-        classes: the names that labels count in, of classes without images too.
-        train: images to train on; all of them where nothing says which split they are in.
-        val: images to validate on.
-        test: images to test on.
-        divided: whether a folder or a list said which images are in which split.
-        remarks: what was left out or could be meant otherwise, a sentence each.
+        classes: names by label; a class may have no images.
+        train: (path, label) of the images to train on; of all images if no split is given.
+        val: of those to validate on.
+        test: of those to test on.
+        divided: whether a folder or a list gives the splits.
+        remarks: warnings about what was left out or may be meant otherwise.
     """
 
     classes: list[str]
@@ -51,6 +45,17 @@ class ImageIndex:
     test: Samples = field(default_factory=list)
     divided: bool = True
     remarks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, entries: Sequence[tuple[str, str, str]], classes: Iterable[str] = (), divided: bool = True
+    ) -> "ImageIndex":
+        """Return the index of (path, class, split) entries; `classes` may add some without images."""
+        index = cls(sorted({name for _, name, _ in entries}.union(classes)), divided=divided)
+        labels = {name: label for label, name in enumerate(index.classes)}
+        for path, name, split in entries:
+            index.splits[split].append((path, labels[name]))
+        return index
 
     @property
     def splits(self) -> dict[str, Samples]:
@@ -65,313 +70,153 @@ class ImageIndex:
         return [path for path, _ in self.samples]
 
     def without(self, paths: Container[str]) -> "ImageIndex":
-        """The same without these images; their classes stay."""
-        train, val, test = (
-            [(path, label) for path, label in samples if path not in paths]
-            for samples in self.splits.values()
-        )
-        return replace(self, train=train, val=val, test=test)
+        """Return the index without these images; their classes stay."""
+        kept = {
+            split: [sample for sample in samples if sample[0] not in paths]
+            for split, samples in self.splits.items()
+        }
+        return replace(self, **kept)  # type: ignore[arg-type]
 
     def counts(self, split: str) -> list[int]:
-        """Images of each class in a split."""
-        counts = [0] * len(self.classes)
-        for _, label in self.splits[split]:
-            counts[label] += 1
-        return counts
+        """Return the number of images of each class in a split."""
+        counts = Counter(label for _, label in self.splits[split])
+        return [counts[label] for label in range(len(self.classes))]
 
 
 def read_folder(root: Path) -> ImageIndex:
-    """`root/{train,val,test}/<class>/*`, by any name of `SPLITS`, or `root/<class>/*`.
+    """Read `root/{train,val,test}/<class>/*`, by any of their usual names, or `root/<class>/*`.
 
     Images without class folders are labelled by a `metadata.csv` beside them.
 
     Raises:
-        UserError: there is no such folder, two folders for one split, or a folder that looks like a
-            split, or stands beside splits, and is none that is known.
+        OSError: the folder cannot be read.
+        UserError: two folders are one split, or a folder may be a split and has another name.
     """
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root} (data.root)")
-    if lists := _metadata(root):
-        return _read_lists(lists)
-    parts = _split_folders(root)
-    folders = [
-        (split, _name(folder.name), folder)
-        for split, part in (parts or {"train": root}).items()
-        for folder in subfolders(part)
-    ]
-    layout = ImageIndex(sorted({name for _, name, _ in folders}), divided=bool(parts))
-    labels = {name: label for label, name in enumerate(layout.classes)}
-    left_out: Counter[str] = Counter()
-    for split, name, folder in folders:
-        samples, label = layout.splits[split], labels[name]
-        for path, reason in files_below(folder, root):
-            if reason:
-                left_out[reason] += 1
-            else:
-                samples.append((path, label))
-    if left_out:
-        reasons = listed(f"{count} {reason}" for reason, count in left_out.most_common())
-        layout.remarks.append(
-            f"{left_out.total()} files left out, no images or counted already: {reasons}"
-        )
-    if not parts:
-        layout.remarks += _alike(root)
-    return layout
-
-
-def _metadata(root: Path) -> dict[str, Path]:
-    """Hugging Face's lists of a folder's images, which are beside them: one, or one of each split."""
-    named = ((_split_of(folder.name), folder) for folder in subfolders(root))
-    parts = {found[0]: folder for found, folder in named if found and not found[1]}
-    places = {split: folder / METADATA for split, folder in {"": root, **parts}.items()}
-    lists = {
-        split: file
-        for split, file in places.items()
-        if file.is_file() and _holds_images(file.parent) and _labels(_rows(file)[0][1])
-    }
-    if lists and "" not in lists and (others := parts.keys() - lists):
-        raise UserError(
-            f"{parts[min(others)]} has no {METADATA} of file_name,label and images beside it, as "
-            f"{listed(map(str, lists.values()))}: add it, or move the folder away"
-        )
-    return lists
-
-
-def _read_lists(lists: Mapping[str, Path]) -> ImageIndex:
-    """A list of all, called "", or a list of each split."""
-    if "" in lists:
-        return read_list(lists[""])
-    read = {split: read_list(file) for split, file in lists.items()}
-    layout = ImageIndex(sorted({name for part in read.values() for name in part.classes}))
-    for split, part in read.items():
-        names = [part.classes[label] for _, label in part.samples]
-        layout.splits[split] += [
-            (path, layout.classes.index(name))
-            for (path, _), name in zip(part.samples, names, strict=True)
-        ]
-    return layout
-
-
-def _alike(root: Path) -> list[str]:
-    """Says so where all class folders hold the same folders: unknown splits look like that."""
-    inside = [_names(folder) for folder in subfolders(root) if not _holds_images(folder)]
-    if len(inside) < 2 or len(inside[0]) < 2 or any(names != inside[0] for names in inside):
-        return []
-    folders = listed((f"{folder.name}/" for folder in subfolders(root)), 3)
-    return [
-        f"{folders} hold folders of the same names ({listed(sorted(inside[0]), 3)}) and were taken for "
-        "classes: splits are called train, val and test"
-    ]
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders of the splits; none where `root` holds class folders."""
-    # with images in it, a folder is a class, whatever its name
-    folders = [folder for folder in subfolders(root) if not _holds_images(folder)]
-    named = [(folder, *found) for folder in folders if (found := _split_of(folder.name))]
-    # test_tube is a class, but seg_train and seg_test are splits
-    affixes = Counter(affix for affix, _ in {(affix, split) for _, split, affix in named})
-    parts: dict[str, Path] = {}
-    for folder, split, affix in named:
-        if affix and affixes[affix] < 2:
-            raise UserError(
-                f"{folder} looks like a split and is none that is known: call it {split}/, or, if it "
-                "is a class, put its images into it without folders between"
-            )
-        if split in parts:
-            raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
-        parts[split] = folder
-    beside = _names(root)
-    for folder in subfolders(root):
-        if folder in parts.values():
-            continue
-        if parts and any(images_below(folder)):
-            raise UserError(
-                f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
-                "train, val or test if it is one, move it into train/ if it is a class, or move it away"
-            )
-        if not parts and folder in folders and _names(folder) & beside:
-            raise UserError(
-                f"{folder} holds folders of the same names as those beside it, like a split: call it "
-                f"train, val or test, and move the class folders into {root}/train, or move it away"
-            )
-    return {split: _inner(folder, split) for split, folder in parts.items()}
-
-
-@lru_cache  # a list may have a million lines
-def _split_of(name: str) -> tuple[str, str] | None:
-    """The split that a folder's name speaks of, and what else is in the name ("seg" of seg_train)."""
-    words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+|\d+", name.casefold())]
-    if "".join(words) in SPLITS:  # hold_out
-        return SPLITS["".join(words)], ""
-    splits = [word for word in words if word in SPLITS]
-    if len(splits) != 1:
-        return None
-    affix = (word for word in words if word and word not in {*splits, *BESIDE})
-    return SPLITS[splits[0]], " ".join(affix)
-
-
-def _inner(folder: Path, split: str) -> Path:
-    """Where the class folders are: archives often hold seg_train/seg_train/<class>."""
-    inside = subfolders(folder)
-    if len(inside) == 1 and not _holds_images(inside[0]):
-        found = _split_of(inside[0].name)
-        if found and found[0] == split:
-            return inside[0]
-    return folder
-
-
-def _holds_images(folder: Path) -> bool:
-    return any(is_image(file.name) for file in folder.iterdir())
-
-
-def _names(folder: Path) -> set[str]:
-    return {_name(inside.name) for inside in subfolders(folder)}
+    if lists := _metadata_lists(root):
+        return _read_metadata(lists)
+    parts = split_folders(root)
+    entries, classes, others = [], set(), []
+    for split, part in (parts or {"train": root}).items():
+        for folder in subfolders(part):
+            name = class_name(folder.name)
+            classes.add(name)
+            files = [*files_below(folder)]
+            entries += [(path, name, split) for path in files if is_image(path)]
+            others += [path for path in files if not is_image(path)]
+    index = ImageIndex.of(entries, classes, divided=bool(parts))
+    if others:
+        index.remarks.append(f"{len(others)} files left out, no images: {count_suffixes(others)}")
+    return index if parts else replace(index, remarks=[*index.remarks, *possible_splits(root)])
 
 
 def read_list(file: Path) -> ImageIndex:
-    """Lines of `path,label[,split]`, with or without a line that names the columns.
-
-    The columns are apart by tabs, commas, semicolons or blanks: by the first of these that divides the
-    first line. Paths are absolute, or relative to the list's folder.
+    """Read lines of `path,label[,split]`: see `read_rows`. Paths are absolute or relative to the list.
 
     Raises:
-        UserError: the list or an image of it cannot be found, or a line is not understood.
+        OSError: the list cannot be read.
+        UserError: a line is not understood, or an image does not exist.
     """
-    rows = _rows(file)
-    header = _labels(rows[0][1])
-    if header:
-        rows = rows[1:]
+    columns, rows = read_rows(file)
+    entries: dict[str, tuple[str, str, str]] = {}
+    for line, row in rows:
+        path, label = str(file.parent / row["path"]), row.get("label", "")
+        found = split_of(row.get("split", "train"))
+        if not label:
+            mistake = "no label: expected path,label or path,label,split"
+        elif len(label.splitlines()) > 1:
+            mistake = "a label of several lines: is there a stray quote?"
+        elif found is None or found[1]:
+            mistake = f"split {row['split']!r:.99} is not train, val or test"
+        elif path in entries:
+            mistake = f"{row['path']:.999} is in the list already"
+        elif not os.path.isfile(path):
+            hint = " (write / in place of \\)" if "\\" in path and os.sep != "\\" else ""
+            mistake = f"there is no file {path:.999}{hint}"
+        else:
+            entries[path] = path, class_name(label), found[0]
+            continue
+        raise UserError(f"{file}, line {line}: {mistake}")
+    return ImageIndex.of([*entries.values()], divided="split" in columns)
+
+
+def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) -> ImageIndex:
+    """Return the images of the `chosen` classes, or of that many drawn by `seed`, in the same order.
+
+    Raises:
+        UserError: there are no such classes, or fewer than are to be drawn.
+    """
+    if isinstance(chosen, int):
+        if not 2 <= chosen <= len(index.classes):
+            raise UserError(f"data.classes={chosen}: choose from 2 to {len(index.classes)} classes")
+        order = torch.randperm(len(index.classes), generator=torch.Generator().manual_seed(seed))
+        names = {index.classes[i] for i in order[:chosen].tolist()}
     else:
-        header = ["path", "label", "split"][: len(rows[0][1])]
-    if len(header) < 2:
-        raise UserError(f"{file}, line {rows[0][0]}: expected path,label or path,label,split")
-    folder = file.parent
-    entries: dict[str, tuple[str, str, int]] = {}
-    for number, cells in rows:
-        if len(cells) != len(header):
-            raise UserError(
-                f"{file}, line {number}: {len(cells)} columns where {len(header)} are expected "
-                f"({','.join(header)}); put a path with blanks or commas in it in double quotes"
-            )
-        row = dict(zip(header, cells, strict=True))
-        path = str(folder / row["path"])
-        found = _split_of(row.get("split", "train"))
-        if not row["label"]:
-            raise UserError(f"{file}, line {number}: no label")
-        if len(row["label"].splitlines()) > 1:
-            raise UserError(f"{file}, line {number}: a label of several lines: is there a stray quote?")
-        if found is None or found[1]:
-            raise UserError(
-                f"{file}, line {number}: split {row['split']!r:.99} is not train, val or test"
-            )
-        if path in entries:
-            raise UserError(f"{file}, line {number}: {row['path']:.999} is in the list already")
-        entries[path] = (_name(row["label"]), found[0], number)
-    missing = [path for path in entries if not os.path.isfile(path)]
-    if missing:
-        hint = "(a line that names the columns would read path,label or path,label,split)"
-        if "\\" in missing[0] and os.sep != "\\":
-            hint = "(Windows parts folders by \\: write / in its place)"
-        raise UserError(
-            f"{file} names {len(missing)} files that do not exist, the first of them in line "
-            f"{entries[missing[0]][2]}: {missing[0]:.999} {hint}"
-        )
-    layout = ImageIndex(sorted({name for name, *_ in entries.values()}), divided="split" in header)
-    labels = {name: label for label, name in enumerate(layout.classes)}
-    for path, (name, split, _) in entries.items():
-        layout.splits[split].append((path, labels[name]))
-    return layout
+        names = {class_name(str(name)) for name in chosen}
+    for name in sorted(names - set(index.classes)):
+        nearest = difflib.get_close_matches(name, index.classes) or index.classes[:3]
+        raise UserError(f"data.classes: there is no class {name}; there are {', '.join(nearest)}, …")
+    entries = [
+        (path, index.classes[label], split)
+        for split, samples in index.splits.items()
+        for path, label in samples
+        if index.classes[label] in names
+    ]
+    return replace(ImageIndex.of(entries, names, index.divided), remarks=index.remarks)
 
 
-def _labels(cells: list[str]) -> list[str]:
-    """The names of a list's columns, if that is what its first line has; else none."""
-    header = ["path" if cell.lower() == "file_name" else cell.lower() for cell in cells]
-    return header if {"path", "label"} <= set(header) else []
+def no_images(index: ImageIndex, source: Path) -> list[str]:
+    """Return a sentence if there are no images."""
+    expected = (
+        f"<class>/<images>, {{train,val,test}}/<class>/<images>, a {METADATA} of file_name,label, or a "
+        "list (data.list)"
+    )
+    return [] if index.samples else [f"no images in {source}: expected {expected}"]
 
 
-def no_images(layout: ImageIndex, source: Path) -> list[str]:
-    """Says so where there are none."""
-    if layout.samples:
-        return []
-    if (source / METADATA).is_file() and not _metadata(source):
-        return [f"{source / METADATA} names no columns file_name,label: a label is what is trained on"]
-    return [f"no images in {source}: expected {WAYS_IN}"]
-
-
-def mistakes(layout: ImageIndex, source: Path) -> list[str]:
-    """What keeps these images from being trained on, a sentence each."""
-    if not layout.samples:
-        return no_images(layout, source)
-    if not layout.train:
-        there = " and ".join(split for split, samples in layout.splits.items() if samples)
-        way_out = "lines of it" if source.is_file() else f"{source}/train/<class>/*"
-        return [f"{source} has images of {there} alone, and none to train on: add {way_out}"]
-    train, val, test = (layout.counts(split) for split in layout.splits)
+def mistakes(index: ImageIndex, source: Path) -> list[str]:
+    """Return the reasons why these images cannot be trained on, a sentence each."""
+    if not index.samples:
+        return no_images(index, source)
+    if not index.train:
+        held_out = " and ".join(split for split, samples in index.splits.items() if samples)
+        return [f"{source} has images of {held_out} only: add images to train on"]
+    train, val, test = (index.counts(split) for split in index.splits)
     found = []
-    empty = [label for label, count in enumerate(train) if not count and not val[label] + test[label]]
+    empty = [name for name, *n in zip(index.classes, train, val, test, strict=True) if not any(n)]
     if empty:
-        names = listed(layout.classes[label] for label in empty)
-        found.append(f"{source}: no images of the class {names}; add some, or remove the class")
+        found.append(f"{source}: no images of the class {listed(empty)}; add some, or remove the class")
     for split, counts in (("val", val), ("test", test)):
-        unknown = [layout.classes[label] for label, n in enumerate(counts) if n and not train[label]]
+        unknown = [index.classes[label] for label, n in enumerate(counts) if n and not train[label]]
         if unknown:
             found.append(
                 f"{source}: {split} holds classes that train lacks: {listed(unknown)}; add training "
                 f"images of them, or take them out of {split}"
             )
-    if len(layout.classes) == 1:
-        found.append(
-            f"{source} holds one class only ({layout.classes[0]}): a classifier needs at least two"
-        )
+    if len(index.classes) == 1:
+        found.append(f"{source} holds one class only ({index.classes[0]}): at least two are needed")
     return found
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """Names with commas between; no more than `most`, and how many are left."""
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _metadata_lists(root: Path) -> dict[str, Path]:
+    """Return Hugging Face's lists of images beside them: one of all (""), or one of each split."""
+    named = ((split_of(folder.name), folder) for folder in subfolders(root))
+    parts = {found[0]: folder for found, folder in named if found and not found[1]}
+    lists = {
+        split: folder / METADATA
+        for split, folder in {"": root, **parts}.items()
+        if (folder / METADATA).is_file()
+        and holds_images(folder)
+        and {"path", "label"} <= {*read_rows(folder / METADATA)[0]}
+    }
+    if lists and "" not in lists and (others := parts.keys() - lists):
+        raise UserError(f"{parts[min(others)]} has no {METADATA} beside its images: add it")
+    return lists
 
 
-def _rows(file: Path) -> list[tuple[int, list[str]]]:
-    """(number of its first line, cells) of each row that is not blank."""
-    if not file.exists():
-        raise UserError(f"no such list: {file} (data.list)")
-    if not file.is_file():
-        raise UserError(f"the list {file} is not a regular file: save it as UTF-8 text")
-    try:
-        content = file.read_bytes()
-        text = content.decode("utf-8-sig")  # with the mark that spreadsheets put first, or not
-    except OSError as error:
-        raise UserError(f"cannot read the list {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}, line {line}: no UTF-8 text: save it as such") from error
-    rows, start = [], 1
-    try:
-        mark = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
-        for cells in reader:
-            if any(cells := [name_of(cell.strip()) for cell in cells]):
-                rows.append((start, cells))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{file}, line {start}: {error}: is there a stray quote?") from error
-    if not rows:
-        raise UserError(f"the list {file} is empty: expected lines of path,label or path,label,split")
-    return rows
-
-
-def _first_row(text: str, mark: str) -> list[str]:
-    return next(filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=mark)), [])
-
-
-def _name(text: str) -> str:
-    """A class's name in one spelling: macOS writes an é as two code points (NFD), others as one."""
-    return unicodedata.normalize("NFC", text)
-
-
-def subfolders(folder: Path) -> Sequence[Path]:
-    found = (p for p in folder.iterdir() if p.is_dir() and not is_ignored(p.name))
-    return sorted(p for p in found if p.name not in OWN or _holds_images(p))
+def _read_metadata(lists: dict[str, Path]) -> ImageIndex:
+    if "" in lists:
+        return read_list(lists[""])
+    read = {split: read_list(file) for split, file in lists.items()}
+    return ImageIndex.of(
+        [(path, part.classes[k], split) for split, part in read.items() for path, k in part.samples]
+    )

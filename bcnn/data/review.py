@@ -1,117 +1,144 @@
-"""What a user should know of an image set before training on it, a sentence each."""
+"""Warnings about an image set, from what its check found."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bcnn.data.index import ImageIndex
-from bcnn.data.integrity import Finding
+from bcnn.data.integrity import Findings
 from bcnn.utils.progress import track
 
-IMBALANCE = 20  # images of the largest class to one of the smallest, above which it is said
-# Bits of 63 in which images that look the same differ at most. Of flowers17's 272 test images 22 have
-# one such in training, the same photograph each; of 2,485 groceries and 200 butterflies none has.
+IMBALANCE = 20  # images of the largest class for one of the smallest that cause a warning
+# Bits of 63 in which hashes of near duplicates differ at most. Of flowers17's 272 test images 22 have
+# a near duplicate in training, the same photograph each; of 2,485 groceries and 200 butterflies none.
 NEAR = 6
-BLOCK = 1024  # images at a time
+BLOCK = 1024  # images compared with all others at a time
+
+Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with one to train on
 
 
-def duplicates(layout: ImageIndex, findings: Mapping[str, Finding]) -> list[str]:
-    """The same pixels in training and in validation or test, a sentence for each of these two."""
-    trained = {findings[path].digest: path for path, _ in layout.train}
+def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs) -> list[str]:
+    """Return all warnings about a set, a sentence each.
+
+    Args:
+        index: the intact images.
+        drawn: the same with splits drawn.
+        findings: of the images.
+        near: near duplicates, of `lookalikes`.
+    """
+    similar = [
+        f"{len(pairs)} of {len(drawn.splits[split])} images in {split} look the same as one in train, "
+        f"which makes the metrics too good: {' = '.join(pairs[0])}"
+        for split, pairs in near.items()
+        if pairs
+    ]
+    return [
+        *duplicates(drawn, findings),
+        *similar,
+        *repeats(index, findings),
+        *flat(index, findings),
+        *imbalance(drawn),
+    ]
+
+
+def duplicates(index: ImageIndex, findings: Findings) -> list[str]:
+    """Return a warning for each of val and test that holds files of train."""
+    trained = {findings[path].digest: path for path, _ in index.train}
     sentences = []
-    for split, samples in (("val", layout.val), ("test", layout.test)):
-        twins = [path for path, _ in samples if findings[path].digest in trained]
-        if twins:
-            examples = "; ".join(f"{path} = {trained[findings[path].digest]}" for path in twins[:3])
+    for split in ("val", "test"):
+        held_out = [path for path, _ in index.splits[split]]
+        same = [path for path in held_out if findings[path].digest in trained]
+        if same:
+            examples = "; ".join(f"{path} = {trained[findings[path].digest]}" for path in same[:3])
             sentences.append(
-                f"{len(twins)} of {len(samples)} images in {split} are in train too, which flatters "
-                f"the figures: {examples}"
+                f"{len(same)} of {len(held_out)} images in {split} are in train too, which makes the "
+                f"metrics too good: {examples}"
             )
     return sentences
 
 
-def repeats(layout: ImageIndex, findings: Mapping[str, Finding]) -> list[str]:
-    """The same pixels under two classes, of which one is wrong, and several times under one."""
-    first: dict[tuple[str, int], str] = {}
-    again, classes = [], defaultdict[str, set[int]](set)
-    for path, label in layout.samples:
-        digest = findings[path].digest
-        if (earlier := first.setdefault((digest, label), path)) != path:
-            again.append(f"{path} = {earlier}")
-        classes[digest].add(label)
-    torn = [
-        " = ".join(first[digest, label] for label in sorted(labels))
-        for digest, labels in classes.items()
-        if len(labels) > 1
+def repeats(index: ImageIndex, findings: Findings) -> list[str]:
+    """Return warnings about files in two classes, one of them wrong, and several times in one."""
+    copies: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path, label in index.samples:
+        copies[findings[path].digest][label].append(path)
+    conflicts = [
+        " = ".join(by_class[label][0] for label in sorted(by_class))
+        for by_class in copies.values()
+        if len(by_class) > 1
+    ]
+    again = [
+        f"{path} = {first}"
+        for by_class in copies.values()
+        for first, *others in by_class.values()
+        for path in others
     ]
     sentences = []
-    if torn:
+    if conflicts:
         sentences.append(
-            f"{_so_many(torn, 'photograph is', 'photographs are')} in more than one class, so that a "
-            f"label of each is wrong, and none is drawn to validate or test: {'; '.join(torn[:3])}"
+            f"{_count(conflicts, 'image is', 'images are')} in more than one class, so that labels are "
+            f"wrong, and none of them is drawn to validate or test: {'; '.join(conflicts[:3])}"
         )
     if again:
-        said = _so_many(again, "image repeats", "images repeat")
-        sentences.append(f"{said} another of their class: {'; '.join(again[:3])}")
+        number = _count(again, "image repeats", "images repeat")
+        sentences.append(f"{number} another of their class: {'; '.join(again[:3])}")
     return sentences
 
 
-def _so_many(found: list[str], one: str, several: str) -> str:
-    return f"{len(found)} {one if len(found) == 1 else several}"
+def flat(index: ImageIndex, findings: Findings) -> list[str]:
+    """Return a warning if images have one colour throughout."""
+    paths = [path for path in index.paths if findings[path].flat]
+    number = _count(paths, "image has", "images have")
+    return [f"{number} one colour throughout: {'; '.join(paths[:3])}"] if paths else []
 
 
-def lookalikes(layout: ImageIndex, findings: Mapping[str, Finding]) -> dict[str, list[tuple[str, str]]]:
-    """Images to validate and test on that look the same as one to train on, each with that one.
-
-    They are copies that were saved again, at another size or quality. Those of the same pixels
-    (`duplicates`), and what is of one colour, are left out.
-    """
-    trained = [path for path, _ in layout.train if not findings[path].flat]
-    if not trained:
-        return {}
-    known, digests = _bits(trained, findings), {findings[path].digest for path in trained}
-    found = {}
-    for split, samples in (("val", layout.val), ("test", layout.test)):
-        held = [path for path, _ in samples if not findings[path].flat]
-        held = [path for path in held if findings[path].digest not in digests]
-        pairs: list[tuple[str, str]] = []
-        parts = [held[start : start + BLOCK] for start in range(0, len(held), BLOCK)]
-        for part in track(parts, f"comparing {split} with train", unit="blocks"):
-            differ = (known.shape[1] - _bits(part, findings) @ known.T) / 2
-            nearest = differ.argmin(axis=1)
-            near = differ[range(len(part)), nearest] <= NEAR
-            pairs += [(part[i], trained[nearest[i]]) for i in near.nonzero()[0]]
-        found[split] = pairs
-    return found
-
-
-def _bits(paths: list[str], findings: Mapping[str, Finding]) -> NDArray[np.float32]:
-    """(images, 64), each 1 or -1: the product of two rows tells how many differ."""
-    looks = np.array([findings[path].look for path in paths], ">u8")
-    return 2 * np.unpackbits(looks.view(np.uint8)).reshape(-1, 64).astype(np.float32) - 1
-
-
-def flat(layout: ImageIndex, findings: Mapping[str, Finding]) -> list[str]:
-    """Says so where images show nothing: every pixel is of the same colour."""
-    paths = [path for path in layout.paths if findings[path].flat]
-    if not paths:
+def imbalance(index: ImageIndex) -> list[str]:
+    """Return a warning if the largest class has over `IMBALANCE` times the images of the smallest."""
+    counts = [(n, k) for n, k in zip(index.counts("train"), index.classes, strict=True) if n]
+    if not counts or max(counts)[0] <= IMBALANCE * min(counts)[0]:
         return []
-    return [
-        f"{_so_many(paths, 'image is', 'images are')} of one colour throughout: {'; '.join(paths[:3])}"
-    ]
-
-
-def imbalance(layout: ImageIndex) -> list[str]:
-    """Says so where the largest class has over `IMBALANCE` times the images of the smallest."""
-    counts = sorted(
-        (n, name) for n, name in zip(layout.counts("train"), layout.classes, strict=True) if n
-    )
-    if not counts or counts[-1][0] <= IMBALANCE * counts[0][0]:
-        return []
-    (few, rare), (many, common) = counts[0], counts[-1]
+    (few, rare), (many, common) = min(counts), max(counts)
     return [
         f"{many} training images of {common} and {few} of {rare}, {many / few:.0f} to 1: "
         "data.sampler=balanced draws every class equally often"
     ]
+
+
+def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
+    """Return the images of val and test that look the same as one of train, each with that one.
+
+    They are copies saved again in another format, size or quality. The same files (`duplicates`) and
+    images of one colour are left out.
+    """
+    trained = [path for path, _ in index.train if not findings[path].flat]
+    if not trained:
+        return {}
+    signs, digests = _signs(trained, findings), {findings[path].digest for path in trained}
+    found = {}
+    for split in ("val", "test"):
+        held_out = [
+            path
+            for path, _ in index.splits[split]
+            if not findings[path].flat and findings[path].digest not in digests
+        ]
+        pairs: list[tuple[str, str]] = []
+        blocks = [held_out[start : start + BLOCK] for start in range(0, len(held_out), BLOCK)]
+        for block in track(blocks, f"comparing {split} with train", unit="blocks"):
+            distances = (signs.shape[1] - _signs(block, findings) @ signs.T) / 2
+            nearest = distances.argmin(axis=1)
+            near = distances[range(len(block)), nearest] <= NEAR
+            pairs += [(block[i], trained[nearest[i]]) for i in near.nonzero()[0]]
+        found[split] = pairs
+    return found
+
+
+def _signs(paths: Sequence[str], findings: Findings) -> NDArray[np.float32]:
+    """Return (images, 64), 1 or -1 a bit: a product of two rows gives the bits that differ."""
+    hashes = np.array([findings[path].perceptual_hash for path in paths], ">u8")
+    return 2 * np.unpackbits(hashes.view(np.uint8)).reshape(-1, 64).astype(np.float32) - 1
+
+
+def _count(found: Sequence[str], one: str, several: str) -> str:
+    return f"{len(found)} {one if len(found) == 1 else several}"

@@ -1,5 +1,4 @@
-"""Which images an epoch trains on, in what order, and the seeds of what is drawn for each; and which of
-those that are evaluated a rank takes."""
+"""The order and the random seeds of an epoch's training images, and each rank's part of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,22 +8,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Draw = tuple[int, int]  # index of an image, and the seed of its crop and mirroring
-PADDING = -1  # label of an image that is not counted
+Draw = tuple[int, int]  # index of an image, and the seed of its crop and flip
+PADDING = -1  # label of an image that metrics ignore
 
 
 class SeededSampler(Sampler[Draw]):
     """Draws of an epoch's images, a function of seed and epoch alone.
 
-    Neither the number of workers, nor how many numbers were drawn before, nor an interruption changes
-    them. Ranks take them in turn, as many each, so that a batch of all ranks together is the same
-    whatever their number; the last few, fewer than there are ranks, are left out.
+    Workers, random numbers drawn before, and interruptions do not change them. Ranks take the draws in
+    turn, so that a batch of all ranks together is the same for any number of ranks; the last few draws,
+    fewer than there are ranks, are left out.
 
     Args:
-        count: of images, and of draws an epoch of all ranks together.
+        count: number of images, and of draws an epoch over all ranks.
         seed: of all draws.
-        weights: (count,), for draws with replacement in this proportion; None: every image once.
-        epoch: returns the number of the epoch that begins; None: passes over the sampler are counted.
+        weights: (count,), probabilities of draws with replacement; None: every image once.
+        epoch: returns the number of the epoch that begins; None: count passes over the sampler.
         rank: of this process.
         ranks: number of processes that train together.
     """
@@ -58,30 +57,30 @@ class SeededSampler(Sampler[Draw]):
         else:
             order = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         seeds = torch.randint(2**32, (self.count,), generator=generator)
-        mine = slice(self.rank, len(self) * self.ranks, self.ranks)
-        yield from zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
+        own = slice(self.rank, len(self) * self.ranks, self.ranks)
+        yield from zip(order[own].tolist(), seeds[own].tolist(), strict=True)
 
 
 def rank_and_world_size(trainer: L.Trainer | None) -> tuple[int, int]:
-    """The rank of this process, and the number of processes that train together."""
+    """Return the rank of this process and the number of processes that train together."""
     return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
 def shard(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list[tuple[str, int]]:
-    """What a rank evaluates of (path, label) pairs: as many as any other, being padded."""
+    """Return a rank's part of (path, label) pairs, padded so that every rank has as many."""
     rank, ranks = rank_and_world_size(trainer)
     padding = [(path, PADDING) for path, _ in samples[:1]] * (-len(samples) % ranks)
     return [*samples, *padding][rank::ranks]
 
 
 def current_epoch(trainer: L.Trainer) -> int:
-    """Number of the epoch that a trainer is in, or begins with.
+    """Return the number of the epoch that a trainer is in or begins.
 
-    Not `current_epoch`, which in a resumed trainer is behind when the iterator is made.
+    `trainer.current_epoch` of a resumed trainer is behind when the iterator is made.
     """
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
 def derive_seed(seed: int, epoch: int) -> int:
-    """A seed of 32 bits, all that torch's generator takes notice of; neighbours are unlike."""
+    """Return a seed of 32 bits, all that torch's generator uses; those of neighbours are unrelated."""
     return int(np.random.SeedSequence([seed % 2**32, epoch]).generate_state(1)[0])

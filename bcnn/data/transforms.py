@@ -16,13 +16,13 @@ STRIP = 8  # an image over this many times as long as wide is cut before it is r
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the square that the network sees.
+    """How an image becomes the square that the network takes.
 
     Args:
         size: side of the square in pixels.
-        resize: the short side ("keep") or both sides ("squash") are resized, to `side`.
+        resize: "keep" resizes the short side to `side`, "squash" both sides.
         crop_pct: share of the resized side that the square takes, as in timm.
-        interpolation: between pixels, antialiased, wherever an image is resized.
+        interpolation: antialiased, wherever an image is resized.
     """
 
     size: int = 448
@@ -35,50 +35,43 @@ class Preprocessing:
 
     @property
     def side(self) -> int:
-        """The short side in pixels that an image is resized to: what decoding need not exceed."""
+        """Short side in pixels that an image is resized to: the least that decoding must leave."""
         return round(self.size / self.crop_pct)
 
-    def identity(self) -> dict[str, Any]:
-        """What tells it from others in the keys of what is kept of images."""
-        about = asdict(self)
-        if self.interpolation == "bilinear":  # not named by what was kept before there was another
-            del about["interpolation"]
-        return about
+    def identity(self) -> dict[str, Any]:  # alias: removed at the merge
+        return asdict(self)
 
     def evaluation(self) -> v2.Compose:
-        """Resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
+        """Return resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
         return v2.Compose([v2.ToImage(), self._resized(self.side), v2.CenterCrop(self.size)])
 
-    def training(self, scale: float | None = None, step: int = 1, least: int = 1) -> v2.Compose:
-        """Random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
+    def training(self, scale: float | None = None, stride: int = 1, min_size: int = 1) -> v2.Compose:
+        """Return random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
 
         Args:
-            scale: the least share of the image's area that a crop takes, of an aspect within 4:5 and
-                5:4, before it is resized to nine tenths of `size` (Szegedy et al., "Going deeper with
-                convolutions", CVPR 2015, §6). Parts of an image show things larger than evaluation
-                does, which the smaller side makes up for (Touvron et al., "Fixing the train-test
-                resolution discrepancy", NeurIPS 2019, §3).
-                None: the image is resized as in evaluation, and the crop is of that scale and size; of
-                an image over 8 times as long as wide, it is from the middle (`_ResizeShortSide`).
-            step: that the smaller side is a multiple of, in pixels: the stride of the maps.
-            least: side that it is not under: the smallest of the network.
+            scale: least share of the image's area that a crop takes, of an aspect from 4:5 to 5:4,
+                before it is resized to nine tenths of `size` (Szegedy et al., "Going deeper with
+                convolutions", CVPR 2015, §6). Crops show objects larger than evaluation does; the
+                smaller side makes up for that (Touvron et al., "Fixing the train-test resolution
+                discrepancy", NeurIPS 2019, §3).
+                None: resize as in evaluation and crop `size`; of an image over 8 times as long as wide,
+                the crop is from the middle (`_ResizeShortSide`).
+            stride: of the network's maps; the smaller side is a multiple of it.
+            min_size: smallest side that the network takes.
         """
         crop: list[torch.nn.Module]
         if scale is None:
             crop = [self._resized(self.side), v2.RandomCrop(self.size)]
         else:
-            side = max(least, step * round(0.9 * self.size / step))
+            side = max(min_size, stride * round(0.9 * self.size / stride))
             mode = InterpolationMode(self.interpolation)
             crop = [v2.RandomResizedCrop(side, (scale, 1.0), (0.8, 1.25), mode, antialias=True)]
-            if self.resize == "squash":  # to a side of which the smallest crop need not be enlarged
+            if self.resize == "squash":  # to a side at which the smallest crop is not enlarged
                 crop.insert(0, self._resized(math.ceil(side / math.sqrt(scale))))
         return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
 
     def crop(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Where `evaluation` looks on an image: left, top, right, bottom in its pixels.
-
-        It rounds to pixels of the resized image; this does not.
-        """
+        """Return left, top, right, bottom of `evaluation`'s crop in pixels of an image, not rounded."""
         across, down = width * self.crop_pct, height * self.crop_pct
         if self.resize == "keep":
             across = down = min(across, down)
@@ -86,7 +79,6 @@ class Preprocessing:
         return left, top, left + across, top + down
 
     def _resized(self, side: int) -> torch.nn.Module:
-        """Short side to `side` pixels, keeping the aspect ratio, or both sides ("squash")."""
         mode = InterpolationMode(self.interpolation)
         if self.resize == "squash":
             return v2.Resize([side, side], mode, antialias=True)
@@ -94,10 +86,10 @@ class Preprocessing:
 
 
 class _ResizeShortSide(torch.nn.Module):
-    """As `v2.Resize`, but of a strip only a central part, 4 to 8 times as long as wide.
+    """`v2.Resize` that takes of a strip only a central part, 4 to 8 times as long as wide.
 
-    A line of 1 × 3,000 pixels would grow to 448 × 1,344,000. It is cut where a pixel begins before and
-    after the resizing, or nearly, so that the middle comes out as that of the whole.
+    A line of 1 × 3,000 pixels would grow to 448 × 1,344,000. The cut is where pixels begin before and
+    after resizing, as nearly as possible, so that the middle is the same as that of the whole strip.
     """
 
     def __init__(self, side: int, mode: InterpolationMode) -> None:
@@ -111,7 +103,7 @@ class _ResizeShortSide(torch.nn.Module):
         if long <= STRIP * short:
             return F.resize(image, [self.side], self.mode, antialias=True)
         resized = int(self.side * long / short)
-        # What is cut off either end, before and after; that even, which keeps `CenterCrop`'s rounding.
+        # Pixels cut from each end, before and after; the latter even, for `CenterCrop`'s rounding.
         least, most = -(-(long - STRIP * short) // 2), (2 * long - STRIP * short) // 4
         cuts = [(cut, 2 * round(cut * resized / long / 2)) for cut in range(least, most + 1)]
         before, after = min(cuts, key=lambda pair: abs(pair[0] * resized / long - pair[1]))

@@ -1,0 +1,106 @@
+"""Image files below a folder, and those that the paths of a command line name."""
+
+import glob
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from bcnn.data.image_io import has_image_suffix
+from bcnn.utils.console import logger
+from bcnn.utils.errors import UserError
+
+# What systems, network drives and archivers add; .DS_Store, ._* and .ipynb_checkpoints are hidden.
+SYSTEM_FILES = {"@eadir", "__macosx", "desktop.ini", "thumbs.db"}
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden or made by the system."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def is_image(path: str) -> bool:
+    """Return whether the name of a file is that of an image."""
+    name = os.path.basename(path)
+    return not is_ignored(name) and has_image_suffix(name)
+
+
+def images_below(folder: str | Path) -> Iterator[str]:
+    """Yield the images among `files_below`."""
+    return filter(is_image, files_below(folder))
+
+
+def files_below(folder: str | Path) -> Iterator[str]:
+    """Yield the files of a folder and of those below it, sorted by name, without ignored ones.
+
+    A folder is entered once, however many links lead to it.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen = {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        entered = []
+        for name in sorted(folders):
+            target = os.path.realpath(os.path.join(place, name))
+            if target not in seen and not is_ignored(name):
+                seen.add(target)
+                entered.append(name)
+        folders[:] = entered
+        yield from (os.path.join(place, name) for name in sorted(files) if not is_ignored(name))
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Return the images that paths name, in their order, and sorted by name within each.
+
+    Args:
+        paths: files, whatever their names; folders with all below them; patterns (`*.jpg`,
+            `**/*.png`); "-": standard input, a file a line.
+
+    Raises:
+        UserError: a path names no image.
+    """
+    found: list[str] = []
+    left_out: set[str] = set()
+    for path in paths:
+        if path == "-":
+            images = [
+                os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()
+            ]
+        elif os.path.isfile(path):
+            images = [path]
+        else:
+            matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
+            files = [
+                f
+                for match in matches
+                for f in (files_below(match) if os.path.isdir(match) else [match])
+            ]
+            images = list(
+                dict.fromkeys(filter(is_image, files))
+            )  # "**" matches folders and their files
+            left_out |= {file for file in files if not is_image(file)}
+        if not images:
+            raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
+        found += images
+    if left_out:
+        logger.warning(f"{len(left_out)} files left out, no images: {count_suffixes(left_out)}")
+    return found
+
+
+def count_suffixes(files: Sequence[str] | set[str]) -> str:
+    """Return how many of the files have each suffix: `2 .txt, 1 without a suffix`."""
+    counts = Counter(os.path.splitext(file)[1] or "without a suffix" for file in files)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Return names with commas between, at most `most`, and the number of the others."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _raise(error: OSError) -> None:
+    raise error
