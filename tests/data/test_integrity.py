@@ -1,0 +1,219 @@
+"""The check: broken files are found, digests are of files, and what is known is cached."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_image_io import content_of, encoded
+
+from bcnn.data import integrity
+from bcnn.data.image_io import load_image
+from bcnn.data.index import ImageIndex
+from bcnn.data.integrity import Finding, broken, cache_file, check, inspect, without_broken, write_broken
+from bcnn.utils.errors import UserError
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def bomb() -> bytes:
+    """A PNG of a hundred bytes that claims 30,000 × 30,000 pixels."""
+    content = bytearray(encoded("PNG"))
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "zero bytes": (lambda: b"", "not an image"),
+    "text": (lambda: b"not a photograph", "not an image"),
+    "decompression bomb": (bomb, "bomb"),
+    "JPEG without its last byte": (lambda: encoded("JPEG")[:-1], "truncated"),
+    "JPEG of zeros from its middle on": (lambda: half(encoded("JPEG")) + bytes(2000), ""),
+    "PNG with altered bytes": (lambda: encoded("PNG").replace(b"IDAT", b"IDAX"), ""),
+    **{
+        f"half a {kind}": (lambda kind=kind: half(content_of(kind)), "")  # type: ignore[misc]
+        for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF LZW", "GIF", "AVIF", "HEIF")
+    },
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_found(name: str, tmp_path: Path) -> None:
+    content, reason = BROKEN[name]
+    (tmp_path / "a.jpg").write_bytes(content())
+    error = inspect(str(tmp_path / "a.jpg")).error
+    assert error and reason in error.lower()
+
+
+def test_a_link_to_nowhere_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert inspect(str(tmp_path / "a.jpg")).error == os.strerror(2)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "CMYK", "4:4:4"])
+def test_every_truncation_of_a_jpeg_shows_at_an_eighth_of_its_size(kind: str, tmp_path: Path) -> None:
+    options = {"progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}}.get(kind, {})
+    content = encoded("JPEG", "CMYK" if kind == "CMYK" else "RGB", **options)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    assert not inspect(str(path)).error
+    for end in range(1, len(content), 7):
+        path.write_bytes(content[:-end])
+        assert inspect(str(path)).error, f"{end} bytes less"
+
+
+def striped(path: Path, horizontal: bool) -> str:
+    """Stripes of two greys whose mean over any 8 × 8 pixels is the same."""
+    pixels = np.full((64, 64), 90, np.uint8)
+    lines = pixels if horizontal else pixels.T
+    lines[::2], lines[1::2] = 70, 110
+    Image.fromarray(pixels).save(path, quality=100)
+    return str(path)
+
+
+def test_different_files_have_different_digests_though_their_small_decodes_agree(
+    tmp_path: Path,
+) -> None:
+    paths = [striped(tmp_path / "rows.jpg", True), striped(tmp_path / "columns.jpg", False)]
+    assert load_image(paths[0], 1).tobytes() == load_image(paths[1], 1).tobytes()
+    first, second = (inspect(path) for path in paths)
+    assert first.digest != second.digest
+    assert first.perceptual_hash == second.perceptual_hash
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(Path(paths[0]).read_bytes())
+    assert inspect(str(copy)) == first
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_images_of_one_colour_are_found_at_full_size(tmp_path: Path, suffix: str) -> None:
+    plain = np.full((40, 40, 3), 90, np.uint8)
+    speck = plain.copy()
+    speck[::2, ::2], speck[1::2, 1::2] = 70, 110  # at an eighth of the size as the plain one
+    for name, pixels in (("plain", plain), ("speck", speck)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.{suffix}")
+    found = [inspect(str(tmp_path / f"{name}.{suffix}")).flat for name in ("plain", "speck")]
+    assert found == [True, False]
+
+
+def jpegs(folder: Path, count: int) -> list[str]:
+    paths = [folder / f"{number} ü.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(encoded("JPEG", quality=60 + number))
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that are read from now on."""
+    paths: list[str] = []
+    original = inspect
+    monkeypatch.setattr(integrity, "inspect", lambda path: paths.append(path) or original(path))
+    return paths
+
+
+def test_all_broken_files_are_found_and_listed(tmp_path: Path) -> None:
+    paths = jpegs(tmp_path, 40)
+    for path in paths[::3]:
+        Path(path).write_bytes(half(Path(path).read_bytes()))
+    findings = check(tmp_path, paths)
+    reasons = broken(findings)
+    assert [*reasons] == paths[::3]
+    lines = write_broken(tmp_path, reasons).read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in lines] == paths[::3]
+    index = ImageIndex(["a"], [(path, 0) for path in paths])
+    with pytest.raises(UserError, match=r"14 of 40 images .*data\.on_invalid_image=skip"):
+        without_broken(index, findings, tmp_path, skip=False)
+    assert len(without_broken(index, findings, tmp_path, skip=True).paths) == 26
+
+
+def test_intact_files_are_read_again_only_if_they_change(
+    tmp_path: Path, inspected: list[str]
+) -> None:
+    good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
+    good.write_bytes(encoded("JPEG"))
+    bad.write_bytes(b"")
+    paths = [str(good), str(bad)]
+    first = check(tmp_path, paths)
+    assert inspected == paths
+    assert check(tmp_path, paths) == first
+    assert inspected == [*paths, str(bad)]  # its plug-in may be installed by now
+    status = good.stat()
+    changed = bytearray(good.read_bytes())
+    changed[-100] ^= 1
+    good.write_bytes(changed)
+    os.utime(good, ns=(status.st_atime_ns, status.st_mtime_ns))  # as `cp -p` does; of the same size
+    assert check(tmp_path, paths)[str(good)].digest != first[str(good)].digest
+
+
+def test_a_second_process_reads_the_cache_of_the_first(tmp_path: Path) -> None:
+    """As ranks of one machine: none of them reads an image that another has read."""
+    paths = jpegs(tmp_path, 3)
+    code = (
+        "import sys; from pathlib import Path; from bcnn.data import integrity\n"
+        "inspect = integrity.inspect\n"
+        "integrity.inspect = lambda path: print('read') or inspect(path)\n"
+        "integrity.check(Path(sys.argv[1]), sys.argv[2:])"
+    )
+    start = [sys.executable, "-c", code, str(tmp_path), *paths]
+    ranks = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    assert sorted(rank.communicate()[0].count("read") for rank in ranks) == [0, 3]
+
+
+def test_the_cache_survives_a_check_of_fewer_and_an_interrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = jpegs(tmp_path, 40)
+    check(tmp_path, paths[:2])
+    check(tmp_path, paths[2:4])
+
+    def interrupt(path: str) -> Finding:
+        if path == paths[36]:
+            raise KeyboardInterrupt
+        return inspect(path)
+
+    monkeypatch.setattr(integrity, "inspect", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        check(tmp_path, paths)
+    monkeypatch.setattr(integrity, "inspect", None)
+    assert len(check(tmp_path, paths[:36])) == 36
+
+
+def test_files_of_any_name_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [b"a\nb.jpg", b"\xff.jpg", "ü.jpg".encode()]
+    paths = [os.fsdecode(os.path.join(os.fsencode(tmp_path), name)) for name in names]
+    for path in paths:
+        Path(path).write_bytes(encoded("JPEG"))
+    first = check(tmp_path, paths)
+    monkeypatch.setattr(integrity, "inspect", None)
+    assert check(tmp_path, paths[::-1]) == first
+    monkeypatch.chdir(tmp_path)
+    assert [*check(Path("."), ["ü.jpg"]).values()] == [first[paths[2]]]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', '{"version": 0, "images": {}}'])
+def test_a_damaged_or_older_cache_is_not_used(tmp_path: Path, content: str) -> None:
+    paths = jpegs(tmp_path, 1)
+    first = check(tmp_path, paths)
+    cache = cache_file(tmp_path, ".json")
+    assert paths[0] in json.loads(cache.read_text())["images"]
+    cache.write_text(content)
+    assert check(tmp_path, paths) == first
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        check(tmp_path, [])

@@ -1,0 +1,178 @@
+"""Preprocessing: crops of evaluation and training, strips, and their agreement with Pillow."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode, v2
+
+from bcnn.data.image_cache import load_reduced
+from bcnn.data.image_io import MARGIN, load_image
+from bcnn.data.transforms import Interpolation, Preprocessing, Resize
+from bcnn.utils.errors import UserError
+from benchmarks.photographs import photograph
+
+SIDE = 48
+BOUND = 3.0  # grey levels, on average over the pixels
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return photograph((640, 480), np.random.default_rng(0))
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, quality=90, **options)
+    return path
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a.float() - b.float()).abs().mean())
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.tile(np.arange(width, dtype=np.uint8), (height, 1))).convert("RGB")
+
+
+def test_keep_crops_the_centre_and_squash_keeps_everything() -> None:
+    stripes = Image.new("RGB", (96, 32), (0, 0, 0))
+    stripes.paste((255, 255, 255), (32, 0, 64, 32))
+    kept = Preprocessing(32, "keep").evaluation()(stripes)
+    squashed = Preprocessing(32, "squash").evaluation()(stripes)
+    assert kept.shape == squashed.shape == (3, 32, 32) and kept.dtype == torch.uint8
+    assert kept.float().mean() == 255
+    assert 70 < squashed.float().mean() < 100
+
+
+def test_crop_pct_resizes_to_more_than_the_crop() -> None:
+    image = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
+    inner = Preprocessing(32, "squash", 0.5).evaluation()(image)
+    expected = torch.from_numpy(np.asarray(image)[16:48, 16:48].copy()).permute(2, 0, 1)
+    assert torch.equal(inner, expected)
+    crops = {Preprocessing(32, "squash", 0.5).training()(image)[0].min().item() for _ in range(20)}
+    assert len(crops) > 5
+
+
+def test_crop_is_where_evaluation_looks() -> None:
+    assert Preprocessing(32, "keep", 0.5).crop(200, 100) == (75, 25, 125, 75)
+    assert Preprocessing(32, "squash", 0.5).crop(200, 100) == (50, 25, 150, 75)
+
+
+def test_training_crops_and_flips_at_random() -> None:
+    transform = Preprocessing(32, "keep").training()
+    torch.manual_seed(0)
+    crops = [transform(ramp(96, 32))[0, 0] for _ in range(20)]
+    assert len({int(crop.min()) for crop in crops}) > 5
+    assert {bool(crop[0] < crop[-1]) for crop in crops} == {True, False}
+
+
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+def test_training_crops_take_shares_of_the_image(resize: Resize) -> None:
+    torch.manual_seed(0)
+    transform = Preprocessing(32, resize).training(0.25, 16, 32)
+    crops = [transform(ramp(200, 100))[0].float() for _ in range(50)]
+    assert {crop.shape for crop in crops} == {(32, 32)}
+    assert Preprocessing(160, resize).training(0.25, 16, 32)(ramp(200, 100)).shape == (3, 144, 144)
+    spans = [float(crop.max() - crop.min()) for crop in crops]
+    # A quarter of the area is 71 px square, at 4:5 63 px across; the most is 100 high, 125 across.
+    least, most = (60, 125) if resize == "keep" else (85, 200)
+    assert least < min(spans) < 0.8 * max(spans) and 0.8 * most < max(spans) < most
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+def test_images_are_resized_as_pillow_does(interpolation: Interpolation, resize: Resize) -> None:
+    """In evaluation and training, to two grey levels: the two filters differ by more than ten."""
+    square = photograph((160, 160), np.random.default_rng(1))
+    preprocessing = Preprocessing(80, resize, interpolation=interpolation)
+    # Of a square, the one crop of all of its area and such an aspect is the whole.
+    for transform in (
+        preprocessing.evaluation(),
+        preprocessing.training(),
+        preprocessing.training(1.0, stride=16),
+    ):
+        found = transform(square).permute(1, 2, 0).numpy().astype(int)
+        pillows = square.resize(found.shape[:2], Image.Resampling[interpolation.upper()])
+        assert any(abs(found - each).max() <= 2 for each in (pillows, ImageOps.mirror(pillows)))
+
+
+@pytest.mark.parametrize("size", [(400, 20), (20, 400), (3000, 1), (500, 21)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_middle_of_a_strip_is_that_of_the_whole(
+    size: tuple[int, int], crop_pct: float, interpolation: Interpolation
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    resized = v2.Resize([round(32 / crop_pct)], InterpolationMode(interpolation))
+    whole = v2.Compose([v2.ToImage(), resized, v2.CenterCrop(32)])(image)
+    ours = Preprocessing(32, "keep", crop_pct, interpolation).evaluation()(image)
+    # Where the resized sides are whole numbers, nothing changes; else the middle moves a little.
+    little = {"bilinear": 1, "bicubic": 2}[interpolation]
+    assert (whole.int() - ours.int()).abs().max() <= (little if 21 in size or crop_pct < 1 else 0)
+
+
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_a_line_takes_the_memory_of_any_image(resize: Resize, scale: float | None) -> None:
+    line = Image.new("RGB", (1, 3000), (255, 0, 0))
+    preprocessing = Preprocessing(448, resize)
+    for transform in (preprocessing.evaluation(), preprocessing.training(scale, 16, 32)):
+        assert transform.transforms[1](v2.functional.to_image(line)).numel() < 10e6
+        assert transform(line).float().mean(dim=(1, 2)).tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("resize", ["keep", "squash"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}]
+)
+def test_the_crop_of_a_reduced_jpeg_is_that_of_the_whole(
+    picture: Image.Image, tmp_path: Path, resize: Resize, options: dict[str, Any]
+) -> None:
+    options = dict(options)
+    path = save(picture.convert(options.pop("mode", "RGB")), tmp_path / "large.jpg", **options)
+    transform = Preprocessing(SIDE, resize).evaluation()
+    reduced, whole = load_image(path, SIDE), load_image(path)
+    assert reduced.size < whole.size and reduced.mode == "RGB"
+    assert difference(transform(reduced), transform(whole)) < BOUND
+    assert difference(transform(ImageOps.mirror(reduced)), transform(whole)) > 5 * BOUND
+
+
+def test_a_large_image_is_cached_and_the_same_if_it_cannot_be(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(picture, tmp_path / "large.jpg")
+    for cache in (str(tmp_path), "/dev/null"):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        images = [load_reduced(path, SIDE) for _ in range(2)]
+        assert len({image.tobytes() for image in images}) == 1
+        (copy,) = (tmp_path / "bcnn" / "reduced").rglob("*.*")
+        assert min(images[0].size) == MARGIN * SIDE
+    transform = Preprocessing(SIDE).evaluation()
+    assert difference(transform(images[0]), transform(picture)) < BOUND
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    Image.new("RGB", images[0].size, "red").save(copy)
+    assert load_reduced(path, SIDE).getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=4)
+    path.write_bytes(path.read_bytes())  # another file, for all that is known
+    assert load_reduced(path, SIDE).tobytes() == images[0].tobytes()
+
+
+def test_copies_are_upright_and_of_large_images_only(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = save(picture.resize((2 * SIDE, 2 * SIDE)), tmp_path / "small.jpg")
+    assert load_reduced(small, SIDE).tobytes() == load_image(small, SIDE).tobytes()
+    with pytest.raises(UserError, match=r"none\.jpg"):
+        load_reduced(tmp_path / "none.jpg", SIDE)
+    assert not (tmp_path / "bcnn").exists()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = save(picture, tmp_path / "turned.jpg", exif=exif)
+    for _ in range(2):
+        width, height = load_reduced(turned, SIDE).size
+        assert width < height
