@@ -1,0 +1,228 @@
+"""Folders as people have them: which images are of which class and split, and what is an error."""
+
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import write, write_classes, write_images
+
+from bcnn.data.image_files import files_below, find_images, images_below
+from bcnn.data.index import ImageIndex, choose_classes, mistakes, no_images, read_folder
+from bcnn.utils.errors import UserError
+
+
+def lengths(root: Path) -> tuple[int, ...]:
+    return tuple(len(samples) for samples in read_folder(root).splits.values())
+
+
+def test_class_folders_without_splits(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat=3, dog=2)
+    index = read_folder(tmp_path)
+    assert (index.classes, index.divided, lengths(tmp_path)) == (["cat", "dog"], False, (5, 0, 0))
+    assert index.train[3] == (str(tmp_path / "dog" / "0.png"), 1)
+    assert (index.counts("train"), index.remarks) == ([3, 2], [])
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "valid", "test"),
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "dev", "Eval"),
+        ("seg_train", "seg_val", "seg_test"),
+        ("train2017", "val2017", "test2017"),
+        ("train_set", "valid-set", "test set"),
+        ("trainset", "devset", "hold_out"),
+        ("images_train", "images_validation", "images_test"),
+    ],
+)
+def test_splits_by_the_names_that_people_use(tmp_path: Path, train: str, val: str, test: str) -> None:
+    for number, name in enumerate((train, val, test)):
+        write_images(tmp_path / name, 3 - number)
+    index = read_folder(tmp_path)
+    assert (index.classes, lengths(tmp_path)) == (["blue", "green", "red"], (9, 6, 3))
+    assert index.divided
+
+
+def test_a_split_within_a_folder_of_its_name(tmp_path: Path) -> None:
+    for name in ("seg_train", "seg_test"):
+        write_images(tmp_path / name / name, 3)
+    assert lengths(tmp_path) == (9, 0, 9)
+
+
+def test_labels_of_test_are_those_of_training(images: Path) -> None:
+    for name in ("blue", "green"):
+        for path in (images / "test" / name).iterdir():
+            path.unlink()
+        (images / "test" / name).rmdir()
+    assert {label for _, label in read_folder(images).test} == {2}
+
+
+def test_an_unknown_folder_of_images_beside_splits_is_an_error(images: Path) -> None:
+    write_images(images / "extra", 1)
+    with pytest.raises(UserError, match=r"extra holds images beside test/, train/.*move it away"):
+        read_folder(images)
+    (images / "extra").rename(images / "eval")
+    with pytest.raises(UserError, match="eval/ and test/: keep one"):
+        read_folder(images)
+
+
+def test_flat_images_beside_splits_are_an_error_and_other_files_are_not(images: Path) -> None:
+    write(images / "unlabelled" / "a.png")
+    with pytest.raises(UserError, match="unlabelled holds images beside"):
+        read_folder(images)
+    (images / "unlabelled" / "a.png").rename(images / "unlabelled" / "a.xml")
+    assert lengths(images) == (18, 0, 6)
+
+
+def test_a_split_beside_class_folders_is_an_error(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    write_images(tmp_path / "unseen", 2)
+    with pytest.raises(UserError, match="unseen holds folders of the same names as those beside it"):
+        read_folder(tmp_path)
+    (tmp_path / "unseen").rename(tmp_path / "test")
+    with pytest.raises(UserError, match=r"blue holds images beside test/"):
+        read_folder(tmp_path)
+
+
+def test_a_class_may_have_a_split_s_word_in_its_name(tmp_path: Path) -> None:
+    write_classes(tmp_path, bullet_train=4, test_tube=4, train=4)
+    assert read_folder(tmp_path).classes == ["bullet_train", "test_tube", "train"]
+    (tmp_path / "bullet_train" / "day").mkdir()
+    for path in list((tmp_path / "bullet_train").glob("*.png")):
+        path.rename(path.parent / "day" / path.name)
+    with pytest.raises(UserError, match="bullet_train may be a split: call it train/"):
+        read_folder(tmp_path)
+
+
+def test_class_folders_that_may_be_splits_are_a_remark(tmp_path: Path) -> None:
+    for name in ("lernen", "prüfen"):
+        write_images(tmp_path / name, 4)
+    index = read_folder(tmp_path)
+    assert index.classes == ["lernen", "prüfen"]
+    assert "lernen/, prüfen/ hold folders of the same names (blue, green, red)" in index.remarks[0]
+
+
+def test_files_without_an_image_s_suffix_are_a_remark(images: Path) -> None:
+    assert not read_folder(images).remarks
+    for name in ("a.CR2", "b.CR2", "c", "d.jpg_large"):
+        (images / "train" / "red" / name).write_bytes(b"some bytes")
+    (remark,) = read_folder(images).remarks
+    assert remark == "4 files left out, no images: 2 .CR2, 1 without a suffix, 1 .jpg_large"
+
+
+def test_files_of_the_system_and_of_runs_are_ignored(images: Path) -> None:
+    red = images / "train" / "red"
+    for name in (".DS_Store", "._0.png", "Thumbs.db"):
+        (red / name).write_bytes(b"nothing")
+    for folder in (images / "train", red):
+        for name in ("@eaDir", ".ipynb_checkpoints", "__MACOSX"):
+            write(folder / name / "0.png")
+    write(images / "outputs" / "2026-01-01" / "sheet.png")
+    index = read_folder(images)
+    assert (index.classes, lengths(images), index.remarks) == (["blue", "green", "red"], (18, 0, 6), [])
+
+
+def test_a_class_is_one_however_its_name_is_spelled_in_unicode(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "Café [1] 蝶 🦋") for form in ("NFC", "NFD"))
+    write_classes(tmp_path / "train", **{composed: 3, "Ñandú": 3})
+    write_classes(tmp_path / "test", **{apart: 2})
+    write(tmp_path / "train" / apart / "ß ö 写真.png")
+    index = read_folder(tmp_path)
+    assert index.classes == [composed, "Ñandú"]
+    assert {label for _, label in index.test} == {0} and lengths(tmp_path) == (7, 0, 2)
+
+
+def test_the_working_folder(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images)
+    assert lengths(Path(".")) == (18, 0, 6)
+
+
+@pytest.mark.parametrize("folders", [(), ("cat", "dog"), ("train",), ("train/cat", "test/cat")])
+def test_no_images(folders: tuple[str, ...], tmp_path: Path) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    (sentence,) = mistakes(read_folder(tmp_path), tmp_path)
+    assert sentence.startswith(f"no images in {tmp_path}: expected <class>/<images>")
+    assert no_images(read_folder(tmp_path), tmp_path) == [sentence]
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    index = ImageIndex(["a", "b", "c", "d"], [("0", 0)], [("1", 1)], [("2", 1), ("3", 3)])
+    empty, val, test = mistakes(index, Path("set"))
+    assert empty == "set: no images of the class c; add some, or remove the class"
+    assert val.startswith("set: val holds classes that train lacks: b;")
+    assert test.startswith("set: test holds classes that train lacks: b, d;")
+    (none,) = mistakes(ImageIndex(["a"], test=[("0", 0)]), Path("set"))
+    assert none == "set has images of test only: add images to train on"
+    (one,) = mistakes(ImageIndex(["only"], [("0", 0)]), Path("set"))
+    assert "one class only (only)" in one
+    assert mistakes(ImageIndex(["a", "b"], [("0", 0), ("1", 1)]), Path("set")) == []
+
+
+def test_chosen_classes_keep_their_images_and_splits(images: Path) -> None:
+    everything = read_folder(images)
+    index = choose_classes(everything, ["red", "blue"], seed=0)
+    assert index.classes == ["blue", "red"] and index.divided
+    for split, samples in everything.splits.items():
+        named = [(path, everything.classes[label]) for path, label in samples]
+        expected = [(path, name) for path, name in named if name != "green"]
+        assert [(path, index.classes[label]) for path, label in index.splits[split]] == expected
+
+
+def test_a_number_of_classes_is_drawn_by_seed() -> None:
+    index = ImageIndex(["a", "b", "c"])
+    drawn = [tuple(choose_classes(index, 2, seed).classes) for seed in range(12)]
+    assert drawn == [tuple(choose_classes(index, 2, seed).classes) for seed in range(12)]
+    assert {*drawn} == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert choose_classes(index, 3, seed=0).classes == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"), [(1, "2 to 3"), (4, "2 to 3"), (["red", "rde"], "no class rde; there are red")]
+)
+def test_classes_that_are_not_there_are_named(classes: list[str] | int, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        choose_classes(ImageIndex(["blue", "green", "red"]), classes, seed=0)
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+
+
+def below(folder: Path, paths: Iterator[str]) -> list[str]:
+    return [str(Path(path).relative_to(folder)) for path in paths]
+
+
+def test_files_are_in_order_those_of_a_folder_before_those_below_it(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("b/1.jpg", "b/a/2.txt", "c.jpg", "a/3.jpg", ".hidden/4.jpg")))
+    assert below(tmp_path, files_below(tmp_path)) == ["c.jpg", "a/3.jpg", "b/1.jpg", "b/a/2.txt"]
+    assert below(tmp_path, images_below(tmp_path)) == ["c.jpg", "a/3.jpg", "b/1.jpg"]
+
+
+def test_a_linked_folder_is_entered_once(tmp_path: Path) -> None:
+    root, pool = tmp_path / "set", tmp_path / "pool"
+    touch(root / "0.jpg", pool / "1.jpg", pool / "deep" / "2.jpg")
+    for link, target in (("l1", pool), ("l2", pool), ("l3", pool / "deep"), ("l4", "."), ("l5", "gone")):
+        (root / link).symlink_to(target)
+    (pool / "round").symlink_to(pool)
+    assert below(root, images_below(root)) == ["0.jpg", "l1/1.jpg", "l3/2.jpg"]
+
+
+def test_paths_of_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(*(tmp_path / name for name in ("a.jpg", "b.png", "c.txt", "deep/d.jpg", "noname")))
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["noname", "b.png"]) == ["noname", "b.png"]  # files, whatever their names
+    assert find_images(["*.jpg", "deep"]) == ["a.jpg", "deep/d.jpg"]
+    assert find_images(["**/*"]) == ["a.jpg", "b.png", "deep/d.jpg"]
+    monkeypatch.setattr("bcnn.data.image_files.logger.propagate", True)
+    assert find_images(["."]) == ["./a.jpg", "./b.png", "./deep/d.jpg"]
+    assert caplog.messages[-1] == "2 files left out, no images: 1 .txt, 1 without a suffix"
+    for path in ("*.gif", "nowhere", "c.*"):
+        with pytest.raises(UserError, match="no images: "):
+            find_images([path])

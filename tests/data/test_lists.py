@@ -1,0 +1,144 @@
+"""Lists of images: CSV and text as people and spreadsheets write them, and Hugging Face's."""
+
+from pathlib import Path
+
+import pytest
+from conftest import bounded, mutated, write, write_images
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bcnn.data.index import read_folder, read_list
+from bcnn.utils.errors import UserError
+
+LISTS = {
+    "CSV with a header": "path,label,split\n{}",
+    "CSV without a header": "{}",
+    "columns in another order": "label;notes;path\n{}",
+    "tabs": "path\tlabel\tsplit\n{}",
+    "blanks": "{}",
+    "from a spreadsheet": "\ufeffpath;label;split\r\n{}",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_list(kind: str, tmp_path: Path) -> None:
+    mark = {"tabs": "\t", "blanks": " ", "from a spreadsheet": ";"}.get(kind, ",")
+    other_order = kind == "columns in another order"
+    lines, expected = [], []
+    for number in range(12):
+        name, split = ("cat", "dog")[number % 2], ("train", "train", "Validation", "test")[number // 3]
+        path = tmp_path / "some photos" / f"{number}, ü.png"
+        write(path)
+        quoted = f'"{path.relative_to(tmp_path) if number else path}"'  # the first one absolute
+        lines.append(f"{name};none;{quoted}" if other_order else mark.join((quoted, name, split)))
+        expected.append((str(path), number % 2))
+    text = LISTS[kind].replace("{}", "\n".join(lines) + "\n\n")
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8", newline="")
+    index = read_list(tmp_path / "labels.csv")
+    assert (index.classes, index.samples) == (["cat", "dog"], expected)
+    assert index.divided != other_order  # which has no split
+    counts = [len(samples) for samples in index.splits.values()]
+    assert counts == ([12, 0, 0] if other_order else [6, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty"),
+        ("a.png", "line 1: no label: expected path,label"),
+        ("a.png,cat\nb.png,dog,train", "line 2: 3 columns where 2"),
+        ("a.png,cat,train\nb.png,dog,spare", "line 2: split 'spare'"),
+        ("a.png,cat\na.png,dog", "line 2: a.png is in the list already"),
+        ("a.png,cat\nb.png,", "line 2: no label"),
+        ("file,class\na.png,cat\nb.png,dog", "line 1: there is no file .*file"),
+        ("a.png,cat\nc.png,dog", "line 2: there is no file .*c.png"),
+        ("a.png,cat\n..\\x\\c.png,dog", r"line 2: .*c\.png \(write / in place of"),
+        ('a.png,cat\n"b.png,dog\n' + "c.png,dog\n" * 20_000, "line 2: field larger than field limit"),
+        ('a.png,"cat\nb.png,dog\n', "line 1: a label of several lines: is there a stray quote"),
+        ('\n"a.png,cat\nb.png,dog\n', "line 2: no label"),
+        ("a.png,cat\nb.png\0,dog", r"line 2: there is no file .*b.png\\x00"),
+    ],
+)
+def test_a_mistake_in_a_list_is_told_by_its_line(text: str, sentence: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write(tmp_path / name)
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"labels\.csv.*{sentence}"):
+        read_list(tmp_path / "labels.csv")
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path: Path) -> None:
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "labels.csv").write_bytes("a,b\né,è".encode(encoding))
+        with pytest.raises(UserError, match=r"labels\.csv.*expected UTF-8"):
+            read_list(tmp_path / "labels.csv")
+
+
+def test_a_name_with_a_line_break(tmp_path: Path) -> None:
+    write(tmp_path / "a\nb.png")
+    (tmp_path / "labels.csv").write_text('"a\nb.png",cat\n')
+    assert read_list(tmp_path / "labels.csv").paths == [str(tmp_path / "a\nb.png")]
+
+
+PARTS = ("a.png", "b.png", "ü.png", "path", "label", "split", "train", "val", "cat", "x" * 200_000)
+MARKS = (",", ",", ",", "\n", "\n", "\r\n", "\t", ";", " ", '"', "\0", "\r", "\ufeff", "\u2028")
+TEXTS = st.builds(
+    lambda parts, encoding: "".join(parts).encode(encoding, "surrogatepass"),
+    st.lists(st.sampled_from(PARTS + MARKS) | st.text(max_size=3), max_size=30),
+    st.sampled_from(["utf-8"] * 4 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"]),
+)
+VALID = 'path,label,split\na.png,cat,train\n"b.png",dog,val\nü.png,cat,test\n'.encode()
+
+
+@pytest.mark.fuzz
+def test_any_list_is_read_or_told_in_a_sentence(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "ü.png"):
+        (tmp_path / name).touch()
+    file = tmp_path / "labels.csv"
+
+    @given(TEXTS | mutated([VALID]))
+    def holds(content: bytes) -> None:
+        file.write_bytes(content)
+        with bounded():
+            try:
+                index = read_list(file)
+            except UserError as error:
+                assert str(file) in str(error) and len(str(error)) < 3000
+                assert "\n" not in str(error)
+            else:
+                assert all(Path(path).is_file() for path in index.paths)
+
+    holds()
+
+
+def describe(folder: Path, **labels: str) -> None:
+    """Images in a folder, and Hugging Face's list of them."""
+    for name in labels:
+        write(folder / f"{name}.png")
+    lines = [f'"an image",{name}.png,{label}' for name, label in labels.items()]
+    (folder / "metadata.csv").write_text("\n".join(["text,file_name,label", *lines]))
+
+
+def test_images_labelled_by_a_metadata_file(tmp_path: Path) -> None:
+    describe(tmp_path, a="red", b="blue", c="red")
+    index = read_folder(tmp_path)
+    assert (index.classes, index.divided) == (["blue", "red"], False)
+    assert index.samples == [(str(tmp_path / f"{name}.png"), k) for name, k in zip("abc", (1, 0, 1))]
+
+
+def test_a_metadata_file_of_each_split(tmp_path: Path) -> None:
+    describe(tmp_path / "train", a="red", b="blue", c="green")
+    describe(tmp_path / "validation", d="red")
+    index = read_folder(tmp_path)
+    assert index.classes == ["blue", "green", "red"] and index.divided
+    assert [len(samples) for samples in index.splits.values()] == [3, 1, 0]
+    assert index.val == [(str(tmp_path / "validation" / "d.png"), 2)]
+    write_images(tmp_path / "test", 1)
+    with pytest.raises(UserError, match=r"test has no metadata\.csv"):
+        read_folder(tmp_path)
+
+
+def test_class_folders_count_where_images_are_in_them(images: Path) -> None:
+    for folder in (images, images / "train"):
+        (folder / "metadata.csv").write_text("file_name,label\nred/0.png,blue\n")
+    assert read_folder(images).classes == ["blue", "green", "red"]
