@@ -63,7 +63,7 @@ class PublicSet(FineGrainedDataModule):
             with TemporaryDirectory(prefix=".unfinished-", dir=home) as scratch:
                 try:
                     self.download(Path(scratch))
-                except (OSError, RuntimeError, tarfile.TarError) as error:
+                except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
                     raise UserError(
                         f"cannot download {type(self).__name__} ({error}): get {self.files} from "
                         f"{self.source} and unpack to {home / self.folder}"

@@ -103,7 +103,18 @@ def test_a_format_is_decoded_upright_in_its_colours(name: str, tmp_path: Path) -
 
 
 def test_suffixes_of_all_formats_are_known() -> None:
-    names = {"a.jpg", "a.JPEG", "a.png", "a.webp", "a.tif", "a.heic", "a.avif", "a.jp2", "a.bmp", "a.gif"}
+    names = {
+        "a.jpg",
+        "a.JPEG",
+        "a.png",
+        "a.webp",
+        "a.tif",
+        "a.heic",
+        "a.avif",
+        "a.jp2",
+        "a.bmp",
+        "a.gif",
+    }
     assert {name for name in names if is_image(name)} == names
     assert not any(is_image(name) for name in ("a.eps", "a.txt", "a.CR2", "._a.jpg", "jpg"))
 

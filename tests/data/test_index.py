@@ -180,7 +180,8 @@ def test_a_number_of_classes_is_drawn_by_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "sentence"), [(1, "2 to 3"), (4, "2 to 3"), (["red", "rde"], "no class rde; there are red")]
+    ("classes", "sentence"),
+    [(1, "2 to 3"), (4, "2 to 3"), (["red", "rde"], "no class rde; there are red")],
 )
 def test_classes_that_are_not_there_are_named(classes: list[str] | int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -206,7 +207,13 @@ def test_files_are_in_order_those_of_a_folder_before_those_below_it(tmp_path: Pa
 def test_a_linked_folder_is_entered_once(tmp_path: Path) -> None:
     root, pool = tmp_path / "set", tmp_path / "pool"
     touch(root / "0.jpg", pool / "1.jpg", pool / "deep" / "2.jpg")
-    for link, target in (("l1", pool), ("l2", pool), ("l3", pool / "deep"), ("l4", "."), ("l5", "gone")):
+    for link, target in (
+        ("l1", pool),
+        ("l2", pool),
+        ("l3", pool / "deep"),
+        ("l4", "."),
+        ("l5", "gone"),
+    ):
         (root / link).symlink_to(target)
     (pool / "round").symlink_to(pool)
     assert below(root, images_below(root)) == ["0.jpg", "l1/1.jpg", "l3/2.jpg"]

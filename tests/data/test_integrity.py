@@ -18,7 +18,15 @@ from test_image_io import content_of, encoded
 from bcnn.data import integrity
 from bcnn.data.image_io import load_image
 from bcnn.data.index import ImageIndex
-from bcnn.data.integrity import Finding, broken, cache_file, check, inspect, without_broken, write_broken
+from bcnn.data.integrity import (
+    Finding,
+    broken,
+    cache_file,
+    check,
+    inspect,
+    without_broken,
+    write_broken,
+)
 from bcnn.utils.errors import UserError
 
 
@@ -137,9 +145,7 @@ def test_all_broken_files_are_found_and_listed(tmp_path: Path) -> None:
     assert len(without_broken(index, findings, tmp_path, skip=True).paths) == 26
 
 
-def test_intact_files_are_read_again_only_if_they_change(
-    tmp_path: Path, inspected: list[str]
-) -> None:
+def test_intact_files_are_read_again_only_if_they_change(tmp_path: Path, inspected: list[str]) -> None:
     good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
     good.write_bytes(encoded("JPEG"))
     bad.write_bytes(b"")

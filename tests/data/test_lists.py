@@ -123,7 +123,9 @@ def test_images_labelled_by_a_metadata_file(tmp_path: Path) -> None:
     describe(tmp_path, a="red", b="blue", c="red")
     index = read_folder(tmp_path)
     assert (index.classes, index.divided) == (["blue", "red"], False)
-    assert index.samples == [(str(tmp_path / f"{name}.png"), k) for name, k in zip("abc", (1, 0, 1))]
+    assert index.samples == [
+        (str(tmp_path / f"{name}.png"), k) for name, k in zip("abc", (1, 0, 1), strict=True)
+    ]
 
 
 def test_a_metadata_file_of_each_split(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def test_files_in_two_classes_and_repeated_ones_are_named() -> None:
     conflict, again = repeats(*index_of(train="a1 a2 b1 b3 b3 b3"))
     assert conflict.startswith("1 image is in more than one class")
     assert conflict.endswith(": train/a/0 = train/b/2")
-    assert again == "2 images repeat another of their class: train/b/4 = train/b/3; train/b/5 = train/b/3"
+    assert (
+        again == "2 images repeat another of their class: train/b/4 = train/b/3; train/b/5 = train/b/3"
+    )
     assert repeats(*index_of(train="a1 b2")) == []
 
 
@@ -77,7 +79,11 @@ def test_copies_saved_again_are_near_duplicates(tmp_path: Path) -> None:
     expected = [(again / "same.png", train / "5.jpg"), (again / "small.jpg", train / "3.jpg")]
     assert near == {"val": [], "test": [(str(a), str(b)) for a, b in expected]}
     sentences = review(index, index, findings, near)
-    for part in ("1 of 20 images in test are in train", "2 of 20 images in test look the same", "colour"):
+    for part in (
+        "1 of 20 images in test are in train",
+        "2 of 20 images in test look the same",
+        "colour",
+    ):
         assert any(part in sentence for sentence in sentences)
     assert len(sentences) == 4  # and the file that is repeated
     pair_sheet(near["test"], tmp_path / "new" / "pairs.png")

@@ -84,7 +84,7 @@ def test_a_set_smaller_than_a_batch_is_one_batch_on_any_number_of_ranks(
 
 
 def test_fewer_images_than_devices_are_a_sentence(uneven: FineGrainedDataModule) -> None:
-    with pytest.raises(UserError, match="33 images to train on are fewer than the 64 devices"):
+    with pytest.raises(UserError, match="33 training images are too few for 64 devices"):
         drawn(uneven, 0, 64)
 
 

@@ -1,0 +1,285 @@
+"""The data module: from a folder or a list to batches, with what it warns of and refuses."""
+
+import random
+import shutil
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conftest import quiet_trainer, set_up, write_classes, write_images
+from PIL import Image
+from torch import Tensor, nn
+
+from bcnn.data.datamodule import SAMPLE_WORKERS, FineGrainedDataModule
+from bcnn.data.index import ImageIndex
+from bcnn.data.splits import SplitRecord
+from bcnn.data.transforms import Preprocessing
+from bcnn.utils.console import logger
+from bcnn.utils.errors import UserError
+
+
+@pytest.fixture
+def logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger.name)
+    return caplog
+
+
+def lengths(data: FineGrainedDataModule) -> tuple[int, int, int]:
+    return len(data.train), len(data.val), len(data.test)
+
+
+def test_folders_become_splits(images: Path) -> None:
+    data = set_up(images, val_fraction=0.34)
+    assert (data.classes, lengths(data)) == (["blue", "green", "red"], (12, 6, 6))
+    assert {*data.digests} == {path for path, _ in (*data.train, *data.val, *data.test)}
+    assert data.split.train == {data.digests[path] for path, _ in data.train}
+    assert lengths(set_up(images, val_fraction=0)) == (18, 0, 6)
+    write_images(images / "val", 1, seed=3)
+    assert lengths(set_up(images, val_fraction=0.34)) == (18, 3, 6)
+
+
+def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
+    write_classes(tmp_path, cat=40, dog=20)
+    data = set_up(tmp_path)
+    train, val, test = lengths(data)
+    assert train + val + test == 60 and 4 <= val <= 8 and 9 <= test <= 15
+    assert len({*data.train, *data.val, *data.test}) == 60
+    assert all({label for _, label in part} == {0, 1} for part in (data.train, data.val, data.test))
+    assert set_up(tmp_path).test == data.test
+    assert set_up(tmp_path, seed=1).test != data.test
+    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0)) == (60, 0, 0)
+    assert lengths(set_up(tmp_path, val_fraction=0)) == (48, 0, 12)
+
+
+def test_test_images_are_drawn_from_train_only_if_asked_for(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", cat=10, dog=10)
+    assert lengths(set_up(tmp_path)) == (18, 2, 0)
+    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0.5)) == (10, 0, 10)
+
+
+def test_a_list(images: Path) -> None:
+    lines = [f"{path},{path.parent.name}\n" for path in sorted(images.glob("train/*/*.png"))]
+    (images / "labels.csv").write_text("".join(lines))
+    data = set_up(list=images / "labels.csv", val_fraction=0.2, test_fraction=0.2)
+    assert (data.classes, sum(lengths(data))) == (["blue", "green", "red"], 18)
+
+
+def test_a_data_set_of_one_s_own_overrides_read_index(images: Path) -> None:
+    class Red(FineGrainedDataModule):
+        def read_index(self) -> ImageIndex:
+            paths = sorted(map(str, self.root.glob("train/*/*.png")))
+            return ImageIndex.of([(p, "red" if "/red/" in p else "other", "train") for p in paths])
+
+    data = Red(images, size=32, num_workers=0, val_fraction=0)
+    data.setup()
+    assert (data.classes, lengths(data)) == (["other", "red"], (18, 0, 0))
+
+
+def test_it_works_with_a_plain_trainer(images: Path) -> None:
+    class Linear(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            pixels, labels = batch
+            return nn.functional.cross_entropy(self.layer(pixels.float().mean((2, 3)) / 255), labels)
+
+        def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+            self.log("val_loss", self.training_step(batch))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    trainer = quiet_trainer(max_epochs=20)
+    data = FineGrainedDataModule(images, size=32, num_workers=0, val_fraction=0.34)
+    trainer.fit(Linear(), datamodule=data)
+    assert trainer.callback_metrics["val_loss"] < 0.5  # log 3 is 1.1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"list": "labels.csv"}, r"either data\.root=FOLDER or data\.list=FILE"),
+        ({"root": None}, r"either data\.root=FOLDER or data\.list=FILE"),
+        ({"val_fraction": 1}, "val_fraction=1"),
+        ({"test_fraction": -0.1}, "test_fraction=-0.1"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"crop_pct": 0}, "crop_pct=0"),
+        ({"crop_pct": 1.5}, "crop_pct=1.5"),
+        ({"train_scale": 1.5}, "train_scale=1.5"),
+        ({"resize": "kep"}, "data.resize=kep: choose from keep, squash"),
+        (
+            {"interpolation": "nearest"},
+            "data.interpolation=nearest: choose from null, bilinear, bicubic",
+        ),
+        ({"on_invalid_image": "ignore"}, "data.on_invalid_image=ignore: choose from raise, skip"),
+        ({"sampler": "random"}, "data.sampler=random: choose from null, balanced"),
+    ],
+)
+def test_options_that_would_silently_mean_something_else(
+    options: dict[str, object], sentence: str, images: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        set_up(**{"root": images, **options})  # type: ignore[arg-type]
+
+
+def test_mistakes_of_a_set_are_errors(images: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "few", cat=8, dog=2, eel=1)
+    with pytest.raises(UserError, match=r"too few images of dog \(2\), eel \(1\).*3 different ones"):
+        set_up(tmp_path / "few")
+    assert lengths(set_up(tmp_path / "few", val_fraction=0, test_fraction=0)) == (11, 0, 0)
+    write_classes(images / "test", white=1)
+    with pytest.raises(UserError, match="test holds classes that train lacks: white"):
+        set_up(images)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        set_up(tmp_path / "nowhere")
+
+
+def test_broken_images_are_an_error_or_left_out(images: Path, logged: pytest.LogCaptureFixture) -> None:
+    broken = [*(images / "train" / "red").glob("[01].png"), images / "test" / "blue" / "0.png"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"3 of 24 images cannot be decoded") as error:
+        set_up(images)
+    listing = Path(next(word for word in str(error.value).split() if word.endswith("-broken.txt")))
+    assert {line.split("\t")[0] for line in listing.read_text().splitlines()} == set(map(str, broken))
+    data = set_up(images, on_invalid_image="skip", val_fraction=0)
+    assert lengths(data) == (16, 0, 5)
+    assert not {path for path, _ in data.train} & set(map(str, broken))
+    assert f"left out 3 images that cannot be decoded ({listing}): red 2, blue 1" in logged.messages
+    for path in (images / "train" / "red").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="test holds classes that train lacks: red"):
+        set_up(images, on_invalid_image="skip")
+
+
+def test_copies_and_imbalance_are_warned_of(images: Path, logged: pytest.LogCaptureFixture) -> None:
+    set_up(images)
+    assert not logged.messages
+    original = images / "train" / "red" / "0.png"
+    shutil.copy(original, images / "test" / "red" / "copy.png")
+    set_up(images, val_fraction=0)
+    assert "1 of 7 images in test are in train too" in logged.text and f"= {original}" in logged.text
+    logged.clear()
+    write_classes(images.parent / "uneven" / "train", many=42, few=2)
+    set_up(images.parent / "uneven", val_fraction=0, sampler="balanced")
+    assert not logged.messages
+    set_up(images.parent / "uneven", val_fraction=0)
+    assert "42 training images of many and 2 of few" in logged.text
+
+
+def test_a_network_s_preprocessing_is_used(images: Path) -> None:
+    data = set_up(images)
+    assert data.interpolation is None and data.preprocessing.interpolation == "bilinear"
+    data.use_preprocessing(Preprocessing(64, "squash", 0.875, "bicubic"), stride=16, min_size=32)
+    assert next(iter(data.train_dataloader()))[0].shape[1:] == (3, 64, 64)  # 57.6, a multiple of 16
+    assert next(iter(data.test_dataloader()))[0].shape[1:] == (3, 64, 64)
+    data.use_preprocessing(Preprocessing(32), stride=8, min_size=48)
+    assert next(iter(data.train_dataloader()))[0].shape[1:] == (3, 48, 48)
+
+
+def test_images_are_loaded_at_the_side_that_they_are_resized_to(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is not the crop's: a third more than it here."""
+    sides: list[int] = []
+    picture = Image.new("RGB", (80, 80))
+    monkeypatch.setattr(
+        "bcnn.data.datamodule.load_image", lambda path, side: sides.append(side) or picture
+    )
+    data = set_up(images, size=48, crop_pct=0.75)
+    for loader in (data.train_dataloader(), data.test_dataloader()):
+        next(iter(loader))
+    assert {*sides} == {64}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_training_images_are_cached_and_those_to_evaluate_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number, name in enumerate(("train/a", "train/b", "val/a", "val/b")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (150, 200, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "set" / name / "0.jpg")
+    data = set_up(tmp_path / "set", cache=cache)
+    for loader in (data.val_dataloader(), data.sample_dataloader(), data.train_dataloader()):
+        assert not list(tmp_path.glob("cache/bcnn/reduced/*/*"))
+        for _ in loader:
+            pass
+    assert len(list(tmp_path.glob("cache/bcnn/reduced/*/*"))) == 2 * cache
+
+
+def test_a_sample_has_each_class_in_proportion(tmp_path: Path) -> None:
+    write_classes(tmp_path / "few", **{f"class{k}": 1 for k in range(9)})
+    write_classes(tmp_path / "uneven", many=40, few=8)
+    few, *uneven = (
+        set_up(tmp_path / name, val_fraction=0, test_fraction=0, seed=seed)
+        for name, seed in (("few", 0), ("uneven", 0), ("uneven", 0), ("uneven", 1))
+    )
+    labels = torch.cat([label for _, label in few.sample_dataloader(5)])
+    assert len(labels) == len(labels.unique()) == 5
+    labels = torch.cat([label for _, label in uneven[0].sample_dataloader(12)])
+    assert labels.bincount().tolist() == [2, 10]
+    assert len(torch.cat([label for _, label in uneven[0].sample_dataloader()])) == 48
+    paths = [each.sample_dataloader(12).dataset.samples for each in uneven]  # type: ignore[attr-defined]
+    assert paths[0] == paths[1] != paths[2]
+
+
+def test_the_sample_s_loader_is_made_once_and_keeps_its_few_workers(images: Path) -> None:
+    data = set_up(images, num_workers=16)
+    loader = data.sample_dataloader()
+    assert data.sample_dataloader() is loader
+    assert loader.num_workers == SAMPLE_WORKERS and loader.persistent_workers
+    assert data.train_dataloader().persistent_workers and data.train_dataloader().num_workers == 16
+    data.use_preprocessing(Preprocessing(48))
+    assert data.sample_dataloader() is not loader
+
+
+def test_images_copied_elsewhere_are_recognised(images: Path, tmp_path: Path) -> None:
+    data = set_up(images / "train")
+    paths = sorted((images / "train").rglob("*.png"))
+    random.Random(0).shuffle(paths)
+    for number, path in enumerate(paths):
+        (tmp_path / "copy" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "copy" / path.parent.name / f"{number}.png")
+    assert set_up(tmp_path / "copy").split == data.split
+
+
+def test_the_splits_of_a_checkpoint_are_followed(
+    tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, 12)
+    record = set_up(tmp_path, seed=1).split
+    write_images(tmp_path, 1, seed=7)  # over 0.png of each class: one image gone, one new
+    data = set_up(tmp_path, seed=2)
+    data.follow(record)
+    assert "splits of the checkpoint (seed=1, val_fraction=0.1, test_fraction=0.2)" in logged.text
+    assert "33 of its 36 images are here and 3 new ones" in logged.text
+    assert record.train < data.split.train and len(data.split.train - record.train) == 3
+    assert data.split.val <= record.val and data.split.test <= record.test
+    assert data.split.recipe == record.recipe
+    assert {data.digests[path] for path, _ in data.test} == data.split.test
+
+
+def test_a_record_of_other_images_changes_no_split(images: Path) -> None:
+    data = set_up(images)
+    before = data.train, data.val, data.test
+    data.follow(SplitRecord({"seed": 1}, frozenset({"a"}), frozenset({"b"}), frozenset()))
+    assert (data.train, data.val, data.test) == before
+    assert data.split.train == {"a", *(data.digests[path] for path, _ in data.train)}
+
+
+def test_a_class_of_which_nothing_is_left_to_train_on_is_an_error(images: Path) -> None:
+    data = set_up(images / "train", val_fraction=0, test_fraction=0)
+    red = [sample for sample in data.train if data.classes[sample[1]] == "red"]
+    rest = [sample for sample in data.train if sample not in red]
+    record = SplitRecord.of(ImageIndex(data.classes, rest, red, []), data.digests, {"seed": 0})
+    with pytest.raises(UserError, match=r"no images to train on are left of red: .*; add others"):
+        data.follow(record)

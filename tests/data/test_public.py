@@ -1,0 +1,291 @@
+"""Public sets: small archives in each one's layout, downloaded through the code that users run."""
+
+import io
+import itertools
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request
+
+import numpy as np
+import pytest
+from conftest import configure
+from hydra.utils import instantiate
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import Flowers102
+
+from bcnn.data import public
+from bcnn.data.public import PublicSet
+from bcnn.utils.errors import UserError
+
+NUMBERS = itertools.count()  # no two images are the same
+Files = dict[str, bytes]
+Splits = dict[str, dict[str, str]]  # split → name of the image's file → class
+
+
+@dataclass
+class Toy:
+    """A published set in small: its class, its files, and its images."""
+
+    kind: type[PublicSet]
+    files: Files
+    expected: Splits
+
+
+def jpeg() -> bytes:
+    pixels = np.random.default_rng(next(NUMBERS)).integers(0, 255, (36, 44, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def tar(members: Files, mode: str = "w:gz") -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def mat(**arrays: object) -> bytes:
+    stream = io.BytesIO()
+    savemat(stream, arrays)
+    return stream.getvalue()
+
+
+def lines(rows: Iterator[str] | list[str]) -> bytes:
+    return "".join(f"{row}\n" for row in rows).encode()
+
+
+def birds(kind: type[PublicSet], classes: dict[int, str], folder: str, groups: list[str]) -> Toy:
+    """CUB-200-2011 and NABirds have the same lists; NABirds' classes are leaves of a tree."""
+    images = [(f"{k}-{n}", f"{k:04d}/{k}{n}.jpg", k, n < 3) for k in classes for n in range(5)]
+    members = {
+        f"{folder}/classes.txt": lines([*groups, *(f"{k} {name}" for k, name in classes.items())]),
+        f"{folder}/images.txt": lines(f"{i} {path}" for i, path, _, _ in images),
+        f"{folder}/image_class_labels.txt": lines(f"{i} {k}" for i, _, k, _ in images),
+        f"{folder}/train_test_split.txt": lines(f"{i} {int(train)}" for i, _, _, train in images),
+        **{f"{folder}/images/{path}": jpeg() for _, path, _, _ in images},
+    }
+    expected: Splits = {"train": {}, "val": {}, "test": {}}
+    for _, path, k, train in images:
+        expected["train" if train else "test"][Path(path).name] = classes[k]
+    return Toy(kind, {kind.files: tar(members)}, expected)
+
+
+def cub200() -> Toy:
+    names = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross", 3: "003.Sooty_Albatross"}
+    return birds(public.CUB200, names, "CUB_200_2011", [])
+
+
+def nabirds() -> Toy:
+    names = {295: "Common Eider (Adult male)", 317: "Bufflehead", 1010: "Green Heron"}
+    return birds(public.NABirds, names, "nabirds", ["0 Birds", "1 Ducks, Geese, and Swans"])
+
+
+def aircraft() -> Toy:
+    names = ["707-320", "747-100", "DC-8"]
+    data = "fgvc-aircraft-2013b/data"
+    rows: dict[str, list[str]] = {split: [] for split in ("trainval", "test")}
+    members = {f"{data}/variants.txt": lines(names)}
+    expected: Splits = {"train": {}, "val": {}, "test": {}}
+    for number in range(18):
+        split, image, name = ("trainval", "test")[number % 2], f"{number:07d}", names[number // 6]
+        members[f"{data}/images/{image}.jpg"] = jpeg()
+        rows[split].append(f"{image} {name}")
+        expected["test" if split == "test" else "train"][f"{image}.jpg"] = name
+    members |= {f"{data}/images_variant_{split}.txt": lines(each) for split, each in rows.items()}
+    return Toy(public.Aircraft, {"fgvc-aircraft-2013b.tar.gz": tar(members)}, expected)
+
+
+def cars() -> Toy:
+    names = ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "smart fortwo 2012"]
+    fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
+    expected: Splits = {"train": {}, "val": {}, "test": {}}
+    members: Files = {}
+    for split, count, annotations in (
+        ("train", 15, "devkit/cars_train_annos.mat"),
+        ("test", 6, "cars_test_annos_withlabels.mat"),
+    ):
+        rows = np.zeros((1, count), [(name, object) for name in fields])
+        for index in range(count):
+            file = f"{index + 1:05d}{split}.jpg"
+            rows[0, index] = (1, 1, 40, 30, np.uint8(index % 3 + 1), file)
+            members[f"stanford_cars/cars_{split}/{file}"] = jpeg()
+            expected[split][file] = names[index % 3]
+        members[f"stanford_cars/{annotations}"] = mat(annotations=rows)
+    members["stanford_cars/devkit/cars_meta.mat"] = mat(class_names=np.array([names], object))
+    return Toy(public.Cars, {"unpacked.tgz": tar(members)}, expected)
+
+
+def flowers102() -> Toy:
+    ids = {"train": [3, 1, 5], "val": [2, 4, 9], "test": [6, 7, 8, 10, 11, 12]}
+    labels = [1, 2, 3] * 4
+    files = {
+        "102flowers.tgz": tar({f"jpg/image_{i:05d}.jpg": jpeg() for i in range(1, 13)}),
+        "imagelabels.mat": mat(labels=np.array([labels], np.uint8)),
+        "setid.mat": mat(trnid=[ids["train"]], valid=[ids["val"]], tstid=[ids["test"]]),
+    }
+    names = {1: "pink primrose", 2: "hard-leaved pocket orchid", 3: "canterbury bells"}
+    expected = {s: {f"image_{i:05d}.jpg": names[labels[i - 1]] for i in ids[s]} for s in ids}
+    return Toy(public.Flowers, files, expected)
+
+
+def pets() -> Toy:
+    breeds = {"Abyssinian": "Abyssinian", "american_bulldog": "American Bulldog", "Ragdoll": "Ragdoll"}
+    rows: dict[str, list[str]] = {"trainval": [], "test": []}
+    expected: Splits = {"train": {}, "val": {}, "test": {}}
+    for label, (file, breed) in enumerate(breeds.items(), 1):
+        for number in range(6):
+            split = "trainval" if number < 4 else "test"
+            rows[split].append(f"{file}_{number} {label} 1 1")
+            expected["train" if number < 4 else "test"][f"{file}_{number}.jpg"] = breed
+    images = {f"images/{name}": jpeg() for split in expected.values() for name in split}
+    annotations = {f"annotations/{split}.txt": lines(rows[split]) for split in rows}
+    files = {"images.tar.gz": tar(images), "annotations.tar.gz": tar(annotations)}
+    return Toy(public.Pets, files, expected)
+
+
+def dogs() -> Toy:
+    names = ["n02085620-Chihuahua", "n02085782-Japanese_spaniel", "n02116738-African_hunting_dog"]
+    expected: Splits = {"train": {}, "val": {}, "test": {}}
+    images: Files = {}
+    lists: Files = {}
+    for split, numbers in (("train", range(4)), ("test", range(4, 6))):
+        rows = [(f"{name}/{name[:9]}_{n}.jpg", k) for k, name in enumerate(names, 1) for n in numbers]
+        images |= {f"Images/{path}": jpeg() for path, _ in rows}
+        expected[split] = {Path(path).name: names[k - 1] for path, k in rows}
+        paths = np.array([[path] for path, _ in rows], object)
+        lists[f"{split}_list.mat"] = mat(file_list=paths, labels=np.array([[k] for _, k in rows]))
+    return Toy(public.Dogs, {"images.tar": tar(images, "w"), "lists.tar": tar(lists, "w")}, expected)
+
+
+TOYS: dict[str, Callable[[], Toy]] = {
+    toy.__name__: toy for toy in (cub200, nabirds, aircraft, cars, flowers102, pets, dogs)
+}
+BY_HAND = ("nabirds", "cars")
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Files:
+    """The files that can be downloaded."""
+    files: Files = {}
+
+    class Response(io.BytesIO):
+        def __init__(self, request: Request) -> None:
+            self.url = request.full_url
+            name = Path(self.url).name
+            if name not in files:
+                raise URLError("no internet")
+            super().__init__(files[name])
+            self.length = len(files[name])
+
+    monkeypatch.setattr("urllib.request.urlopen", Response)
+    return files
+
+
+Make = Callable[[str, Path], tuple[PublicSet, Toy]]
+
+
+@pytest.fixture
+def make(web: Files, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A toy set where the real one would be, and the data module that its configuration gives."""
+
+    def make(name: str, root: Path) -> tuple[PublicSet, Toy]:
+        toy = TOYS[name]()
+        web.update(toy.files)
+        checksums = dict(toy.files)
+        monkeypatch.setattr(
+            "torchvision.datasets.utils.check_md5",
+            lambda path, md5: Path(path).read_bytes() == checksums[Path(path).name],
+        )
+        monkeypatch.setattr(toy.kind, "counts", tuple(map(len, toy.expected.values())))
+        monkeypatch.setattr(Flowers102, "classes", Flowers102.classes[:3])
+        if name in BY_HAND:
+            for content in toy.files.values():
+                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                    archive.extractall(root, filter="data")
+        small = ("data.size=32", "data.num_workers=0", "data.val_fraction=0")
+        return instantiate(configure(f"data={name}", f"data.root={root}", *small).data), toy
+
+    return make
+
+
+def found(data: PublicSet) -> Splits:
+    """The images that can be opened."""
+    data.prepare_data()
+    data.setup()
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {
+        split: {Path(path).name: data.classes[label] for path, label in samples}
+        for split, samples in splits.items()
+    }
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_official_split_of_what_was_published(
+    name: str, make: Make, web: Files, tmp_path: Path
+) -> None:
+    root = tmp_path / "data" / name
+    data, toy = make(name, root)
+    assert found(data) == toy.expected
+    assert [path.name for path in root.iterdir() if path.name[0] != "."] == [toy.kind.folder]
+    assert not [path for path in root.rglob("*") if path.suffix in (".tgz", ".gz", ".tar")]
+    web.clear()  # it is there: nothing is downloaded again, nor written
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.*")}
+    for either in (root, root / toy.kind.folder):  # the folder that holds the set, or the set's own
+        assert found(type(data)(either, size=32, val_fraction=0)) == toy.expected
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_what_cannot_be_downloaded_is_to_be_got_by_hand(
+    name: str, make: Make, web: Files, tmp_path: Path
+) -> None:
+    data, toy = make(name, tmp_path / "data")
+    web.clear()
+    other = type(data)(tmp_path / "other", size=32)
+    with pytest.raises(UserError) as error:
+        other.prepare_data()
+    place = tmp_path / "other" / toy.kind.folder
+    assert all(word in str(error.value) for word in (toy.kind.files, toy.kind.source, str(place)))
+    assert [path.name for path in (tmp_path / "other").iterdir() if path.name[0] != "."] == []
+
+
+@pytest.mark.parametrize("name", ["aircraft", "pets", "flowers102", "dogs"])
+def test_a_download_that_broke_off_leaves_nothing_and_starts_again(
+    name: str, make: Make, web: Files, tmp_path: Path
+) -> None:
+    data, toy = make(name, tmp_path)
+    last = [*toy.files][-1]
+    web[last] = web[last][:-100]
+    with pytest.raises(UserError, match="cannot download"):
+        data.prepare_data()
+    assert not (tmp_path / toy.kind.folder).exists()
+    web[last] = toy.files[last]
+    assert found(data) == toy.expected
+
+
+def test_an_archive_cannot_write_outside_its_folder(make: Make, web: Files, tmp_path: Path) -> None:
+    data, toy = make("aircraft", tmp_path / "data")  # torchvision does not check its sum
+    for name in ("../../evil.txt", f"{toy.kind.folder}/../../../evil.txt"):
+        web[toy.kind.files] = tar({name: b"evil"})
+        with pytest.raises(UserError, match="outside the destination"):
+            data.prepare_data()
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_set_with_missing_images_is_not_trained_on(make: Make, tmp_path: Path) -> None:
+    data, _ = make("cub200", tmp_path)
+    data.prepare_data()
+    next((tmp_path / "CUB_200_2011").rglob("*.jpg")).unlink()
+    with pytest.raises(UserError, match=r"has 14 of the set's 15 images, for example .*jpg"):
+        data.setup()
+    (tmp_path / "CUB_200_2011" / "images.txt").write_text("1-0 0001/10.jpg\n")
+    with pytest.raises(UserError, match="has 1 of the set's 15 images"):
+        data.setup()
