@@ -1,8 +1,8 @@
-"""An invented fine-grained image set: "photographs" of ten butterfly species that differ subtly.
+"""A drawn fine-grained image set: ten butterfly species that differ subtly.
 
-A wing is a fan: its outline is a spline around the hinge, `at(u, rho)` is the point `u` of the
-way along the outer margin and `rho` of the way out from the hinge. Borders, bands, veins and
-spots are polygons in these coordinates, and the pose is one matrix that moves them to the canvas.
+A wing is a fan: its outline is a spline around the hinge, and `at(u, rho)` is the point `u` of the way
+along the outer margin and `rho` of the way out from the hinge. Borders, bands, veins and spots are
+polygons in these coordinates; one matrix moves them to the canvas.
 """
 
 import json
@@ -31,7 +31,7 @@ _CELLS = 6  # the spaces between the veins along a wing's margin
 
 @dataclass(frozen=True)
 class Species:
-    """What tells a species from its relatives; all else varies from one individual to the next."""
+    """The traits of a species; all else varies from one individual to the next."""
 
     name: str
     ground: str  # the colour of the wings: "amber", "russet", "azure" or "straw"
@@ -69,18 +69,21 @@ _PETALS = np.array([[236, 226, 232], [206, 140, 186], [238, 206, 90], [150, 130,
 
 
 def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
-    """Writes the images `root/{train,test}/<species>/0000.jpg ...` and returns `root`.
+    """Write the images `root/{train,test}/<species>/0000.jpg ...` unless they are there; return `root`.
 
-    `train` and `test` are numbers of images a species. The same seed gives the same bytes, and a
-    set that is there already is kept as it is.
+    The same seed gives the same bytes. `train` and `test` are numbers of images a species.
+
+    Raises:
+        UserError: `root` is another folder, or the set with other arguments.
     """
-    record = {"seed": seed, "train": train, "test": test}
+    record = json.dumps({"seed": seed, "train": train, "test": test})
     if root.exists():
-        if _recorded(root) != record:
+        file = root / _RECORD
+        if not file.is_file() or file.read_text() != record:
             raise UserError(
                 f"{root} exists and is not the butterfly set with seed {seed}, {train} training and "
-                f"{test} test images a species: to train on photographs of your own, add data=folder, "
-                "for the butterflies name another folder"
+                f"{test} test images a species: name another folder, or train on your own images with "
+                "data=folder"
             )
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +93,8 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
         with ProcessPoolExecutor() as pool:
             written = pool.map(write_species, range(len(SPECIES)))
             list(track(written, "drawing butterflies", len(SPECIES), "species"))
-        (made / _RECORD).write_text(json.dumps(record))
-        made.rename(root)  # only a finished set ever bears the name
+        (made / _RECORD).write_text(record)
+        made.rename(root)  # only a finished set has the name
     return root
 
 
@@ -104,16 +107,8 @@ def _write_species(root: Path, number: int, seed: int, counts: dict[str, int]) -
             image.save(folder / f"{index:04d}.jpg", quality=92)
 
 
-def _recorded(root: Path) -> Any:
-    """The parameters a set was written with, or None for a folder of another origin."""
-    try:
-        return json.loads((root / _RECORD).read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def draw(species: int, rng: Generator) -> Image.Image:
-    """Draw a new individual of `SPECIES[species]`, `SIZE` large, in a meadow of its own."""
+    """Draw an individual of `SPECIES[species]` in a meadow, `SIZE` large."""
     meadow = _meadow(rng)
     insect = Image.new("RGBA", meadow.size)
     _butterfly(ImageDraw.Draw(insect), SPECIES[species], rng)

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bcnn.data.dataset import ImageList
 from bcnn.data.image_cache import load_reduced
 from bcnn.data.image_io import load_image
 from bcnn.data.index import (
@@ -26,7 +25,7 @@ from bcnn.data.index import (
 )
 from bcnn.data.integrity import check, without_broken
 from bcnn.data.review import duplicates, flat, imbalance, repeats
-from bcnn.data.sampler import SeededSampler, current_epoch, rank_and_world_size, shard
+from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
 from bcnn.data.splits import (
     SplitRecord,
     draw_sample,

@@ -44,14 +44,8 @@ TRANSPOSITIONS = {
 }
 
 
-def _register_plugins() -> None:
-    if find_spec("pillow_heif"):
-        importlib.import_module("pillow_heif").register_heif_opener()
-    if find_spec("pillow_avif"):
-        importlib.import_module("pillow_avif")
-
-
-_register_plugins()  # at import, so that every process that decodes has them
+if find_spec("pillow_heif"):  # at import, so that every process that decodes has it
+    importlib.import_module("pillow_heif").register_heif_opener()
 _SUFFIXES = (*HEIC, *(s for s, name in Image.registered_extensions().items() if name in FORMATS))
 
 

@@ -39,7 +39,7 @@ class PublicSet(FineGrainedDataModule):
         folder: what the set is unpacked to; torchvision's name if torchvision reads it.
         inside: what `folder` holds, among others.
         counts: official numbers of images to train, validate and test on.
-        files: the published files, and whether they unpack to `folder` or into it.
+        files: the published files.
         source: where a person gets them.
     """
 
@@ -68,9 +68,8 @@ class PublicSet(FineGrainedDataModule):
                         f"cannot download {type(self).__name__} ({error}): get {self.files} from "
                         f"{self.source} and unpack to {home / self.folder}"
                     ) from error
-                for path in Path(scratch).rglob("*.*"):
-                    if path.name.endswith((".tar", ".tgz", ".tar.gz")):
-                        path.unlink()
+                for archive in (*Path(scratch).rglob("*.tar"), *Path(scratch).rglob("*.t*gz")):
+                    archive.unlink()
                 Path(scratch, self.folder).rename(home / self.folder)
 
     def read_index(self) -> ImageIndex:

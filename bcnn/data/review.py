@@ -78,20 +78,22 @@ def repeats(index: ImageIndex, findings: Findings) -> list[str]:
     sentences = []
     if conflicts:
         sentences.append(
-            f"{_count(conflicts, 'image is', 'images are')} in more than one class, so that labels are "
-            f"wrong, and none of them is drawn to validate or test: {'; '.join(conflicts[:3])}"
+            f"files in more than one class, which are not drawn to validate or test: {len(conflicts)}, "
+            f"for example {'; '.join(conflicts[:3])}"
         )
     if again:
-        number = _count(again, "image repeats", "images repeat")
-        sentences.append(f"{number} another of their class: {'; '.join(again[:3])}")
+        sentences.append(
+            f"files that repeat another of their class: {len(again)}, for example "
+            f"{'; '.join(again[:3])}"
+        )
     return sentences
 
 
 def flat(index: ImageIndex, findings: Findings) -> list[str]:
     """Return a warning if images have one colour throughout."""
     paths = [path for path in index.paths if findings[path].flat]
-    number = _count(paths, "image has", "images have")
-    return [f"{number} one colour throughout: {'; '.join(paths[:3])}"] if paths else []
+    examples = "; ".join(paths[:3])
+    return [f"images of one colour: {len(paths)}, for example {examples}"] if paths else []
 
 
 def imbalance(index: ImageIndex) -> list[str]:
@@ -138,7 +140,3 @@ def _signs(paths: Sequence[str], findings: Findings) -> NDArray[np.float32]:
     """Return (images, 64), 1 or -1 a bit: a product of two rows gives the bits that differ."""
     hashes = np.array([findings[path].perceptual_hash for path in paths], ">u8")
     return 2 * np.unpackbits(hashes.view(np.uint8)).reshape(-1, 64).astype(np.float32) - 1
-
-
-def _count(found: Sequence[str], one: str, several: str) -> str:
-    return f"{len(found)} {one if len(found) == 1 else several}"

@@ -1,15 +1,52 @@
-"""The order and the random seeds of an epoch's training images, and each rank's part of them."""
+"""An epoch's training images in seeded random order, and each rank's part of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import lightning as L
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+from bcnn.data.image_io import load_image
 
 Draw = tuple[int, int]  # index of an image, and the seed of its crop and flip
 PADDING = -1  # label of an image that metrics ignore
+
+
+class ImageList(Dataset[tuple[Tensor, int]]):
+    """Images by path, each with its label.
+
+    Args:
+        samples: (path, label) pairs.
+        transform: PIL image → uint8 tensor (3, height, width).
+        load: path → PIL image.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, int]],
+        transform: Callable[[Image.Image], Tensor],
+        load: Callable[[str], Image.Image] = load_image,
+    ) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.load = load
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: int | Draw) -> tuple[Tensor, int]:
+        """Return an image by index, or by (index, seed of its random crop and flip)."""
+        if isinstance(draw, tuple):
+            index, seed = draw
+            with torch.random.fork_rng(devices=[]):
+                # `torch.manual_seed` takes a millisecond, for CUDA.
+                torch.default_generator.manual_seed(seed)
+                return self[index]
+        path, label = self.samples[draw]
+        return self.transform(self.load(path)).as_subclass(Tensor), label
 
 
 class SeededSampler(Sampler[Draw]):

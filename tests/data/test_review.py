@@ -46,7 +46,7 @@ def test_files_in_two_classes_and_repeated_ones_are_named() -> None:
 def test_images_of_one_colour_are_counted_and_three_named() -> None:
     index = ImageIndex(["a"], [(f"{number}.png", 0) for number in range(5)])
     findings = {path: Finding("PNG", 1, 1, path, flat=True) for path in index.paths}
-    assert flat(index, findings) == ["5 images have one colour throughout: 0.png; 1.png; 2.png"]
+    assert flat(index, findings) == ["images of one colour: 5, for example 0.png; 1.png; 2.png"]
     assert flat(index, dict.fromkeys(findings, Finding())) == []
 
 
