@@ -85,7 +85,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
             raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
         found += images
     if left_out:
-        logger.warning(f"{len(left_out)} files left out, no images: {count_suffixes(left_out)}")
+        logger.warning(f"{len(left_out)} files left out: {count_suffixes(left_out)}")
     return found
 
 

@@ -29,11 +29,6 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     assert all(other[name] != first[name] for name in first)
 
 
-def test_no_image_occurs_twice(tmp_path: Path) -> None:
-    drawn = images(write(tmp_path / "set", train=2, test=1))
-    assert len(set(drawn.values())) == len(drawn) == 30
-
-
 def test_a_longer_set_begins_with_the_shorter_one(tmp_path: Path) -> None:
     short = images(write(tmp_path / "short", train=1, test=1))
     assert short.items() <= images(write(tmp_path / "long", train=2, test=1)).items()
@@ -47,6 +42,7 @@ def test_layout_and_format(tmp_path: Path) -> None:
         for species in SPECIES
         for index in range(count)
     }
+    assert len({*images(root).values()}) == 30  # no image occurs twice
     for name in images(root):
         with Image.open(root / name) as image:
             image.load()
@@ -58,15 +54,6 @@ def test_a_second_call_writes_nothing(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert write(root, train=1, test=1) == root
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_photographs_of_ones_own_are_not_to_be_removed(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(
-        UserError, match=r"to train on photographs of your own, add data=folder"
-    ) as told:
-        write(tmp_path / "photos")
-    assert "remove" not in str(told.value)
 
 
 def test_a_set_with_other_parameters_is_refused(tmp_path: Path) -> None:
@@ -81,7 +68,7 @@ def test_a_set_with_other_parameters_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_another_origin_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("keep me")
-    with pytest.raises(UserError, match="mine"):
+    with pytest.raises(UserError, match=r"mine .*train on your own images with data=folder"):
         write(tmp_path / "mine", train=1, test=1)
     assert contents(tmp_path) == {f"mine/{name}": b"keep me"}
 

@@ -229,7 +229,7 @@ def test_paths_of_a_command_line(
     assert find_images(["**/*"]) == ["a.jpg", "b.png", "deep/d.jpg"]
     monkeypatch.setattr("bcnn.data.image_files.logger.propagate", True)
     assert find_images(["."]) == ["./a.jpg", "./b.png", "./deep/d.jpg"]
-    assert caplog.messages[-1] == "2 files left out, no images: 1 .txt, 1 without a suffix"
+    assert caplog.messages[-1] == "2 files left out: 1 .txt, 1 without a suffix"
     for path in ("*.gif", "nowhere", "c.*"):
         with pytest.raises(UserError, match="no images: "):
             find_images([path])

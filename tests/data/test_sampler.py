@@ -5,13 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build, set_up, write_classes
+from conftest import set_up, write_classes
 from torch.utils.data import SequentialSampler
 
 from bcnn.data.datamodule import FineGrainedDataModule, Sampling
 from bcnn.data.sampler import PADDING, SeededSampler
-from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.utils.errors import UserError
 
 
@@ -38,13 +36,6 @@ def test_images_are_drawn_balanced_in_training_only(uneven: FineGrainedDataModul
     assert isinstance(uneven.val_dataloader().sampler, SequentialSampler)
     uneven.sampler = None
     assert share(uneven.train_dataloader()) == pytest.approx(3 / 33)
-
-
-def test_descriptors_are_drawn_balanced_too(uneven: FineGrainedDataModule) -> None:
-    data = build(CachedFeatureDataModule(uneven, BCNN(uneven.classes, 32), "32-true"))
-    data.trainer = None  # so that passes are epochs
-    assert 0.42 < share(data.train_dataloader()) < 0.58
-    assert isinstance(data.val_dataloader().sampler, SequentialSampler)
 
 
 def of_rank(data: FineGrainedDataModule, rank: int, ranks: int) -> FineGrainedDataModule:
@@ -106,6 +97,13 @@ def test_draws_are_a_function_of_seed_and_epoch() -> None:
     assert list(first) == list(second) == list(second) != zeroth
     assert list(SeededSampler(50, seed=4)) != zeroth == list(SeededSampler(50, seed=3))
     assert len({seed for _, seed in zeroth}) == 50
+
+
+def test_draws_are_those_of_earlier_runs() -> None:
+    weights = torch.tensor([0.1, 0.9, 0.5, 0.2])
+    assert list(SeededSampler(5, seed=3))[:2] == [(1, 1826754659), (0, 2151013925)]
+    balanced = SeededSampler(4, seed=3, weights=weights, epoch=lambda: 7)
+    assert list(balanced)[:2] == [(1, 2172257467), (1, 1008776183)]
 
 
 def test_neither_workers_nor_numbers_drawn_before_change_a_crop(uneven: FineGrainedDataModule) -> None:

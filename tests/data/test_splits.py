@@ -91,22 +91,26 @@ def test_copies_are_on_one_side_and_those_of_two_classes_are_trained_on() -> Non
 
 
 def test_the_seed_decides() -> None:
+    digests = {f"{i}": f"{random.Random(i).getrandbits(64):016x}" for i in range(20)}
+    val, test = hold_out([(path, 0) for path in digests], digests, 0, 0.2, 0.2)
+    assert (val, test) == ({"0", "2", "7", "8", "12", "17"}, {"3", "16"})
     images, digests = samples(40)
     drawn = {frozenset(hold_out(images, digests, seed, 0.1, 0.2)[1]) for seed in range(10)}
     assert len(drawn) == 10
 
 
+Recorded = tuple[ImageIndex, dict[str, str], SplitRecord]
+
+
 @pytest.fixture
-def index() -> tuple[ImageIndex, dict[str, str], SplitRecord]:
+def index() -> Recorded:
     images, digests = samples(10)
     whole = ImageIndex(["a"], images, divided=False)
     drawn = ImageIndex(["a"], images[:6], images[6:8], images[8:])
     return whole, digests, SplitRecord.of(drawn, digests, {"seed": 0})
 
 
-def test_recorded_splits_are_followed_and_new_images_trained_on(
-    index: tuple[ImageIndex, dict[str, str], SplitRecord],
-) -> None:
+def test_recorded_splits_are_followed_and_new_images_trained_on(index: Recorded) -> None:
     whole, digests, split = index
     digests = {**digests, "new": "f" * 32}
     whole.train.append(("new", 0))
@@ -116,9 +120,7 @@ def test_recorded_splits_are_followed_and_new_images_trained_on(
     assert found.test == whole.train[8:10]
 
 
-def test_given_test_images_that_were_trained_on_are_left_out(
-    index: tuple[ImageIndex, dict[str, str], SplitRecord],
-) -> None:
+def test_given_test_images_that_were_trained_on_are_left_out(index: Recorded) -> None:
     whole, digests, split = index
     given = ImageIndex(["a"], whole.train[:4], test=whole.train[4:])
     assert follow(given, digests, split).test == whole.train[6:]
@@ -126,9 +128,7 @@ def test_given_test_images_that_were_trained_on_are_left_out(
     assert chosen == whole.train[6:] and "2 of 6 images were trained on: left out" in said[0]
 
 
-def test_what_can_be_judged_of_a_folder_without_splits(
-    index: tuple[ImageIndex, dict[str, str], SplitRecord],
-) -> None:
+def test_what_can_be_judged_of_a_folder_without_splits(index: Recorded) -> None:
     whole, digests, split = index
     for name, expected in split_of(whole).items():
         assert choose(whole, digests, split, name) == (expected, [])
@@ -151,9 +151,7 @@ def test_a_record_lists_what_any_stage_was_trained_on() -> None:
     assert SplitRecord.from_plain(second.plain()) == second
 
 
-def test_given_splits_stay_and_the_others_are_drawn(
-    index: tuple[ImageIndex, dict[str, str], SplitRecord],
-) -> None:
+def test_given_splits_stay_and_the_others_are_drawn(index: Recorded) -> None:
     whole, digests, _ = index
     given = ImageIndex(["a"], whole.train[:8], test=whole.train[8:])
     drawn = draw_splits(given, digests, 0.25, None, seed=0)
