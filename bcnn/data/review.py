@@ -78,8 +78,8 @@ def repeats(index: ImageIndex, findings: Findings) -> list[str]:
     sentences = []
     if conflicts:
         sentences.append(
-            f"files in more than one class, which are not drawn to validate or test: {len(conflicts)}, "
-            f"for example {'; '.join(conflicts[:3])}"
+            f"files in more than one class, of which one is wrong: {len(conflicts)}, for example "
+            f"{'; '.join(conflicts[:3])}"
         )
     if again:
         sentences.append(

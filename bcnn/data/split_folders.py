@@ -48,6 +48,7 @@ def split_folders(root: Path) -> dict[str, Path]:
         if split in parts:
             raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
         parts[split] = folder
+    beside = _names(root)
     for folder in subfolders(root):
         if parts and folder not in parts.values() and any(images_below(folder)):
             raise UserError(
@@ -55,7 +56,7 @@ def split_folders(root: Path) -> dict[str, Path]:
                 "train, val or test if it is a split, move it into train/ if it is a class, or move it "
                 "away"
             )
-        if not parts and folder in folders and _names(folder) & _names(root):
+        if not parts and folder in folders and _names(folder) & beside:
             raise UserError(
                 f"{folder} holds folders of the same names as those beside it, like a split: call it "
                 f"train, val or test, and move the class folders into {root}/train, or move it away"

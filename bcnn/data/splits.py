@@ -156,7 +156,9 @@ def choose(
     elif not chosen and split == "test" and not index.divided:
         chosen = index.samples
     if record is None:
-        warnings.append("the checkpoint does not record what it was trained on: maybe some of these images")
+        warnings.append(
+            "the checkpoint does not record what it was trained on: maybe some of these images"
+        )
     elif split != "train" and (trained := record.select("train", chosen, digests)):
         action = "counted all the same" if split == "all" else "left out"
         warnings.append(f"{len(trained)} of {len(chosen)} images were trained on: {action}")
