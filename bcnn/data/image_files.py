@@ -4,7 +4,8 @@ import glob
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from bcnn.data.image_io import has_image_suffix
@@ -40,15 +41,15 @@ def files_below(folder: str | Path) -> Iterator[str]:
         OSError: a folder cannot be read.
     """
     seen = {os.path.realpath(folder)}
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         entered = []
         for name in sorted(folders):
-            target = os.path.realpath(os.path.join(place, name))
+            target = os.path.realpath(os.path.join(parent, name))
             if target not in seen and not is_ignored(name):
                 seen.add(target)
                 entered.append(name)
         folders[:] = entered
-        yield from (os.path.join(place, name) for name in sorted(files) if not is_ignored(name))
+        yield from (os.path.join(parent, name) for name in sorted(files) if not is_ignored(name))
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -62,25 +63,16 @@ def find_images(paths: Sequence[str]) -> list[str]:
         UserError: a path names no image.
     """
     found: list[str] = []
-    left_out: set[str] = set()
+    left_out: dict[str, None] = {}  # a set in order
     for path in paths:
         if path == "-":
-            images = [
-                os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()
-            ]
+            images = [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line]
         elif os.path.isfile(path):
             images = [path]
         else:
-            matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
-            files = [
-                f
-                for match in matches
-                for f in (files_below(match) if os.path.isdir(match) else [match])
-            ]
-            images = list(
-                dict.fromkeys(filter(is_image, files))
-            )  # "**" matches folders and their files
-            left_out |= {file for file in files if not is_image(file)}
+            files = _matching(path)
+            images = [file for file in files if is_image(file)]
+            left_out |= dict.fromkeys(file for file in files if not is_image(file))
         if not images:
             raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
         found += images
@@ -89,7 +81,14 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def count_suffixes(files: Sequence[str] | set[str]) -> str:
+def _matching(path: str) -> list[str]:
+    """Return the files below a folder, or the files and those below folders that match a pattern."""
+    matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
+    files = [[*files_below(match)] if os.path.isdir(match) else [match] for match in matches]
+    return list(dict.fromkeys(chain(*files)))  # "**" matches folders, and the files in them
+
+
+def count_suffixes(files: Collection[str]) -> str:
     """Return how many of the files have each suffix: `2 .txt, 1 without a suffix`."""
     counts = Counter(os.path.splitext(file)[1] or "without a suffix" for file in files)
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
