@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import bounded, mutated, write, write_images
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import write, write_images
 
 from bcnn.data.index import read_folder, read_list
 from bcnn.utils.errors import UserError
@@ -78,37 +76,6 @@ def test_a_name_with_a_line_break(tmp_path: Path) -> None:
     write(tmp_path / "a\nb.png")
     (tmp_path / "labels.csv").write_text('"a\nb.png",cat\n')
     assert read_list(tmp_path / "labels.csv").paths == [str(tmp_path / "a\nb.png")]
-
-
-PARTS = ("a.png", "b.png", "ü.png", "path", "label", "split", "train", "val", "cat", "x" * 200_000)
-MARKS = (",", ",", ",", "\n", "\n", "\r\n", "\t", ";", " ", '"', "\0", "\r", "\ufeff", "\u2028")
-TEXTS = st.builds(
-    lambda parts, encoding: "".join(parts).encode(encoding, "surrogatepass"),
-    st.lists(st.sampled_from(PARTS + MARKS) | st.text(max_size=3), max_size=30),
-    st.sampled_from(["utf-8"] * 4 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"]),
-)
-VALID = 'path,label,split\na.png,cat,train\n"b.png",dog,val\nü.png,cat,test\n'.encode()
-
-
-@pytest.mark.fuzz
-def test_any_list_is_read_or_told_in_a_sentence(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "ü.png"):
-        (tmp_path / name).touch()
-    file = tmp_path / "labels.csv"
-
-    @given(TEXTS | mutated([VALID]))
-    def holds(content: bytes) -> None:
-        file.write_bytes(content)
-        with bounded():
-            try:
-                index = read_list(file)
-            except UserError as error:
-                assert str(file) in str(error) and len(str(error)) < 3000
-                assert "\n" not in str(error)
-            else:
-                assert all(Path(path).is_file() for path in index.paths)
-
-    holds()
 
 
 def describe(folder: Path, **labels: str) -> None:

@@ -5,12 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import configure, toy, write_images
 
 from bcnn.data.index import ImageIndex
 from bcnn.data.splits import SplitRecord, choose, draw_splits, follow, hold_out, too_few
-from bcnn.models.checkpoint import load_model, save_model
-from bcnn.training.run import run
 
 
 def samples(count: int, seed: int = 0) -> tuple[list[tuple[str, int]], dict[str, str]]:
@@ -165,23 +162,3 @@ def test_copies_do_not_make_a_class_large_enough() -> None:
     (sentence,) = too_few(copies, digests, Path("set"), 0.1, None)
     assert sentence.startswith("set: too few images of a (1): data.val_fraction=0.1 and data.test_fra")
     assert too_few(copies, digests, Path("set"), 0, 0) == []
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_finetune_has_the_splits_of_its_checkpoint(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    write_images(images, 12)
-    small = "model.backbone.name=tiny"
-    run(configure(*toy(images, small, "stage=last", "seed=1", f"output={tmp_path / 'a'}")))
-    start = load_model(tmp_path / "a" / "last" / "best.ckpt")
-    assert start.split and start.split.recipe["seed"] == 1
-    write_images(images, 1, seed=7)  # over 0.png of each class: one image gone, one new
-    short = ["stage=finetune", "finetune.epochs=1", "finetune.batch_size=6", f"output={tmp_path / 'b'}"]
-    run(configure(*toy(images, *short, f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}")))
-    split = load_model(tmp_path / "b" / "finetune" / "best.ckpt").split
-    assert split and start.split.train < split.train
-    assert split.recipe == start.split.recipe
-    assert len(split.train - start.split.train) == 3
-    assert split.val <= start.split.val and split.test <= start.split.test
-    save_model(start, tmp_path / "a.safetensors")
-    assert load_model(tmp_path / "a.safetensors").split == start.split
