@@ -162,16 +162,27 @@ def test_intact_files_are_read_again_only_if_they_change(tmp_path: Path, inspect
     assert check(tmp_path, paths)[str(good)].digest != first[str(good)].digest
 
 
-def test_a_second_process_reads_the_cache_of_the_first(tmp_path: Path) -> None:
-    """As ranks of one machine: none of them reads an image that another has read."""
-    paths = jpegs(tmp_path, 3)
-    code = (
-        "import sys; from pathlib import Path; from bcnn.data import integrity\n"
-        "inspect = integrity.inspect\n"
-        "integrity.inspect = lambda path: print('read') or inspect(path)\n"
-        "integrity.check(Path(sys.argv[1]), sys.argv[2:])"
-    )
-    start = [sys.executable, "-c", code, str(tmp_path), *paths]
+RANK = """
+import os, sys, time
+from pathlib import Path
+from bcnn.data import integrity
+
+folder, paths, inspect = Path(sys.argv[1]), sys.argv[2:], integrity.inspect
+
+def read(path):
+    while len(list(folder.glob("ready-*"))) < 2:
+        time.sleep(0.2)  # which leaves the other rank the time to begin its check
+    print("read")
+    return inspect(path)
+
+integrity.inspect = read
+(folder / f"ready-{os.getpid()}").touch()
+integrity.check(folder, paths)
+"""
+
+
+def test_of_two_ranks_that_start_together_one_reads_the_images(tmp_path: Path) -> None:
+    start = [sys.executable, "-c", RANK, str(tmp_path), *jpegs(tmp_path, 3)]
     ranks = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
     assert sorted(rank.communicate()[0].count("read") for rank in ranks) == [0, 3]
 
