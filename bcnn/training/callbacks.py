@@ -1,28 +1,30 @@
-"""What seeds the epochs of a stage, scales its gradients, and says when training goes wrong."""
+"""Callbacks of a stage: seeds, the scale of float16 gradients, divergence, the table of epochs."""
 
 import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from bcnn.data.sampler import current_epoch, derive_seed
 from bcnn.training.checkpointing import BestOrLastCheckpoint
-from bcnn.utils import terminal
+from bcnn.utils.console import logger
+from bcnn.utils.progress import progress, span
 
-say = rank_zero_only(terminal.say)
-
-LOOK = 10  # steps between two looks at the loss on a GPU, for which it has to be waited
-SCALE, GROWTH = 2.0**17, 200  # of gradients in float16, at first, and steps after which it is doubled
-MANY = 0.05  # of an epoch's steps
-CLEARLY = 1.1  # times the loss of guessing, which a step or two from a zero classifier leaves as it is
+LOSS_CHECK = 10  # steps from one check of the loss to the next on a GPU, which each check waits for
+SCALE, GROWTH = 2.0**17, 200  # of float16 gradients: first scale, and steps after which it doubles
+MANY_SKIPPED = 0.05  # of an epoch's steps
+WORSE = 1.1  # times the loss of guessing, which the first steps from a zero head do not change
 
 
-class SeedEpochs(L.Callback):
-    """Makes what a network draws in an epoch, such as dropout, a function of the seed and the epoch."""
+class SeededEpochs(L.Callback):
+    """Makes a network's random draws in an epoch, such as dropout, a function of seed and epoch."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -31,17 +33,16 @@ class SeedEpochs(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:  # `on_train_epoch_start` is not called in the first epoch after resuming
-            L.seed_everything(
-                derive_seed(self.seed, current_epoch(trainer)), workers=True, verbose=False
-            )
+            seed = derive_seed(self.seed, current_epoch(trainer))
+            L.seed_everything(seed, workers=True, verbose=False)
 
 
 class Float16(L.Callback):
-    """The scale of the gradients in 16-mixed, and what it costs; nothing in other precisions.
+    """Sets the scale of gradients in 16-mixed, and warns of skipped steps; idle in other precisions.
 
-    Of the gradients of conv1 to conv3 a third are too small for float16's full precision at torch's
-    scale, 65,536, at which the largest come to 9e3 of 65,504: `SCALE` is twice that. One too large
-    costs a step each time it is halved; one too small torch would double after 2,000 steps only.
+    A third of the gradients of conv1 to conv3 are too small for float16's full precision at torch's
+    scale, 65,536, at which the largest are 9e3 of 65,504: `SCALE` is twice that. A scale that is too
+    large costs a step each time it is halved; one that is too small torch doubles after 2,000 steps.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,36 +57,29 @@ class Float16(L.Callback):
         if batch_idx == 0:
             self._one = torch.ones((), device=pl_module.device)
             self._skipped = torch.zeros((), device=pl_module.device)
-            self._steps = trainer.global_step
-            self._scale = self._scaled(trainer)
+            self._first_step = trainer.global_step
+            self._scale = self._scaled_one(trainer)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        before, self._scale = self._scale, self._scaled(trainer)
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        before, self._scale = self._scale, self._scaled_one(trainer)
         self._skipped += self._scale < before
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        skipped, steps = int(self._skipped), trainer.global_step - self._steps
-        if skipped > steps * MANY:
-            say(
-                f"epoch {trainer.current_epoch + 1}: {skipped} of {steps} steps were left out, their "
-                "gradients being too large for float16: try trainer.precision=32-true"
+        skipped, steps = int(self._skipped), trainer.global_step - self._first_step
+        if skipped > steps * MANY_SKIPPED:
+            logger.warning(
+                f"epoch {trainer.current_epoch + 1}: {skipped} of {steps} steps were skipped because "
+                "gradients were too large for float16: try trainer.precision=32-true"
             )
 
-    def _scaled(self, trainer: L.Trainer) -> Tensor:
-        """The scale, which goes down when a step is left out; the device is not waited for."""
+    def _scaled_one(self, trainer: L.Trainer) -> Tensor:
+        """Return the scale, which falls when a step is skipped, without waiting for the device."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return scaler.scale(self._one) if scaler else self._one
 
 
 class TrainingDiverged(Exception):
-    """Training led to a loss or weights that are no finite numbers."""
+    """A loss or a weight is not finite."""
 
 
 class DivergenceMonitor(L.Callback):
@@ -93,18 +87,17 @@ class DivergenceMonitor(L.Callback):
 
     Args:
         classes: their number: guessing has a cross-entropy of ln(classes).
-        keep: knows the validation top-1 that the stage starts from, where it starts from something
-            trained.
-        advice: what to try, to end the sentence with.
+        checkpoint: holds the validation top-1 of the weights that the stage starts from, if any.
+        advice: what to try; ends each message.
 
     Raises:
-        TrainingDiverged: a loss is not finite, or weights are not at the end of an epoch, before these are
-            validated or kept.
+        TrainingDiverged: a loss is not finite, or a weight at the end of an epoch, before the weights
+            are validated or saved.
     """
 
-    def __init__(self, classes: int, keep: BestOrLastCheckpoint, advice: str) -> None:
+    def __init__(self, classes: int, checkpoint: BestOrLastCheckpoint, advice: str) -> None:
         self.guessing = math.log(classes)
-        self.keep = keep
+        self.checkpoint = checkpoint
         self.advice = advice
 
     def on_train_batch_start(
@@ -125,38 +118,125 @@ class DivergenceMonitor(L.Callback):
     ) -> None:
         loss = outputs["loss"]
         self._first = torch.where(loss.isfinite(), self._first, self._first.clamp(max=batch_idx))
-        if loss.device.type == "cpu" or (batch_idx + 1) % LOOK == 0:
-            self._refuse_loss(trainer)  # the one place in a step where the device is waited for
+        if loss.device.type == "cpu" or (batch_idx + 1) % LOSS_CHECK == 0:
+            self._check_loss(trainer)  # the one place in a step that waits for the device
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._refuse_weights(trainer, pl_module)
+            self._check_weights(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        loss = float(metrics["train_loss"])
-        self._refuse_weights(trainer, pl_module)  # where there is nothing to validate on
-        top1 = float(metrics.get("val_top1", math.nan))
-        if top1 < (start := self.keep.start.get("val_top1", 0.0)) / 2:
+        loss, top1 = float(metrics["train_loss"]), float(metrics.get("val_top1", math.nan))
+        self._check_weights(trainer, pl_module)  # without validation images, nothing did before
+        if top1 < (start := self.checkpoint.start.get("val_top1", 0.0)) / 2:
             trouble = f"validation top-1 fell from {start:.1%} to {top1:.1%}"
-        elif loss > CLEARLY * self.guessing:
+        elif loss > WORSE * self.guessing:
             trouble = f"the training loss, {loss:.2f}, is above that of guessing, {self.guessing:.2f}"
         else:
             return
-        say(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
+        logger.warning(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
 
-    def _refuse_loss(self, trainer: L.Trainer) -> None:
+    def _check_loss(self, trainer: L.Trainer) -> None:
         first = trainer.strategy.reduce(self._first, reduce_op="min")
         if first.isfinite():
-            self._refuse(trainer, "loss is", int(first))
+            self._raise(trainer, "loss is", int(first))
 
-    def _refuse_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._refuse_loss(trainer)
+    def _check_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_loss(trainer)
         if not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
-            self._refuse(trainer, "weights are", len(self._rates) - 1)
+            self._raise(trainer, "weights are", len(self._rates) - 1)
 
-    def _refuse(self, trainer: L.Trainer, what: str, batch: int) -> None:
+    def _raise(self, trainer: L.Trainer, what: str, batch: int) -> None:
         raise TrainingDiverged(
             f"the {what} not finite after batch {batch + 1} of epoch {trainer.current_epoch + 1}, at a "
             f"rate of {self._rates[batch]:g}: {self.advice}"
         )
+
+
+class EpochTable(L.Callback):
+    """Logs a row an epoch: losses, validation top-1, rate, time; a bar shows the running epoch.
+
+    Args:
+        checkpoint: holds what the stage starts from, and the best epoch so far.
+        show: whether to show the bar.
+    """
+
+    def __init__(self, checkpoint: BestOrLastCheckpoint, show: bool = True) -> None:
+        self.checkpoint = checkpoint
+        self.show = show
+        self._rate = math.nan
+        self._seconds: list[float] = []  # that epochs took
+        self._bar = ExitStack()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin("validating the start", sum(trainer.num_sanity_val_batches))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._bar.close()
+        logger.info(table_row("epoch", "train loss", "val loss", "val top-1", "rate", "time"))
+        if self.checkpoint.start and not self.checkpoint.resumed:
+            logger.info(table_row("start", "–", *validation_cells(self.checkpoint.start), "–", "–"))
+        self._begin("preparing the first epoch")  # a pass over images where the head is centered
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # `on_train_epoch_start` is not called in the first epoch after resuming
+            self._start = time.monotonic()
+            batches = trainer.num_training_batches + sum(trainer.num_val_batches)
+            self._begin(f"epoch {_number(trainer)}", batches, lambda: self._time_left(trainer))
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._task.advance()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._task.advance()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = trainer.callback_metrics  # reduced over the ranks
+        best = self.checkpoint.check_monitor_top_k(trainer, metrics.get("val_loss"))
+        self._seconds.append(time.monotonic() - self._start)
+        self._bar.close()
+        cells = (f"{metrics['train_loss']:.3g}", *validation_cells(metrics), f"{self._rate:.3g}")
+        row = table_row(_number(trainer), *cells, span(self._seconds[-1]))
+        logger.info(row + ("  best so far" if best else ""))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._bar.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._bar.close()
+
+    def _begin(self, what: str, batches: float = 0, left: Callable[[], str] | None = None) -> None:
+        self._bar.close()
+        bar = progress(what, int(batches) or None, "batches", left, self.show)
+        self._task = self._bar.enter_context(bar)
+
+    def _time_left(self, trainer: L.Trainer) -> str:
+        """Return what the stage still takes by its timed epochs; or the first epoch, by its steps."""
+        if not self._seconds:
+            left = self._task.left_until(int(trainer.num_training_batches))
+            return left and f"{left} of its steps"
+        epochs = int(trainer.max_epochs or 0) - trainer.current_epoch
+        each = sum(self._seconds) / len(self._seconds)
+        seconds = max(0.0, epochs * each - (time.monotonic() - self._start))
+        stops = any(isinstance(each, EarlyStopping) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        return f"{'at most about' if stops else 'about'} {span(seconds)} left of the stage"
+
+
+def table_row(first: str, *cells: str) -> str:
+    """Return a row of the table of epochs, or of λ."""
+    return f"{first:>7}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def validation_cells(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Return validation loss and top-1 as the table shows them; dashes without validation images."""
+    if "val_loss" not in metrics:
+        return "–", "–"
+    return f"{metrics['val_loss']:.3g}", f"{metrics['val_top1']:.1%}"
+
+
+def _number(trainer: L.Trainer) -> str:
+    return f"{trainer.current_epoch + 1}/{trainer.max_epochs}"

@@ -1,8 +1,8 @@
-"""The principal axes of an image set's local features, which maps are projected to.
+"""The principal axes of a data set's local features, which maps are projected to.
 
 A pooled matrix has as many entries as pairs of channels. Most of what local features differ by lies in
 few directions, so the matrix of their first coordinates along these axes is much smaller and about as
-good. The axes are the eigenvectors of the features' covariance; the mean is not taken off.
+good. The axes are the eigenvectors of the features' covariance; the mean is not subtracted.
 
 Source: the 1 × 1 reduction before pooling, Lin et al., "Bilinear CNN Models for Fine-grained Visual
 Recognition", PAMI 2018, §6, and Li et al., "iSQRT-COV", CVPR 2018, §3; here found in closed form.
@@ -19,32 +19,33 @@ from torch import Tensor
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import VERSION
 from bcnn.models.backbones import Backbone
-from bcnn.training.feature_data import hash_files, hash_tensors
+from bcnn.training.feature_data import hash_tensors, image_digests
 from bcnn.utils.device import autocast
 from bcnn.utils.files import atomic_write, cache_folder
 from bcnn.utils.progress import track
 
 
 @torch.no_grad()
-def fit_projection(
-    backbone: Backbone, images: FineGrainedDataModule, device: torch.device, precision: str
+def fit_principal_axes(
+    backbone: Backbone, data: FineGrainedDataModule, device: torch.device, precision: str
 ) -> None:
-    """Have a backbone project to the first principal axes of a sample of the training images.
+    """Set a backbone's projection to the first principal axes of a sample of the training images.
 
-    They are remembered: for an image set, a backbone, a preprocessing and a precision they are found once.
+    The axes are cached by images, backbone, preprocessing and precision.
 
     Args:
         backbone: on the CPU, with a projection.
-        images: set up already.
-        device: to compute the maps on.
-        precision: Lightning's name, to compute them in.
+        data: set up.
+        device: that computes the maps.
+        precision: Lightning's name, of the maps.
     """
-    loader = images.sample_dataloader()
+    loader = data.sample_dataloader()
     own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
+    paths = [path for path, _ in loader.dataset.samples]  # type: ignore[attr-defined]
     identity = {
-        "features": hash_tensors(own),
-        "images": hash_files([path for path, _ in loader.dataset.samples]),  # type: ignore[attr-defined]
-        **images.preprocessing.identity(),
+        "backbone": hash_tensors(own),
+        "images": image_digests(data, paths),
+        "preprocessing": vars(data.preprocessing),
         "decoding": VERSION,
         "precision": precision,
     }
@@ -52,21 +53,25 @@ def fit_projection(
     file = cache_folder("axes") / f"{key}.npy"
     weight = backbone.projection.weight
     assert isinstance(weight, Tensor)
+    channels = weight.shape[1]
     try:
         axes = np.load(file)
     except (OSError, ValueError, EOFError):  # there is none, or it is damaged
-        backbone.to(device)
+        axes = np.empty(0)
+    if axes.shape != (channels, channels):
+        training = backbone.training
+        backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
+        batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):
-            shown = track(loader, "principal axes", unit="batches")
-            axes = principal_axes(backbone.unprojected(batch.to(device)) for batch, _ in shown).numpy()
-        backbone.to("cpu")
+            axes = principal_axes(backbone.unprojected(batch.to(device)) for batch, _ in batches).numpy()
+        backbone.to("cpu").train(training)
         with atomic_write(file) as part:
             np.save(part, axes)
     weight.copy_(torch.from_numpy(axes)[: len(weight), :, None, None])
 
 
 def principal_axes(batches: Iterable[Tensor]) -> Tensor:
-    """Of maps (batch, channels, h, w): rows of (channels, channels), of the largest variance first."""
+    """Return the axes (channels, channels) of maps (batch, channels, h, w), largest variance first."""
     count, total, products = 0, torch.zeros(()), torch.zeros(())
     for maps in batches:
         x = maps.transpose(0, 1).flatten(1).cpu().double()
