@@ -1,0 +1,166 @@
+"""Stage `last` by the convex solver: the path of λ, what chooses among them, what is written."""
+
+import csv
+from itertools import pairwise
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build, folder_data, quiet_trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import load_model
+from bcnn.training import convex_stage
+from bcnn.training.convex_stage import ConvexResult, comparable, fold_numbers, run_convex_stage
+from bcnn.training.feature_data import CachedFeatureDataModule
+from bcnn.training.logistic_regression import ConvexProblem
+from bcnn.training.module import BCNNModule
+
+PATH = [1e-2, 1e-3, 1e-4]
+
+
+def csv_trainer(folder: Path) -> L.Trainer:
+    return quiet_trainer(logger=CSVLogger(folder, name="", version=""))
+
+
+def solve(
+    images: Path, folder: Path, model: BCNN, *, val: float = 0.34, **options: object
+) -> tuple[ConvexResult, list[dict[str, str]], CachedFeatureDataModule]:
+    """Run the stage; its result, the rows of metrics.csv, and the data."""
+    data = CachedFeatureDataModule(folder_data(images, val_fraction=val), model, "32-true")
+    options = {"l2": PATH, "folder": folder, **options}
+    result = run_convex_stage(csv_trainer(folder), model, data, **options)  # type: ignore[arg-type]
+    with (folder / "metrics.csv").open() as lines:
+        return result, [*csv.DictReader(lines)], data
+
+
+def problem_of(data: CachedFeatureDataModule) -> ConvexProblem:
+    return ConvexProblem(*data.descriptors(data.data.train, views=2), len(data.model.classes))
+
+
+def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path, tiny: BCNN) -> None:
+    result, rows, data = solve(images, tmp_path, tiny)
+    assert [float(row["l2"]) for row in rows[:3]] == PATH
+    assert [row["epoch"] for row in rows] == [str(k) for k in range(len(rows))]
+    problem, losses = problem_of(data), []
+    images_, labels = next(iter(data.data.evaluation_dataloader(data.data.val)))
+    for row in rows:
+        solution = problem.solve(float(row["l2"]))
+        with torch.no_grad():
+            mean = problem.mean
+            logits = (tiny.descriptor(images_) - mean) @ solution.weight.mT + solution.bias
+        losses.append(F.cross_entropy(logits, labels).item())
+        assert float(row["val_loss"]) == pytest.approx(losses[-1], rel=1e-2)
+        assert float(row["train_loss"]) == pytest.approx(float(solution.loss), rel=1e-5)
+        assert float(row["gradient_norm"]) < 1e-5
+    best = rows[int(np.argmin(losses))]
+    assert result.metrics["val_loss"] == pytest.approx(float(best["val_loss"]))
+    expected = problem_of(data)
+    for row in rows[: rows.index(best) + 1]:
+        solution = expected.solve(float(row["l2"]))
+    assert torch.equal(tiny.head.weight, solution.weight)
+
+
+def test_the_checkpoint_opens_in_every_way(images: Path, tmp_path: Path, tiny: BCNN) -> None:
+    result, _, data = solve(images, tmp_path, tiny)
+    assert result.checkpoint == tmp_path / "best.ckpt"
+    for model in (
+        load_model(result.checkpoint),
+        BCNNModule.load_from_checkpoint(result.checkpoint).model,
+    ):
+        assert all(torch.equal(a, tiny.state_dict()[name]) for name, a in model.state_dict().items())
+    module = BCNNModule(load_model(result.checkpoint), "last")
+    trainer = quiet_trainer()
+    found = trainer.validate(module, datamodule=data, ckpt_path=result.checkpoint, verbose=False)[0]
+    assert found == pytest.approx(result.metrics, rel=1e-5)
+
+
+def test_without_validation_images_a_cross_validation_chooses_lambda(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    """Labels without meaning: the weaker λ, the worse are the predictions of unseen images."""
+    for i, path in enumerate(sorted((images / "train").glob("*/*.png"))):
+        path.rename(path.parents[1] / ("blue", "green", "red")[i % 3] / f"moved{i}.png")
+    result, rows, data = solve(images, tmp_path, tiny, val=0, l2=[1, 1e-2, 1e-6], folds=3)
+    losses = [float(row["val_loss"]) for row in rows]
+    assert len(losses) == 3 and losses.index(min(losses)) == 0
+    torch.testing.assert_close(tiny.head.weight, problem_of(data).solve(1).weight)
+    assert result.held_out is not None
+    found = F.nll_loss(result.held_out.probabilities.log(), result.held_out.labels)
+    assert found.item() == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+    assert result.checkpoint.name == "best.ckpt"
+
+
+def test_where_nothing_chooses_the_last_lambda_is_kept(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    result, rows, data = solve(images, tmp_path, tiny, val=0)
+    assert (result.metrics, result.held_out, result.checkpoint.name) == ({}, None, "last.ckpt")
+    assert len(rows) == len(PATH) and "val_loss" not in rows[0]
+    weight = [problem.solve(l2).weight for problem in [problem_of(data)] for l2 in PATH][-1]
+    assert torch.equal(tiny.head.weight, weight)
+
+
+def test_images_alone_in_their_class_are_not_cross_validated(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    """No fold without them knows their class: their loss grows without end as λ falls."""
+    for path in sorted((images / "train" / "red").glob("*.png"))[1:]:
+        path.unlink()
+    result, rows, _ = solve(images, tmp_path, tiny, val=0, l2=[1e-1, 1e-3], folds=3)
+    assert result.held_out is not None
+    assert set(result.held_out.labels.tolist()) == {0, 1} and len(result.held_out.paths) == 12
+    assert float(rows[-1]["val_loss"]) < 5
+
+
+@pytest.mark.parametrize(
+    ("losses", "path"),
+    [
+        ([3.0, 2.0, 1.0, 1.5], [1e-3, 1e-4, 1e-5, 1e-6]),  # better still, then worse
+        ([3.0, 1.0, 2.0], [1e-3, 1e-4, 1e-5]),  # the best is inside
+        ([3.0, 2.0, 1.999], [1e-3, 1e-4, 1e-5]),  # hardly better
+        ([2.0, 1.0, *[1 / n for n in range(2, 20)]], [10.0**-n for n in range(3, 10)]),  # to the end
+        ([1.0], [1e-3]),  # one λ is what was asked for
+    ],
+)
+def test_the_path_is_extended_while_its_end_is_best(
+    images: Path,
+    tmp_path: Path,
+    tiny: BCNN,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: list[float],
+    path: list[float],
+) -> None:
+    validated = iter(losses)
+    figures = {"val_top1": 1.0, "val_top5": 1.0}
+    monkeypatch.setattr(convex_stage, "_validate", lambda *_: {"val_loss": next(validated), **figures})
+    asked = path[: 2 if len(path) > 3 else 3]
+    _, rows, _ = solve(images, tmp_path, tiny, l2=asked)
+    assert [float(row["l2"]) for row in rows] == pytest.approx(path)
+
+
+def test_the_loss_reported_is_cross_entropy_whatever_is_minimised(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=0.2)
+    _, rows, data = solve(images, tmp_path, tiny, l2=[1e-2], loss=loss)
+    descriptors, labels = build(data).descriptors(data.data.train, views=2)
+    with torch.no_grad():
+        logits = tiny.head(descriptors[:])
+    assert float(rows[0]["train_loss"]) == pytest.approx(
+        F.cross_entropy(logits, labels).item(), rel=1e-4
+    )
+
+
+def test_folds_split_every_class_evenly() -> None:
+    labels = torch.tensor([0] * 12 + [1] * 5 + [2] * 3 + [3])
+    folds = fold_numbers(labels, 5)
+    assert all(a <= b for a, b in pairwise(folds[:12].tolist()))  # neighbours stay together
+    assert sorted(folds[:12].bincount().tolist()) == [2, 2, 2, 3, 3]
+    assert sorted(folds[12:17].tolist()) == [0, 1, 2, 3, 4]
+    assert len(folds[17:20].unique()) == 3
+    assert comparable(labels).tolist() == [*range(20)]

@@ -1,0 +1,263 @@
+"""Stage `last` from the store is stage `last` through the frozen network."""
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from conftest import build, folder_data, network, quiet_trainer, write_images
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.training.feature_data import CachedFeatureDataModule, StoredDescriptors
+from bcnn.training.feature_store import SHARD, VIEWS
+from bcnn.training.module import BCNNModule
+from bcnn.utils.errors import UserError
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of images that passed the backbone, a batch each."""
+    found: list[int] = []
+    original = BCNN.descriptor
+
+    def counted(self: BCNN, images: Tensor) -> Tensor:
+        found.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(BCNN, "descriptor", counted)
+    return found
+
+
+def store_of(images: Path, model: BCNN, **options: object) -> CachedFeatureDataModule:
+    return build(CachedFeatureDataModule(folder_data(images, **options), model, "32-true"))
+
+
+def test_descriptors_are_those_of_the_crop_and_its_mirror_image(images: Path, tiny: BCNN) -> None:
+    data = store_of(images, tiny)
+    for split in (data.data.train, data.data.val, data.data.test):
+        batch, labels = next(iter(data.data.evaluation_dataloader(split)))
+        with torch.no_grad():
+            views = tiny.descriptor(batch), tiny.descriptor(batch.flip(-1))
+        for view, expected in enumerate(views):
+            numbers = [number + view for number in data.numbers(split)]
+            found = StoredDescriptors(data.store, numbers)[:]
+            torch.testing.assert_close(found.float(), expected, rtol=2**-11, atol=3e-8)
+        means, found_labels = data.descriptors(split, views=2)
+        torch.testing.assert_close(means[1:], sum(views)[1:] / 2, rtol=2**-10, atol=3e-8)
+        assert torch.equal(found_labels, labels)
+
+
+def test_images_pass_the_backbone_once(images: Path, tiny: BCNN, counts: list[int]) -> None:
+    write_images(images / "test", 6, seed=9)  # 18 images to test on, the first in the order of paths
+    data = store_of(images, tiny)
+    assert sum(counts) == SHARD + VIEWS * (36 - SHARD) == data.store.descriptors
+    again = store_of(images, tiny, val_fraction=0.1)
+    for loader in (again.train_dataloader(), again.val_dataloader(), again.test_dataloader()):
+        for batch in loader:
+            assert again.on_before_batch_transfer(batch, 0)[0].any()
+    assert sum(counts) == data.store.descriptors
+
+
+def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> None:
+    tiny.backbone.features = nn.Sequential(tiny.backbone.features, nn.BatchNorm2d(4))
+    before = {name: tensor.clone() for name, tensor in tiny.backbone.named_buffers()}
+    data = store_of(images, tiny.train())
+    batch, _ = next(iter(data.data.evaluation_dataloader(data.data.train)))
+    with torch.no_grad():
+        expected = tiny.eval().descriptor(batch)
+    torch.testing.assert_close(
+        data.descriptors(data.data.train)[0][:].float(), expected, rtol=1e-3, atol=1e-6
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.backbone.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "backbone",
+        "project",
+        "image",
+        "size",
+        "resize",
+        "interpolation",
+        "precision",
+        "mean",
+        "decoding",
+    ],
+)
+def test_whatever_determines_descriptors_makes_another_store(
+    images: Path, change: str, monkeypatch: pytest.MonkeyPatch, tiny: BCNN
+) -> None:
+    before = CachedFeatureDataModule(folder_data(images), tiny, "32-true").store.key
+    model, options, precision = tiny, {}, "32-true"
+    if change == "backbone":
+        model.backbone.features.weight.data[0] = 0
+    elif change == "project":
+        model = BCNN(model.classes, model.preprocessing, {"name": "tiny"}, project=3)
+    elif change == "image":
+        write_images(images / "train", 1, seed=9)
+    elif change == "mean":
+        model.backbone.set_normalization([0.1, 0, 0], [1, 1, 1])
+    elif change == "decoding":
+        monkeypatch.setattr("bcnn.training.feature_data.MARGIN", 1)
+    elif change == "precision":
+        precision = "bf16-mixed"
+    else:
+        options = {change: {"size": 40, "resize": "squash", "interpolation": "bicubic"}[change]}
+    assert CachedFeatureDataModule(folder_data(images, **options), model, precision).store.key != before
+
+
+def test_the_head_and_the_split_do_not(images: Path, tiny: BCNN) -> None:
+    before = CachedFeatureDataModule(folder_data(images), tiny, "32-true").store.key
+    nn.init.normal_(tiny.head.weight)
+    folder = folder_data(images, val_fraction=0.2, batch_size=3)
+    assert CachedFeatureDataModule(folder, tiny, "32-true").store.key == before
+
+
+def train_head(data: L.LightningDataModule, in_order: DataLoader) -> Tensor:
+    module = BCNNModule(network(), "last", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9))
+    data.train_dataloader = lambda: in_order  # type: ignore[method-assign]
+    quiet_trainer(max_epochs=6, limit_val_batches=0).fit(module, datamodule=data)
+    return module.model.head.weight.detach()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-4), ("float16", 2e-3)])
+def test_same_views_in_the_same_order_give_the_same_classifier(
+    images: Path, dtype: str, bound: float
+) -> None:
+    folder = folder_data(images, batch_size=5)
+    data = build(CachedFeatureDataModule(folder, network(), "32-true", dtype))
+    # the validation loader: in order, without the draw between the two views
+    from_store = train_head(data, data.evaluation_dataloader(folder.train))
+    through_network = train_head(folder, folder.evaluation_dataloader(folder.train))
+    error = (from_store - through_network).norm() / through_network.norm()
+    assert through_network.norm() > 1 and error < bound
+
+
+def test_training_draws_both_views_and_validation_only_the_first(images: Path) -> None:
+    data = store_of(images, network())
+    data.trainer = None  # so that passes are epochs
+    loader, seen = data.train_dataloader(), set()
+    for _ in range(8):
+        descriptors, _ = data.on_before_batch_transfer(next(iter(loader)), 0)
+        seen |= {each.numpy().tobytes() for each in descriptors}
+    assert len(seen) == len(data.data.train) * VIEWS
+    descriptors, labels = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
+    expected, expected_labels = data.descriptors(data.data.val)
+    assert torch.equal(descriptors, expected[:]) and torch.equal(labels, expected_labels)
+
+
+def test_a_truncated_shard_is_computed_again(images: Path, tiny: BCNN, counts: list[int]) -> None:
+    data = store_of(images, tiny)
+    intact = StoredDescriptors(data.store, range(48))[:]
+    path = sorted(data.store.folder.glob("*.npy"))[1]
+    path.write_bytes(path.read_bytes()[:-2])
+    counts.clear()
+    again = store_of(images, tiny)
+    assert sum(counts) == 8 * VIEWS  # the second shard: 24 images less a shard of 16
+    assert torch.equal(StoredDescriptors(again.store, range(48))[:], intact)
+
+
+def _build_in_process(root: Path, queue: multiprocessing.Queue) -> None:
+    counts: list[int] = []
+    original = BCNN.descriptor
+
+    def counted(self: BCNN, images: Tensor) -> Tensor:
+        counts.append(len(images))
+        return original(self, images)
+
+    BCNN.descriptor = counted  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    store_of(root, network())
+    queue.put(sum(counts))
+
+
+@pytest.mark.slow
+def test_of_two_runs_at_once_one_builds_and_the_other_uses_it(images: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    runs = [context.Process(target=_build_in_process, args=(images, queue)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert sorted(queue.get(timeout=1) for _ in runs) == [0, 24 * VIEWS]
+
+
+class Ranks(SingleDeviceStrategy):
+    """A strategy of one of two ranks, without the other: `first` is what rank 0 broadcasts."""
+
+    def __init__(self, all_see: bool = True, first: Iterator[object] = iter(())) -> None:  # noqa: B008
+        super().__init__("cpu")
+        self.all_see = all_see
+        self.first = first
+
+    def broadcast(self, obj: object, src: int = 0) -> object:
+        return next(self.first, obj)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision and self.all_see
+
+
+def of_rank(images: Path, model: BCNN, rank: int, strategy: Ranks) -> CachedFeatureDataModule:
+    data = CachedFeatureDataModule(folder_data(images), model, "32-true")
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank, world_size=2, strategy=strategy, print=print
+    )
+    return data
+
+
+def test_each_rank_computes_its_share_and_sees_a_missing_disk(images: Path, tiny: BCNN) -> None:
+    data = of_rank(images, tiny, 0, Ranks())
+    expected = rf"not every machine of this run sees .*{data.store.key}: set BCNN_STORES .*store=false"
+    with pytest.raises(UserError, match=expected):  # the other rank's shard is not there
+        data.setup()
+    assert [path.name for path in data.store.folder.glob("*.npy")] == ["000000.npy"]
+    assert not data.store.lock().is_locked
+    build(CachedFeatureDataModule(folder_data(images), tiny, "32-true"))
+    with pytest.raises(UserError, match=expected):
+        of_rank(images, tiny, 0, Ranks(all_see=False)).setup()
+
+
+def test_an_error_of_the_first_rank_is_raised_on_every_rank(images: Path, tiny: BCNN) -> None:
+    data = of_rank(images, tiny, 1, Ranks(first=iter([True, UserError("cannot be written")])))
+    with pytest.raises(UserError, match="cannot be written"):
+        data.setup()
+    assert not data.store.folder.exists()  # the first rank alone writes
+
+
+def test_ranks_that_wait_for_another_run_meet_now_and_then(
+    images: Path, tiny: BCNN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bcnn.training.feature_data.WAIT", 0.01)
+    strategy = Ranks()
+    data = of_rank(images, tiny, 0, strategy)
+    other, acquired = data.store.lock(), []
+
+    def broadcast(obj: object, src: int = 0) -> object:
+        acquired.append(obj)
+        if len(acquired) == 4:
+            other.release()
+        return obj
+
+    monkeypatch.setattr(strategy, "broadcast", broadcast)
+    with caplog.at_level("INFO", "bcnn"), other, suppress(UserError):  # of the other rank's shard
+        data.setup()
+    assert acquired[:4] == [False] * 4 and True in acquired
+    assert caplog.text.count("another run is building the same descriptors") == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_descriptors_that_are_not_finite_are_not_kept(images: Path, tiny: BCNN, value: float) -> None:
+    tiny.backbone.features.weight.data.fill_(value)
+    data = CachedFeatureDataModule(folder_data(images), tiny, "32-true")
+    with pytest.raises(UserError, match=r"blue/0\.png is not finite in 32-true"):
+        build(data)
+    assert not list(data.store.folder.glob("*.npy"))

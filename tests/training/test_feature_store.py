@@ -1,0 +1,166 @@
+"""Descriptors on disk: found again, resumed, complete or missing."""
+
+import errno
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bcnn.training import feature_store
+from bcnn.training.feature_store import SHARD, VIEWS, FeatureStore
+from bcnn.utils.errors import UserError
+from bcnn.utils.files import PART
+
+WIDTH = 8
+
+
+def make(images: int = 40, dtype: str = "float16", **identity: object) -> FeatureStore:
+    return FeatureStore(identity, images, WIDTH, dtype, about="some images")
+
+
+def descriptors(images: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).random((images, VIEWS, WIDTH), np.float32)
+
+
+def fill(store: FeatureStore, shards: list[int]) -> None:
+    content = descriptors(store.images)
+    for shard in shards:
+        store.write(shard, content[store.shard_images(shard), : store.views(shard)])
+    store.scan()
+
+
+def read(store: FeatureStore, numbers: list[int]) -> np.ndarray:
+    out = np.empty((len(numbers), WIDTH), store.dtype)
+    store.read(numbers, out)
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2**-11), ("float32", 0)])
+def test_descriptors_are_read_in_any_order(dtype: str, bound: float) -> None:
+    store = make(dtype=dtype)
+    fill(store, store.open())
+    wanted = [79, 0, 33, 32, 31, 0]
+    expected = descriptors().reshape(-1, WIDTH)[wanted]
+    np.testing.assert_allclose(read(store, wanted), expected, rtol=bound)
+    assert store.nbytes == 80 * WIDTH * np.dtype(dtype).itemsize
+
+
+def test_numpy_opens_a_shard() -> None:
+    store = make()
+    fill(store, store.open())
+    array = np.load(sorted(store.folder.glob("*.npy"))[1])
+    assert array.shape == (SHARD, VIEWS, WIDTH)
+    np.testing.assert_array_equal(array, descriptors()[SHARD : 2 * SHARD].astype(np.float16))
+
+
+def test_only_shards_with_training_images_have_mirror_images() -> None:
+    evaluated = FeatureStore({}, 40, WIDTH, mirrored=[3])
+    assert [evaluated.views(shard) for shard in (0, 1, 2)] == [2, 1, 1]
+    assert evaluated.descriptors == 32 + 16 + 8
+    fill(evaluated, evaluated.open())
+    flat = descriptors().reshape(-1, WIDTH)
+    np.testing.assert_allclose(read(evaluated, [7, 6, 40, 78]), flat[[7, 6, 40, 78]], rtol=2**-11)
+    with pytest.raises(IndexError, match="mirror image"):
+        read(evaluated, [41])
+    trained = make()  # on all images
+    assert trained.key == evaluated.key and trained.open() == [1, 2]
+    fill(trained, [1, 2])
+    np.testing.assert_allclose(read(trained, [*range(80)]), flat, rtol=2**-11)
+    assert FeatureStore({}, 40, WIDTH, mirrored=[3]).open() == []
+
+
+def test_identity_alone_decides_which_store_it_is() -> None:
+    assert make(size=1).key == make(size=1).key
+    others = [make(size=2), make(size=1, precision="x"), make(images=41, size=1)]
+    others += [make(size=1, dtype="float32")]
+    assert len({store.key for store in [make(size=1), *others]}) == 5
+    assert FeatureStore({"size": 1}, 40, WIDTH, about="moved elsewhere").key == make(size=1).key
+
+
+def test_a_killed_build_resumes_with_the_missing_shards() -> None:
+    first = make()
+    assert first.open() == [0, 1, 2]
+    fill(first, [0, 2])
+    (first.folder / f"{PART}999-000001.npy").write_bytes(b"half a shard")
+    again = make()
+    assert again.open() == [1]
+    assert sorted(path.name for path in again.folder.iterdir()) == [
+        "000000.npy",
+        "000002.npy",
+        "store.json",
+    ]
+
+
+@given(length=st.integers(0, 127), of_end=st.booleans())
+def test_a_truncated_shard_is_missing(length: int, of_end: bool) -> None:
+    store = make(images=4)
+    fill(store, store.open())
+    path = store.folder / "000000.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[: -1 - length] if of_end else content[:length])
+    assert make(images=4).open() == [0]
+
+
+def test_a_shard_of_another_shape_is_missing() -> None:
+    store = make()
+    fill(store, store.open())
+    np.save(store.folder / "000001.npy", descriptors()[:SHARD, :, :4].astype(np.float16))
+    np.save(store.folder / "000002.npy", descriptors()[32:40])  # float32
+    assert make().open() == [1, 2]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make()
+    store.open()
+    fill(store, [0])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bcnn.utils.files.os.fsync", full)
+        with pytest.raises(UserError, match=r"No space left.*BCNN_STORES.*last\.store=false"):
+            fill(store, [1])
+    assert make().open() == [1, 2]
+
+
+def test_a_shard_cut_short_while_in_use_is_a_sentence() -> None:
+    store = make()
+    fill(store, store.open())
+    path = store.folder / "000000.npy"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="cut short while in use"):
+        read(store, [31])
+
+
+def test_one_run_waits_for_another() -> None:
+    order: list[str] = []
+
+    def wait() -> None:
+        with make().lock():
+            order.append("second")
+
+    with make().lock():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_stores_are_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BCNN_STORES")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert str(feature_store.stores_dir()) == "/cache/bcnn/stores"
+
+
+def test_what_a_store_belongs_to_can_be_read() -> None:
+    store = make()
+    store.open()
+    about = {"about": "some images", "images": 40, "shards": 3}
+    assert feature_store.read_about(store.folder) == about
+    (store.folder / "store.json").write_text("garbage")
+    assert feature_store.read_about(store.folder) == {}

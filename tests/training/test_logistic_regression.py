@@ -1,0 +1,247 @@
+"""The convex solver, against other ways to the same optimum."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from bcnn.training import logistic_regression
+from bcnn.training.logistic_regression import ConvexProblem, cholesky, gram_matrix
+from bcnn.utils.errors import UserError
+
+L2 = 1e-3
+CLASSES = 3
+LABELS = torch.arange(40) % CLASSES
+
+
+@pytest.fixture
+def descriptors() -> Tensor:
+    """40 similar descriptors of unit length, of three classes in turn."""
+    generator = torch.Generator().manual_seed(0)
+    noise, means = torch.randn(40, 90, generator=generator), torch.randn(3, 90, generator=generator)
+    return F.normalize(5 + means.repeat(14, 1)[:40] + noise)
+
+
+def objective(x: Tensor, weight: Tensor, bias: Tensor, loss: nn.Module, l2: float = L2) -> Tensor:
+    return loss(x @ weight.mT + bias, LABELS) + l2 / 2 * weight.square().sum()
+
+
+def scikit_learn(x: Tensor, labels: Tensor) -> LogisticRegression:
+    reference = LogisticRegression(C=1 / (L2 * len(x)), tol=1e-10, max_iter=10_000)
+    return reference.fit(x.double().numpy(), labels.numpy())
+
+
+def test_gram_matrix_in_blocks(descriptors: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic_regression, "BLOCK", 7)
+    half = descriptors.half()
+    centred = half.double() - half.double().mean(0)
+    gram = gram_matrix(half, half.float().mean(0))
+    torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-6)
+
+
+class Counted:
+    """Descriptors that count how many of them were read, and at which precision TF32 was allowed."""
+
+    def __init__(self, descriptors: Tensor) -> None:
+        self.descriptors, self.read = descriptors, 0
+        self.precisions: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.descriptors)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        self.read += len(self.descriptors[part])
+        self.precisions.add(torch.get_float32_matmul_precision())
+        return self.descriptors[part]
+
+
+def test_tf32_is_off_while_descriptors_are_multiplied(descriptors: Tensor) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        counted = Counted(descriptors)
+        gram_matrix(counted, descriptors.mean(0))
+        assert counted.precisions == {"highest"}
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_descriptors_are_read_once_onto_a_device_with_room(
+    descriptors: Tensor, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    monkeypatch.setattr(logistic_regression, "BLOCK", 7)
+    room = descriptors.nbytes if fits else descriptors.nbytes - 1
+    monkeypatch.setattr(logistic_regression, "_room", lambda device: room)
+    counted = Counted(descriptors)
+    solution = ConvexProblem(counted, LABELS, CLASSES).solve(L2)
+    assert (counted.read <= len(descriptors) + 1) == fits  # one to see how large they are
+    assert torch.equal(solution.weight, ConvexProblem(descriptors, LABELS, CLASSES).solve(L2).weight)
+
+
+def test_factor_of_a_matrix_that_rounding_left_indefinite() -> None:
+    low_rank = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    gram = low_rank @ low_rank.mT
+    assert torch.linalg.eigvalsh(gram.double()).min() < 0
+    factor = cholesky(gram)
+    assert (factor @ factor.mT - gram.double()).norm() / gram.norm() < 1e-5
+
+
+def test_each_lift_is_added_to_the_matrix_itself() -> None:
+    gram = torch.tensor([[1.0, 1 + 5e-5], [1 + 5e-5, 1.0]])  # needs the third
+    lifted = gram.double() + 1e-4 * torch.eye(2, dtype=torch.float64)
+    factor = cholesky(gram)
+    torch.testing.assert_close(factor @ factor.mT, lifted, rtol=0, atol=1e-11)
+
+
+def test_a_matrix_far_from_semi_definite_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"semi-definite.*last=sgd"):
+        cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_a_matrix_is_factored_in_the_memory_of_its_factor() -> None:
+    def kilobytes(name: str) -> int:
+        return int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    gram = torch.eye(3000)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = kilobytes("VmRSS")
+    factor = cholesky(gram)
+    assert kilobytes("VmHWM") - before < 1.2 * factor.nbytes / 1024
+
+
+def test_descriptors_that_are_not_finite_are_a_sentence(descriptors: Tensor) -> None:
+    descriptors[3, 4] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        ConvexProblem(descriptors, LABELS, CLASSES)
+
+
+@pytest.mark.parametrize("width", [90, 20])  # fewer descriptors than columns, and more
+def test_figures_are_those_of_the_weights_returned(descriptors: Tensor, width: int) -> None:
+    """Equal descriptors with conflicting labels get equal logits, whatever lifts the matrix's rank."""
+    x = descriptors[:10, :width].repeat(4, 1)
+    labels = torch.arange(40) // 10 % CLASSES  # each descriptor has three labels
+    problem = ConvexProblem(x, labels, CLASSES)
+    solution = problem.solve(1e-9)
+    logits = (x - problem.mean) @ solution.weight.mT + solution.bias
+    torch.testing.assert_close(solution.logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(solution.logits[:10], solution.logits[10:20], rtol=1e-5, atol=1e-5)
+    assert (solution.logits.argmax(1) == labels).float().mean() <= 0.5
+    torch.testing.assert_close(solution.loss.float(), F.cross_entropy(logits, labels))
+
+
+def test_repeated_descriptors_are_no_obstacle(descriptors: Tensor) -> None:
+    solution = ConvexProblem(descriptors[:3].repeat(14, 1)[:40], LABELS, CLASSES).solve(L2)
+    assert torch.isfinite(solution.weight).all()
+    assert torch.equal(solution.logits.argmax(1), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("width", "remembered"), [(90, 30), (40, 30), (20, 30), (90, 2)]
+)  # fewer descriptors than columns, as many, more; and with little memory
+def test_solution_is_that_of_scikit_learn(
+    descriptors: Tensor, width: int, remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = descriptors[:, :width]
+    bytes_ = remembered * 2 * min(40, width) * CLASSES * 8
+    monkeypatch.setattr(logistic_regression, "HISTORY_BYTES", bytes_)
+    problem = ConvexProblem(x, LABELS, CLASSES)
+    assert problem.optimizer.param_groups[0]["history_size"] == remembered
+    problem.solve(1e-2)
+    solution = problem.solve(L2)
+    weight = solution.weight.double()
+    bias = solution.bias.double() - weight @ problem.mean.double()
+    reference, loss = scikit_learn(x, LABELS), nn.CrossEntropyLoss()
+    coefficients, intercepts = map(torch.tensor, (reference.coef_, reference.intercept_))
+    expected = objective(x.double(), coefficients, intercepts, loss).item()
+    assert objective(x.double(), weight, bias, loss).item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=2e-3 * np.abs(weight).max())
+
+
+@pytest.mark.parametrize("width", [90, 20])
+def test_held_out_logits_are_those_of_scikit_learn_without_the_fold(
+    descriptors: Tensor, width: int
+) -> None:
+    x = descriptors[:, :width]
+    folds = torch.arange(40) // 8
+    problem = ConvexProblem(x, LABELS, CLASSES)
+    before = problem.solve(L2)
+    logits = problem.held_out(L2, folds)
+    for fold in range(5):
+        held = folds == fold
+        reference = scikit_learn(x[~held], LABELS[~held])
+        expected = torch.tensor(reference.predict_proba(x[held].double().numpy()))
+        torch.testing.assert_close(logits[held].softmax(1), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(problem.solve(L2).weight, before.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_random_labels_are_learnt_but_not_predicted_held_out(descriptors: Tensor) -> None:
+    labels = torch.randint(2, (40,), generator=torch.Generator().manual_seed(1))
+    problem = ConvexProblem(descriptors, labels, 2)
+    assert torch.equal(problem.solve(1e-9).logits.argmax(1), labels)
+    found = problem.held_out(1e-9, torch.arange(40) // 8).argmax(1)
+    assert 0.25 < (found == labels).double().mean() < 0.75
+
+
+def test_solution_is_that_of_many_small_steps(descriptors: Tensor) -> None:
+    """In float64, of a loss with options, whose module the solver leaves unchanged."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
+    solution = ConvexProblem(descriptors, LABELS, CLASSES, loss).solve(L2)
+    assert loss.weight is not None and loss.weight.dtype == torch.float32
+    x = descriptors.double() - descriptors.double().mean(0)
+    weight = torch.zeros(CLASSES, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
+    loss.double()
+    sgd = torch.optim.SGD([weight, bias], lr=8.0, momentum=0.95)
+    for _ in range(500):
+        sgd.zero_grad()
+        objective(x, weight, bias, loss).backward()
+        sgd.step()
+    assert (solution.weight - weight).norm() / weight.norm() < 1e-3
+    logits = x @ weight.mT + bias
+    torch.testing.assert_close(solution.logits.double(), logits, rtol=0, atol=1e-3)
+    torch.testing.assert_close(solution.loss, loss(logits, LABELS), rtol=1e-4, atol=0)
+
+
+def test_solution_is_that_of_the_formulas_without_blocks(
+    descriptors: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logistic_regression, "BLOCK", 16)
+    before = descriptors.clone()
+    problem = ConvexProblem(descriptors, LABELS, CLASSES)
+    centred = descriptors - descriptors.mean(0)
+    gram = (centred @ centred.mT).double()
+    lift = 1e-6 * gram.diagonal().mean() + 1e-12
+    factor = torch.linalg.cholesky(gram + lift * torch.eye(40, dtype=torch.float64))
+    theta = torch.zeros(40, CLASSES, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
+    for l2 in (1e-2, L2):
+        lbfgs = torch.optim.LBFGS(
+            [theta, bias],
+            max_iter=1000,
+            history_size=30,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure(l2: float = l2, lbfgs: torch.optim.LBFGS = lbfgs) -> Tensor:
+            lbfgs.zero_grad()
+            value = objective(factor, theta.mT, bias, nn.CrossEntropyLoss(), l2)
+            value.backward()
+            return value
+
+        lbfgs.step(closure)
+        solution = problem.solve(l2)
+        weight = torch.linalg.solve(factor.mT, theta.detach()).float().mT @ centred
+        torch.testing.assert_close(solution.weight, weight, rtol=0, atol=1e-4 * weight.abs().max())
+        torch.testing.assert_close(solution.bias, bias.detach().float(), rtol=0, atol=1e-4)
+    assert torch.equal(descriptors, before)

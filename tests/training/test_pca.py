@@ -1,0 +1,89 @@
+"""Maps projected to the principal axes of a data set's local features."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import folder_data
+from torch import nn
+
+from bcnn.models.backbones import Backbone
+from bcnn.models.bilinear_cnn import BCNN, make_backbone
+from bcnn.training.pca import fit_principal_axes, principal_axes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bcnn" / "axes"
+
+
+@pytest.fixture
+def backbone(tiny: BCNN) -> Backbone:
+    return projected(3)
+
+
+def projected(channels: int) -> Backbone:
+    torch.manual_seed(0)
+    return make_backbone("tiny", project=channels)
+
+
+def test_axes_are_those_of_a_singular_value_decomposition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([3.0, 1.0, 0.3, 2.0]).view(4, 1, 1)
+    batches = [torch.randn(n, 4, 5, 6, generator=generator) * scale + 7 for n in (3, 2)]
+    x = np.concatenate([maps.numpy().transpose(1, 0, 2, 3).reshape(4, -1) for maps in batches], axis=1)
+    u = np.linalg.svd(x.astype(np.float64) - x.mean(axis=1, keepdims=True))[0]
+    found = principal_axes(batches).double().numpy()
+    np.testing.assert_allclose(np.abs(found @ u), np.eye(4), atol=1e-4)
+    assert (np.take_along_axis(found, np.abs(found).argmax(1)[:, None], 1) > 0).all()
+
+
+def test_axes_are_of_the_images_and_found_once(
+    images: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = folder_data(images)
+    fit_principal_axes(backbone, data, CPU, "32-true")
+    weight = backbone.projection.weight[:, :, 0, 0]
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(3))
+    with torch.no_grad():
+        maps = torch.cat([backbone.unprojected(batch) for batch, _ in data.sample_dataloader()])
+        torch.testing.assert_close(weight, principal_axes([maps])[:3])
+    monkeypatch.setattr("bcnn.training.pca.principal_axes", None)
+    again = projected(4)
+    fit_principal_axes(again, data, CPU, "32-true")
+    torch.testing.assert_close(again.projection.weight[:3, :, 0, 0], weight)
+    with pytest.raises(TypeError):  # other pixels have other axes
+        fit_principal_axes(again, folder_data(images, interpolation="bicubic"), CPU, "32-true")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another shape"])
+def test_damaged_axes_are_found_again(
+    images: Path, backbone: Backbone, cache: Path, damage: str
+) -> None:
+    data = folder_data(images)
+    fit_principal_axes(backbone, data, CPU, "32-true")
+    expected = backbone.projection.weight.clone()
+    (file,) = cache.iterdir()
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        np.save(file, np.eye(3, dtype=np.float32))
+    fit_principal_axes(backbone, data, CPU, "32-true")
+    assert torch.equal(backbone.projection.weight, expected)
+
+
+def test_batch_normalisation_is_constant(images: Path, backbone: Backbone) -> None:
+    backbone.features = nn.Sequential(backbone.features, nn.BatchNorm2d(4))
+    backbone.features[1].running_mean.fill_(0.5)
+    before = {name: tensor.clone() for name, tensor in backbone.named_buffers()}
+    data = folder_data(images)
+    fit_principal_axes(backbone.train(), data, CPU, "32-true")
+    assert backbone.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.named_buffers())
+    with torch.no_grad():
+        maps = torch.cat([backbone.eval().unprojected(batch) for batch, _ in data.sample_dataloader()])
+    torch.testing.assert_close(backbone.projection.weight[:, :, 0, 0], principal_axes([maps])[:3])
