@@ -63,7 +63,9 @@ def fit_principal_axes(
         backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
         batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):
-            axes = principal_axes(backbone.unprojected(batch.to(device)) for batch, _ in batches).numpy()
+            axes = principal_axes(
+                backbone.unprojected(batch.to(device)) for batch, _ in batches
+            ).numpy()
         backbone.to("cpu").train(training)
         with atomic_write(file) as part:
             np.save(part, axes)

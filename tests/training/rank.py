@@ -10,7 +10,14 @@ from conftest import configure
 from bcnn.models import backbones
 from bcnn.training.module import BCNNModule
 from bcnn.training.run import run
-from bcnn.training.sweep import told
+from bcnn.utils.errors import UserError
+
+
+def train(overrides: list[str]) -> None:
+    try:
+        run(configure(*overrides))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def die(*_: object) -> None:
@@ -21,7 +28,7 @@ if __name__ == "__main__":
     folder, (*jobs, last) = sys.argv[1], json.loads(sys.argv[2])
     backbones.__path__.append(folder)
     for overrides in jobs:
-        told(run, configure(*overrides))
+        train(overrides)
     if os.environ["LOCAL_RANK"] == "1":
         BCNNModule.training_step = die  # type: ignore[method-assign,assignment]
-    told(run, configure(*last))
+    train(last)

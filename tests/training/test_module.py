@@ -1,17 +1,20 @@
-"""What the stage flag freezes and opens."""
+"""What the module trains in a stage, how long its steps are, and that Lightning alone runs it."""
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
-from conftest import network, quiet_trainer
+from conftest import folder_data, network, quiet_trainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.module import BCNNModule, warmup_cosine
+from bcnn.training.feature_data import CachedFeatureDataModule
+from bcnn.training.module import BCNNModule
 
 
 def batches() -> DataLoader:
@@ -22,6 +25,36 @@ def batches() -> DataLoader:
 
 def sgd(lr: float) -> object:
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "cached"), [("last", False), ("last", True), ("finetune", False)])
+def test_a_plain_trainer_trains_saves_and_opens_a_stage(
+    images: Path, tmp_path: Path, tiny: BCNN, stage: str, cached: bool
+) -> None:
+    data: L.LightningDataModule = folder_data(images, batch_size=4)
+    if cached:
+        data = CachedFeatureDataModule(data, tiny, "32-true")
+    tuning = {"centering": True, "polyak": 2.0} if stage == "finetune" else {}
+    before = tiny.head.weight.clone()
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.fit(BCNNModule(tiny, stage, **tuning), datamodule=data)  # type: ignore[arg-type]
+    assert not torch.equal(tiny.head.weight, before)
+    found = trainer.test(datamodule=data, ckpt_path="best")[0]
+    assert 0 <= found["test_top1"] <= 1
+    again = BCNNModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    assert again.stage == stage and again.model.classes == tiny.classes
+    state = tiny.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in again.model.state_dict().items())
+    assert all(p.requires_grad == (stage == "finetune") for p in again.model.backbone.parameters())
+    other = {"last": "finetune", "finetune": "last"}[stage]
+    path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    assert BCNNModule.load_from_checkpoint(path, stage=other).stage == other
+
+
+def test_a_model_that_was_loaded_is_trained_in_training_mode(tiny: BCNN) -> None:
+    assert BCNNModule(tiny.eval(), "finetune").model.backbone.training
+    frozen = BCNNModule(tiny, "last").train()
+    assert frozen.model.head.training and not frozen.model.backbone.training
 
 
 def test_last_leaves_the_features_bit_for_bit_and_without_gradients() -> None:
@@ -183,19 +216,3 @@ def test_nothing_in_a_forward_pass_is_on_another_device(training: bool) -> None:
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
         with torch.no_grad():
             assert functional_call(module, state, images).device.type == "cuda"
-
-
-@pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_schedule_warms_up_and_ends_near_zero(warmup: float) -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = warmup_cosine(optimizer, total_steps=40, warmup=warmup)
-    rates = []
-    for _ in range(40):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    peak = round(40 * warmup)
-    assert max(rates) == rates[peak] == pytest.approx(2.0)
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] < 0.02
