@@ -2,15 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
 
 from bcnn.data.sampler import current_epoch, derive_seed
 from bcnn.training.checkpointing import BestOrLastCheckpoint
@@ -19,7 +17,6 @@ from bcnn.utils.progress import progress, span
 
 LOSS_CHECK = 10  # steps from one check of the loss to the next on a GPU, which each check waits for
 SCALE, GROWTH = 2.0**17, 200  # of float16 gradients: first scale, and steps after which it doubles
-MANY_SKIPPED = 0.05  # of an epoch's steps
 WORSE = 1.1  # times the loss of guessing, which the first steps from a zero head do not change
 
 
@@ -29,20 +26,18 @@ class SeededEpochs(L.Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # `on_train_epoch_start` is not called in the first epoch after resuming
             seed = derive_seed(self.seed, current_epoch(trainer))
             L.seed_everything(seed, workers=True, verbose=False)
 
 
 class Float16(L.Callback):
-    """Sets the scale of gradients in 16-mixed, and warns of skipped steps; idle in other precisions.
+    """Sets the scale of gradients in 16-mixed; idle in other precisions.
 
     A third of the gradients of conv1 to conv3 are too small for float16's full precision at torch's
     scale, 65,536, at which the largest are 9e3 of 65,504: `SCALE` is twice that. A scale that is too
-    large costs a step each time it is halved; one that is too small torch doubles after 2,000 steps.
+    large costs a step each time it is halved. One below 1 has skipped most steps without a word.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -51,31 +46,13 @@ class Float16(L.Callback):
             device = trainer.strategy.root_device.type
             plugin.scaler = torch.amp.GradScaler(device, init_scale=SCALE, growth_interval=GROWTH)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 0:
-            self._one = torch.ones((), device=pl_module.device)
-            self._skipped = torch.zeros((), device=pl_module.device)
-            self._first_step = trainer.global_step
-            self._scale = self._scaled_one(trainer)
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        before, self._scale = self._scale, self._scaled_one(trainer)
-        self._skipped += self._scale < before
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        skipped, steps = int(self._skipped), trainer.global_step - self._first_step
-        if skipped > steps * MANY_SKIPPED:
-            logger.warning(
-                f"epoch {trainer.current_epoch + 1}: {skipped} of {steps} steps were skipped because "
-                "gradients were too large for float16: try trainer.precision=32-true"
-            )
-
-    def _scaled_one(self, trainer: L.Trainer) -> Tensor:
-        """Return the scale, which falls when a step is skipped, without waiting for the device."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return scaler.scale(self._one) if scaler else self._one
+        if scaler and scaler.get_scale() < 1:
+            logger.warning(
+                f"epoch {trainer.current_epoch + 1}: many steps were skipped because gradients are too "
+                "large for float16: try trainer.precision=32-true"
+            )
 
 
 class TrainingDiverged(Exception):
@@ -100,26 +77,16 @@ class DivergenceMonitor(L.Callback):
         self.checkpoint = checkpoint
         self.advice = advice
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 0:
-            self._first = torch.tensor(math.inf, device=pl_module.device)  # batch of no finite loss
-            self._rates: list[float] = []
-        self._rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"]
-        self._first = torch.where(loss.isfinite(), self._first, self._first.clamp(max=batch_idx))
-        if loss.device.type == "cpu" or (batch_idx + 1) % LOSS_CHECK == 0:
-            self._check_loss(trainer)  # the one place in a step that waits for the device
+        self._batch, loss = batch_idx + 1, outputs["loss"]
+        # The one place in a step that waits for the device. What is not finite stays so.
+        if loss.device.type == "cpu" or self._batch % LOSS_CHECK == 0:
+            self._check(trainer, "loss is", loss.isfinite())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -129,6 +96,7 @@ class DivergenceMonitor(L.Callback):
         metrics = trainer.callback_metrics
         loss, top1 = float(metrics["train_loss"]), float(metrics.get("val_top1", math.nan))
         self._check_weights(trainer, pl_module)  # without validation images, nothing did before
+        self._check(trainer, "loss is", math.isfinite(loss))
         if top1 < (start := self.checkpoint.start.get("val_top1", 0.0)) / 2:
             trouble = f"validation top-1 fell from {start:.1%} to {top1:.1%}"
         elif loss > WORSE * self.guessing:
@@ -137,21 +105,16 @@ class DivergenceMonitor(L.Callback):
             return
         logger.warning(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
 
-    def _check_loss(self, trainer: L.Trainer) -> None:
-        first = trainer.strategy.reduce(self._first, reduce_op="min")
-        if first.isfinite():
-            self._raise(trainer, "loss is", int(first))
-
     def _check_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_loss(trainer)
-        if not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
-            self._raise(trainer, "weights are", len(self._rates) - 1)
+        finite = all(parameter.isfinite().all() for parameter in pl_module.parameters())
+        self._check(trainer, "weights are", finite)
 
-    def _raise(self, trainer: L.Trainer, what: str, batch: int) -> None:
-        raise TrainingDiverged(
-            f"the {what} not finite after batch {batch + 1} of epoch {trainer.current_epoch + 1}, at a "
-            f"rate of {self._rates[batch]:g}: {self.advice}"
-        )
+    def _check(self, trainer: L.Trainer, what: str, finite: Any) -> None:
+        if not trainer.strategy.reduce_boolean_decision(bool(finite)):
+            raise TrainingDiverged(
+                f"the {what} not finite after batch {self._batch} of epoch {trainer.current_epoch + 1}, "
+                f"at a rate of {self._rate:g}: {self.advice}"
+            )
 
 
 class EpochTable(L.Callback):
@@ -179,13 +142,11 @@ class EpochTable(L.Callback):
             logger.info(table_row("start", "–", *validation_cells(self.checkpoint.start), "–", "–"))
         self._begin("preparing the first epoch")  # a pass over images where the head is centered
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 0:  # `on_train_epoch_start` is not called in the first epoch after resuming
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
             self._start = time.monotonic()
             batches = trainer.num_training_batches + sum(trainer.num_val_batches)
-            self._begin(f"epoch {_number(trainer)}", batches, lambda: self._time_left(trainer))
+            self._begin(f"epoch {_number(trainer)}{self._time_left(trainer)}", batches)
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -209,21 +170,16 @@ class EpochTable(L.Callback):
     def on_exception(self, *_: Any) -> None:
         self._bar.close()
 
-    def _begin(self, what: str, batches: float = 0, left: Callable[[], str] | None = None) -> None:
+    def _begin(self, what: str, batches: float = 0) -> None:
         self._bar.close()
-        bar = progress(what, int(batches) or None, "batches", left, self.show)
+        bar = progress(what, int(batches) or None, "batches", show=self.show)
         self._task = self._bar.enter_context(bar)
 
     def _time_left(self, trainer: L.Trainer) -> str:
-        """Return what the stage still takes by its timed epochs; or the first epoch, by its steps."""
         if not self._seconds:
-            left = self._task.left_until(int(trainer.num_training_batches))
-            return left and f"{left} of its steps"
+            return ""
         epochs = int(trainer.max_epochs or 0) - trainer.current_epoch
-        each = sum(self._seconds) / len(self._seconds)
-        seconds = max(0.0, epochs * each - (time.monotonic() - self._start))
-        stops = any(isinstance(each, EarlyStopping) for each in trainer.callbacks)  # type: ignore[attr-defined]
-        return f"{'at most about' if stops else 'about'} {span(seconds)} left of the stage"
+        return f" (about {span(epochs * sum(self._seconds) / len(self._seconds))} left of the stage)"
 
 
 def table_row(first: str, *cells: str) -> str:

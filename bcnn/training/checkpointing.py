@@ -44,12 +44,9 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     just changed sides, the loss sees them all. There is no best.ckpt without validation images.
 
     last.ckpt is the trainer's full state after the last epoch, or after one `EVERY` seconds ago at
-    most. A stage resumed from it (`Trainer.fit(ckpt_path=…)`) ends with the same weights. If best.ckpt
-    is of a later epoch than the state, it is forgotten: that epoch is trained again, and its figures
-    differ on a GPU.
+    most. A stage resumed from it (`Trainer.fit(ckpt_path=…)`) ends with the same weights.
 
-    A trainer that validates before it trains (`num_sanity_val_steps=-1`) measures the weights that the
-    stage starts from; these figures are logged as of step 0.
+    A trainer that validates before it trains (`num_sanity_val_steps=-1`) measures `start`.
 
     Args:
         folder: to write to.
@@ -149,8 +146,8 @@ class BestOrLastCheckpoint(ModelCheckpoint):
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         trainer.fit_loop.epoch_progress.load_state_dict(progress)
         trainer.should_stop = state["stopped"]
-        best = Path(str(self.dirpath), "best.ckpt")
-        if best.is_file():
+        best = self.state.with_name("best.ckpt")
+        if best.is_file():  # of a later epoch, it is forgotten: on a GPU, that has other figures now
             content = torch.load(best, "cpu", weights_only=True, mmap=True)
             self._forgets_best = content["global_step"] > checkpoint["global_step"]
         for each in trainer.loggers:
@@ -165,10 +162,9 @@ class BestOrLastCheckpoint(ModelCheckpoint):
         if self._forgets_best:
             self.metrics = {}
             return
-        # The folder may have been moved.
-        here: dict[str, Any] = {"dirpath": self.dirpath}
+        here: dict[str, Any] = {"dirpath": self.dirpath}  # which may have been moved
         if state_dict["best_model_path"]:
-            path = str(Path(str(self.dirpath), "best.ckpt"))
+            path = str(self.state.with_name("best.ckpt"))
             here |= {"best_model_path": path, "kth_best_model_path": path}
             here["best_k_models"] = {path: state_dict["best_model_score"]}
         super().load_state_dict(state_dict | here)
