@@ -112,8 +112,8 @@ class DivergenceMonitor(L.Callback):
     def _check(self, trainer: L.Trainer, what: str, finite: Any) -> None:
         if not trainer.strategy.reduce_boolean_decision(bool(finite)):
             raise TrainingDiverged(
-                f"the {what} not finite after batch {self._batch} of epoch {trainer.current_epoch + 1}, "
-                f"at a rate of {self._rate:g}: {self.advice}"
+                f"the {what} not finite after batch {self._batch} of epoch {trainer.current_epoch + 1}"
+                f", at a rate of {self._rate:g}: {self.advice}"
             )
 
 

@@ -115,9 +115,9 @@ class BestOrLastCheckpoint(ModelCheckpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose between best and last; also where a resumed stage has no epoch left to train."""
-        if self.start and self.metrics is not self.last:
-            top1 = [each["val_top1"] for each in (self.last, self.start, self.metrics)]
-            self._keeps_last = no_worse(*top1, self.images)
+        if self.start and self.last and self.metrics is not self.last:
+            last, start, best = (each["val_top1"] for each in (self.last, self.start, self.metrics))
+            self._keeps_last = no_worse(last, start, best, self.images)
             if self._keeps_last:
                 self.metrics = self.last
                 logger.info("kept: the last epoch, which validation cannot tell from the best")
@@ -138,7 +138,7 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore what Lightning restores too late or not at all: the epoch, early stopping, the logs."""
+        """Restore what Lightning does too late or not at all: the epoch, early stopping, logs."""
         self.resumed = True
         state = checkpoint["callbacks"][self.state_key]
         # No public way: a schedule asks for the number of steps, which has workers draw an epoch's
@@ -178,7 +178,7 @@ class BestOrLastCheckpoint(ModelCheckpoint):
             with log.open(newline="") as lines:
                 self.rows = list(csv.DictReader(lines))
         trainer.save_checkpoint(self.state, weights_only=False)
-        if not self.images:  # nothing else that loggers such as wandb could upload
+        if not self.images and trainer.is_global_zero:  # no best.ckpt that wandb could upload
             self.last_model_path = str(self.state)
             for each in trainer.loggers:
                 each.after_save_checkpoint(self)

@@ -1,7 +1,7 @@
 """Stage `last` solved to its optimum, for one λ after the other."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,11 +62,11 @@ def run_convex_stage(
     """Train the head for each λ, and keep the best by validation loss.
 
     To several λ, tenths of the last are added while it has the lowest validation loss. Without
-    validation images, several λ are compared by cross-validation. Every rank solves the same problem on
-    its own device; rank 0 writes.
+    validation images, several λ are compared by cross-validation. Every rank solves the same problem;
+    rank 0 writes.
 
     Args:
-        trainer: for its ranks, device and loggers; it fits nothing.
+        trainer: its ranks, device and loggers are used; it fits nothing.
         model: its head is trained in place.
         features: of the images to train and validate on; missing descriptors are computed.
         l2: the λ, from strong to weak: each solution starts the next.
@@ -169,9 +169,8 @@ def _report(
     mark = "  best so far" if best and tried.metrics else ""
     logger.info(table_row(f"{tried.l2:.3g}", *cells) + mark)
     solver = {"l2": tried.l2, "gradient_norm": float(tried.solution.gradient_norm)}
-    figures: Mapping[str, float] = {"epoch": number, **solver, **train, **tried.metrics}
     for each in trainer.loggers:
-        each.log_metrics({**figures}, step=number)
+        each.log_metrics({"epoch": number, **solver, **train, **tried.metrics}, step=number)
         each.save()
 
 

@@ -33,8 +33,8 @@ WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give 
 class CachedFeatureDataModule(L.LightningDataModule):
     """The images of another data module as descriptors from a store.
 
-    An image has the descriptor of its evaluation crop and, if it is trained on, one of that crop's mirror
-    image. Training draws one of the two at random, or takes their mean; evaluation reads the first.
+    An image has a descriptor of its evaluation crop and, if it is trained on, one of that crop's mirror
+    image. Training draws one of the two, or takes their mean; evaluation reads the first.
 
     Args:
         data: set up; its splits, labels and batch size are used.
@@ -102,7 +102,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self._ready = True
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.data.train, self.data.train_sampler(self.trainer))
+        return self.evaluation_dataloader(self.data.train, self.data.train_sampler(self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(shard(self.data.val, self.trainer))
@@ -114,9 +114,16 @@ class CachedFeatureDataModule(L.LightningDataModule):
         """Return nothing: `Trainer.predict` starts the ranks and has the store built, no more."""
         return []
 
-    def evaluation_dataloader(self, samples: Sequence[tuple[str, int]]) -> DataLoader:
-        """Return a loader of the first view of these images, in order."""
-        return self._loader(samples)
+    def evaluation_dataloader(
+        self, samples: Sequence[tuple[str, int]], sampler: SeededSampler | None = None
+    ) -> DataLoader:
+        """Return a loader of the first view of these images, in order, or of what a sampler draws."""
+        return DataLoader(
+            _Numbers(self.numbers(samples), samples),
+            batch_size=self.data.rank_batch(self.trainer),
+            sampler=sampler,
+            collate_fn=lambda batch: batch,  # `__getitems__` returns a whole one
+        )
 
     def numbers(self, samples: Sequence[tuple[str, int]]) -> list[int]:
         """Return the numbers of these images' descriptors; those of mirror images come next."""
@@ -147,16 +154,6 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self.store.read(numbers.tolist(), out)
         return torch.from_numpy(out), labels
 
-    def _loader(
-        self, samples: Sequence[tuple[str, int]], sampler: SeededSampler | None = None
-    ) -> DataLoader:
-        return DataLoader(
-            _Numbers(self.numbers(samples), samples),
-            batch_size=self.data.rank_batch(self.trainer),
-            sampler=sampler,
-            collate_fn=lambda batch: batch,  # `__getitems__` returns a whole one
-        )
-
     def _lock(self, until: ExitStack, rank: int, strategy: Strategy) -> None:
         """Have rank 0 hold the store's lock until the block ends."""
 
@@ -167,16 +164,15 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 return False
             return True
 
-        seconds = 0
-        while not on_rank_zero(rank, strategy.broadcast, lambda: acquire(seconds)):
-            if not seconds:
-                logger.info("another run is building the same descriptors: waiting for it")
-            seconds = WAIT
+        if not on_rank_zero(rank, strategy.broadcast, lambda: acquire(0)):
+            logger.info("another run is building the same descriptors: waiting for it")
+            while not on_rank_zero(rank, strategy.broadcast, lambda: acquire(WAIT)):
+                pass
 
     def _compute(self, shards: list[int], device: torch.device) -> None:
         positions = [i for number in shards for i in self.store.shard_images(number)]
-        samples = [(self.paths[i], i) for i in positions]
         # Only the very last shard has fewer images, so a batch of SHARD images is one shard.
+        samples = [(self.paths[i], i) for i in positions]
         loader = self.data.evaluation_dataloader(samples, batch_size=SHARD)
         model = self.model.to(device)
         model.backbone.eval()
@@ -202,12 +198,12 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 each.result()
 
     def _validate_finite(self, number: int, descriptors: Tensor) -> None:
-        """Raise UserError where descriptors overflow: once on disk, no later run would notice."""
+        """Raise UserError for an overflow: no later run would notice it on disk."""
         finite = descriptors.isfinite().flatten(1).all(dim=1)
         if not finite.all():
-            image = self.store.shard_images(number)[int(finite.int().argmin())]
+            path = self.paths[number * SHARD + int(finite.int().argmin())]
             raise UserError(
-                f"the descriptor of {self.paths[image]} is not finite in {self.precision}: try "
+                f"the descriptor of {path} is not finite in {self.precision}: try "
                 "trainer.precision=32-true, or other weights"
             )
 
@@ -265,7 +261,7 @@ def hash_tensors(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -66,14 +66,14 @@ class ConvexProblem:
     """Descriptors and labels, prepared to be solved for one λ after the other.
 
     Args:
-        descriptors: (n, width), of any floating type; read in blocks of `BLOCK`, several times, but only
-            once onto a GPU with room for them.
+        descriptors: (n, width), of any floating type; read in blocks of `BLOCK`, several times, or once
+            where a GPU has room for them.
         labels: (n,), in 0..classes - 1.
         classes: number of classes.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
         tolerance: largest entry of the gradient at which a solution counts as converged; λ where that
             is less.
-        device: that multiplies descriptors; float64 is computed there or on the CPU, where it is faster.
+        device: that multiplies descriptors; float64 is computed there or on the CPU.
         progress: shows how far a pass over the descriptors, or over folds, is.
 
     Attributes:
@@ -137,7 +137,7 @@ class ConvexProblem:
     def held_out(self, l2: float, folds: Tensor) -> Tensor:
         """Return logits of descriptors by solutions, or nearly, that have not seen their fold.
 
-        Rows of the factor stand for descriptors, so a fold is the same problem with some left out of the
+        Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
         loss, solved from zero. The last solution stays in place.
 
         Args:
@@ -167,7 +167,7 @@ class ConvexProblem:
         return logits
 
     def _minimise(self, l2: float, seen: Tensor | slice) -> None:
-        """Minimise over the descriptors that are seen; the gradients at the optimum are left in place."""
+        """Minimise over the descriptors that are seen, and leave the gradients at the optimum."""
         # A gradient as large as λ tells nothing of the length of the solution.
         self.optimizer.param_groups[0]["tolerance_grad"] = min(self.tolerance, l2)
 
@@ -205,7 +205,7 @@ class ConvexProblem:
 def resident(
     descriptors: Descriptors, device: torch.device, room: int, progress: Progress = no_progress
 ) -> Descriptors:
-    """Return descriptors on the device, read once, if they take at most `room` bytes; else unchanged."""
+    """Return descriptors on the device, read once, if they take `room` bytes at most; else as given."""
     if len(descriptors) * descriptors[:1].nbytes > room:
         return descriptors
     starts = progress(range(0, len(descriptors), BLOCK), "reading descriptors", unit="blocks")
@@ -213,11 +213,8 @@ def resident(
 
 
 def _room(device: torch.device) -> int:
-    """Return the bytes that descriptors may take on a device.
-
-    A third of what is free, since `torch.cat` takes as much again; none on the CPU, where reading a
-    block is faster than multiplying it.
-    """
+    """Return the bytes for descriptors: a third of a GPU's free memory, as `torch.cat` takes as much
+    again; none on the CPU, where reading a block is faster than multiplying it."""
     return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
 
 

@@ -177,7 +177,7 @@ def test_an_epoch_is_a_row_of_the_table(
     )
     trainer.fit(BCNNModule(tiny, "finetune", partial(torch.optim.SGD, lr=1e-3)), datamodule=data)
     header, start, *rows = map(str.split, logged())
-    assert header == "epoch train loss val loss val top-1 rate time".split()
+    assert header == ["epoch", "train", "loss", "val", "loss", "val", "top-1", "rate", "time"]
     assert start == [
         "start",
         "–",
