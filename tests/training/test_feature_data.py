@@ -1,6 +1,5 @@
 """Stage `last` from the store is stage `last` through the frozen network."""
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -163,32 +162,6 @@ def test_a_truncated_shard_is_computed_again(images: Path, tiny: BCNN, counts: l
     again = store_of(images, tiny)
     assert sum(counts) == 8 * VIEWS  # the second shard: 24 images less a shard of 16
     assert torch.equal(StoredDescriptors(again.store, range(48))[:], intact)
-
-
-def _build_in_process(root: Path, queue: multiprocessing.Queue) -> None:
-    counts: list[int] = []
-    original = BCNN.descriptor
-
-    def counted(self: BCNN, images: Tensor) -> Tensor:
-        counts.append(len(images))
-        return original(self, images)
-
-    BCNN.descriptor = counted  # type: ignore[method-assign]
-    torch.set_num_threads(1)
-    store_of(root, network())
-    queue.put(sum(counts))
-
-
-@pytest.mark.slow
-def test_of_two_runs_at_once_one_builds_and_the_other_uses_it(images: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    runs = [context.Process(target=_build_in_process, args=(images, queue)) for _ in range(2)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-    assert sorted(queue.get(timeout=1) for _ in runs) == [0, 24 * VIEWS]
 
 
 class Ranks(SingleDeviceStrategy):

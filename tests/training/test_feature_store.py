@@ -1,7 +1,6 @@
 """Descriptors on disk: found again, resumed, complete or missing."""
 
 import errno
-import threading
 
 import numpy as np
 import pytest
@@ -45,14 +44,8 @@ def test_descriptors_are_read_in_any_order(dtype: str, bound: float) -> None:
     expected = descriptors().reshape(-1, WIDTH)[wanted]
     np.testing.assert_allclose(read(store, wanted), expected, rtol=bound)
     assert store.nbytes == 80 * WIDTH * np.dtype(dtype).itemsize
-
-
-def test_numpy_opens_a_shard() -> None:
-    store = make()
-    fill(store, store.open())
-    array = np.load(sorted(store.folder.glob("*.npy"))[1])
-    assert array.shape == (SHARD, VIEWS, WIDTH)
-    np.testing.assert_array_equal(array, descriptors()[SHARD : 2 * SHARD].astype(np.float16))
+    second = np.load(store.folder / "000001.npy")  # as anybody opens it
+    np.testing.assert_array_equal(second, descriptors()[SHARD : 2 * SHARD].astype(dtype))
 
 
 def test_only_shards_with_training_images_have_mirror_images() -> None:
@@ -133,22 +126,6 @@ def test_a_shard_cut_short_while_in_use_is_a_sentence() -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cut short while in use"):
         read(store, [31])
-
-
-def test_one_run_waits_for_another() -> None:
-    order: list[str] = []
-
-    def wait() -> None:
-        with make().lock():
-            order.append("second")
-
-    with make().lock():
-        thread = threading.Thread(target=wait)
-        thread.start()
-        thread.join(0.3)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
 
 
 def test_stores_are_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

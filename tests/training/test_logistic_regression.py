@@ -138,12 +138,6 @@ def test_figures_are_those_of_the_weights_returned(descriptors: Tensor, width: i
     torch.testing.assert_close(solution.loss.float(), F.cross_entropy(logits, labels))
 
 
-def test_repeated_descriptors_are_no_obstacle(descriptors: Tensor) -> None:
-    solution = ConvexProblem(descriptors[:3].repeat(14, 1)[:40], LABELS, CLASSES).solve(L2)
-    assert torch.isfinite(solution.weight).all()
-    assert torch.equal(solution.logits.argmax(1), LABELS)
-
-
 @pytest.mark.parametrize(
     ("width", "remembered"), [(90, 30), (40, 30), (20, 30), (90, 2)]
 )  # fewer descriptors than columns, as many, more; and with little memory
@@ -209,39 +203,3 @@ def test_solution_is_that_of_many_small_steps(descriptors: Tensor) -> None:
     logits = x @ weight.mT + bias
     torch.testing.assert_close(solution.logits.double(), logits, rtol=0, atol=1e-3)
     torch.testing.assert_close(solution.loss, loss(logits, LABELS), rtol=1e-4, atol=0)
-
-
-def test_solution_is_that_of_the_formulas_without_blocks(
-    descriptors: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logistic_regression, "BLOCK", 16)
-    before = descriptors.clone()
-    problem = ConvexProblem(descriptors, LABELS, CLASSES)
-    centred = descriptors - descriptors.mean(0)
-    gram = (centred @ centred.mT).double()
-    lift = 1e-6 * gram.diagonal().mean() + 1e-12
-    factor = torch.linalg.cholesky(gram + lift * torch.eye(40, dtype=torch.float64))
-    theta = torch.zeros(40, CLASSES, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
-    for l2 in (1e-2, L2):
-        lbfgs = torch.optim.LBFGS(
-            [theta, bias],
-            max_iter=1000,
-            history_size=30,
-            tolerance_grad=1e-7,
-            tolerance_change=1e-12,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure(l2: float = l2, lbfgs: torch.optim.LBFGS = lbfgs) -> Tensor:
-            lbfgs.zero_grad()
-            value = objective(factor, theta.mT, bias, nn.CrossEntropyLoss(), l2)
-            value.backward()
-            return value
-
-        lbfgs.step(closure)
-        solution = problem.solve(l2)
-        weight = torch.linalg.solve(factor.mT, theta.detach()).float().mT @ centred
-        torch.testing.assert_close(solution.weight, weight, rtol=0, atol=1e-4 * weight.abs().max())
-        torch.testing.assert_close(solution.bias, bias.detach().float(), rtol=0, atol=1e-4)
-    assert torch.equal(descriptors, before)

