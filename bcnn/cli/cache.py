@@ -1,87 +1,64 @@
-"""List and remove the descriptor stores: the command."""
+"""`bcnn cache`: the descriptors that training keeps on disk."""
 
-import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from filelock import FileLock, Timeout
+import typer
 
-from bcnn.training.feature_store import ABOUT, KEY, OURS, ROWS, files, read_about, stores_dir
+from bcnn.utils.console import console
 from bcnn.utils.errors import UserError
-from bcnn.utils.options import command
-from bcnn.utils.terminal import say
 
-USAGE = """
-python -m bcnn.store                    lists the descriptor stores: key, size, what they belong to
-python -m bcnn.store remove=KEY[,KEY]   removes these; remove=all: every one
+REMOVE = typer.Option(metavar="KEY|all", help="Remove one cache, or all.")
 
-They are in $BCNN_STORES, or in $XDG_CACHE_HOME/bcnn/stores, or in ~/.cache/bcnn/stores.
-"""
+
+def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
+    """List the cached descriptors with size and origin, or remove them.
+
+    They are in $BCNN_STORES, or in bcnn/stores in $XDG_CACHE_HOME or ~/.cache.
+    """
+    from bcnn.training.feature_store import KEY, stores_dir
+
+    caches = sorted(
+        path for path in stores_dir().glob("*") if KEY.fullmatch(path.name) and path.is_dir()
+    )
+    if remove is None:
+        console.print(f"{len(caches)} caches in {stores_dir()}")
+        for folder in caches:
+            console.print(_line(folder))
+        return
+    chosen = [folder for folder in caches if remove in (folder.name, "all")]
+    if not chosen and remove != "all":
+        raise UserError(f"--remove {remove}: no such cache; bcnn cache lists them")
+    busy = [folder.name for folder in chosen if not _removed(folder)]
+    if busy:
+        raise UserError(f"a run is using {', '.join(busy)}: remove it when the run has ended")
 
 
 def _line(folder: Path) -> str:
-    chunks, about = files(folder, ROWS), read_about(folder)
+    from bcnn.training.feature_store import OURS, ROWS, files, read_about
+
+    about = read_about(folder)
     size = sum(path.stat().st_size for path in files(folder, *OURS)) / 1e6
-    of, said = about.get("chunks"), about.get("about")
-    share = f"{len(chunks) / of:.0%} built" if type(of) is int and of > 0 else "?"
-    belongs = said if isinstance(said, str) else f"{ABOUT} is missing or damaged"
-    return f"{folder.name}  {size:9.1f} MB  {share:>10}  {belongs}"
+    done, chunks = len(files(folder, ROWS)), about.get("chunks")
+    share = f"{done / chunks:.0%} built" if isinstance(chunks, int) and chunks > 0 else "damaged"
+    return f"{folder.name}  {size:9.1f} MB  {share:>10}  {about.get('about', 'unknown')}"
 
 
-def _remove(key: str) -> None:
-    """Remove what is the store's; a folder that holds something else stays with it.
+def _removed(folder: Path) -> bool:
+    """Remove a cache, and its folder unless it holds other files; return False while a run uses it."""
+    from filelock import FileLock, Timeout
 
-    Raises:
-        Timeout: a run builds or verifies it.
-    """
-    folder, lock = stores_dir() / key, FileLock(stores_dir() / f"{key}.lock")
-    with lock.acquire(timeout=0):
-        for path in files(folder, *OURS):
-            path.unlink()
-        with suppress(OSError):
-            folder.rmdir()
-        Path(lock.lock_file).unlink()
+    from bcnn.training.feature_store import OURS, files
 
-
-@dataclass
-class Options:
-    """See the usage."""
-
-    remove: str = ""
-
-
-def main(options: Options) -> int:
-    """List the stores, or remove those whose keys are given."""
-    there = [path for path in sorted(stores_dir().glob("*")) if KEY.fullmatch(path.stem)]
-    folders = [path for path in there if path.is_dir() and path.suffix == ""]
-    lines = {
-        path.name: _line(path) for path in folders if files(path, *OURS) or not any(path.iterdir())
-    }
-    if not options.remove:
-        say(f"{len(lines)} stores in {stores_dir()}")
-        say(*lines.values())
-        return 0
-    locks = [path.stem for path in there if path.suffix == ".lock" and path.is_file()]
-    known = {*lines, *locks}
-    keys = sorted(known) if options.remove == "all" else options.remove.split(",")
-    unknown = sorted({*keys} - known)
-    if unknown:
-        raise UserError(f"no such store: {', '.join(unknown)}; python -m bcnn.store lists them")
-    busy = []
-    for key in keys:
-        try:
-            _remove(key)
-        except Timeout:
-            busy.append(key)
-            continue
-        except OSError as error:
-            raise UserError(f"{stores_dir() / key} cannot be removed: {error.strerror}") from error
-        say(f"removed {lines.get(key, key)}")
-    if busy:
-        raise UserError(f"a run is building {', '.join(busy)}: remove it when that has ended")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(command(Options, main, USAGE))
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=0):
+            for path in files(folder, *OURS):
+                path.unlink()
+            with suppress(OSError):
+                folder.rmdir()
+    except Timeout:
+        return False
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+    console.print(f"removed {folder.name}")
+    return True

@@ -1,140 +1,117 @@
-"""The command that looks at a folder of images, or a list of them, and trains nothing."""
+"""`bcnn check`: what training on a set of images would meet."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.table import Table
 
-from bcnn.data.index import ImageIndex, mistakes, read_folder, read_list
-from bcnn.data.splits import draw_splits, refuse_fractions, too_few
-from bcnn.utils.errors import UserError
+from bcnn.cli.arguments import LabelledImages, OutputFolder
+from bcnn.utils.console import console
 from bcnn.utils.files import new_output
-from bcnn.utils.options import command
-from bcnn.utils.terminal import Console
+from bcnn.utils.progress import progress
 
 if TYPE_CHECKING:
+    from bcnn.data.index import ImageIndex
     from bcnn.data.integrity import Finding
 
 MOST_BROKEN = 20  # lines about broken files; the file that lists them has all
 
-USAGE = """
-python -m bcnn.data PATH [OPTION=VALUE ...]
-
-Decodes every image of PATH and tells what training on it would meet: images of each class and split,
-their formats and sizes, broken files, the same image in training and test, classes without images or
-with few. Draws a contact sheet (outputs/<date>/<time>-data/contact_sheet.png) and, beside it, images to
-validate or test on that look the same as one to train on (look_alike.png), and trains nothing.
-
-PATH is a folder with train/, val/ and test/ of class folders, a folder of class folders, or a CSV or
-text file with lines of path,label[,split]. Images beside a metadata.csv of file_name,label (Hugging
-Face's imagefolder), in one folder or in train/, val/ and test/, are labelled by that.
-
-  val_fraction=0.1     of each class, where no image is in val
-  test_fraction=null   of each class, where no image is in test; null: 0.2 without any split, else 0
-  seed=0               of what is drawn
-
-Exit code: 1 if there are broken files or mistakes that training would stop at, else 0.
-"""
+VAL = typer.Option(help="Of each class, where no image is in val.")
+TEST = typer.Option(
+    help="Of each class, where no image is in test. Default: 0.2 without any split, else 0."
+)
+SEED = typer.Option(help="Decides which images are drawn.")
 
 
-@dataclass
-class Options:
-    """See the usage."""
+def check(
+    images: LabelledImages,
+    val_fraction: Annotated[float, VAL] = 0.1,
+    test_fraction: Annotated[float | None, TEST] = None,
+    seed: Annotated[int, SEED] = 0,
+    output: OutputFolder = None,
+) -> int:
+    """Check images before training: splits, sizes, broken files, duplicates.
 
-    paths: list[str] = field(default_factory=list)
-    val_fraction: float = 0.1
-    test_fraction: float | None = None
-    seed: int = 0
+    Decodes every image. Prints the images of each class and split, broken files, and images that are in
+    train and in val or test. Draws contact_sheet.png, and look_alike.png for near duplicates. The exit
+    code is 1 where training would stop.
 
+    IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder
+    with a metadata.csv of file_name,label, or a list with lines of path,label[,split].
+    """
+    with progress("loading PyTorch"):
+        from bcnn.data import review
+        from bcnn.data.contact_sheet import contact_sheet, pair_sheet
+        from bcnn.data.index import mistakes, read_folder, read_list
+        from bcnn.data.integrity import broken, write_broken
+        from bcnn.data.integrity import check as check_images
+        from bcnn.data.splits import draw_splits, refuse_fractions, too_few
 
-def main(options: Options) -> int:
-    """Print the report and write the contact sheet."""
-    # torch takes seconds that --help need not wait for
-    from bcnn.data.contact_sheet import contact_sheet, pair_sheet
-    from bcnn.data.integrity import broken, check, write_broken
-    from bcnn.data.review import duplicates, flat, imbalance, lookalikes, repeats
-
-    if len(options.paths) != 1:
-        raise UserError("name one folder or list of images: see --help")
-    fractions = options.val_fraction, options.test_fraction
-    refuse_fractions(*fractions)
-    source = Path(options.paths[0])
-    layout = read_list(source) if source.is_file() else read_folder(source)
-    findings = check(source, layout.paths)
+    refuse_fractions(val_fraction, test_fraction)
+    index = read_list(images) if images.is_file() else read_folder(images)
+    findings = check_images(images, index.paths)
     reasons = broken(findings)
-    intact = layout.without(reasons)
-    content = {path: finding.digest for path, finding in findings.items()}
-    errors = mistakes(layout, source) or (
-        mistakes(intact, source) + too_few(intact, content, source, *fractions)
+    intact = index.without(reasons)
+    digests = {path: finding.digest for path, finding in findings.items()}
+    errors = mistakes(index, images) or (
+        mistakes(intact, images) + too_few(intact, digests, images, val_fraction, test_fraction)
     )
-    drawn = draw_splits(intact, content, *fractions, options.seed)
+    drawn = draw_splits(intact, digests, val_fraction, test_fraction, seed)
+    folder = output or new_output("check")
 
-    console, folder = Console(soft_wrap=True), new_output("data")
-    console.print(_counts(layout, drawn, reasons))
+    console.print(_counts(index, drawn, reasons))
     if intact.samples:
-        console.print(_formats(findings))
-        console.print(_sizes(findings))
-        picture = folder / "contact_sheet.png"
-        contact_sheet(intact.classes, intact.samples, picture)
-        console.print(f"contact sheet: {picture.resolve()}")
+        console.print(_formats_and_sizes([findings[path] for path in intact.paths]))
+        contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
+        console.print(f"contact sheet: {folder / 'contact_sheet.png'}")
+    for path, reason in list(reasons.items())[:MOST_BROKEN]:
+        console.print(f"broken: {path}: {reason}")
     if reasons:
-        file = write_broken(source, reasons)
-        errors.append(f"{len(reasons)} images cannot be decoded; {file} lists them")
-        for path, reason in list(reasons.items())[:MOST_BROKEN]:
-            console.print(f"broken: {path}: {reason}")
-    seen = duplicates(drawn, findings)
-    twins = {split: pairs for split, pairs in lookalikes(drawn, findings).items() if pairs}
-    if twins:
+        errors.append(
+            f"{len(reasons)} images cannot be decoded; {write_broken(images, reasons)} lists them"
+        )
+    warnings = index.remarks + review.duplicates(drawn, findings)
+    pairs = {split: found for split, found in review.lookalikes(drawn, findings).items() if found}
+    if pairs:
         sheet = folder / "look_alike.png"
-        pair_sheet([pair for pairs in twins.values() for pair in pairs], sheet)
-        for split, pairs in twins.items():
-            of = f"{len(pairs)} of {len(drawn.splits[split])} images in {split}"
-            seen.append(
-                f"{of} look the same as one in train, which flatters the figures: {sheet.resolve()}"
-            )
-    seen += repeats(intact, findings) + flat(intact, findings) + imbalance(drawn)
-    for warning in layout.remarks + seen:
+        pair_sheet([pair for found in pairs.values() for pair in found], sheet)
+        warnings += [
+            f"{len(found)} of {len(drawn.splits[split])} images in {split} look like one in train, "
+            f"so metrics will be too high: see {sheet}"
+            for split, found in pairs.items()
+        ]
+    warnings += review.repeats(intact, findings) + review.flat(intact, findings)
+    for warning in warnings + review.imbalance(drawn):
         console.print(f"warning: {warning}")
     for error in errors:
         console.print(f"error: {error}")
     return 1 if errors else 0
 
 
-def _counts(layout: ImageIndex, drawn: ImageIndex, reasons: Mapping[str, str]) -> Table:
-    """Images of each class in each split, as training would take them."""
+def _counts(index: "ImageIndex", drawn: "ImageIndex", reasons: Mapping[str, str]) -> Table:
+    """Return a table of the images of each class in each split."""
     table = Table(show_footer=True)
     columns = {split: drawn.counts(split) for split in drawn.splits}
     if reasons:
-        lost = Counter(label for path, label in layout.samples if path in reasons)
-        columns["broken"] = [lost[label] for label in range(len(layout.classes))]
-    table.add_column("class", footer=f"classes: {len(layout.classes)}")
+        lost = Counter(label for path, label in index.samples if path in reasons)
+        columns["broken"] = [lost[label] for label in range(len(index.classes))]
+    table.add_column("class", footer=f"classes: {len(index.classes)}")
     for name, counts in columns.items():
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
-    for label, name in enumerate(layout.classes):
+    for label, name in enumerate(index.classes):
         table.add_row(name, *(str(counts[label]) for counts in columns.values()))
     return table
 
 
-def _formats(findings: Mapping[str, "Finding"]) -> str:
-    formats = Counter(finding.format for finding in findings.values() if not finding.error)
-    return "formats: " + ", ".join(f"{count} {name}" for name, count in formats.most_common())
-
-
-def _sizes(findings: Mapping[str, "Finding"]) -> str:
-    intact = [finding for finding in findings.values() if not finding.error]
-    sides = sorted(min(f.width, f.height) for f in intact)
-    largest = max(intact, key=lambda f: f.width * f.height)
-    smallest = min(intact, key=lambda f: f.width * f.height)
+def _formats_and_sizes(findings: list["Finding"]) -> str:
+    formats = Counter(finding.format for finding in findings)
+    sizes = sorted(((f.width, f.height) for f in findings), key=lambda size: size[0] * size[1])
+    (small, low), (wide, high) = sizes[0], sizes[-1]
+    side = median(map(min, sizes))
     return (
-        f"sizes: {smallest.width} × {smallest.height} to {largest.width} × {largest.height} px, "
-        f"short side {median(sides):.0f} px in the median"
+        f"formats: {', '.join(f'{count} {name}' for name, count in formats.most_common())}\n"
+        f"sizes: {small} × {low} to {wide} × {high} px, median short side {side:.0f} px"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(command(Options, main, USAGE))

@@ -1,111 +1,94 @@
-"""Which places of a photograph spoke for the answer, and why it is this class and not that."""
+"""`bcnn explain`: which locations of an image speak for its class, and against another."""
 
-import sys
-from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from bcnn.data.paths import find_images
+import typer
+
+from bcnn.cli.arguments import Checkpoint, Images, OutputFolder
+from bcnn.utils.console import console, error_console, logger
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, new_output, refuse_unwritable
-from bcnn.utils.options import command
 from bcnn.utils.progress import progress, track
-from bcnn.utils.terminal import say
 
 if TYPE_CHECKING:
     from bcnn.evaluation.inference import Explanation
-    from bcnn.models.bilinear_cnn import BCNN
 
-USAGE = """
-Which places of photographs spoke for the answer: a figure each, as PNG.
-
-python -m bcnn.cli.explain ckpt=FILE PATH ... [OPTION=VALUE ...]
-
-  ckpt=FILE             a checkpoint of this project's, or a .pth / .safetensors state dict
-  PATH                  a file; a folder, searched to the bottom; a pattern in quotes ("**/*.jpg");
-                        - for a list on standard input, a file a line
-  target=CLASS          the class to explain; default: the likeliest, but for against
-  against=CLASS         the class that it is compared with; default: the likeliest other one
-  output=FOLDER         default: a new folder under outputs/; figures that it holds already are kept
-
-Left the photograph, with the crop that the network saw; then what each place added to the logit of
-the class (orange) or took from it (purple); then the same for the difference to the other class. The
-places add up to the number over the map, exactly.
-"""
+TARGET = typer.Option(metavar="CLASS", help="Class to explain. Default: the likeliest.")
+VERSUS = typer.Option(metavar="CLASS", help="Class to compare with. Default: the likeliest other one.")
 
 
-@dataclass
-class Options:
-    """See the usage."""
+def explain(
+    ckpt: Checkpoint,
+    images: Images,
+    target: Annotated[str | None, TARGET] = None,
+    versus: Annotated[str | None, VERSUS] = None,
+    output: OutputFolder = None,
+) -> int:
+    """Draw which locations of images speak for a class, as a PNG each.
 
-    ckpt: Path
-    paths: list[str] = field(default_factory=list)
-    target: str = ""
-    against: str = ""
-    output: Path | None = None
+    Left: the image, with the crop that the network sees. Middle: what each location adds to the logit
+    of the class (orange) or takes from it (purple). Right: the same for the difference to the other
+    class. The locations sum to the number over each map.
+    """
+    from bcnn.data.paths import find_images
 
-
-def main(options: Options) -> int:
-    """Draw a figure for every photograph that can be explained."""
-    paths = find_images(options.paths)
-    folder = options.output or new_output("explain")
+    paths = find_images(images)
+    folder = output or new_output("explain")
     refuse_unwritable(folder)
-    with progress("loading PyTorch"):  # takes seconds that --help and mistakes need not wait for
+    with progress("loading PyTorch"):
         from bcnn.data.image_io import load_image
-        from bcnn.evaluation.inference import draw, explain, open_model, refuse_overflow
+        from bcnn.evaluation.inference import draw, open_model, refuse_overflow
+        from bcnn.evaluation.inference import explain as explain_image
         from bcnn.utils.device import best_device
 
-    model = open_model(options.ckpt).to(best_device())
-    target, against = (_label(model, getattr(options, side), side) for side in ("target", "against"))
-    if target is not None and target == against:
-        raise UserError(f"against={options.against}: choose another class than target")
+    model = open_model(ckpt).to(best_device())
+    for_class = _label(model.classes, target, "--target")
+    against = _label(model.classes, versus, "--versus")
+    if for_class is not None and for_class == against:
+        raise UserError(f"--versus {versus}: choose another class than --target")
     failed = 0
     for path in track(paths, "explaining"):
         try:
-            explanation = explain(model, load_image(path, model.preprocessing.side), target, against)
-            for numbers in (explanation.probabilities, explanation.evidence, explanation.contrast):
+            image = load_image(path, model.preprocessing.side)
+            found = explain_image(model, image, for_class, against)
+            for numbers in (found.probabilities, found.evidence, found.contrast):
                 refuse_overflow(numbers.reshape(1, -1), [path])
-        except UserError as error:
-            say(f"error: {error}", file=sys.stderr)
+        except UserError as error:  # the other images are explained all the same
+            logger.error(error)
             failed += 1
             continue
-        figure = folder / _free_name(folder, Path(path).stem)
+        figure = _free_name(folder, Path(path).stem)
         with atomic_write(figure) as part:
-            draw(explanation, model.classes, Path(path).name).savefig(part, dpi=150)
-        say(f"{path}: {_answer(explanation, model.classes)}: {figure}")
+            draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
+        console.print(f"{path}: {_answer(found, model.classes)}: {figure}")
     if failed:
-        print(f"{failed} of {len(paths)} photographs could not be explained", file=sys.stderr)
+        error_console.print(f"{failed} of {len(paths)} images could not be explained")
     return int(failed > 0)
 
 
-def _label(model: "BCNN", name: str, option: str) -> int | None:
-    if len(model.classes) < 2:
-        raise UserError(f"the model knows one class only ({model.classes[0]}): nothing to explain")
-    if not name:
+def _label(classes: list[str], name: str | None, option: str) -> int | None:
+    """Return the label of a class, or None where no class is given."""
+    if len(classes) < 2:
+        raise UserError(f"the model has one class ({classes[0]}): there is nothing to compare")
+    if name is None:
         return None
-    if name not in model.classes:
-        near = get_close_matches(name, model.classes, cutoff=0) or model.classes[:3]
-        raise UserError(f"{option}={name}: no such class; did you mean {' or '.join(near)}?")
-    return model.classes.index(name)
+    if name not in classes:
+        near = get_close_matches(name, classes, cutoff=0)
+        raise UserError(f"{option} {name}: no such class; did you mean {' or '.join(near)}?")
+    return classes.index(name)
 
 
-def _answer(explanation: "Explanation", classes: list[str]) -> str:
+def _answer(found: "Explanation", classes: list[str]) -> str:
     this, that = (
-        f"{classes[label]} {explanation.probabilities[label]:.1%}"
-        for label in (explanation.target, explanation.against)
+        f"{classes[label]} {found.probabilities[label]:.1%}" for label in (found.target, found.against)
     )
-    return f"{this} against {that}"
+    return f"{this} versus {that}"
 
 
-def _free_name(folder: Path, stem: str) -> str:
-    """`stem.png`, or the first of `stem-2.png`, `stem-3.png`, … that is not there yet."""
-    number, name = 1, f"{stem}.png"
-    while (folder / name).exists():
-        number += 1
-        name = f"{stem}-{number}.png"
-    return name
-
-
-if __name__ == "__main__":
-    sys.exit(command(Options, main, USAGE))
+def _free_name(folder: Path, stem: str) -> Path:
+    """Return `stem.png`, or the first of `stem-2.png`, `stem-3.png`, … that does not exist."""
+    names = chain([f"{stem}.png"], (f"{stem}-{number}.png" for number in count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())

@@ -1,0 +1,53 @@
+"""The command `bcnn`. Commands import torch when they run, so that `--help` is quick."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from bcnn.cli.cache import cache
+from bcnn.cli.check import check
+from bcnn.cli.demo import demo
+from bcnn.cli.errors import exit_code_of
+from bcnn.cli.evaluate import evaluate
+from bcnn.cli.explain import explain
+from bcnn.cli.export import export
+from bcnn.cli.predict import predict
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Hydra reads every word after `train`, --help and -m among them.
+UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback()
+def bcnn(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-grained image recognition with bilinear CNNs."""
+
+
+@app.command(context_settings=UNPARSED, options_metavar="", rich_help_panel="Train")
+def train(context: typer.Context) -> int:
+    """Train on labelled images; see train --help for Hydra's OPTION=VALUE words."""
+    from bcnn.cli.train import main as train_main
+
+    return train_main(context.args)
+
+
+for command in (check, evaluate, predict, explain, export, demo, cache):
+    app.command()(command)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that the words name, by default those of this process; return its exit code."""
+    given = sys.argv[1:] if words is None else words
+    parsed = [
+        word for word in given if word != "--debug"
+    ]  # `exit_code_of` reads it, wherever it stands
+    return exit_code_of(lambda: app(parsed, prog_name="bcnn", standalone_mode=False))
