@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import bcnn.training.schema  # noqa: F401  # the types of the options
+from bcnn.cli.app import main
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import BACKBONES
@@ -119,7 +120,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     folder = tmp_path_factory.mktemp("stores")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("BCNN_STORES", str(folder))
-    monkeypatch.setattr("bcnn.utils.options.raise_interruptions", lambda: None)  # Ctrl-C is pytest's
+    for module in ("bcnn.utils.options", "bcnn.cli.errors"):  # Ctrl-C is pytest's
+        monkeypatch.setattr(f"{module}.raise_interruptions", lambda: None)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -234,6 +236,30 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
     model = BCNN(["blue", "green", "red"], Preprocessing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)
     return model.eval()
+
+
+class Outcome(NamedTuple):
+    """What a command of this process ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+Bcnn = Callable[..., Outcome]
+
+
+@pytest.fixture
+def bcnn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bcnn:
+    """Run `bcnn *words` in this process, on a terminal of 200 columns."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from bcnn.cli.export import export
 from bcnn.cli.predict import predict
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -50,4 +49,4 @@ def main(words: Sequence[str] | None = None) -> int:
     parsed = [
         word for word in given if word != "--debug"
     ]  # `exit_code_of` reads it, wherever it stands
-    return exit_code_of(lambda: app(parsed, prog_name="bcnn", standalone_mode=False))
+    return exit_code_of(lambda: app(parsed or ["--help"], prog_name="bcnn", standalone_mode=False))

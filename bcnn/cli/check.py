@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from bcnn.cli.arguments import LabelledImages, OutputFolder
-from bcnn.utils.console import console
+from bcnn.utils.console import console, printable
 from bcnn.utils.files import new_output
 from bcnn.utils.progress import progress
 
@@ -68,7 +68,7 @@ def check(
         contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
         console.print(f"contact sheet: {folder / 'contact_sheet.png'}")
     for path, reason in list(reasons.items())[:MOST_BROKEN]:
-        console.print(f"broken: {path}: {reason}")
+        console.print(printable(f"broken: {path}: {reason}"))
     if reasons:
         errors.append(
             f"{len(reasons)} images cannot be decoded; {write_broken(images, reasons)} lists them"
@@ -85,9 +85,9 @@ def check(
         ]
     warnings += review.repeats(intact, findings) + review.flat(intact, findings)
     for warning in warnings + review.imbalance(drawn):
-        console.print(f"warning: {warning}")
+        console.print(printable(f"warning: {warning}"))
     for error in errors:
-        console.print(f"error: {error}")
+        console.print(printable(f"error: {error}"))
     return 1 if errors else 0
 
 
@@ -102,7 +102,7 @@ def _counts(index: "ImageIndex", drawn: "ImageIndex", reasons: Mapping[str, str]
     for name, counts in columns.items():
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
     for label, name in enumerate(index.classes):
-        table.add_row(name, *(str(counts[label]) for counts in columns.values()))
+        table.add_row(printable(name), *(str(counts[label]) for counts in columns.values()))
     return table
 
 

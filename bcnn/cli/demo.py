@@ -50,4 +50,4 @@ def demo(
         for sentence in demo_server.where(listener):
             console.print(sentence)
         answer = partial(demo_page.answer, model, gallery)
-        demo_server.serve(listener, host, page, answer)
+        demo_server.build_server(host, page, answer).run([listener])

@@ -38,7 +38,7 @@ POLICY = (
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a socket at an address of this machine; browsers wait until `serve`.
+    """Open a socket at an address of this machine; browsers wait until it is served.
 
     Raises:
         UserError: the address is not of this machine, or the port is taken.
@@ -60,11 +60,11 @@ def where(listener: socket.socket) -> list[str]:
     return sentences
 
 
-def serve(listener: socket.socket, host: str, page: "Page", answer: Callable[[bytes], Any]) -> None:
-    """Serve until a signal ends it.
+def build_server(host: str, page: "Page", answer: Callable[[bytes], Any]) -> uvicorn.Server:
+    """Return a server whose `run([listener])` serves until a signal ends it.
 
     Args:
-        listener, host: of `listen`.
+        host: of `listen`.
         page: to show.
         answer: content of an image file → JSON, or UserError; called for one image at a time.
     """
@@ -79,14 +79,14 @@ def serve(listener: socket.socket, host: str, page: "Page", answer: Callable[[by
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run([listener])
+    return uvicorn.Server(config)
 
 
 def application(page: "Page", answer: Callable[[bytes], Any], hosts: list[str]) -> Starlette:
     """Return the application: the page at `/`, JSON for an image that is posted to `/image`.
 
     Args:
-        page, answer: as for `serve`.
+        page, answer: as for `build_server`.
         hosts: of this machine. A page elsewhere can have its own name lead here ("DNS rebinding"):
             requests for other names are refused.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bcnn.cli.arguments import Checkpoint, Images, OutputFolder
-from bcnn.utils.console import console, error_console, logger
+from bcnn.utils.console import console, error_console, logger, printable
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, new_output, refuse_unwritable
 from bcnn.utils.progress import progress, track
@@ -63,7 +63,7 @@ def explain(
         figure = _free_name(folder, Path(path).stem)
         with atomic_write(figure) as part:
             draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
-        console.print(f"{path}: {_answer(found, model.classes)}: {figure}")
+        console.print(printable(f"{path}: {_answer(found, model.classes)}: {figure}"))
     if failed:
         error_console.print(f"{failed} of {len(paths)} images could not be explained")
     return int(failed > 0)

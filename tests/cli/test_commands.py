@@ -1,172 +1,221 @@
-"""The commands as a user types them, each a process of its own, at toy size."""
+"""What all commands share: help, completion, errors in a sentence, signals."""
 
-import csv
-import re
-import shlex
+import io
+import json
+import pickle
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run, configure, toy
+import typer
+from conftest import ROOT, Bcnn, Run
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 
-from bcnn.training import command, stages
+from bcnn.cli.app import app
+from bcnn.cli.errors import exit_code_of
+from bcnn.utils.console import logger
+from bcnn.utils.errors import UserError
+from bcnn.utils.interruption import Interruption
 
-VERBS = ("data", "predict", "evaluate", "explain", "demo", "export", "store", "benchmark")
+COMMANDS = ["check", "evaluate", "predict", "explain", "export", "demo", "cache"]
 
-
-def next_command(printed: str) -> list[str]:
-    line = next(line for line in printed.splitlines() if line.startswith("next: "))
-    return shlex.split(line.removeprefix("next: "))
-
-
-@pytest.mark.slow
-def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
-    images: Path, tmp_path: Path
-) -> None:
-    here = tmp_path / "a=b (1), 'c'"
-    here.mkdir()
-
-    def output(command: str) -> str:
-        run = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert "Traceback" not in run.stderr
-        return run.stdout
-
-    options = toy(Path("..", "images"), "experiment=quick", "finetune.epochs=1")
-    last = output(shlex.join([sys.executable, str(ROOT / "train.py"), "stage=last", *options]))
-    assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
-    checkpoint = re.search(r"best checkpoint: (.+)", last)
-    assert checkpoint and Path(checkpoint[1]).is_file()
-    _, script, *overrides = next_command(last)
-    assert script == str(ROOT / "train.py")
-    assert overrides == [
-        "stage=finetune",
-        next(w for w in overrides if w.startswith("ckpt=")),
-        *options,
-    ]
-    (line,) = (line for line in last.splitlines() if line.startswith("next: "))
-    finetune = output(line.removeprefix("next: "))
-    _, _, *again = next_command(finetune)
-    assert {"stage=finetune", "finetune.optimizer.lr=0.003", *options} <= {*again}
+HELP = """
+import sys
+from bcnn.cli.app import main
+for command in sys.argv[1:]:
+    assert main([command, "--help"]) == 0
+print("imported:", *sys.modules)
+"""
 
 
-@pytest.mark.slow
-def test_wandb_offline_and_tensorboard_need_no_account(
-    train: Run, images: Path, tmp_path: Path
-) -> None:
-    def words(logger: str) -> list[str]:
-        return toy(
-            images, "stage=last", "last.folds=null", f"logger={logger}", f"output={tmp_path / logger}"
-        )
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_all_commands(bcnn: Bcnn, words: list[str]) -> None:
+    outcome = bcnn(*words)
+    assert outcome.code == 0 and outcome.err == ""
+    assert all(f"│ {command} " in outcome.out for command in [*COMMANDS, "train"])
 
-    run = train(*words("wandb"))
+
+def test_help_imports_nothing_heavy(python: Run) -> None:
+    run = python("-c", HELP, *COMMANDS, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
-    stages.run(configure(*words("tensorboard")))
-    for logger in ("wandb", "tensorboard"):
-        with (tmp_path / logger / "last" / "metrics.csv").open() as file:
-            assert any(row["val_top1"] for row in csv.DictReader(file))
-    assert len(list((tmp_path / "wandb").glob("last/wandb/offline-run-*"))) == 1
-    assert list((tmp_path / "tensorboard" / "last").glob("tensorboard/events.*"))
+    imported = run.stdout.partition("imported:")[2].split()
+    assert "bcnn.cli.predict" in imported
+    heavy = {"torch", "torchvision", "lightning", "hydra", "matplotlib", "scipy", "numpy", "PIL"}
+    assert not heavy & {*imported}
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, stores: Path) -> None:
-    ddp = ["stage=last", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("best checkpoint") == 1
-    chunks = [path.name.split("-")[0] for path in stores.glob("*/*.rows")]
-    assert sorted(chunks) == ["000000", "000001"]
+def test_shells_complete_commands(python: Run) -> None:
+    asked = {"_BCNN_COMPLETE": "complete_bash", "COMP_WORDS": "bcnn e", "COMP_CWORD": "1"}
+    run = python("-m", "bcnn", PYTHONPATH=str(ROOT), **asked)
+    assert run.stdout.split() == ["evaluate", "explain", "export"]
 
 
-@pytest.mark.slow
-def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
-    run = train("last.optimiser.lr=1")  # Hydra's; one of ours is below
-    assert run.returncode == 1
-    assert "Traceback" not in run.stderr
-    assert not list(tmp_path.glob("**/*.ckpt"))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("words", "sentence"),
     [
-        ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
-        (
-            "last.optimizer.lr=0.1",
-            "last.optimizer.lr is an option of last=sgd, and last=convex is chosen",
-        ),
-        ("trainer.max_time=1", "--help lists all; +trainer.max_time=… hands on what is"),
-        ("model/pooling=mean", "there is no model/pooling=mean: choose from bilinear, compact,"),
-        ("model=3", "must be a string or a list"),
-        ("seed=${nope}", "Interpolation key 'nope' not found"),
-        ("finetune.epochs", "missing EQUAL"),
+        (["predcit"], "Did you mean 'predict'?"),
+        (["check", ".", "--val-fractoin", "0.1"], "--val-fraction"),
+        (["check"], "IMAGES"),
+        (["check", "nowhere"], "'nowhere' does not exist"),
+        (["check", ".", "--seed", "many"], "'--seed'"),
+        (["predict", __file__, "x", "--format", "xml"], "'table', 'jsonl', 'csv', 'labelstudio'"),
+        (["predict", __file__, "x", "--top-k", "0"], "'--top-k'"),
+        (["export", __file__, "--format", "tflite"], "'onnx', 'pt2', 'pth', 'safetensors'"),
+        (["demo", __file__, "--port", "65536"], "'--port'"),
     ],
 )
-def test_words_that_make_no_configuration(
-    tmp_path: Path,
+def test_a_wrong_word_is_one_sentence(bcnn: Bcnn, words: list[str], sentence: str) -> None:
+    outcome = bcnn(*words)
+    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.err.startswith("error: ") and sentence in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def json_error() -> Exception:
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads("{")
+    return caught.value
+
+
+ERRORS = [
+    (UserError("no such file: x"), "no such file: x"),
+    (UserError("two\nlines \x1b[2J"), r"two\nlines \x1b[2J"),
+    (FileNotFoundError(2, "No such file or directory", "x.csv"), "x.csv: No such file or directory"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (
+        UnidentifiedImageError("cannot identify image file 'x.jpg'"),
+        "cannot identify image file 'x.jpg'",
+    ),
+    (Image.DecompressionBombError("too many pixels"), "too many pixels"),
+    (SafetensorError("header too large"), "header too large"),
+    (pickle.UnpicklingError("Weights only load failed.\n(1) Do this"), "Weights only load failed."),
+    (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
+    (json_error(), "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    (OmegaConfBaseException("Key 'x' is not in struct\n  full_key: x"), "Key 'x' is not in struct"),
+    (HydraException("Could not override 'x'.\nUse +x"), "Could not override 'x'."),
+]
+
+
+@pytest.mark.parametrize(("error", "sentence"), ERRORS)
+def test_an_expected_error_is_one_sentence(
+    error: Exception,
+    sentence: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    word: str,
-    sentence: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(command, "raise_interruptions", lambda: None)
-    for words in ([word], ["-m", word]):
-        assert command.main(words) == 1
-        said = capsys.readouterr().err
-        assert said.splitlines()[-1].startswith("error: ") and sentence in said
-        assert "Traceback" not in said and "append" not in said
+    def act() -> None:
+        raise error
+
+    assert exit_code_of(act) == 1
+    assert capsys.readouterr() == ("", f"error: {sentence}\n")
+    monkeypatch.setattr(sys, "argv", ["bcnn", "predict", "--debug"])
+    with pytest.raises(type(error)):  # Python shows the traceback
+        exit_code_of(act)
 
 
-def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
-    (images / "train" / "red" / "0.png").write_text("not a photograph")
-    (images / "test" / "blue" / "1.png").write_bytes(b"")
-    run = train(*toy(images, "stage=last"))
-    assert run.returncode == 1
-    assert run.stderr.strip().splitlines()[-1].startswith("error: 2 of 24 images cannot be decoded")
-    assert "Traceback" not in run.stderr
-    assert not list(tmp_path.glob("outputs/**/*.ckpt"))
+def test_an_error_of_the_program_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 // 0)
+
+
+def test_debug_is_understood_anywhere(python: Run) -> None:
+    for words in (
+        ["--debug", "predict", __file__, "nowhere"],
+        ["predict", __file__, "nowhere", "--debug"],
+    ):
+        run = python("-m", "bcnn", *words, PYTHONPATH=str(ROOT))
+        assert run.returncode == 1
+        assert run.stderr.startswith("Traceback") and "no images: nowhere" in run.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_with_the_code_of_shells(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    def act() -> None:
+        raise Interruption(number)
+
+    assert exit_code_of(act) == code
+    assert capsys.readouterr().err == f"interrupted ({number.name})\n"
+
+
+WAITING = """
+import sys, time
+from bcnn.cli.errors import exit_code_of
+def act():
+    print("ready")
+    time.sleep(60)
+sys.exit(exit_code_of(act))
+"""
+
+
+def test_a_process_ends_at_sigterm() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == "interrupted (SIGTERM)\n"
+    assert process.returncode == 143
+
+
+def test_a_reader_may_leave() -> None:
+    code = "from bcnn.cli.errors import *; exit_code_of(lambda: [print(n) for n in range(10**5)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(
-    "launched",
+    ("encoding", "written"),
     [
-        {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"},
-        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+        ("ascii", rb"\u03bb \u2013 \xe9 \udcff"),
+        ("cp1252", rb"\u03bb " + b"\x96 \xe9" + rb" \udcff"),
+        ("utf-8", "λ – é ".encode() + b"\xff"),
     ],
 )
-def test_processes_that_were_started_together_need_one_folder(
-    train: Run, tmp_path: Path, launched: dict[str, str]
+def test_any_text_and_file_name_can_be_printed(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, written: bytes
 ) -> None:
-    run = train("stage=last", **launched)
-    assert run.returncode == 1 and "add output=FOLDER" in run.stderr
-    assert not (tmp_path / "outputs").exists()
-    other = {name: "1" for name in launched if name in ("RANK", "SLURM_PROCID")}
-    assert train("stage=last", **{**launched, **other}).stderr == ""  # said once
-    named = train("last.optimiser.lr=1", "output=out", **launched)  # Hydra's mistake comes later
-    assert "optimiser" in named.stderr
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert exit_code_of(lambda: print("λ – é \udcff", end="", flush=True)) == 0
+    assert sys.stdout.buffer.getvalue() == written  # type: ignore[attr-defined]
 
 
-def test_help_names_the_groups_and_their_choices(train: Run) -> None:
-    run = train("--help")
-    assert run.returncode == 0
-    assert "last: convex, original, sgd" in run.stdout
-    assert "data: aircraft, butterflies, cars" in run.stdout
+def test_warnings_begin_with_their_level(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(lambda: logger.warning("two classes look alike")) == 0
+    assert capsys.readouterr().err == "warning: two classes look alike\n"
 
 
-@pytest.mark.parametrize("command", [[str(ROOT / "train.py")], *(["-m", f"bcnn.{v}"] for v in VERBS)])
-def test_help_waits_for_no_heavy_import(python: Run, command: list[str]) -> None:
-    run = python("-X", "importtime", *command, "--help", PYTHONPATH=str(ROOT))
-    assert run.returncode == 0 and run.stdout
-    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
-    assert "bcnn.utils.options" in imported
-    assert not imported & {"torch", "torchvision", "lightning", "matplotlib", "scipy"}
+def test_train_hands_its_words_to_hydra(bcnn: Bcnn, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("bcnn.cli.train.main", lambda words: given.extend(words) or 3)
+    words = ["-m", "last.lr=1,2", "--config-dir", "conf", "-cn", "x", "--help", "--cfg=job", "~ckpt"]
+    assert bcnn("train", *words).code == 3
+    assert given == words
 
 
-def test_stores_are_listed_by_command(python: Run, stores: Path) -> None:
-    listing = python("-m", "bcnn.training.feature_store", PYTHONPATH=str(ROOT))
-    assert listing.returncode == 0 and str(stores) in listing.stdout
+def test_words_are_taken_as_they_are_typed(
+    bcnn: Bcnn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def predict(ckpt: Path, images: list[str], top_k: int = 5) -> None:
+        given.extend([ckpt, images, top_k])
+
+    alone = typer.Typer()
+    alone.command()(predict)
+    monkeypatch.setattr("bcnn.cli.app.app", alone)
+    names = ["photos #2", "null", "[red] tulip", "a=b.jpg", " x ", "~", "-"]
+    assert bcnn("010", *names, "--top-k", "1", "--", "-x.jpg").code == 0
+    assert given == [Path("010"), [*names, "-x.jpg"], 1]
+    assert app.registered_commands

@@ -1,31 +1,35 @@
-"""The page to drop photographs on: its answers, what it refuses, and how it behaves in a browser."""
+"""`bcnn demo`: its answers, the requests that it refuses, and the page in a browser."""
 
 import base64
 import http.client
 import io
 import json
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, bounded, mutated, set_up, watched, write_images
+import uvicorn
+from conftest import COLOURS, ROOT, Bcnn, bounded, mutated, network, set_up, watched, write_images
 from hypothesis import given
 from PIL import Image
 
-from bcnn.cli import demo
-from bcnn.cli.answers import NEAREST, Answers, Gallery
-from bcnn.cli.server import MEGABYTES, Server
+from bcnn.cli import demo_server
+from bcnn.cli.demo_page import NEAREST, Gallery, answer, render
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 from bcnn.utils.errors import UserError
 from bcnn.utils.interruption import Interruption
-from bcnn.utils.options import command
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "b\u202elue", "red"]
 
@@ -38,32 +42,43 @@ def gallery(tiny: BCNN, tmp_path: Path) -> Gallery:
     return Gallery(tiny, data.train, data.evaluation_dataloader(data.train))
 
 
+class Demo(NamedTuple):
+    """A server in a thread of this process."""
+
+    port: int
+    nonce: str
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
 @pytest.fixture
-def server(tiny: BCNN, gallery: Gallery) -> Iterator[Server]:
-    """Of a network whose classes have the names of `COLOURS`, and their photographs."""
-    answers = Answers(tiny, gallery)
-    with Server("127.0.0.1", 0) as server:
-        server.page = answers.page("best.ckpt", server.nonce, MEGABYTES)
-        server.answer = answers.answer
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+def demo(tiny: BCNN, gallery: Gallery) -> Iterator[Demo]:
+    """Of a network whose classes have the names of `COLOURS`, and their images."""
+    page = render("best.ckpt", tiny, gallery, demo_server.MEGABYTES)
+    server = demo_server.build_server("127.0.0.1", page, lambda content: answer(tiny, gallery, content))
+    with demo_server.listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
-        yield server
-        server.shutdown()
+        while not server.started:
+            time.sleep(0.01)
+        yield Demo(listener.getsockname()[1], page.nonce)
+        server.should_exit = True
         thread.join()
 
 
 def ask(
-    server: Server, content: bytes = b"", path: str = "/photograph", verb: str = "POST", **headers: str
+    demo: Demo, content: Any = b"", path: str = "/image", verb: str = "POST", **headers: str
 ) -> tuple[int, Any, dict[str, str]]:
-    """Status, content and headers of a response; a header that is None is not sent."""
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
-    with_dashes = {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(verb, path, content, with_dashes)
+    """Return status, content and headers of a response."""
+    connection = http.client.HTTPConnection("127.0.0.1", demo.port, timeout=20)
+    connection.request(verb, path, content, headers, encode_chunked="Transfer-Encoding" in headers)
     response = connection.getresponse()
     text = response.read().decode()
-    said = json.loads(text) if response.getheader("Content-Type") == "application/json" else text
+    is_json = response.getheader("Content-Type") == "application/json"
     connection.close()
-    return response.status, said, dict(response.getheaders())
+    return response.status, json.loads(text) if is_json else text, dict(response.getheaders())
 
 
 def jpeg(colour: tuple[int, int, int] = (40, 60, 200), size: tuple[int, int] = (300, 200)) -> bytes:
@@ -73,9 +88,9 @@ def jpeg(colour: tuple[int, int, int] = (40, 60, 200), size: tuple[int, int] = (
     return content.getvalue()
 
 
-def encoded(kind: str) -> bytes:
+def encoded(kind: str, size: tuple[int, int] = (60, 50), mode: str = "RGB") -> bytes:
     content = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(size=(60, 50)))).save(content, kind)
+    Image.new(mode, size).save(content, kind)
     return content.getvalue()
 
 
@@ -83,156 +98,164 @@ def picture(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
 
 
-def test_classes_and_what_told_them_apart(server: Server, tiny: BCNN, tmp_path: Path) -> None:
+def test_classes_and_what_tells_them_apart(demo: Demo, tiny: BCNN, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(jpeg())
-    status, answer, _ = ask(server, jpeg())
+    status, found, _ = ask(demo, jpeg())
     assert status == 200
     probabilities = tiny.predict(tmp_path / "photo.jpg")[0]
     order = probabilities.argsort(descending=True).tolist()
-    classes = answer["classes"]
+    classes = found["classes"]
     assert [each["name"] for each in classes] == [tiny.classes[label] for label in order]
-    found = torch.tensor([each["probability"] for each in classes])
-    torch.testing.assert_close(found, probabilities[order], atol=1e-3, rtol=0.02)
+    shown = torch.tensor([each["probability"] for each in classes])
+    torch.testing.assert_close(shown, probabilities[order], atol=1e-3, rtol=0.02)
     for each in classes[1:]:
         ratio = np.log(classes[0]["probability"] / each["probability"])
         assert each["logits"] == pytest.approx(ratio, abs=1e-3)
-    assert answer["crop"] == pytest.approx([1 / 6, 0, 5 / 6, 1]) and answer["ratio"] == 1.5
+    assert found["crop"] == pytest.approx([1 / 6, 0, 5 / 6, 1]) and found["ratio"] == 1.5
     pixels = np.asarray(picture(classes[1]["picture"])).astype(int)
     outside = pixels[:, : pixels.shape[1] // 8]
     assert abs(np.ptp(outside, axis=2)).max() < 12 < np.ptp(pixels, axis=2).max()  # grey, not coloured
-    assert picture(answer["photograph"]).size == pixels.shape[1::-1]
+    assert picture(found["image"]).size == pixels.shape[1::-1]
 
 
-def test_the_nearest_photographs_are_those_of_the_descriptors(
-    server: Server, tiny: BCNN, gallery: Gallery
+def test_the_nearest_images_are_those_of_the_descriptors(
+    demo: Demo, tiny: BCNN, gallery: Gallery
 ) -> None:
     path, label = gallery.samples[5]
-    _, answer, _ = ask(server, Path(path).read_bytes())
-    nearest = answer["nearest"]
+    nearest = ask(demo, Path(path).read_bytes())[1]["nearest"]
     assert len(nearest) == NEAREST and nearest[0]["file"] == Path(path).name
-    assert nearest[0]["apart"] < 0.002 and nearest[0]["name"] == tiny.classes[label]
+    assert nearest[0]["distance"] < 0.002 and nearest[0]["name"] == tiny.classes[label]
     transform = tiny.preprocessing.evaluation()
-    rows = tiny.descriptor(torch.stack([transform(Image.open(p)) for p, _ in gallery.samples]))
-    apart = (rows - rows[5]).norm(dim=1).sort().values[:NEAREST]
-    assert [each["apart"] for each in nearest] == pytest.approx(apart.tolist(), abs=0.002)
+    descriptors = tiny.descriptor(torch.stack([transform(Image.open(p)) for p, _ in gallery.samples]))
+    distances = (descriptors - descriptors[5]).norm(dim=1).sort().values[:NEAREST]
+    assert [each["distance"] for each in nearest] == pytest.approx(distances.tolist(), abs=0.002)
     assert picture(nearest[0]["picture"]).size == (48, 40)
 
 
-def test_photographs_of_any_shape_and_networks_of_one_class(tiny: BCNN) -> None:
+def test_images_of_any_shape_and_networks_of_one_class(tiny: BCNN) -> None:
     for size in ((1, 1), (3000, 1), (1, 700)):
-        content = io.BytesIO()
-        Image.new("RGB", size, (200, 10, 10)).save(content, "PNG")
-        assert Answers(tiny).answer(content.getvalue())["nearest"] == []
+        assert answer(tiny, None, encoded("PNG", size))["nearest"] == []
     tiny.classes = ["thing"]
     tiny.head = torch.nn.Linear(tiny.head.in_features, 1)
     tiny.head.linear = lambda labels: (tiny.head.weight[labels], tiny.head.bias[labels])
-    (only,) = Answers(tiny).answer(jpeg())["classes"]
+    (only,) = answer(tiny, None, jpeg())["classes"]
     assert only["probability"] == 1
 
 
 @pytest.mark.fuzz
 @given(content=mutated([jpeg(), *map(encoded, ("PNG", "GIF", "TIFF", "WEBP"))]))
-def test_whatever_is_sent_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> None:
+def test_any_upload_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> None:
     with bounded(), catch_warnings():
         simplefilter("ignore")
         try:
-            assert Answers(tiny).answer(content)["classes"]
+            assert answer(tiny, None, content)["classes"]
         except UserError as error:
-            assert "choose a photograph" in str(error)
+            assert "choose another image" in str(error)
 
 
-def bomb() -> bytes:
-    content = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(content, "PNG")
-    return content.getvalue()
-
-
-def test_what_is_no_photograph_is_told_in_a_sentence(server: Server) -> None:
-    for content, reason in (
-        (b"", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        (jpeg()[:300], "truncated"),
-        (bomb(), "decompression bomb"),
+def test_a_file_that_cannot_be_decoded_is_a_sentence(demo: Demo, tiny: BCNN) -> None:
+    for content in (
+        b"",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
+        jpeg()[:300],
+        encoded("PNG", (20_000, 20_000), "1"),
+        encoded("PNG", (8_000, 8_000), "1"),
     ):
-        status, said, _ = ask(server, content)
-        assert status == 422 and reason in said["error"].lower() and "JPEG, " in said["error"]
-    assert ask(server, jpeg())[0] == 200
-
-
-def test_an_answer_that_is_not_finite_is_none(server: Server, tiny: BCNN) -> None:
+        status, found, _ = ask(demo, content)
+        assert status == 422 and "choose another image" in found["error"]
+    assert ask(demo, encoded("JPEG", (8_000, 8_000)))[0] == 200  # decoded at a fraction of its size
     tiny.backbone.features.weight.data.fill_(1e30)
-    status, said, _ = ask(server, jpeg())
-    assert status == 422 and "not finite" in said["error"]
+    status, found, _ = ask(demo, jpeg())
+    assert status == 422 and "not finite" in found["error"]
 
 
-def test_pages_of_others_get_nothing(server: Server) -> None:
-    port = server.server_address[1]
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
-        for verb, path in (("GET", "/"), ("POST", "/photograph")):
-            status, said, _ = ask(server, jpeg(), path, verb, Host=host)
-            assert status == 403 and set(said) == {"error"}
-    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{port + 1}"):
-        assert ask(server, jpeg(), Origin=origin)[0] == 403
-    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "192.168.1.7:80"):
-        assert ask(server, jpeg(), Host=host, Origin=f"http://{host}")[0] == 200
+def test_other_sites_get_nothing(demo: Demo) -> None:
+    for host in ("evil.example", f"evil.example:{demo.port}", "127.0.0.1.evil.example", "192.0.2.7"):
+        for verb, path in (("GET", "/"), ("POST", "/image")):
+            status, found, _ = ask(demo, jpeg(), path, verb, Host=host)
+            assert status == 400 and "<" not in found
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{demo.port + 1}"):
+        assert ask(demo, jpeg(), Origin=origin)[0] == 403
+    for host in (f"localhost:{demo.port}", f"127.0.0.1:{demo.port}", "[::1]:80", socket.gethostname()):
+        assert ask(demo, jpeg(), Host=host, Origin=f"http://{host}")[0] == 200
 
 
-def test_requests_that_are_none(server: Server) -> None:
-    assert ask(server, path="/nowhere")[0] == ask(server, path="/../demo.py", verb="GET")[0] == 404
-    assert ask(server, path="/photograph", verb="GET")[0] == 404
+def test_an_upload_is_bounded_whatever_length_it_claims(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_server, "MEGABYTES", 0.1)
+    assert ask(demo, bytes(10**5 + 1))[0] == 413
+    chunked = {"Transfer-Encoding": "chunked"}
+    assert ask(demo, iter([bytes(10**5), b"1"]), **chunked)[0] == 413
+    assert ask(demo, iter([jpeg(size=(60, 50))]), **chunked)[0] == 200
     for length in ("-1", "", "9" * 5000):
-        assert ask(server, Content_Length=length)[0] == 411
-    status, said, _ = ask(server, Content_Length=str(MEGABYTES * 10**6 + 1))
-    assert status == 413 and "50 MB" in said["error"]
+        assert ask(demo, **{"Content-Length": length})[0] == 400
+    assert ask(demo, path="/nowhere")[0] == 404 and ask(demo, path="/image", verb="GET")[0] == 405
 
 
-def test_the_page_allows_itself_nothing_else(server: Server) -> None:
-    _, _, headers = ask(server, path="/", verb="GET")
-    policy = headers["Content-Security-Policy"]
+def test_uploads_that_never_end_hold_nothing(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_server, "SECONDS", 1.0)
+    slow = [socket.create_connection(("127.0.0.1", demo.port)) for _ in range(demo_server.UPLOADS)]
+    for each in slow:
+        each.sendall(b"POST /image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nbegin")
+    time.sleep(0.3)
+    assert ask(demo, jpeg())[0] == 503
+    assert ask(demo, path="/", verb="GET")[0] == 200
+    for each in slow:
+        assert b"408" in each.recv(100)
+        each.close()
+    assert ask(demo, jpeg())[0] == 200
+
+
+def test_the_page_allows_itself_nothing_else(demo: Demo) -> None:
+    _, _, headers = ask(demo, path="/", verb="GET")
+    policy = headers["content-security-policy"]
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
-    assert f"script-src 'nonce-{server.nonce}';" in policy
-    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert f"script-src 'nonce-{demo.nonce}';" in policy
+    assert headers["x-content-type-options"] == "nosniff"
 
 
-def run(*words: str) -> int:
-    return command(demo.Options, demo.main, demo.USAGE, words)
-
-
-def test_a_command_says_where_the_page_is_and_ends_by_ctrl_c(
-    tiny: BCNN, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_command_says_where_the_page_is_and_ends_by_ctrl_c(
+    bcnn: Bcnn, tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tiny, tmp_path / "best.safetensors")
     write_images(tmp_path / "photos" / "train", 2)
-    pages: list[str] = []
 
-    def interrupted(server: Server) -> None:
-        pages.append(server.page)
+    def interrupted(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
         raise Interruption(signal.SIGINT)
 
-    monkeypatch.setattr(Server, "serve_forever", interrupted)
-    ckpt = f"ckpt={tmp_path / 'best.safetensors'}"
-    assert run(ckpt, f"data={tmp_path / 'photos'}", "port=0") == 130
-    said = capsys.readouterr()
-    assert "drop photographs on http://127.0.0.1:" in said.out and "anybody" not in said.out
-    assert "interrupted (SIGINT)" in said.err and "Of the 6 it was trained on" in pages[0]
-    assert run(ckpt, "host=0.0.0.0", "port=0") == 130
-    said = capsys.readouterr()
-    assert "drop photographs on http://127.0.0.1:" in said.out and "for anybody" in said.out
+    monkeypatch.setattr(uvicorn.Server, "run", interrupted)
+    words = ["demo", tmp_path / "best.safetensors", "--port", "0"]
+    outcome = bcnn(*words, "--images", tmp_path / "photos")
+    assert outcome.code == 130 and "interrupted (SIGINT)" in outcome.err
+    assert "drop images on http://127.0.0.1:" in outcome.out and "everybody" not in outcome.out
+    outcome = bcnn(*words, "--host", "0.0.0.0")
+    assert "drop images on http://127.0.0.1:" in outcome.out and "to everybody" in outcome.out
 
 
-def test_mistakes_are_told_before_anything_is_loaded(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for words, sentence in (
-        ([f"port={server.server_address[1]}"], "try another port (0: one that is free)"),
-        (["port=65536"], "from 0 to 65535"),
-        (["host="], "an address of this machine"),
-        (["host=nowhere.invalid", "port=0"], "host=nowhere.invalid"),
-    ):
-        assert run("ckpt=nowhere", *words) == 1
-        assert sentence in capsys.readouterr().err
-    assert run("ckpt=nowhere", "port=0") == 1
-    assert "no such file of weights: nowhere" in capsys.readouterr().err
+@pytest.mark.slow
+def test_a_process_serves_the_page_until_sigterm(tmp_path: Path) -> None:
+    save_model(network(), tmp_path / "best.safetensors")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bcnn", "demo", str(tmp_path / "best.safetensors"), "--port", "0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[3]
+    assert b"Drop an image here" in urllib.request.urlopen(address).read()
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted (SIGTERM)" in process.communicate(timeout=20)[1]
+    assert process.returncode == 143
+
+
+def test_an_address_that_cannot_be_listened_at_is_a_sentence(bcnn: Bcnn, demo: Demo) -> None:
+    for words in (["--port", demo.port], ["--host", "nowhere.invalid", "--port", "0"]):
+        outcome = bcnn("demo", __file__, *words)
+        assert outcome.code == 1 and outcome.err.count("\n") == 1
+        assert outcome.err.startswith("error: cannot listen at --host") and str(words[1]) in outcome.err
 
 
 DROP = """([text, type]) => {
@@ -243,13 +266,13 @@ DROP = """([text, type]) => {
 }"""
 
 
-def test_the_page_in_a_browser(server: Server, tiny: BCNN, browser: Any, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(demo: Demo, tiny: BCNN, browser: Any, tmp_path: Path) -> None:
     tiny.classes = HOSTILE
     tab, said, fetched = watched(browser)
-    tab.goto(server.address)
+    tab.goto(demo.address)
     assert not tab.is_visible("main")
 
-    # a file that is chosen: its classes, and what told the first from the second
+    # a file that is chosen: its classes, and what tells the first from the second
     (tmp_path / "photo.jpg").write_bytes(jpeg())
     tab.set_input_files("#file", tmp_path / "photo.jpg")
     tab.wait_for_selector("#classes button")
@@ -260,7 +283,7 @@ def test_the_page_in_a_browser(server: Server, tiny: BCNN, browser: Any, tmp_pat
     widths = tab.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
     assert len(widths) == 2 + NEAREST and min(widths) > 0
     caption = tab.inner_text("#evidence figcaption")
-    assert f"told {names[0]} from {names[1]}" in caption and "times as likely" in caption
+    assert f"speak for {names[0]} and not for {names[1]}" in caption and "times as likely" in caption
 
     # another class, and the first alone
     before = tab.get_attribute("#evidence img", "src")
@@ -283,17 +306,19 @@ def test_the_page_in_a_browser(server: Server, tiny: BCNN, browser: Any, tmp_pat
     assert frame["width"] / shown["width"] == pytest.approx(80 / 90, abs=0.01)
 
     assert {url for url in fetched if not url.startswith("data:")} == {
-        f"{server.address}/",
-        f"{server.address}/photograph",
+        f"{demo.address}/",
+        f"{demo.address}/image",
     }
     assert said == []
 
-    # what is none is told, and the page goes on
-    tab.evaluate(DROP, [base64.b64encode(b"no photograph").decode(), "drop"])
+    # a file that is no image is an error, and the next one is shown
+    tab.evaluate(DROP, [base64.b64encode(b"no image").decode(), "drop"])
     tab.wait_for_selector("#says.wrong")
-    assert "choose a photograph" in tab.inner_text("#says")
+    assert "choose another image" in tab.inner_text("#says")
     tab.set_viewport_size({"width": 390, "height": 844})
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
     tab.set_input_files("#file", tmp_path / "photo.jpg")
     tab.wait_for_selector("#says:not(.wrong):not(.busy)")
     assert tab.inner_text("#says") == ""
+    boxes = [tab.locator(part).bounding_box() for part in ("#bars", "#seen")]
+    assert boxes[0]["y"] < boxes[1]["y"]  # on a phone the answer comes first

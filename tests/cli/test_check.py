@@ -1,0 +1,131 @@
+"""`bcnn check`: a report on a folder or list, a contact sheet, and nothing trained."""
+
+import re
+from pathlib import Path
+from shutil import copyfile
+
+import numpy as np
+import pytest
+from conftest import Bcnn, write, write_classes
+from PIL import Image
+
+from bcnn.data.contact_sheet import contact_sheet
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def row(printed: str, name: str) -> list[str]:
+    line = next(line for line in printed.splitlines() if name in line)
+    return [cell.strip() for cell in re.split("[│┃|]", line) if cell.strip()]
+
+
+def test_counts_sizes_formats_and_a_contact_sheet(bcnn: Bcnn) -> None:
+    write_classes(Path("photos"), **{"[cat]": 20, ":dog:": 10})
+    write(Path("photos") / ":dog:" / "one.bmp", seed=5)
+    outcome = bcnn("check", "photos", "--output", "sheets")
+    assert outcome.code == 0
+    assert row(outcome.out, "[cat]") == ["[cat]", "14", "2", "4"]
+    assert row(outcome.out, ":dog:") == [":dog:", "8", "1", "2"]
+    assert row(outcome.out, "classes: 2") == ["classes: 2", "22", "3", "6"]
+    assert "formats: 30 PNG, 1 BMP" in outcome.out and "48 × 40" in outcome.out
+    assert "contact sheet: sheets/contact_sheet.png" in outcome.out
+    with Image.open("sheets/contact_sheet.png") as picture:
+        assert picture.format == "PNG" and np.asarray(picture).std() > 20
+    assert len(list(Path("sheets").iterdir())) == 1
+
+
+def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
+    def smooth(seed: int) -> Image.Image:
+        coarse = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
+        return Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC)
+
+    for base, name in enumerate(("cat", "dog")):
+        for split in ("train", "test"):
+            Path("photos", split, name).mkdir(parents=True)
+        for k in range(8):
+            smooth(k + 100 * base).save(f"photos/train/{name}/{k}.jpg")
+            smooth(k + 200 + 100 * base).save(f"photos/test/{name}/{k}.jpg")
+    smooth(3).resize((200, 150)).save("photos/test/dog/small.jpg", quality=40)
+    copyfile("photos/train/cat/4.jpg", "photos/test/dog/same.jpg")  # a duplicate, not a near one
+    for split in ("train", "test"):
+        colour = "red" if split == "test" else "blue"
+        Image.new("RGB", (40, 40), colour).save(f"photos/{split}/cat/flat.png")
+    outcome = bcnn("check", "photos", "--val-fraction", "0")
+    assert outcome.code == 0
+    assert "1 of 19 images in test look like one in train" in outcome.out
+    (sheet,) = Path().glob("outputs/*/*-check/look_alike.png")
+    with Image.open(sheet) as picture:
+        halves = np.asarray(picture.convert("RGB"), np.float32)[30:150, :384].reshape(120, 2, 192, 3)
+        assert np.corrcoef(halves[:, 0, :180].ravel(), halves[:, 1, :180].ravel())[0, 1] > 0.95
+
+
+def test_names_that_act_on_a_terminal_are_escaped(bcnn: Bcnn) -> None:
+    write_classes(Path("photos"), **{"evil\x1b[2J": 10, "two\nlines\u202e \udcff": 10})
+    Path("photos", "evil\x1b[2J", "\x1b]0;x.png").write_bytes(b"")
+    outcome = bcnn("check", "photos")
+    assert outcome.code == 1
+    assert row(outcome.out, r"evil\x1b[2J")[0] == r"evil\x1b[2J"
+    assert row(outcome.out, "lines")[0] == r"two\nlines\u202e \xff"
+    assert "broken: " in outcome.out and r"\x1b]0;x.png: " in outcome.out
+    assert not {"\x1b", "\u202e", "\udcff"} & set(outcome.out)
+
+
+def test_a_list_with_the_fractions_of_the_options(bcnn: Bcnn) -> None:
+    write_classes(Path(), cat=10, dog=10)
+    lines = (f"{name}/{n}.png,{name}\n" for name in ("cat", "dog") for n in range(10))
+    Path("labels.csv").write_text("".join(lines))
+    outcome = bcnn(
+        "check", "labels.csv", "--val-fraction", "0", "--test-fraction", "0.5", "--seed", "1"
+    )
+    assert outcome.code == 0
+    assert row(outcome.out, "cat") == ["cat", "5", "0", "5"]
+
+
+def test_broken_files_and_duplicates_are_in_the_report(bcnn: Bcnn, images: Path) -> None:
+    (images / "train" / "red" / "0.png").write_bytes(b"")
+    (images / "train" / "blue" / "1.png").write_text("no image")
+    copyfile(images / "train" / "green" / "1.png", images / "test" / "green" / "copy.png")
+    outcome = bcnn("check", images, "--val-fraction", "0")
+    assert outcome.code == 1
+    assert row(outcome.out, "red")[1:] == ["5", "0", "2", "1"]
+    for path in (images / "train" / "red" / "0.png", images / "train" / "blue" / "1.png"):
+        assert f"broken: {path}: " in outcome.out
+    assert "error: 2 images cannot be decoded" in outcome.out
+    assert f"{images}/test/green/copy.png = {images}/train/green/1.png" in outcome.out
+
+
+def test_one_image_in_two_classes_and_twice_in_one(bcnn: Bcnn) -> None:
+    write_classes(Path("photos"), cat=6, dog=6)
+    copyfile("photos/cat/0.png", "photos/dog/copy.png")
+    copyfile("photos/dog/5.png", "photos/dog/again.png")
+    outcome = bcnn("check", "photos")
+    assert outcome.code == 0
+    assert "photos/cat/0.png = photos/dog/copy.png" in outcome.out
+    assert "photos/dog/again.png = photos/dog/5.png" in outcome.out
+
+
+def test_what_training_would_stop_at_is_an_error(bcnn: Bcnn, images: Path) -> None:
+    (images / "train" / "violet").mkdir()
+    write_classes(images / "test", white=1)
+    outcome = bcnn("check", images)
+    assert outcome.code == 1
+    assert re.search("error: .*violet", outcome.out) and re.search("error: .*white", outcome.out)
+    assert row(outcome.out, "│ violet") == ["violet", "0", "0", "0"]
+    Path("empty", "cat").mkdir(parents=True)
+    outcome = bcnn("check", "empty")
+    assert outcome.code == 1 and "error: no images in empty" in outcome.out
+    outcome = bcnn("check", images, "--val-fraction", "2")
+    assert outcome.code == 1 and outcome.err.startswith("error: ") and "val_fraction=2" in outcome.err
+
+
+@pytest.mark.parametrize(("classes", "images"), [(2, 8), (41, 4), (200, 2), (700, 1)])
+def test_the_sheet_has_room_for_many_classes(classes: int, images: int) -> None:
+    write(Path("a.png"))
+    names = [f"{n} of a very long name, longer than there is room for" for n in range(classes)]
+    samples = [("a.png", n) for n in range(classes) for _ in range(images)]
+    contact_sheet(names, samples, Path("sheet.png"))
+    with Image.open("sheet.png") as picture:
+        assert max(picture.size) < 12_000

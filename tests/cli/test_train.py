@@ -1,0 +1,215 @@
+"""`bcnn train` and `python train.py`: from the words of a user to a run, at toy size."""
+
+import csv
+import re
+import shlex
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run, configure, toy
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from bcnn.cli import train as command
+from bcnn.training import run as stages
+from bcnn.utils.options import literal
+
+
+def next_command(printed: str) -> list[str]:
+    line = next(line for line in printed.splitlines() if line.startswith("next: "))
+    return shlex.split(line.removeprefix("next: "))
+
+
+@pytest.mark.slow
+def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
+    images: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "a=b (1), 'c'"
+    here.mkdir()
+
+    def output(command: str) -> str:
+        run = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
+        return run.stdout
+
+    options = toy(Path("..", "images"), "experiment=quick", "finetune.epochs=1")
+    last = output(shlex.join([sys.executable, str(ROOT / "train.py"), "stage=last", *options]))
+    assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
+    checkpoint = re.search(r"best checkpoint: (.+)", last)
+    assert checkpoint and Path(checkpoint[1]).is_file()
+    _, script, *overrides = next_command(last)
+    assert script == str(ROOT / "train.py")
+    assert overrides == [
+        "stage=finetune",
+        next(w for w in overrides if w.startswith("ckpt=")),
+        *options,
+    ]
+    (line,) = (line for line in last.splitlines() if line.startswith("next: "))
+    finetune = output(line.removeprefix("next: "))
+    _, _, *again = next_command(finetune)
+    assert {"stage=finetune", "finetune.optimizer.lr=0.003", *options} <= {*again}
+
+
+@pytest.mark.slow
+def test_wandb_offline_and_tensorboard_need_no_account(
+    train: Run, images: Path, tmp_path: Path
+) -> None:
+    def words(logger: str) -> list[str]:
+        return toy(
+            images, "stage=last", "last.folds=null", f"logger={logger}", f"output={tmp_path / logger}"
+        )
+
+    run = train(*words("wandb"))
+    assert run.returncode == 0, run.stderr
+    stages.run(configure(*words("tensorboard")))
+    for logger in ("wandb", "tensorboard"):
+        with (tmp_path / logger / "last" / "metrics.csv").open() as file:
+            assert any(row["val_top1"] for row in csv.DictReader(file))
+    assert len(list((tmp_path / "wandb").glob("last/wandb/offline-run-*"))) == 1
+    assert list((tmp_path / "tensorboard" / "last").glob("tensorboard/events.*"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, stores: Path) -> None:
+    ddp = ["stage=last", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("best checkpoint") == 1
+    chunks = [path.name.split("-")[0] for path in stores.glob("*/*.rows")]
+    assert sorted(chunks) == ["000000", "000001"]
+
+
+@pytest.mark.slow
+def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
+    run = train("last.optimiser.lr=1")  # Hydra's; one of ours is below
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
+        (
+            "last.optimizer.lr=0.1",
+            "last.optimizer.lr is an option of last=sgd, and last=convex is chosen",
+        ),
+        ("trainer.max_time=1", "--help lists all; +trainer.max_time=… hands on what is"),
+        ("model/pooling=mean", "there is no model/pooling=mean: choose from bilinear, compact,"),
+        ("model=3", "must be a string or a list"),
+        ("seed=${nope}", "Interpolation key 'nope' not found"),
+        ("finetune.epochs", "missing EQUAL"),
+    ],
+)
+def test_words_that_make_no_configuration(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(command, "raise_interruptions", lambda: None)
+    for words in ([word], ["-m", word]):
+        assert command.main(words) == 1
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith("error: ") and sentence in said
+        assert "Traceback" not in said and "append" not in said
+
+
+def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
+    (images / "train" / "red" / "0.png").write_text("not a photograph")
+    (images / "test" / "blue" / "1.png").write_bytes(b"")
+    run = train(*toy(images, "stage=last"))
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("error: 2 of 24 images cannot be decoded")
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.glob("outputs/**/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "launched",
+    [
+        {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+    ],
+)
+def test_processes_that_were_started_together_need_one_folder(
+    train: Run, tmp_path: Path, launched: dict[str, str]
+) -> None:
+    run = train("stage=last", **launched)
+    assert run.returncode == 1 and "add output=FOLDER" in run.stderr
+    assert not (tmp_path / "outputs").exists()
+    other = {name: "1" for name in launched if name in ("RANK", "SLURM_PROCID")}
+    assert train("stage=last", **{**launched, **other}).stderr == ""  # said once
+    named = train("last.optimiser.lr=1", "output=out", **launched)  # Hydra's mistake comes later
+    assert "optimiser" in named.stderr
+
+
+def test_help_names_the_groups_and_their_choices(train: Run) -> None:
+    run = train("--help")
+    assert run.returncode == 0
+    assert "last: convex, original, sgd" in run.stdout
+    assert "data: aircraft, butterflies, cars" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2024", "2024_01", "1.10", "010", "no", "true", "1e3", "nan", "~/photos", "set (1)", "k,l"),
+        *(
+            "/x/a=b/best.ckpt",
+            "photos #2",
+            "it's",
+            " a ",
+            "[red]",
+            "{a: b}",
+            "a:b",
+            "ü λ",
+            "a\nb",
+            "$x",
+        ),
+        *("choice(a,b)", "?", "C:\\photos\\"),
+        pytest.param([*map("".join, product("a\\'\" ", repeat=3))], id="quotes and backslashes"),
+    ],
+)
+def test_hydra_reads_text_as_it_was_typed(text: str | list[str]) -> None:
+    parser = OverridesParser.create()
+    for typed in [text] if isinstance(text, str) else text:
+        if typed[0] not in "'\"":  # that is Hydra's own way to write a text
+            word = literal(f"++data.root={typed}", sweep=False)
+            assert parser.parse_override(word).value() == typed
+            assert literal(word, sweep=False) == word
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("data.root=photos", "ckpt=/a/b-1.ckpt", "ckpt=null", "ckpt=", "data.root='2024'", "ckpt"),
+        *('ckpt="a b"', "output=${seed}_a", "seed=010", "stage.optimizer.lr=1,2", "--help", "~ckpt"),
+    ],
+)
+def test_what_hydra_reads_rightly_is_left_alone(word: str) -> None:
+    assert literal(word, sweep=False) == word
+
+
+def test_commas_are_of_the_text_or_of_a_sweep() -> None:
+    for text in ("k,l", "choice(k,l)", "glob(*)"):
+        assert literal(f"data.root={text}", sweep=True) == f"data.root={text}"
+        assert literal(f"data.root={text}", sweep=False) == f'data.root="{text}"'
+    assert literal("data.root=2024", sweep=True) == 'data.root="2024"'
+
+
+def test_train_takes_text_and_prints_on_any_terminal(train: Run) -> None:
+    options = ["data=folder", "data.root=2024_01", "data.list=set (1)", "ckpt=λ/a=b.ckpt"]
+    run = train("--cfg", "job", *options, PYTHONIOENCODING="cp1252")
+    assert run.returncode == 0, run.stderr
+    assert "\n  root: '2024_01'\n  list: set (1)\n" in run.stdout
+    assert "ckpt: \\u03bb/a=b.ckpt\n" in run.stdout
