@@ -1,12 +1,11 @@
 """`bcnn cache`: the descriptors that training keeps on disk."""
 
-from contextlib import suppress
-from pathlib import Path
+import shutil
 from typing import Annotated
 
 import typer
 
-from bcnn.utils.console import console
+from bcnn.utils.console import console, printable
 from bcnn.utils.errors import UserError
 
 REMOVE = typer.Option(metavar="KEY|all", help="Remove one cache, or all.")
@@ -17,48 +16,27 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
 
     They are in $BCNN_STORES, or in bcnn/stores in $XDG_CACHE_HOME or ~/.cache.
     """
-    from bcnn.training.feature_store import KEY, stores_dir
-
-    caches = sorted(
-        path for path in stores_dir().glob("*") if KEY.fullmatch(path.name) and path.is_dir()
-    )
-    if remove is None:
-        console.print(f"{len(caches)} caches in {stores_dir()}")
-        for folder in caches:
-            console.print(_line(folder))
-        return
-    chosen = [folder for folder in caches if remove in (folder.name, "all")]
-    if not chosen and remove != "all":
-        raise UserError(f"--remove {remove}: no such cache; bcnn cache lists them")
-    busy = [folder.name for folder in chosen if not _removed(folder)]
-    if busy:
-        raise UserError(f"a run is using {', '.join(busy)}: remove it when the run has ended")
-
-
-def _line(folder: Path) -> str:
-    from bcnn.training.feature_store import OURS, ROWS, files, read_about
-
-    about = read_about(folder)
-    size = sum(path.stat().st_size for path in files(folder, *OURS)) / 1e6
-    done, chunks = len(files(folder, ROWS)), about.get("chunks")
-    share = f"{done / chunks:.0%} built" if isinstance(chunks, int) and chunks > 0 else "damaged"
-    return f"{folder.name}  {size:9.1f} MB  {share:>10}  {about.get('about', 'unknown')}"
-
-
-def _removed(folder: Path) -> bool:
-    """Remove a cache, and its folder unless it holds other files; return False while a run uses it."""
     from filelock import FileLock, Timeout
 
-    from bcnn.training.feature_store import OURS, files
+    from bcnn.training.feature_store import ABOUT, KEY, read_about, stores_dir
 
-    try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):
-            for path in files(folder, *OURS):
-                path.unlink()
-            with suppress(OSError):
-                folder.rmdir()
-    except Timeout:
-        return False
-    folder.with_suffix(".lock").unlink(missing_ok=True)
-    console.print(f"removed {folder.name}")
-    return True
+    folders = {path.parent.name: path.parent for path in sorted(stores_dir().glob(f"*/{ABOUT}"))}
+    caches = {key: folder for key, folder in folders.items() if KEY.fullmatch(key)}
+    if remove is None:
+        console.print(f"{len(caches)} caches in {stores_dir()}")
+        for key, folder in caches.items():
+            size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            console.print(printable(f"{key}  {size:9.1f} MB  {read_about(folder).get('about', '?')}"))
+        return
+    if remove not in (*caches, "all"):
+        raise UserError(f"--remove {remove}: no such cache; bcnn cache lists them")
+    for key, folder in caches.items():
+        if remove in (key, "all"):
+            lock = folder.with_suffix(".lock")
+            try:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(folder)
+            except Timeout:
+                raise UserError(f"a run is using {key}: remove it when the run has ended") from None
+            lock.unlink(missing_ok=True)
+            console.print(f"removed {key}")

@@ -19,25 +19,21 @@ if TYPE_CHECKING:
 
 MOST_BROKEN = 20  # lines about broken files; the file that lists them has all
 
-VAL = typer.Option(help="Of each class, where no image is in val.")
-TEST = typer.Option(
-    help="Of each class, where no image is in test. Default: 0.2 without any split, else 0."
-)
-SEED = typer.Option(help="Decides which images are drawn.")
+VAL = typer.Option(help="Share of each class, where no image is in val.")
+TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
 
 
 def check(
     images: LabelledImages,
     val_fraction: Annotated[float, VAL] = 0.1,
     test_fraction: Annotated[float | None, TEST] = None,
-    seed: Annotated[int, SEED] = 0,
+    seed: Annotated[int, typer.Option(help="Decides which images are drawn.")] = 0,
     output: OutputFolder = None,
 ) -> int:
     """Check images before training: splits, sizes, broken files, duplicates.
 
-    Decodes every image. Prints the images of each class and split, broken files, and images that are in
-    train and in val or test. Draws contact_sheet.png, and look_alike.png for near duplicates. The exit
-    code is 1 where training would stop.
+    Draws contact_sheet.png, and look_alike.png of near duplicates. The exit code is 1 where training
+    would stop.
 
     IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder
     with a metadata.csv of file_name,label, or a list with lines of path,label[,split].

@@ -1,5 +1,6 @@
 """`bcnn demo`: a page on this machine to drop images on."""
 
+import secrets
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -46,8 +47,11 @@ def demo(
             data, samples, model = open_split(ckpt, images, "train")
             batches = data.evaluation_dataloader(samples)
             gallery = demo_page.Gallery(model.to(best_device()), samples, batches)
-        page = demo_page.render(ckpt.name, model, gallery, demo_server.MEGABYTES)
+        nonce = secrets.token_urlsafe()
+        page = demo_page.render(
+            model, gallery, name=ckpt.name, nonce=nonce, megabytes=demo_server.MEGABYTES
+        )
         for sentence in demo_server.where(listener):
             console.print(sentence)
         answer = partial(demo_page.answer, model, gallery)
-        demo_server.build_server(host, page, answer).run([listener])
+        demo_server.build_server(host, page, nonce, answer).run([listener])

@@ -1,9 +1,7 @@
 """What the page of `bcnn demo` shows of an image: classes, evidence, the nearest training images."""
 
 import io
-import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,6 @@ CLASSES = 6  # shown, each with a picture
 NEAREST = 6
 SIDE = 640  # px of a picture, the long side
 PIXELS = 50e6  # of an image; a JPEG, which is decoded at a fraction of its size, may have more
-
-
-@dataclass(frozen=True)
-class Page:
-    """The page as HTML, and the nonce of its style and script."""
-
-    html: str
-    nonce: str
 
 
 class Gallery:
@@ -76,25 +66,17 @@ class Gallery:
         return [(*self.samples[index], distance) for index, distance in found]
 
 
-def render(name: str, model: BCNN, gallery: Gallery | None, megabytes: int) -> Page:
-    """Return the page of a model.
+def render(model: BCNN, gallery: Gallery | None, **shown: object) -> str:
+    """Return the page of a model as HTML.
 
     Args:
-        name: of the model's file.
         model: in evaluation mode, on any device.
         gallery: to look up the nearest images in.
-        megabytes: that an image may have.
+        shown: name, nonce (of style and script) and megabytes (of an image, at most).
     """
-    nonce = secrets.token_urlsafe()
-    html = template("demo.html").render(
-        name=name,
-        nonce=nonce,
-        megabytes=megabytes,
-        classes=len(model.classes),
-        size=model.preprocessing.size,
-        images=len(gallery.samples) if gallery else 0,
-    )
-    return Page(html, nonce)
+    classes, size = len(model.classes), model.preprocessing.size
+    images = len(gallery.samples) if gallery else 0
+    return template("demo.html").render(classes=classes, size=size, images=images, **shown)
 
 
 def answer(model: BCNN, gallery: Gallery | None, content: bytes) -> dict[str, Any]:

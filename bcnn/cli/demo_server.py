@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,9 +16,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from bcnn.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from bcnn.cli.demo_page import Page
 
 MEGABYTES = 50  # of an upload
 UPLOADS = 4  # at once: each is held in memory
@@ -35,6 +32,8 @@ POLICY = (
     "default-src 'none'; img-src data:; connect-src 'self'; style-src 'nonce-{0}'; "
     "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+Answer = Callable[[bytes], Any]  # content of an image file → JSON, or UserError
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -60,18 +59,19 @@ def where(listener: socket.socket) -> list[str]:
     return sentences
 
 
-def build_server(host: str, page: "Page", answer: Callable[[bytes], Any]) -> uvicorn.Server:
+def build_server(host: str, page: str, nonce: str, answer: Answer) -> uvicorn.Server:
     """Return a server whose `run([listener])` serves until a signal ends it.
 
     Args:
         host: of `listen`.
-        page: to show.
-        answer: content of an image file → JSON, or UserError; called for one image at a time.
+        page: HTML.
+        nonce: of its style and script.
+        answer: called for one image at a time.
     """
     own = socket.gethostname()
     names = ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
     config = uvicorn.Config(
-        application(page, answer, [*names, own, f"{own}.local", _own_address()]),
+        application(page, nonce, answer, [*names, own, f"{own}.local", _own_address()]),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -82,11 +82,11 @@ def build_server(host: str, page: "Page", answer: Callable[[bytes], Any]) -> uvi
     return uvicorn.Server(config)
 
 
-def application(page: "Page", answer: Callable[[bytes], Any], hosts: list[str]) -> Starlette:
+def application(page: str, nonce: str, answer: Answer, hosts: list[str]) -> Starlette:
     """Return the application: the page at `/`, JSON for an image that is posted to `/image`.
 
     Args:
-        page, answer: as for `build_server`.
+        page, nonce, answer: as for `build_server`.
         hosts: of this machine. A page elsewhere can have its own name lead here ("DNS rebinding"):
             requests for other names are refused.
     """
@@ -94,8 +94,8 @@ def application(page: "Page", answer: Callable[[bytes], Any], hosts: list[str]) 
     worker = ThreadPoolExecutor(1)  # Python waits for it at exit: PyTorch must not be left midway
 
     async def show(request: Request) -> Response:
-        policy = {"Content-Security-Policy": POLICY.format(page.nonce)}
-        return HTMLResponse(page.html, headers=HEADERS | policy)
+        policy = {"Content-Security-Policy": POLICY.format(nonce)}
+        return HTMLResponse(page, headers=HEADERS | policy)
 
     async def look(request: Request) -> Response:
         origin, host = request.headers.get("origin"), request.headers["host"]

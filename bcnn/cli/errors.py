@@ -14,15 +14,9 @@ from bcnn.utils.console import error_console, logger, setup_logging
 from bcnn.utils.errors import UserError
 from bcnn.utils.interruption import Interruption, raise_interruptions
 
-# What damaged files, full disks and mistyped options raise. Those of libraries that take time to
-# import are known by name; typer's have `format_message`.
 EXPECTED = (UserError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
-EXPECTED_NAMES = {
-    "DecompressionBombError",  # Pillow
-    "SafetensorError",
-    "OmegaConfBaseException",
-    "HydraException",
-}
+# Known by name, as their libraries take time to import: of Pillow, safetensors, OmegaConf and Hydra.
+NAMES = {"DecompressionBombError", "SafetensorError", "OmegaConfBaseException", "HydraException"}
 
 
 def exit_code_of(act: Callable[[], int | None]) -> int:
@@ -55,10 +49,9 @@ def exit_code_of(act: Callable[[], int | None]) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return (
-        isinstance(error, EXPECTED) or hasattr(error, "format_message") or bool(names & EXPECTED_NAMES)
-    )
+    """Return whether a user's word, a damaged file or a full disk raises such an error."""
+    named = any(kind.__name__ in NAMES for kind in type(error).__mro__)
+    return named or isinstance(error, EXPECTED) or hasattr(error, "format_message")  # typer's
 
 
 def _sentence(error: Exception) -> str:

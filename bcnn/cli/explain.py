@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from bcnn.utils.console import console, error_console, logger, printable
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, new_output, refuse_unwritable
 from bcnn.utils.progress import progress, track
-
-if TYPE_CHECKING:
-    from bcnn.evaluation.inference import Explanation
 
 TARGET = typer.Option(metavar="CLASS", help="Class to explain. Default: the likeliest.")
 VERSUS = typer.Option(metavar="CLASS", help="Class to compare with. Default: the likeliest other one.")
@@ -63,7 +60,11 @@ def explain(
         figure = _free_name(folder, Path(path).stem)
         with atomic_write(figure) as part:
             draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
-        console.print(printable(f"{path}: {_answer(found, model.classes)}: {figure}"))
+        this, that = (
+            f"{model.classes[label]} {found.probabilities[label]:.1%}"
+            for label in (found.target, found.against)
+        )
+        console.print(printable(f"{path}: {this} versus {that}: {figure}"))
     if failed:
         error_console.print(f"{failed} of {len(paths)} images could not be explained")
     return int(failed > 0)
@@ -79,13 +80,6 @@ def _label(classes: list[str], name: str | None, option: str) -> int | None:
         near = get_close_matches(name, classes, cutoff=0)
         raise UserError(f"{option} {name}: no such class; did you mean {' or '.join(near)}?")
     return classes.index(name)
-
-
-def _answer(found: "Explanation", classes: list[str]) -> str:
-    this, that = (
-        f"{classes[label]} {found.probabilities[label]:.1%}" for label in (found.target, found.against)
-    )
-    return f"{this} versus {that}"
 
 
 def _free_name(folder: Path, stem: str) -> Path:

@@ -15,21 +15,19 @@ from bcnn.utils.files import atomic_write, refuse_unwritable
 from bcnn.utils.progress import progress
 
 Format = Literal["table", "jsonl", "csv", "labelstudio"]
-TOP_K = typer.Option(min=1, help="Classes of each image.")
 FORMAT = typer.Option(help="labelstudio: tasks to correct there, see docs/labels.md.")
 OUTPUT = typer.Option(help="New file to write once all is done. Default: standard output.")
-BATCH_SIZE = typer.Option(min=1, help="Default: 16, on a CPU in float32 2.")
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
 
 
 def predict(
     ckpt: Checkpoint,
     images: Images,
-    top_k: Annotated[int, TOP_K] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
     format: Annotated[Format, FORMAT] = "table",
     output: Annotated[Path | None, OUTPUT] = None,
     mirror: Mirror = False,
-    batch_size: Annotated[int | None, BATCH_SIZE] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the fastest.")] = None,
     workers: Annotated[int | None, WORKERS] = None,
 ) -> int:
     """Print the likeliest classes of images, with probabilities.

@@ -21,8 +21,7 @@ def test_caches_are_listed_and_removed(bcnn: Bcnn, stores: Path) -> None:
     (stores / "notes").mkdir()
     lines = {line.split()[0]: line for line in bcnn("cache").out.splitlines()[1:]}
     assert lines.keys() == {complete.key, begun.key}
-    assert "100% built" in lines[complete.key] and "flowers" in lines[complete.key]
-    assert "50% built" in lines[begun.key] and "birds" in lines[begun.key]
+    assert "flowers" in lines[complete.key] and "birds" in lines[begun.key]
 
     outcome = bcnn("cache", "--remove", "nonsense")
     assert outcome.code == 1 and "no such cache" in outcome.err
@@ -35,12 +34,3 @@ def test_caches_are_listed_and_removed(bcnn: Bcnn, stores: Path) -> None:
     assert bcnn("cache", "--remove", "all").code == 0
     assert [path.name for path in stores.iterdir()] == ["notes"]
     assert bcnn("cache", "--remove", "all").code == 0
-
-
-def test_files_of_others_stay_and_damaged_caches_go(bcnn: Bcnn, stores: Path) -> None:
-    store = made("flowers", 1)
-    (store.folder / "store.json").write_text("[")
-    (store.folder / "mine.txt").write_text("precious")
-    assert "damaged" in bcnn("cache").out
-    assert bcnn("cache", "--remove", "all").code == 0
-    assert [path.name for path in stores.rglob("*") if path.is_file()] == ["mine.txt"]

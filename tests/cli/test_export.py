@@ -1,10 +1,9 @@
-"""Files for other programs: what they say and compute, and that they replace nothing."""
+"""`bcnn export`: what its files hold and compute, and that they replace nothing."""
 
 import copy
 import json
 import math
 import re
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, Bcnn
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from bcnn.cli import export
+from bcnn.cli.app import main
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
@@ -29,7 +28,6 @@ from bcnn.models.checkpoint import load_model, save_model
 from bcnn.models.export import FORMATS, compare, write_weights
 from bcnn.models.third_party import to_original
 from bcnn.utils.errors import UserError
-from bcnn.utils.options import command
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
 PREPROCESSING = Preprocessing(64, "keep", interpolation="bicubic")
@@ -41,9 +39,7 @@ def model() -> BCNN:
     model = BCNN(CLASSES, PREPROCESSING)
     preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
     model.backbone.set_normalization(preset.mean, preset.std)
-    for (
-        layer
-    ) in model.backbone.features:  # He's initialisation is for inputs of about 1, not of about 100
+    for layer in model.backbone.features:
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.bias, std=0.1)
     nn.init.normal_(model.head.weight)
@@ -60,7 +56,7 @@ def ckpt(model: BCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> list[str]:
+def photos(tmp_path: Path) -> list[str]:
     """Landscape, portrait, and one that its EXIF tag turns."""
     paths = []
     for index, (size, turn) in enumerate([((90, 70), 1), ((66, 120), 1), ((120, 80), 6)]):
@@ -72,10 +68,6 @@ def photographs(tmp_path: Path) -> list[str]:
     return paths
 
 
-def run(*words: str) -> int:
-    return command(export.Options, export.main, export.USAGE, words)
-
-
 def batch(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.randint(256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -83,7 +75,9 @@ def batch(count: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def onnx_file(ckpt: Path) -> Path:
-    assert run(f"ckpt={ckpt}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bcnn.cli.errors.raise_interruptions", lambda: None)
+        assert main(["export", str(ckpt)]) == 0
     return ckpt.with_suffix(".onnx")
 
 
@@ -95,7 +89,7 @@ def test_onnx_computes_the_logits_for_any_batch_size(model: BCNN, onnx_file: Pat
         torch.testing.assert_close(torch.from_numpy(logits), model(batch(count)), rtol=0, atol=1e-4)
 
 
-def test_onnx_says_what_it_takes_and_gives_and_nothing_of_this_machine(onnx_file: Path) -> None:
+def test_onnx_describes_itself_and_nothing_of_this_machine(onnx_file: Path) -> None:
     said = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == CLASSES
     assert (said["size"], said["resize"], said["output"]) == ("64", "keep", "logits")
@@ -109,46 +103,30 @@ def test_onnx_says_what_it_takes_and_gives_and_nothing_of_this_machine(onnx_file
     assert not {"Floor", "Where", "Range", "NonZero"} & {node.op_type for node in content.graph.node}
 
 
-def classify(onnx_path: Path, photograph: str) -> tuple[list[str], np.ndarray]:
-    """Run the README's consumer, which knows neither torch nor this project."""
+def test_a_consumer_with_numpy_and_pillow_alone_agrees(
+    model: BCNN, onnx_file: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's, which knows neither torch nor this project."""
     found = re.search(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert found
-    code = (
-        found[1].replace('"best.onnx"', repr(str(onnx_path))).replace('"photo.jpg"', repr(photograph))
-    )
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return json.loads(names["about"]["classes"]), names["logits"][0]
-
-
-def test_a_consumer_with_numpy_and_pillow_alone_agrees(
-    model: BCNN,
-    onnx_file: Path,
-    photographs: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Of files of before there was a choice, too, which do not say that theirs is bilinear."""
-    content = onnx.load(onnx_file)
-    (said,) = (each for each in content.metadata_props if each.key == "interpolation")
-    content.metadata_props.remove(said)
-    onnx.save(content, tmp_path / "before.onnx")
-    files = {onnx_file: PREPROCESSING, tmp_path / "before.onnx": Preprocessing(64, "keep")}
-    capsys.readouterr()
-    for (file, preprocessing), path in product(files.items(), photographs):
-        classes, logits = classify(file, path)
-        image = preprocessing.evaluation()(load_image(path))
+    code = found[1].replace('"best.onnx"', repr(str(onnx_file)))
+    for path in photos:
+        names: dict[str, Any] = {}
+        capsys.readouterr()
+        exec(code.replace('"photo.jpg"', repr(path)), names)
+        image = PREPROCESSING.evaluation()(load_image(path))
         with torch.no_grad():
             expected = model(image[None])[0]
-        assert classes == CLASSES
         assert capsys.readouterr().out.strip() == CLASSES[expected.argmax()]
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
+        np.testing.assert_allclose(
+            names["logits"][0], expected, rtol=0, atol=0.02 * float(expected.std())
+        )
 
 
 @pytest.mark.slow
-def test_softmax_gives_probabilities(model: BCNN, ckpt: Path, tmp_path: Path) -> None:
+def test_softmax_gives_probabilities(bcnn: Bcnn, model: BCNN, ckpt: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "p.onnx"
-    assert run(f"ckpt={ckpt}", f"output={output}", "softmax=true") == 0
+    assert bcnn("export", ckpt, "--output", output, "--softmax").code == 0
     session = onnxruntime.InferenceSession(output)
     (probabilities,) = session.run(["probabilities"], {"images": batch(3).numpy()})
     expected = model(batch(3)).softmax(dim=1).detach().numpy()
@@ -157,10 +135,11 @@ def test_softmax_gives_probabilities(model: BCNN, ckpt: Path, tmp_path: Path) ->
 
 
 def test_pt2_runs_in_any_batch_size_and_names_its_classes(
-    model: BCNN, ckpt: Path, capsys: pytest.CaptureFixture[str], photographs: list[str]
+    bcnn: Bcnn, model: BCNN, ckpt: Path, photos: list[str]
 ) -> None:
-    assert run(f"ckpt={ckpt}", "format=pt2", *photographs) == 0
-    assert "largest difference to PyTorch on 3 photographs: " in capsys.readouterr().out
+    outcome = bcnn("export", ckpt, "--format", "pt2", *(w for p in photos for w in ("--images", p)))
+    assert outcome.code == 0
+    assert "largest difference to PyTorch on 3 images: " in outcome.out
     extra = {"metadata.json": ""}
     program = torch.export.load(ckpt.with_suffix(".pt2"), extra_files=extra).module()
     assert json.loads(json.loads(extra["metadata.json"])["classes"]) == CLASSES
@@ -186,10 +165,10 @@ class OriginalNet(nn.Module):
 
 
 def test_pth_works_in_the_original_network_under_the_original_normalisation(
-    model: BCNN, ckpt: Path, tmp_path: Path
+    bcnn: Bcnn, model: BCNN, ckpt: Path, tmp_path: Path
 ) -> None:
     """The model's own normalisation is another; its first convolution makes up for that."""
-    assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 0
+    assert bcnn("export", ckpt, "--format", "pth", "--output", tmp_path / "m.pth").code == 0
     source = OriginalNet()
     source.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True), strict=True)
     with torch.no_grad():
@@ -214,50 +193,47 @@ def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
         assert all(isinstance(value, str) for value in file.metadata().values())
 
 
-def test_a_file_that_computes_something_else_is_not_passed_over(
-    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_computes_something_else_is_not_kept(
+    bcnn: Bcnn, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        FORMATS, "pth", (write_weights, lambda path: BCNN(CLASSES, Preprocessing(64)).eval())
-    )
-    assert run(f"ckpt={ckpt}", "format=pth", f"output={tmp_path / 'm.pth'}") == 1
-    assert "not kept" in capsys.readouterr().err
+    other = BCNN(CLASSES, Preprocessing(64)).eval()
+    monkeypatch.setitem(FORMATS, "pth", (write_weights, lambda path: other))
+    outcome = bcnn("export", ckpt, "--format", "pth", "--output", tmp_path / "m.pth")
+    assert outcome.code == 1 and "not kept" in outcome.err
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_told_and_nothing_is_replaced(
-    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_mistakes_are_one_sentence_and_nothing_is_replaced(
+    bcnn: Bcnn, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.onnx").write_text("precious")
     for words, sentence in (
-        (["format=tflite"], "choose from onnx, pt2, pth, safetensors"),
-        ([f"output={tmp_path / 'mine.onnx'}"], "mine.onnx exists"),
-        (["format=safetensors"], "best.safetensors exists"),
-        ([f"output={tmp_path / 'model.bin'}"], "has to end in .onnx"),
-        (["format=pth", "softmax=true"], "holds no layers"),
+        (["--output", tmp_path / "mine.onnx"], "mine.onnx exists"),
+        (["--format", "safetensors"], "best.safetensors exists"),
+        (["--output", tmp_path / "model.bin"], "has to end in .onnx"),
+        (["--format", "pth", "--softmax"], "holds no layers"),
     ):
-        assert run(f"ckpt={ckpt}", *words) == 1
-        assert sentence in capsys.readouterr().err
+        outcome = bcnn("export", ckpt, *words)
+        assert outcome.code == 1 and sentence in outcome.err
     monkeypatch.setattr("bcnn.models.export.find_spec", lambda package: None)
-    assert run(f"ckpt={ckpt}", f"output={tmp_path / 'new.onnx'}") == 1
-    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+    outcome = bcnn("export", ckpt, "--output", tmp_path / "new.onnx")
+    assert outcome.code == 1 and "pip install onnx onnxscript onnxruntime" in outcome.err
     assert (tmp_path / "mine.onnx").read_text() == "precious"
     assert not (tmp_path / "new.onnx").exists() and not ckpt.with_suffix(".pth").exists()
 
 
 @pytest.mark.slow
 def test_weights_beside_an_onnx_file_come_with_it_and_replace_nothing(
-    tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bcnn: Bcnn, tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above 2 GB, which this is not."""
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
     save_model(tiny, tmp_path / "m.safetensors")
-    words = [f"ckpt={tmp_path / 'm.safetensors'}", f"output={tmp_path / 'm.onnx'}"]
     (tmp_path / "m.onnx.data").write_text("precious")
-    assert run(*words) == 1
-    assert "m.onnx.data exists" in capsys.readouterr().err
+    outcome = bcnn("export", tmp_path / "m.safetensors")
+    assert outcome.code == 1 and "m.onnx.data exists" in outcome.err
     (tmp_path / "m.onnx.data").unlink()
-    assert run(*words) == 0
+    assert bcnn("export", tmp_path / "m.safetensors").code == 0
     assert {path.name for path in tmp_path.glob("*")} >= {"m.onnx", "m.onnx.data"}
     assert not list(tmp_path.glob(".*"))
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -265,20 +241,14 @@ def test_weights_beside_an_onnx_file_come_with_it_and_replace_nothing(
     torch.testing.assert_close(torch.from_numpy(logits), tiny(images).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_outputs_that_are_not_finite_do_not_agree(tiny: BCNN, tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_do_not_agree(bcnn: Bcnn, tiny: BCNN, tmp_path: Path) -> None:
     tiny.backbone.features.weight.data.fill_(1e30)
     tiny.backbone.features.bias.data.zero_()
     images = [torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)]  # a finite answer comes first
     assert all(map(math.isnan, compare(tiny, tiny, iter(images))))
     save_model(tiny, tmp_path / "m.safetensors")
-    assert (
-        run(
-            f"ckpt={tmp_path / 'm.safetensors'}",
-            "format=safetensors",
-            f"output={tmp_path / 'mine.safetensors'}",
-        )
-        == 1
-    )
+    words = ["--format", "safetensors", "--output", tmp_path / "mine.safetensors"]
+    assert bcnn("export", tmp_path / "m.safetensors", *words).code == 1
     assert [path.name for path in tmp_path.glob("m*")] == ["m.safetensors"]
 
 
