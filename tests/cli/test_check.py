@@ -9,8 +9,6 @@ import pytest
 from conftest import Bcnn, write, write_classes
 from PIL import Image
 
-from bcnn.data.contact_sheet import contact_sheet
-
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +117,3 @@ def test_what_training_would_stop_at_is_an_error(bcnn: Bcnn, images: Path) -> No
     assert outcome.code == 1 and "error: no images in empty" in outcome.out
     outcome = bcnn("check", images, "--val-fraction", "2")
     assert outcome.code == 1 and outcome.err.startswith("error: ") and "val_fraction=2" in outcome.err
-
-
-@pytest.mark.parametrize(("classes", "images"), [(2, 8), (41, 4), (200, 2), (700, 1)])
-def test_the_sheet_has_room_for_many_classes(classes: int, images: int) -> None:
-    write(Path("a.png"))
-    names = [f"{n} of a very long name, longer than there is room for" for n in range(classes)]
-    samples = [("a.png", n) for n in range(classes) for _ in range(images)]
-    contact_sheet(names, samples, Path("sheet.png"))
-    with Image.open("sheet.png") as picture:
-        assert max(picture.size) < 12_000

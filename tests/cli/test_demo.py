@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -43,19 +43,9 @@ def gallery(tiny: BCNN, tmp_path: Path) -> Gallery:
     return Gallery(tiny, data.train, data.evaluation_dataloader(data.train))
 
 
-class Demo(NamedTuple):
-    """A server in a thread of this process."""
-
-    port: int
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
 @pytest.fixture
-def demo(tiny: BCNN, gallery: Gallery) -> Iterator[Demo]:
-    """Of a network whose classes have the names of `COLOURS`, and their images."""
+def port(tiny: BCNN, gallery: Gallery) -> Iterator[int]:
+    """Of a server in a thread, of a network whose classes have the names of `COLOURS`."""
     page = render(tiny, gallery, name="best.ckpt", nonce="abc", megabytes=50)
     server = demo_server.build_server("127.0.0.1", page, "abc", partial(answer, tiny, gallery))
     with demo_server.listen("127.0.0.1", 0) as listener:
@@ -63,16 +53,16 @@ def demo(tiny: BCNN, gallery: Gallery) -> Iterator[Demo]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield Demo(listener.getsockname()[1])
+        yield listener.getsockname()[1]
         server.should_exit = True
         thread.join()
 
 
 def ask(
-    demo: Demo, content: Any = b"", path: str = "/image", verb: str = "POST", **headers: str
+    port: int, content: Any = b"", path: str = "/image", verb: str = "POST", **headers: str
 ) -> tuple[int, Any, dict[str, str]]:
     """Return status, content and headers of a response."""
-    connection = http.client.HTTPConnection("127.0.0.1", demo.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request(verb, path, content, headers, encode_chunked="Transfer-Encoding" in headers)
     response = connection.getresponse()
     text = response.read().decode()
@@ -98,9 +88,9 @@ def picture(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
 
 
-def test_classes_and_what_tells_them_apart(demo: Demo, tiny: BCNN, tmp_path: Path) -> None:
+def test_classes_and_what_tells_them_apart(port: int, tiny: BCNN, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(jpeg())
-    status, found, _ = ask(demo, jpeg())
+    status, found, _ = ask(port, jpeg())
     assert status == 200
     probabilities = tiny.predict(tmp_path / "photo.jpg")[0]
     order = probabilities.argsort(descending=True).tolist()
@@ -119,10 +109,10 @@ def test_classes_and_what_tells_them_apart(demo: Demo, tiny: BCNN, tmp_path: Pat
 
 
 def test_the_nearest_images_are_those_of_the_descriptors(
-    demo: Demo, tiny: BCNN, gallery: Gallery
+    port: int, tiny: BCNN, gallery: Gallery
 ) -> None:
     path, label = gallery.samples[5]
-    nearest = ask(demo, Path(path).read_bytes())[1]["nearest"]
+    nearest = ask(port, Path(path).read_bytes())[1]["nearest"]
     assert len(nearest) == NEAREST and nearest[0]["file"] == Path(path).name
     assert nearest[0]["distance"] < 0.002 and nearest[0]["name"] == tiny.classes[label]
     transform = tiny.preprocessing.evaluation()
@@ -153,7 +143,7 @@ def test_any_upload_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> N
             assert "choose another image" in str(error)
 
 
-def test_a_file_that_cannot_be_decoded_is_a_sentence(demo: Demo, tiny: BCNN) -> None:
+def test_a_file_that_cannot_be_decoded_is_a_sentence(port: int, tiny: BCNN) -> None:
     for content in (
         b"",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
@@ -161,54 +151,54 @@ def test_a_file_that_cannot_be_decoded_is_a_sentence(demo: Demo, tiny: BCNN) -> 
         encoded("PNG", (20_000, 20_000), "1"),
         encoded("PNG", (8_000, 8_000), "1"),
     ):
-        status, found, _ = ask(demo, content)
+        status, found, _ = ask(port, content)
         assert status == 422 and "choose another image" in found["error"]
-    assert ask(demo, encoded("JPEG", (8_000, 8_000)))[0] == 200  # decoded at a fraction of its size
+    assert ask(port, encoded("JPEG", (8_000, 8_000)))[0] == 200  # decoded at a fraction of its size
     tiny.backbone.features.weight.data.fill_(1e30)
-    status, found, _ = ask(demo, jpeg())
+    status, found, _ = ask(port, jpeg())
     assert status == 422 and "not finite" in found["error"]
 
 
-def test_other_sites_get_nothing(demo: Demo) -> None:
-    for host in ("evil.example", f"evil.example:{demo.port}", "127.0.0.1.evil.example", "192.0.2.7"):
+def test_other_sites_get_nothing(port: int) -> None:
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "192.0.2.7"):
         for verb, path in (("GET", "/"), ("POST", "/image")):
-            status, found, _ = ask(demo, jpeg(), path, verb, Host=host)
+            status, found, _ = ask(port, jpeg(), path, verb, Host=host)
             assert status == 400 and "<" not in found
-    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{demo.port + 1}"):
-        assert ask(demo, jpeg(), Origin=origin)[0] == 403
-    for host in (f"localhost:{demo.port}", f"127.0.0.1:{demo.port}", "[::1]:80", socket.gethostname()):
-        assert ask(demo, jpeg(), Host=host, Origin=f"http://{host}")[0] == 200
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{port + 1}"):
+        assert ask(port, jpeg(), Origin=origin)[0] == 403
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", "[::1]:80", socket.gethostname()):
+        assert ask(port, jpeg(), Host=host, Origin=f"http://{host}")[0] == 200
 
 
 def test_an_upload_is_bounded_whatever_length_it_claims(
-    demo: Demo, monkeypatch: pytest.MonkeyPatch
+    port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_server, "MEGABYTES", 0.1)
-    assert ask(demo, bytes(10**5 + 1))[0] == 413
+    assert ask(port, bytes(10**5 + 1))[0] == 413
     chunked = {"Transfer-Encoding": "chunked"}
-    assert ask(demo, iter([bytes(10**5), b"1"]), **chunked)[0] == 413
-    assert ask(demo, iter([jpeg(size=(60, 50))]), **chunked)[0] == 200
+    assert ask(port, iter([bytes(10**5), b"1"]), **chunked)[0] == 413
+    assert ask(port, iter([jpeg(size=(60, 50))]), **chunked)[0] == 200
     for length in ("-1", "", "9" * 5000):
-        assert ask(demo, **{"Content-Length": length})[0] == 400
-    assert ask(demo, path="/nowhere")[0] == 404 and ask(demo, path="/image", verb="GET")[0] == 405
+        assert ask(port, **{"Content-Length": length})[0] == 400
+    assert ask(port, path="/nowhere")[0] == 404 and ask(port, path="/image", verb="GET")[0] == 405
 
 
-def test_uploads_that_never_end_hold_nothing(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_that_never_end_hold_nothing(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_server, "SECONDS", 1.0)
-    slow = [socket.create_connection(("127.0.0.1", demo.port)) for _ in range(demo_server.UPLOADS)]
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(demo_server.UPLOADS)]
     for each in slow:
         each.sendall(b"POST /image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nbegin")
     time.sleep(0.3)
-    assert ask(demo, jpeg())[0] == 503
-    assert ask(demo, path="/", verb="GET")[0] == 200
+    assert ask(port, jpeg())[0] == 503
+    assert ask(port, path="/", verb="GET")[0] == 200
     for each in slow:
         assert b"408" in each.recv(100)
         each.close()
-    assert ask(demo, jpeg())[0] == 200
+    assert ask(port, jpeg())[0] == 200
 
 
-def test_the_page_allows_itself_nothing_else(demo: Demo) -> None:
-    _, _, headers = ask(demo, path="/", verb="GET")
+def test_the_page_allows_itself_nothing_else(port: int) -> None:
+    _, _, headers = ask(port, path="/", verb="GET")
     policy = headers["content-security-policy"]
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     assert "script-src 'nonce-abc';" in policy
@@ -251,8 +241,8 @@ def test_a_process_serves_the_page_until_sigterm(tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
-def test_an_address_that_cannot_be_listened_at_is_a_sentence(bcnn: Bcnn, demo: Demo) -> None:
-    for words in (["--port", demo.port], ["--host", "nowhere.invalid", "--port", "0"]):
+def test_an_address_that_cannot_be_listened_at_is_a_sentence(bcnn: Bcnn, port: int) -> None:
+    for words in (["--port", port], ["--host", "nowhere.invalid", "--port", "0"]):
         outcome = bcnn("demo", __file__, *words)
         assert outcome.code == 1 and outcome.err.count("\n") == 1
         assert outcome.err.startswith("error: cannot listen at --host") and str(words[1]) in outcome.err
@@ -266,10 +256,10 @@ DROP = """([text, type]) => {
 }"""
 
 
-def test_the_page_in_a_browser(demo: Demo, tiny: BCNN, browser: Any, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(port: int, tiny: BCNN, browser: Any, tmp_path: Path) -> None:
     tiny.classes = HOSTILE
     tab, said, fetched = watched(browser)
-    tab.goto(demo.address)
+    tab.goto(f"http://127.0.0.1:{port}")
     assert not tab.is_visible("main")
 
     # a file that is chosen: its classes, and what tells the first from the second
@@ -306,8 +296,8 @@ def test_the_page_in_a_browser(demo: Demo, tiny: BCNN, browser: Any, tmp_path: P
     assert frame["width"] / shown["width"] == pytest.approx(80 / 90, abs=0.01)
 
     assert {url for url in fetched if not url.startswith("data:")} == {
-        f"{demo.address}/",
-        f"{demo.address}/image",
+        f"http://127.0.0.1:{port}/",
+        f"http://127.0.0.1:{port}/image",
     }
     assert said == []
 

@@ -11,7 +11,6 @@ import torch
 from conftest import Bcnn, set_up, write_images
 
 from bcnn.data.transforms import Preprocessing
-from bcnn.evaluation.inference import predict_split
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 from bcnn.models.third_party import to_original
@@ -120,17 +119,6 @@ def test_a_state_dict_of_the_original_gives_the_same_probabilities(
         saved = np.load(out / "predictions.npz")
         found.append(dict(zip(saved["classes"], saved["probabilities"][0], strict=True)))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
-
-
-def test_descriptors_predict_what_their_images_do(model: BCNN, images: Path) -> None:
-    data = set_up(images)
-    loader = data.test_dataloader()
-    by_images = predict_split(model, data.test, loader, "32-true")
-    with torch.no_grad():
-        descriptors = [(model.descriptor(batch), labels) for batch, labels in loader]
-    by_descriptors = predict_split(model, data.test, descriptors, "32-true")
-    torch.testing.assert_close(by_images.probabilities, by_descriptors.probabilities)
-    assert by_images.paths == [path for path, _ in data.test]
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 18), ("all", 24)])

@@ -8,7 +8,7 @@ import torch
 from conftest import Bcnn, make_near_sighted
 from PIL import Image
 
-from bcnn.data.transforms import Preprocessing, Resize
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation import inference
 from bcnn.evaluation.heatmap import overlay
 from bcnn.models.bilinear_cnn import BCNN
@@ -47,24 +47,6 @@ def marked(
     image = Image.new("RGB", size, GREY)
     image.paste(colour, box)
     return image
-
-
-@pytest.mark.parametrize("size", [(144, 90), (60, 133)])
-@pytest.mark.parametrize("resize", ["keep", "squash"])
-@pytest.mark.parametrize("crop_pct", [1.0, 0.75])
-def test_the_crop_lies_where_the_transform_looks(
-    size: tuple[int, int], resize: Resize, crop_pct: float
-) -> None:
-    """On an image whose pixels hold their position."""
-    across = np.linspace(0, 255, size[0]).astype(np.uint8)
-    down = np.linspace(0, 255, size[1]).astype(np.uint8)
-    pixels = np.stack(np.broadcast_arrays(across[None, :], down[:, None], np.uint8(0)), axis=-1)
-    preprocessing = Preprocessing(72, resize, crop_pct)
-    seen = preprocessing.evaluation()(Image.fromarray(pixels)).float()
-    edges = [seen[0, 36, 0], seen[1, 0, 36], seen[0, 36, -1], seen[1, -1, 36]]
-    crop = preprocessing.crop(*size)
-    expected = [255 * edge / side for edge, side in zip(crop, size * 2, strict=True)]
-    assert np.allclose(edges, expected, atol=4)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """`bcnn export`: what its files hold and compute, and that they replace nothing."""
 
-import copy
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Bcnn
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
@@ -24,10 +21,7 @@ from bcnn.cli.app import main
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.checkpoint import load_model, save_model
-from bcnn.models.export import FORMATS, compare, write_weights
-from bcnn.models.third_party import to_original
-from bcnn.utils.errors import UserError
+from bcnn.models.checkpoint import save_model
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
 PREPROCESSING = Preprocessing(64, "keep", interpolation="bicubic")
@@ -176,33 +170,6 @@ def test_pth_works_in_the_original_network_under_the_original_normalisation(
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.std()))
 
 
-def test_pth_changes_no_weight_of_a_model_that_normalises_as_the_source(model: BCNN) -> None:
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-    alike = copy.deepcopy(model)
-    alike.backbone.set_normalization(preset.mean, preset.std)
-    state = to_original(alike)
-    for key, value in model.backbone.features.state_dict().items():
-        assert torch.equal(state[f"features.{key}"], value)
-
-
-def test_safetensors_come_back_whole(model: BCNN, ckpt: Path) -> None:
-    again = load_model(ckpt)
-    assert again.description() == model.description()
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-    with safe_open(ckpt, framework="pt") as file:
-        assert all(isinstance(value, str) for value in file.metadata().values())
-
-
-def test_a_file_that_computes_something_else_is_not_kept(
-    bcnn: Bcnn, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = BCNN(CLASSES, Preprocessing(64)).eval()
-    monkeypatch.setitem(FORMATS, "pth", (write_weights, lambda path: other))
-    outcome = bcnn("export", ckpt, "--format", "pth", "--output", tmp_path / "m.pth")
-    assert outcome.code == 1 and "not kept" in outcome.err
-    assert not list(tmp_path.iterdir())
-
-
 def test_mistakes_are_one_sentence_and_nothing_is_replaced(
     bcnn: Bcnn, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,22 +206,3 @@ def test_weights_beside_an_onnx_file_come_with_it_and_replace_nothing(
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     (logits,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), tiny(images).detach(), rtol=1e-4, atol=1e-4)
-
-
-def test_outputs_that_are_not_finite_do_not_agree(bcnn: Bcnn, tiny: BCNN, tmp_path: Path) -> None:
-    tiny.backbone.features.weight.data.fill_(1e30)
-    tiny.backbone.features.bias.data.zero_()
-    images = [torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)]  # a finite answer comes first
-    assert all(map(math.isnan, compare(tiny, tiny, iter(images))))
-    save_model(tiny, tmp_path / "m.safetensors")
-    words = ["--format", "safetensors", "--output", tmp_path / "mine.safetensors"]
-    assert bcnn("export", tmp_path / "m.safetensors", *words).code == 1
-    assert [path.name for path in tmp_path.glob("m*")] == ["m.safetensors"]
-
-
-@pytest.mark.parametrize("root", ["plain", None])
-def test_the_original_has_no_other_root_than_its_own(tmp_path: Path, root: str | None) -> None:
-    model = BCNN(["a", "b"], Preprocessing(32), pooling={"name": "bilinear", "root": root})
-    with pytest.raises(UserError, match=r"the original's layout is for .* signed roots alone"):
-        save_model(model, tmp_path / "x.pth")
-    assert not (tmp_path / "x.pth").exists()
