@@ -1,6 +1,6 @@
-"""Draw docs/finetune.png: the first steps of a finetune, by the original's optimizer and the default.
+"""Draw docs/finetune.png: first steps of a fine-tune, with the original's optimizer and the default.
 
-python docs/finetune.py CKPT [OVERRIDE …]   from what stage `last` saved, with the overrides it had
+python docs/finetune.py CKPT [OVERRIDE …]   from a checkpoint of stage `last`, with its run's overrides
 """
 
 import sys
@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
 
+import bcnn.training.schema  # noqa: F401  # registers the types of the options
 from bcnn.models.checkpoint import load_model
 from bcnn.training.module import BCNNModule
 from bcnn.utils.device import fastest_precision
@@ -23,13 +24,13 @@ OPTIMIZERS = {"original": "tab:red", "default": "tab:blue"}
 
 
 class Movement(L.Callback):
-    """The loss of each batch, and how far the steps have moved the descriptors of `images`."""
+    """Record the loss of each batch, and how far the steps have moved the descriptors of `images`."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
         self.losses: list[float] = []
         self.common: list[float] = []  # ‖mean movement‖
-        self.own: list[float] = []  # root mean square of what is left of each movement
+        self.own: list[float] = []  # root mean square of the rest of each movement
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.start = self._descriptors(pl_module)
@@ -42,7 +43,7 @@ class Movement(L.Callback):
         self.losses.append(float(outputs["loss"]))
         self.common.append(float(common.norm()))
         self.own.append(float((moved - common).square().sum(dim=1).mean().sqrt()))
-        # Not `max_steps`, which the schedule would be shortened to.
+        # Not `max_steps`, which would shorten the schedule.
         trainer.should_stop = trainer.global_step >= STEPS
 
     @torch.no_grad()
