@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
-import bcnn.training.schema  # noqa: F401  # the types of the options
+import bcnn.training.schema  # the types of the options
 from bcnn.cli.app import main
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.transforms import Preprocessing

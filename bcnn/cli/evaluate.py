@@ -38,6 +38,7 @@ def evaluate(
     with progress("loading PyTorch"):
         from bcnn.evaluation import results
         from bcnn.evaluation.inference import predict_split
+        from bcnn.evaluation.report import ReportContent
         from bcnn.utils.device import about_device, best_device, fastest_precision
         from bcnn.utils.software import software
 
@@ -65,7 +66,6 @@ def evaluate(
         before = results.kept_predictions(ckpt.parent.with_name("last"))
     title = f"{images.resolve().name}, {split}"
     stages = results.logged_stages(ckpt)
-    report = results.write_results(
-        folder, model, predictions, title, stages, configuration="", facts=facts, before=before
-    )
+    content = ReportContent(predictions, title, stages, facts=facts, before=before)
+    report = results.write_results(folder, model, content)
     console.print(f"figures and predictions: {folder}\nreport: {report}")

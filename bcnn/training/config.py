@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.models.bilinear_cnn import BCNN, DEFAULT
 from bcnn.models.description import LARGEST
-from bcnn.utils.device import AUTOCAST, refuse_gpu
+from bcnn.utils.device import AUTOCAST, validate_accelerator
 from bcnn.utils.errors import UserError
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
@@ -120,7 +120,8 @@ def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
         cfg: the configuration; it is not changed.
         folder: that relative paths are relative to.
     """
-    copy = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    copy: DictConfig = OmegaConf.create(options)
     copy.output = str(folder / Path(copy.output).expanduser())
     for key in ("ckpt", "data.root", "data.list", "model.weights"):
         value = OmegaConf.select(copy, key)
@@ -134,7 +135,7 @@ def _validate_names(cfg: DictConfig) -> None:
     """Refuse options that were added by `+` and that nothing reads."""
     for prefix in ("", "model", "last", "finetune"):
         part = OmegaConf.select(cfg, prefix) if prefix else cfg
-        known = OmegaConf.get_type(part)
+        known: Any = OmegaConf.get_type(part)
         names = {field.name for field in fields(known)} if known is not dict else {*part}
         for name in {*part} - names - {"hydra"}:
             option = f"{prefix}.{name}".lstrip(".")
@@ -194,7 +195,7 @@ def _validate_trainer(cfg: DictConfig) -> None:
     if precision not in ("auto", "32-true", *AUTOCAST):
         choices = ", ".join(("auto", "32-true", *AUTOCAST))
         raise UserError(f"trainer.precision={precision}: choose from {choices}")
-    refuse_gpu(cfg.trainer.accelerator)
+    validate_accelerator(cfg.trainer.accelerator)
 
 
 def _validate_callbacks(cfg: DictConfig) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -56,7 +56,7 @@ class Stage:
         start: the file that holds these weights, if any.
     """
 
-    name: Literal["last", "finetune"]
+    name: str
     cfg: DictConfig
     state: RunState
     model: BCNN
@@ -70,6 +70,7 @@ class Stage:
         self.loggers: list[Logger] = make_loggers(
             self.cfg, self.folder, f"{self.state.identity}-{self.name}"
         )
+        self.checkpoint: BestOrLastCheckpoint | None = None
         log_options(self.loggers, self.cfg, self.name)
         try:
             convex = self.options.get("solver") == "convex"
@@ -82,6 +83,8 @@ class Stage:
         if self.trainer.is_global_zero:
             plot_curves(self.folder / "metrics.csv", self.folder / "curves.png")
             result.write(self.state.folder)
+            if self.checkpoint:
+                self.checkpoint.finish()
         self.trainer.strategy.barrier()
         return result
 
@@ -105,7 +108,7 @@ class Stage:
     def _train(self) -> StageResult:
         """Train by gradient descent, from the state of an interrupted stage if there is one."""
         validated = 0 if self.cfg.trainer.get("limit_val_batches") == 0 else len(self.data.val)
-        checkpoint = BestOrLastCheckpoint(self.folder, validated)
+        self.checkpoint = checkpoint = BestOrLastCheckpoint(self.folder, validated)
         resumes = checkpoint.state.is_file()
         advice = f"try {self.name}.optimizer.lr={self.options.optimizer.lr / 10:g}"
         callbacks = [
@@ -179,7 +182,7 @@ class Stage:
             tuning = {name: self.options[name] for name in ("centering", "polyak", "unfreeze_from")}
         return BCNNModule(
             self.model,
-            self.name,
+            self.name,  # type: ignore[arg-type]
             optimizer=instantiate(self.options.optimizer),
             scheduler=instantiate(self.options.scheduler),
             loss=self._loss(),

@@ -78,12 +78,13 @@ def log_file(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter())
-    handler.stream.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}\n")
+    command = f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}"
+    handler.emit(logging.makeLogRecord({"msg": command}))
     logger.addHandler(handler)
     try:
         yield
     except BaseException as error:
-        handler.stream.write(f"{type(error).__name__}: {printable(str(error))}\n")
+        handler.emit(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
         raise
     finally:
         logger.removeHandler(handler)

@@ -21,7 +21,7 @@ from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.run import train
-from bcnn.training.run_state import RunState, StageResult
+from bcnn.training.run_state import RunState
 from bcnn.utils.errors import UserError
 from bcnn.utils.interruption import Interruption, raise_interruptions
 
