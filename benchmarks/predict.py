@@ -7,7 +7,7 @@ from pathlib import Path
 import photographs
 from harness import Options, compare, device_of, now, parser
 
-from bcnn.data.paths import find_images
+from bcnn.data.image_files import find_images
 from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.inference import predict_paths
 from bcnn.models.bilinear_cnn import BCNN

@@ -120,8 +120,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     folder = tmp_path_factory.mktemp("stores")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("BCNN_STORES", str(folder))
-    for module in ("bcnn.utils.options", "bcnn.cli.errors"):  # Ctrl-C is pytest's
-        monkeypatch.setattr(f"{module}.raise_interruptions", lambda: None)
+    monkeypatch.setattr("bcnn.cli.errors.raise_interruptions", lambda: None)  # Ctrl-C is pytest's
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -226,12 +225,18 @@ def junk() -> st.SearchStrategy:
     return st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(keys, v), max_leaves=8)
 
 
+def register_tiny() -> None:
+    """Add the backbone `TINY` to the backbones, in a process of a test's own."""
+    namespace: dict[str, Any] = {}
+    exec(TINY, namespace)
+    BACKBONES["tiny"] = namespace["Tiny"]
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
     """Of `TINY`, which is among the backbones, in evaluation mode and of random weights."""
-    namespace: dict[str, Any] = {}
-    exec(TINY, namespace)
-    monkeypatch.setitem(BACKBONES, "tiny", namespace["Tiny"])
+    monkeypatch.setitem(BACKBONES, "tiny", None)  # taken out after the test
+    register_tiny()
     torch.manual_seed(0)
     model = BCNN(["blue", "green", "red"], Preprocessing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)

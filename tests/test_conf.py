@@ -20,11 +20,13 @@ PLACES = {  # groups that are composed elsewhere
 CHOICES = [
     f"{PLACES.get(group, group)}={choice}" for group, choices in GROUPS.items() for choice in choices
 ]
-README = (ROOT / "README.md").read_text()
-OPTIONS = README[README.index("| option of `bcnn train`, with its default") :].split("\n\n")[0]
+PAGES = [(ROOT / "README.md").read_text(), *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
+PAGE = (ROOT / "docs" / "options.md").read_text()
+OPTIONS = PAGE[PAGE.index("| option of `bcnn train`, with its default") :].split("\n\n")[0]
 COMMANDS = {
     command.replace("FLOWERS", "data=folder").replace("GROCERIES", "data=folder")
-    for command in re.findall(r"bcnn train(?: [^`#\n]*)?", README)
+    for page in PAGES
+    for command in re.findall(r"bcnn train(?: [^`#\n]*)?", page)
     if "…" not in command and "resume=" not in command
 }
 
@@ -147,7 +149,7 @@ def test_multistep_falls_at_shares_of_the_steps() -> None:
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_readme_says_the_defaults() -> None:
+def test_the_documented_defaults() -> None:
     """In the first column of its table of options."""
     folder = ["data=folder", "data.root=photos"]
     cells = " ".join(row.split("|")[1] for row in OPTIONS.splitlines()[2:])
@@ -157,6 +159,6 @@ def test_readme_says_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_commands_of_the_readme_compose(command: str) -> None:
+def test_documented_commands_compose(command: str) -> None:
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
     configure(*(re.sub(",.*", "", word) for word in words))

@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, Run, configure, toy
 
-from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.models.backbones import BACKBONES
 from bcnn.models.checkpoint import load_model
 from bcnn.models.pooling import POOLINGS
-from bcnn.training.run import run
+from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 EXAMPLES = dict(
@@ -66,9 +65,6 @@ def test_a_backbone_and_a_pooling_train_and_come_back(
     assert model(torch.rand(1, 3, 64, 96)).isfinite().all()
 
 
-@pytest.mark.skipif(
-    not hasattr(FineGrainedDataModule, "read_index"), reason="read_index comes with the data module"
-)
 def test_a_data_set(images: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -81,6 +77,6 @@ def test_a_data_set(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_callback(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = ["stage=last", "+callbacks.mine._target_=my_callback.Announce"]
-    run(configure(*toy(images, *mine, f"output={tmp_path / 'out'}")))
+    mine = ["stage=last", "last=sgd", "+callbacks.mine._target_=my_callback.Announce"]
+    train(configure(*toy(images, *mine, f"output={tmp_path / 'out'}")))
     assert "last: all validation images are right" in capsys.readouterr().out

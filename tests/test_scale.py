@@ -50,9 +50,9 @@ def span(seconds: float) -> str:
     raise AssertionError
 
 
-def test_photographs() -> None:
+def test_images() -> None:
     side = 400  # nine tenths of 448, to a multiple of the stride
-    transform = Preprocessing(448).training(0.5, step=16, least=32)
+    transform = Preprocessing(448).training(0.5, stride=16, min_size=32)
     assert transform.transforms[1].size == (side, side)
     forward, crop = flop(448), flop(side)
     assert f"{forward / 1e9:.0f} GFLOP through the features at 448 px" in TEXT
@@ -62,7 +62,7 @@ def test_photographs() -> None:
         last, finetune = count * VIEWS * forward, count * EPOCHS * 3 * crop
         stores = [size(count * VIEWS * width * 2 / 1e9) for width in widths()]
         times = [span(finetune / H100 / gpus) for gpus in (1, 64)]
-        assert numbers(f"{count:,}", "photographs") == [
+        assert numbers(f"{count:,}", "images") == [
             f"{last:.1e} FLOP",
             span(last / H100),
             *stores,

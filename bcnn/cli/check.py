@@ -9,9 +9,8 @@ import typer
 from rich.table import Table
 
 from bcnn.cli.arguments import LabelledImages, OutputFolder
-from bcnn.utils.console import console, printable
+from bcnn.utils.console import console, printable, progress
 from bcnn.utils.files import new_output
-from bcnn.utils.progress import progress
 
 if TYPE_CHECKING:
     from bcnn.data.index import ImageIndex
@@ -39,14 +38,14 @@ def check(
     with a metadata.csv of file_name,label, or a list with lines of path,label[,split].
     """
     with progress("loading PyTorch"):
-        from bcnn.data import review
         from bcnn.data.contact_sheet import contact_sheet, pair_sheet
         from bcnn.data.index import mistakes, read_folder, read_list
         from bcnn.data.integrity import broken, write_broken
         from bcnn.data.integrity import check as check_images
-        from bcnn.data.splits import draw_splits, refuse_fractions, too_few
+        from bcnn.data.review import lookalikes, review
+        from bcnn.data.splits import draw_splits, too_few, validate_fractions
 
-    refuse_fractions(val_fraction, test_fraction)
+    validate_fractions(val_fraction, test_fraction)
     index = read_list(images) if images.is_file() else read_folder(images)
     findings = check_images(images, index.paths)
     reasons = broken(findings)
@@ -69,18 +68,11 @@ def check(
         errors.append(
             f"{len(reasons)} images cannot be decoded; {write_broken(images, reasons)} lists them"
         )
-    warnings = index.remarks + review.duplicates(drawn, findings)
-    pairs = {split: found for split, found in review.lookalikes(drawn, findings).items() if found}
-    if pairs:
-        sheet = folder / "look_alike.png"
-        pair_sheet([pair for found in pairs.values() for pair in found], sheet)
-        warnings += [
-            f"{len(found)} of {len(drawn.splits[split])} images in {split} look like one in train, "
-            f"so metrics will be too high: see {sheet}"
-            for split, found in pairs.items()
-        ]
-    warnings += review.repeats(intact, findings) + review.flat(intact, findings)
-    for warning in warnings + review.imbalance(drawn):
+    near = lookalikes(drawn, findings)
+    if pairs := [pair for found in near.values() for pair in found]:
+        pair_sheet(pairs, folder / "near_duplicates.png")
+        console.print(f"near duplicates: {folder / 'near_duplicates.png'}")
+    for warning in intact.remarks + review(intact, drawn, findings, near):
         console.print(printable(f"warning: {warning}"))
     for error in errors:
         console.print(printable(f"error: {error}"))

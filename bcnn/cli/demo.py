@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from bcnn.cli.arguments import Checkpoint
-from bcnn.utils.console import console
+from bcnn.utils.console import console, progress
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import progress
 
 IMAGES = typer.Option(exists=True, help="Training images, to show the nearest of: a folder or list.")
 HOST = typer.Option(help="Address to listen at; 0.0.0.0 opens the page to everybody in your network.")

@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bcnn.data.formats import open_image
-from bcnn.data.image_io import decode, load_image
+from bcnn.data.image_io import decode, load_image, open_image
+from bcnn.evaluation.explain import see
 from bcnn.evaluation.heatmap import overlay, scaled
-from bcnn.evaluation.inference import refuse_overflow, see
-from bcnn.evaluation.neighbours import nearest, rows
+from bcnn.evaluation.inference import validate_finite
+from bcnn.evaluation.neighbours import descriptors, nearest
 from bcnn.evaluation.report import THUMBNAIL, template, thumbnail
 from bcnn.models.attribution import shares
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.console import progress
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import progress
 
 CLASSES = 6  # shown, each with a picture
 NEAREST = 6
@@ -48,8 +48,8 @@ class Gallery:
         self.descriptors: list[Tensor] = []
         done = 0
         with progress("computing descriptors", len(samples)) as task:
-            for found in rows(model, batches):
-                refuse_overflow(found, [path for path, _ in samples[done : done + len(found)]])
+            for found in descriptors(model, batches):
+                validate_finite(found, [path for path, _ in samples[done : done + len(found)]])
                 self.descriptors.append(found.half().cpu())
                 done += len(found)
                 task.advance(len(found))
@@ -97,7 +97,7 @@ def answer(model: BCNN, gallery: Gallery | None, content: bytes) -> dict[str, An
     # What speaks for the likeliest class; then for it and against each of the others.
     maps = torch.cat([maps[:1], maps[:1] - maps[1:]])
     logits = maps.sum(dim=(1, 2))
-    refuse_overflow(torch.cat([seen.probabilities, logits])[None], ["the image"])
+    validate_finite(torch.cat([seen.probabilities, logits])[None], ["the image"])
     crop = [edge / side for edge, side in zip(seen.crop, image.size * 2, strict=True)]
     width = image.width
     image.thumbnail((SIDE, SIDE))
@@ -120,7 +120,7 @@ def answer(model: BCNN, gallery: Gallery | None, content: bytes) -> dict[str, An
             "distance": distance,
             "picture": thumbnail(load_image(path, THUMBNAIL)),
         }
-        for path, label, distance in (gallery.nearest(seen.row[0], NEAREST) if gallery else [])
+        for path, label, distance in (gallery.nearest(seen.descriptor[0], NEAREST) if gallery else [])
     ]
     picture, ratio = thumbnail(image, SIDE), image.width / image.height
     return {"image": picture, "ratio": ratio, "crop": crop, "classes": classes, "nearest": neighbours}

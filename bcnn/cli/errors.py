@@ -11,10 +11,16 @@ import zipfile
 from collections.abc import Callable
 
 from bcnn.utils.console import error_console, logger, setup_logging
-from bcnn.utils.errors import UserError
-from bcnn.utils.interruption import Interruption, raise_interruptions
+from bcnn.utils.errors import Interruption, UserError, raise_interruptions
 
-EXPECTED = (UserError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
+EXPECTED = (
+    UserError,
+    OSError,
+    ImportError,  # of an optional package
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    json.JSONDecodeError,
+)
 # Known by name, as their libraries take time to import: of Pillow, safetensors, OmegaConf and Hydra.
 NAMES = {"DecompressionBombError", "SafetensorError", "OmegaConfBaseException", "HydraException"}
 

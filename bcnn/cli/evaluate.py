@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from bcnn.cli.arguments import Checkpoint, LabelledImages, Mirror, OutputFolder
-from bcnn.utils.console import console
+from bcnn.utils.console import console, progress
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import new_output, refuse_unwritable
-from bcnn.utils.progress import progress
+from bcnn.utils.files import new_output, validate_writable
 
 SPLIT = typer.Option(
     help="As the folder or list has it, else as the checkpoint records it, else (test) all images."
@@ -34,13 +33,13 @@ def evaluate(
     folder = output or new_output("evaluate")
     if (folder / "figures.json").exists():
         raise UserError(f"--output {folder} holds an evaluation: name another folder")
-    refuse_unwritable(folder)
+    validate_writable(folder)
     with progress("loading PyTorch"):
         from bcnn.evaluation import results
         from bcnn.evaluation.inference import predict_split
         from bcnn.evaluation.report import ReportContent
         from bcnn.utils.device import about_device, best_device, fastest_precision
-        from bcnn.utils.software import software
+        from bcnn.utils.environment import software
 
     versions = software()  # before anything is computed: the clone may change meanwhile
     data, samples, model = results.open_split(ckpt, images, split)

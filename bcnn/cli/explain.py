@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from bcnn.cli.arguments import Checkpoint, Images, OutputFolder
-from bcnn.utils.console import console, error_console, logger, printable
+from bcnn.utils.console import console, error_console, logger, printable, progress, track
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, new_output, refuse_unwritable
-from bcnn.utils.progress import progress, track
+from bcnn.utils.files import atomic_write, new_output, validate_writable
 
 TARGET = typer.Option(metavar="CLASS", help="Class to explain. Default: the likeliest.")
 VERSUS = typer.Option(metavar="CLASS", help="Class to compare with. Default: the likeliest other one.")
@@ -30,15 +29,16 @@ def explain(
     of the class (orange) or takes from it (purple). Right: the same for the difference to the other
     class. The locations sum to the number over each map.
     """
-    from bcnn.data.paths import find_images
+    from bcnn.data.image_files import find_images
 
     paths = find_images(images)
     folder = output or new_output("explain")
-    refuse_unwritable(folder)
+    validate_writable(folder)
     with progress("loading PyTorch"):
         from bcnn.data.image_io import load_image
-        from bcnn.evaluation.inference import draw, open_model, refuse_overflow
-        from bcnn.evaluation.inference import explain as explain_image
+        from bcnn.evaluation.explain import draw
+        from bcnn.evaluation.explain import explain as explain_image
+        from bcnn.evaluation.inference import open_model, validate_finite
         from bcnn.utils.device import best_device
 
     model = open_model(ckpt).to(best_device())
@@ -52,7 +52,7 @@ def explain(
             image = load_image(path, model.preprocessing.side)
             found = explain_image(model, image, for_class, against)
             for numbers in (found.probabilities, found.evidence, found.contrast):
-                refuse_overflow(numbers.reshape(1, -1), [path])
+                validate_finite(numbers.reshape(1, -1), [path])
         except UserError as error:  # the other images are explained all the same
             logger.error(error)
             failed += 1

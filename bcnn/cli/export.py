@@ -1,20 +1,14 @@
 """`bcnn export`: a trained model as a file for other programs."""
 
-import tempfile
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from bcnn.cli.arguments import Checkpoint
-from bcnn.utils.console import console
+from bcnn.utils.console import console, progress, track
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import PART, atomic_write, refuse_unwritable
-from bcnn.utils.progress import progress
-
-if TYPE_CHECKING:
-    from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.files import validate_writable
 
 FORMAT = typer.Option(help="pth: a state dict in the names of the two-script original.")
 OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, with its name.")
@@ -43,50 +37,21 @@ def export(
     for file in (path, _weights(path)):
         if file.exists():
             raise UserError(f"{file} exists: remove it, or name another file with --output")
-    refuse_unwritable(path.parent)
+    validate_writable(path.parent)
     with progress("loading PyTorch"):
-        from bcnn.data.paths import find_images
+        from bcnn.data.image_files import find_images
         from bcnn.evaluation.inference import open_model
+        from bcnn.models.export import export_model
 
     paths = find_images(images) if images else []
     model = open_model(ckpt)
-    difference, largest = _export_model(model, path, format, softmax, paths)
+    difference, largest = export_model(model, path, format, softmax, paths, progress=lambda batches: track(batches, "comparing"))
     what = f"{len(paths)} images" if paths else "random images"
     outputs = "probabilities" if softmax else "logits"
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
     console.print(
         f"largest difference to PyTorch on {what}: {difference:.1e} ({outputs} up to {largest:.3g})"
     )
-
-
-def _export_model(
-    model: "BCNN", path: Path, format: str, softmax: bool, paths: list[str]
-) -> tuple[float, float]:
-    """Write the file, open it again and compare the two.
-
-    Returns:
-        The largest difference between their outputs, and the largest output.
-    """
-    from bcnn.models.export import FORMATS, TOLERANCE, compare, comparison_images, network
-
-    write, read = FORMATS[format]
-    with (
-        atomic_write(path) as part,
-        tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as scratch,
-    ):
-        written = Path(scratch) / path.name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters', about their own insides
-            write(model, written, softmax)
-        ours, theirs = network(model, softmax), read(written)
-        difference, largest = compare(ours, theirs, comparison_images(model, paths))
-        if not difference <= TOLERANCE * largest:
-            raise UserError(f"{path} would differ from PyTorch by {difference:.1e}: not kept")
-        if _weights(written).exists():
-            with atomic_write(_weights(path)) as other:
-                _weights(written).replace(other)
-        written.replace(part)
-    return difference, largest
 
 
 def _weights(path: Path) -> Path:

@@ -9,10 +9,9 @@ from typing import Annotated, Literal, TextIO
 import typer
 
 from bcnn.cli.arguments import Checkpoint, Images, Mirror
-from bcnn.utils.console import error_console
+from bcnn.utils.console import error_console, progress
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, refuse_unwritable
-from bcnn.utils.progress import progress
+from bcnn.utils.files import atomic_write, validate_writable
 
 Format = Literal["table", "jsonl", "csv", "labelstudio"]
 FORMAT = typer.Option(help="labelstudio: tasks to correct there, see docs/labels.md.")
@@ -34,13 +33,13 @@ def predict(
 
     An image that cannot be read has a row with the reason, and the exit code is 1 at the end.
     """
-    from bcnn.data.paths import find_images
+    from bcnn.data.image_files import find_images
     from bcnn.evaluation.writers import FORMATS
 
     if output and output.exists():
         raise UserError(f"--output {output} exists: remove it or name another file")
     if output:
-        refuse_unwritable(output.parent)
+        validate_writable(output.parent)
     paths = find_images(images)
     with progress("loading PyTorch"):
         from bcnn.evaluation.inference import open_model, predict_paths

@@ -18,8 +18,8 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from bcnn.utils.console import track
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import track
 
 Array = NDArray[Any]
 

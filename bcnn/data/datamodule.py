@@ -1,7 +1,6 @@
 """Images by class as a LightningDataModule."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -292,19 +291,6 @@ class FineGrainedDataModule(L.LightningDataModule):
                 raise UserError(f"data.{name}={share}: choose from over 0 to 1")
         validate_fractions(*self.fractions)
 
-    # alias: the rest of the class is removed at the merge
-    labelled = checked_index
-
-    @property
-    def content(self) -> dict[str, str]:
-        return self.digests
-
-    def resize_for(self, interpolation: Interpolation) -> None:
-        if self.interpolation is None:
-            self.preprocessing = replace(self.preprocessing, interpolation=interpolation)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__({"step": "stride", "least": "min_size"}.get(name, name), value)
 
 
 def _raise_first(sentences: Sequence[str]) -> None:

@@ -19,11 +19,10 @@ from PIL import Image
 
 from bcnn.data.image_io import VERSION, decode, file_state, open_image, reason
 from bcnn.data.index import ImageIndex, listed
-from bcnn.utils.console import logger
+from bcnn.utils.console import logger, track
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, cache_folder
-from bcnn.utils.progress import track
 
 CHUNK = 32  # images that a thread takes at a time
 # The lowest frequencies of a discrete cosine transform of 32 × 32 pixels.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Findings
-from bcnn.utils.progress import track
+from bcnn.utils.console import track
 
 IMBALANCE = 20  # images of the largest class for one of the smallest that cause a warning
 # Bits of 63 in which hashes of near duplicates differ at most. Of flowers17's 272 test images 22 have

@@ -179,7 +179,6 @@ def validate_fractions(val_fraction: float, test_fraction: float | None) -> None
         )
 
 
-refuse_fractions = validate_fractions  # alias: removed at the merge
 
 
 def fractions_to_draw(

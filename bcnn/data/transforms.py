@@ -1,8 +1,8 @@
 """From an upright image to the uint8 tensor that the model takes."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -37,9 +37,6 @@ class Preprocessing:
     def side(self) -> int:
         """Short side in pixels that an image is resized to: the least that decoding must leave."""
         return round(self.size / self.crop_pct)
-
-    def identity(self) -> dict[str, Any]:  # alias: removed at the merge
-        return asdict(self)
 
     def evaluation(self) -> v2.Compose:
         """Return resize and centre crop: PIL image → uint8 tensor (3, size, size)."""

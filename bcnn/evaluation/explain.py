@@ -16,8 +16,8 @@ from bcnn.evaluation.heatmap import COLOURS, Box, framed, overlay, printable_lin
 from bcnn.evaluation.predictions import Predictions, softmax
 from bcnn.models.attribution import shares
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.console import track
 from bcnn.utils.device import autocast
-from bcnn.utils.progress import track
 
 SIDE = 640  # px of a panel, the image's long side
 
@@ -53,11 +53,6 @@ class Seen:
         width, height = (max(1, round(edge * scale)) for edge in self.image.size)
         image = self.image.resize((width, height), Image.Resampling.LANCZOS)
         return replace(self, image=image, crop=scaled(self.crop, scale), box=scaled(self.box, scale))
-
-    @property
-    def row(self) -> Tensor:  # alias: removed at the merge
-        return self.descriptor
-
 
 @dataclass(frozen=True)
 class Explanation(Seen):

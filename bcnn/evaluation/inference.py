@@ -14,11 +14,10 @@ from bcnn.evaluation.predictions import Predictions, softmax
 from bcnn.evaluation.writers import Prediction
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
-from bcnn.utils.console import logger
+from bcnn.utils.console import logger, progress
 from bcnn.utils.device import autocast, fastest_precision
 from bcnn.utils.environment import default_workers
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import progress
 
 NOT_FINITE = (
     "the network's answer has values that are not finite numbers: its weights are damaged, or too "
@@ -158,8 +157,3 @@ class _ImageFiles(Dataset[tuple[str, str, Tensor]]):
         except Exception as error:  # decoders raise anything, and one file must not stop the others
             return path, str(error) or repr(error), torch.zeros(3, size, size, dtype=torch.uint8)
         return path, "", image.as_subclass(Tensor)
-
-
-# aliases: removed at the merge
-refuse_overflow, OVERFLOW = validate_finite, NOT_FINITE
-from bcnn.evaluation.explain import Explanation, draw, explain, see  # noqa: E402, F401

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bcnn.evaluation.report import Neighbour
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.console import track
 from bcnn.utils.device import autocast
-from bcnn.utils.progress import track
 
 
 @torch.no_grad()
@@ -28,9 +28,6 @@ def descriptors(
             with autocast(device, precision):
                 inputs = model.descriptor(inputs.to(device))
         yield inputs.to(device, torch.float32, copy=True)  # a store reuses the batch's memory
-
-
-rows = descriptors  # alias: removed at the merge
 
 
 def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:

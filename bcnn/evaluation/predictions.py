@@ -47,8 +47,6 @@ class Predictions:
         """(images,) probabilities of the true classes."""
         return self.probabilities.gather(1, self.labels[:, None])[:, 0]
 
-    of_truth = true_probability  # alias: removed at the merge
-
     @property
     def correct(self) -> Tensor:
         """(images,) whether the predicted class is the true one."""

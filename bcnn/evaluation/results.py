@@ -42,18 +42,17 @@ def open_split(
     """
     source: dict[str, Any] = {"list" if images.is_file() else "root": images}
     data = FineGrainedDataModule(**source, on_invalid_image="skip")
-    index = data.labelled()
+    index = data.checked_index()
     names = sorted({index.classes[label] for _, label in index.samples})
     model = open_model(ckpt, names)
-    # At the merge: data.use_preprocessing(model.preprocessing), and data.digests below.
-    data.preprocessing = model.preprocessing
+    data.use_preprocessing(model.preprocessing)
     unknown = sorted(set(names) - set(model.classes))
     if unknown:
         raise UserError(
             f"{images} holds classes that {ckpt} does not know: {', '.join(unknown)}; "
             "remove them, or name them as in training"
         )
-    samples, remarks = choose(index, data.content, model.split, split)
+    samples, remarks = choose(index, data.digests, model.split, split)
     for remark in remarks:
         logger.info(remark)
     if not samples:
@@ -61,7 +60,7 @@ def open_split(
     return data, [(path, model.classes.index(index.classes[k])) for path, k in samples], model
 
 
-def write_results(folder: Path, model: BCNN, content: ReportContent, *old: Any, **named: Any) -> Path:
+def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
     """Write the report, the metrics as JSON and CSV, and the predictions as CSV and NPZ.
 
     Args:
@@ -69,8 +68,6 @@ def write_results(folder: Path, model: BCNN, content: ReportContent, *old: Any, 
         model: whose predictions these are, in evaluation mode.
         content: of the report, whose path is returned.
     """
-    if isinstance(content, Predictions):  # alias: removed at the merge, with *old and **named
-        content = ReportContent(content, *old, **{k: v for k, v in named.items() if v is not None})
     predictions = content.predictions
     folder.mkdir(parents=True, exist_ok=True)
     _write_metrics(folder / "figures.json", predictions)
@@ -164,7 +161,3 @@ def _write_classes(path: Path, predictions: Predictions) -> None:
             numbers = [*asdict(row.recall).values(), *asdict(row.precision).values()]
             cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
             writer.writerow([row.name, row.images, row.predicted, *cells])
-
-
-def evidence_pictures(model: BCNN, predictions: Predictions) -> Any:  # alias: removed at the merge
-    return explain_mistakes(model, predictions, predictions.confident_mistakes(MISTAKES), THUMBNAIL)

@@ -15,7 +15,6 @@ from safetensors.torch import save
 from bcnn.models.bilinear_cnn import BCNN, build
 from bcnn.models.state_dict import load_state, read_state_dict, validate_state
 from bcnn.models.third_party import from_original, is_original, to_original
-from bcnn.models.weights import initialise_backbone  # noqa: F401  # alias: removed at the merge
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write
 

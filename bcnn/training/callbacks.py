@@ -12,8 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from bcnn.data.sampler import current_epoch, derive_seed
 from bcnn.training.checkpointing import BestOrLastCheckpoint
-from bcnn.utils.console import logger
-from bcnn.utils.progress import progress, span
+from bcnn.utils.console import logger, progress, span
 
 LOSS_CHECK = 10  # steps from one check of the loss to the next on a GPU, which each check waits for
 SCALE, GROWTH = 2.0**17, 200  # of float16 gradients: first scale, and steps after which it doubles

@@ -17,8 +17,7 @@ from bcnn.training.callbacks import table_row, validation_cells
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import BLOCK, ConvexProblem, Descriptors, Progress, Solution
 from bcnn.training.module import BCNNModule, in_top_k
-from bcnn.utils.console import logger
-from bcnn.utils.progress import span, track
+from bcnn.utils.console import logger, span, track
 
 MIN_L2 = 1e-9  # the weakest λ that a path is extended to: less is lost in the factor's rounding
 LOW_LOSS = 0.01  # validation loss below which a weaker λ has nothing left to gain

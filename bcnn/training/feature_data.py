@@ -20,11 +20,10 @@ from bcnn.data.image_io import MARGIN, VERSION
 from bcnn.data.sampler import Draw, SeededSampler, rank_and_world_size, shard
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_store import SHARD, VIEWS, FeatureStore
-from bcnn.utils.console import logger
+from bcnn.utils.console import logger, progress
 from bcnn.utils.device import autocast
 from bcnn.utils.distributed import on_rank_zero
 from bcnn.utils.errors import UserError
-from bcnn.utils.progress import progress
 
 WRITERS = 4  # threads that write shards; the disk releases the interpreter's lock
 WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give up after 30 minutes
@@ -267,5 +266,5 @@ def hash_tensors(state: Mapping[str, Tensor]) -> str:
 
 def image_digests(data: FineGrainedDataModule, paths: Iterable[str]) -> str:
     """Return a digest of images, from the digests that the check of the data module has cached."""
-    digests = getattr(data, "digests", None) or data.content  # alias: removed at the merge
+    digests = data.digests
     return hashlib.sha256("".join(digests[path] for path in paths).encode()).hexdigest()

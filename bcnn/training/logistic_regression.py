@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Passes the parts of a task through, and may show how far it is: `bcnn.utils.progress.track`."""
+    """Passes the parts of a task through, and may show how far it is: `bcnn.utils.console.track`."""
 
     def __call__(self, parts: Iterable[T], what: str, *, unit: str) -> Iterable[T]: ...
 

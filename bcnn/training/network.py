@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.checkpoint import initialise_backbone, load_model
+from bcnn.models.checkpoint import load_model
+from bcnn.models.weights import initialise_backbone
 from bcnn.training.config import validate_network
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError

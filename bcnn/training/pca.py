@@ -20,9 +20,9 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import VERSION
 from bcnn.models.backbones import Backbone
 from bcnn.training.feature_data import hash_tensors, image_digests
+from bcnn.utils.console import track
 from bcnn.utils.device import autocast
 from bcnn.utils.files import atomic_write, cache_folder
-from bcnn.utils.progress import track
 
 
 @torch.no_grad()

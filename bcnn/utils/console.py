@@ -79,12 +79,12 @@ def log_file(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter())
     command = f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}"
-    handler.emit(logging.makeLogRecord({"msg": command}))
+    handler.emit(logging.makeLogRecord({"msg": command, "levelno": logging.INFO}))
     logger.addHandler(handler)
     try:
         yield
     except BaseException as error:
-        handler.emit(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
+        handler.emit(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}", "levelno": logging.INFO}))
         raise
     finally:
         logger.removeHandler(handler)

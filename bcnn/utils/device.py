@@ -106,5 +106,3 @@ def no_memory(stage: str) -> str:
         advice += ", or set finetune.grad_checkpointing=true"
     return f"the device has too little memory for stage {stage}: {advice}"
 
-
-refuse_gpu = validate_accelerator  # alias: removed at the merge

@@ -100,5 +100,3 @@ def _sync(path: Path, flags: int) -> None:
     finally:
         os.close(descriptor)
 
-
-refuse_unwritable = validate_writable  # alias: removed at the merge

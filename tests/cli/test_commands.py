@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from bcnn.cli.app import app
 from bcnn.cli.errors import exit_code_of
 from bcnn.utils.console import logger
-from bcnn.utils.errors import UserError
-from bcnn.utils.interruption import Interruption
+from bcnn.utils.errors import Interruption, UserError
 
 COMMANDS = ["check", "evaluate", "predict", "explain", "export", "demo", "cache"]
 

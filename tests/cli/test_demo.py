@@ -29,8 +29,7 @@ from bcnn.cli import demo_server
 from bcnn.cli.demo_page import NEAREST, Gallery, answer, render
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
-from bcnn.utils.errors import UserError
-from bcnn.utils.interruption import Interruption
+from bcnn.utils.errors import Interruption, UserError
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "b\u202elue", "red"]
 

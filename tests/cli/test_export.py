@@ -100,8 +100,8 @@ def test_onnx_describes_itself_and_nothing_of_this_machine(onnx_file: Path) -> N
 def test_a_consumer_with_numpy_and_pillow_alone_agrees(
     model: BCNN, onnx_file: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's, which knows neither torch nor this project."""
-    found = re.search(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The snippet of docs/export.md, which needs neither torch nor this project."""
+    found = re.search(r"```python\n(import json.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     assert found
     code = found[1].replace('"best.onnx"', repr(str(onnx_file)))
     for path in photos:

@@ -5,21 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run, configure, toy
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from bcnn.cli import train as command
-from bcnn.training import run as stages
-from bcnn.utils.options import literal
+from bcnn.training import run as runs
 
 
 def next_command(printed: str) -> list[str]:
-    line = next(line for line in printed.splitlines() if line.startswith("next: "))
-    return shlex.split(line.removeprefix("next: "))
+    line = next(line for line in printed.splitlines() if line.startswith("next, "))
+    return shlex.split(line.partition(": ")[2])
 
 
 @pytest.mark.slow
@@ -40,15 +37,14 @@ def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
     assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
     checkpoint = re.search(r"best checkpoint: (.+)", last)
     assert checkpoint and Path(checkpoint[1]).is_file()
-    _, script, *overrides = next_command(last)
-    assert script == str(ROOT / "train.py")
+    bcnn, verb, *overrides = next_command(last)
+    assert (bcnn, verb) == ("bcnn", "train")
     assert overrides == [
         "stage=finetune",
         next(w for w in overrides if w.startswith("ckpt=")),
         *options,
     ]
-    (line,) = (line for line in last.splitlines() if line.startswith("next: "))
-    finetune = output(line.removeprefix("next: "))
+    finetune = output(shlex.join([sys.executable, str(ROOT / "train.py"), *overrides]))
     _, _, *again = next_command(finetune)
     assert {"stage=finetune", "finetune.optimizer.lr=0.003", *options} <= {*again}
 
@@ -64,7 +60,7 @@ def test_wandb_offline_and_tensorboard_need_no_account(
 
     run = train(*words("wandb"))
     assert run.returncode == 0, run.stderr
-    stages.run(configure(*words("tensorboard")))
+    runs.train(configure(*words("tensorboard")))
     for logger in ("wandb", "tensorboard"):
         with (tmp_path / logger / "last" / "metrics.csv").open() as file:
             assert any(row["val_top1"] for row in csv.DictReader(file))
@@ -78,8 +74,7 @@ def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, st
     run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("best checkpoint") == 1
-    chunks = [path.name.split("-")[0] for path in stores.glob("*/*.rows")]
-    assert sorted(chunks) == ["000000", "000001"]
+    assert len([*stores.glob("*/*.npy")]) == 2
 
 
 @pytest.mark.slow
@@ -95,11 +90,9 @@ def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path
     ("word", "sentence"),
     [
         ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
-        (
-            "last.optimizer.lr=0.1",
-            "last.optimizer.lr is an option of last=sgd, and last=convex is chosen",
-        ),
-        ("trainer.max_time=1", "--help lists all; +trainer.max_time=… hands on what is"),
+        ("last.optimizer.lr=0.1", "last.optimizer.lr is an option of last=sgd: add last=sgd"),
+        ("trainer.max_time=1", "--help lists all; +trainer.max_time=… passes it to the class"),
+        ("data.size=big", "Value 'big' of type 'str' could not be converted to Integer"),
         ("model/pooling=mean", "there is no model/pooling=mean: choose from bilinear, compact,"),
         ("model=3", "must be a string or a list"),
         ("seed=${nope}", "Interpolation key 'nope' not found"),
@@ -116,7 +109,6 @@ def test_words_that_make_no_configuration(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(command, "raise_interruptions", lambda: None)
     for words in ([word], ["-m", word]):
         assert command.main(words) == 1
         said = capsys.readouterr().err
@@ -160,56 +152,9 @@ def test_help_names_the_groups_and_their_choices(train: Run) -> None:
     assert "data: aircraft, butterflies, cars" in run.stdout
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("2024", "2024_01", "1.10", "010", "no", "true", "1e3", "nan", "~/photos", "set (1)", "k,l"),
-        *(
-            "/x/a=b/best.ckpt",
-            "photos #2",
-            "it's",
-            " a ",
-            "[red]",
-            "{a: b}",
-            "a:b",
-            "ü λ",
-            "a\nb",
-            "$x",
-        ),
-        *("choice(a,b)", "?", "C:\\photos\\"),
-        pytest.param([*map("".join, product("a\\'\" ", repeat=3))], id="quotes and backslashes"),
-    ],
-)
-def test_hydra_reads_text_as_it_was_typed(text: str | list[str]) -> None:
-    parser = OverridesParser.create()
-    for typed in [text] if isinstance(text, str) else text:
-        if typed[0] not in "'\"":  # that is Hydra's own way to write a text
-            word = literal(f"++data.root={typed}", sweep=False)
-            assert parser.parse_override(word).value() == typed
-            assert literal(word, sweep=False) == word
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        *("data.root=photos", "ckpt=/a/b-1.ckpt", "ckpt=null", "ckpt=", "data.root='2024'", "ckpt"),
-        *('ckpt="a b"', "output=${seed}_a", "seed=010", "stage.optimizer.lr=1,2", "--help", "~ckpt"),
-    ],
-)
-def test_what_hydra_reads_rightly_is_left_alone(word: str) -> None:
-    assert literal(word, sweep=False) == word
-
-
-def test_commas_are_of_the_text_or_of_a_sweep() -> None:
-    for text in ("k,l", "choice(k,l)", "glob(*)"):
-        assert literal(f"data.root={text}", sweep=True) == f"data.root={text}"
-        assert literal(f"data.root={text}", sweep=False) == f'data.root="{text}"'
-    assert literal("data.root=2024", sweep=True) == 'data.root="2024"'
-
-
 def test_train_takes_text_and_prints_on_any_terminal(train: Run) -> None:
-    options = ["data=folder", "data.root=2024_01", "data.list=set (1)", "ckpt=λ/a=b.ckpt"]
+    options = ["data=folder", "data.root=2024_01", "data.list='set (1)'", "ckpt=λ/a"]
     run = train("--cfg", "job", *options, PYTHONIOENCODING="cp1252")
     assert run.returncode == 0, run.stderr
     assert "\n  root: '2024_01'\n  list: set (1)\n" in run.stdout
-    assert "ckpt: \\u03bb/a=b.ckpt\n" in run.stdout
+    assert "ckpt: \\u03bb/a\n" in run.stdout

@@ -72,7 +72,7 @@ def test_precision_and_recall_of_every_class() -> None:
 def test_interval_of_the_log_likelihood_is_students() -> None:
     made = predictions(classes=4, images=50)
     nll = headline(made)["nll"]
-    expected = ttest_1samp(-made.of_truth.log().double(), 0).confidence_interval()
+    expected = ttest_1samp(-made.true_probability.log().double(), 0).confidence_interval()
     assert (nll.low, nll.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 

@@ -15,15 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, configure, toy, write
+from conftest import ROOT, Run, configure, register_tiny, toy, write
 
-from bcnn.models import backbones
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.run import train
 from bcnn.training.run_state import RunState
-from bcnn.utils.errors import UserError
-from bcnn.utils.interruption import Interruption, raise_interruptions
+from bcnn.utils.errors import Interruption, UserError, raise_interruptions
 
 # Children of a process that has imported all this once.
 fork = multiprocessing.get_context("forkserver")
@@ -64,7 +62,7 @@ def job(
     bcnn.training.checkpointing.EVERY = 0
     # For the loaders: of a server of their own, workers would outlive a job that is killed.
     multiprocessing.set_start_method("fork", force=True)
-    backbones.__path__.append(variables["backbones"])
+    register_tiny()
     os.environ.update(variables)
     os.chdir(folder.parent)  # the words name the folder relatively
     seen: Counter[str] = Counter()
@@ -102,7 +100,6 @@ def killed(stores: Path, tiny: BCNN) -> Callable[..., int]:
     ) -> int:
         for name in ("BCNN_STORES", "XDG_CACHE_HOME"):
             variables[name] = os.environ[name]
-        variables["backbones"] = backbones.__path__[-1]
         process = fork.Process(target=job, args=(variables, words, folder, kill, number))
         process.start()
         process.join(200)

@@ -19,7 +19,7 @@ from bcnn.evaluation.plots import option_svg
 from bcnn.evaluation.sweep_page import Job, print_ranking, rank, shown, write_sweep
 from bcnn.training import run, sweep
 from bcnn.training.run_state import StageResult
-from bcnn.utils.interruption import Interruption
+from bcnn.utils.errors import Interruption
 
 LAST = ["stage=last", "last=sgd", "last.epochs=2", "model.backbone.name=tiny"]
 Main = Callable[..., int]

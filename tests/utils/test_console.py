@@ -34,7 +34,7 @@ def logging_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("name", ESCAPED)
+@pytest.mark.parametrize("name", ESCAPED, ids=ascii)
 @pytest.mark.usefixtures("logging_on")
 def test_control_characters_are_escaped(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     logger.info("class %s", name)
