@@ -234,9 +234,6 @@ class StoredDescriptors:
         return descriptors.unflatten(0, (-1, self.views)).mean(dim=1, dtype=torch.float32)
 
 
-StoredRows = StoredDescriptors  # alias: removed at the merge
-
-
 class _Numbers(Dataset[tuple[Tensor, Tensor]]):
     """Numbers of a split's descriptors, and their labels, a batch at a time."""
 
@@ -266,5 +263,4 @@ def hash_tensors(state: Mapping[str, Tensor]) -> str:
 
 def image_digests(data: FineGrainedDataModule, paths: Iterable[str]) -> str:
     """Return a digest of images, from the digests that the check of the data module has cached."""
-    digests = data.digests
-    return hashlib.sha256("".join(digests[path] for path in paths).encode()).hexdigest()
+    return hashlib.sha256("".join(data.digests[path] for path in paths).encode()).hexdigest()

@@ -22,11 +22,7 @@ SHARD = 16  # images
 VIEWS = 2  # the evaluation crop and its mirror image, which only training reads
 
 KEY = re.compile("[0-9a-f]{16}")  # name of a store's folder, and of its lock
-SHARD_NAME = re.compile(r"[0-9]{6,}\.npy")
 ABOUT = "store.json"
-LEFTOVER = re.compile(rf"{re.escape(PART)}.*")  # of killed runs
-OURS = (re.compile(re.escape(ABOUT)), SHARD_NAME, LEFTOVER)
-ROWS = SHARD_NAME  # alias: removed at the merge
 
 
 def stores_dir() -> Path:
@@ -89,13 +85,11 @@ class FeatureStore:
         return FileLock(stores_dir() / f"{self.key}.lock")
 
     def open(self) -> list[int]:
-        """Remove leftovers, under the lock, and return the shards that have to be computed."""
-        for path in files(self.folder, LEFTOVER):
+        """Remove what killed runs left, under the lock, and return the shards to be computed."""
+        for path in self.folder.glob(f"{PART}*"):
             path.unlink()
-        about = {"about": self.about, "images": self.images, "shards": self.shards}
-        if read_about(self.folder) != about:
-            with atomic_write(self.folder / ABOUT) as part:
-                part.write_text(json.dumps(about, indent=1))
+        with atomic_write(self.folder / ABOUT) as part:
+            part.write_text(json.dumps({"about": self.about}))
         return self.scan()
 
     def scan(self) -> list[int]:
@@ -152,12 +146,6 @@ class FeatureStore:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.npy"
-
-
-def files(folder: Path, *names: re.Pattern[str]) -> list[Path]:
-    """Return the files of a folder whose names match one of the patterns."""
-    found = (path for path in folder.glob("*") if any(name.fullmatch(path.name) for name in names))
-    return sorted(path for path in found if path.is_file())
 
 
 def read_about(folder: Path) -> dict[str, Any]:

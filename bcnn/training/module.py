@@ -16,11 +16,6 @@ from torchmetrics import MeanMetric, MetricCollection
 from bcnn.data.sampler import PADDING, current_epoch
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
-from bcnn.training.schedules import (  # noqa: F401  # alias: removed at the merge
-    multistep,
-    reduce_on_plateau,
-    warmup_cosine,
-)
 from bcnn.utils.device import training_layout
 from bcnn.utils.distributed import mean_over_ranks
 
@@ -122,13 +117,6 @@ class BCNNModule(L.LightningModule):
             content = torch.load(checkpoint_path, "cpu", weights_only=True, mmap=True)
             options["stage"] = content["hyper_parameters"]["stage"]
         return cls(load_model(checkpoint_path), **options)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen backbone stays in evaluation mode, where BatchNorm is constant."""
-        super().train(mode)
-        if self.stage == "last":
-            self.model.backbone.eval()
-        return self
 
     def setup(self, stage: str) -> None:
         if self.stage == "finetune":

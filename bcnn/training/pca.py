@@ -59,14 +59,13 @@ def fit_principal_axes(
     except (OSError, ValueError, EOFError):  # there is none, or it is damaged
         axes = np.empty(0)
     if axes.shape != (channels, channels):
-        training = backbone.training
         backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
         batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):
             axes = principal_axes(
                 backbone.unprojected(batch.to(device)) for batch, _ in batches
             ).numpy()
-        backbone.to("cpu").train(training)
+        backbone.to("cpu")
         with atomic_write(file) as part:
             np.save(part, axes)
     weight.copy_(torch.from_numpy(axes)[: len(weight), :, None, None])

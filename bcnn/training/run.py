@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -56,6 +57,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         data: FineGrainedDataModule = instantiate(cfg.data)
         data.prepare_data()
         data.setup()
+        L.seed_everything(cfg.seed, workers=True, verbose=False)  # every rank draws the same weights
         model = build_model(cfg, data)
         state.begin(data)
         results: list[StageResult] = []

@@ -17,7 +17,7 @@ from bcnn.models.checkpoint import load_model, save_model
 from bcnn.models.export import FORMATS
 from bcnn.models.head import Head
 from bcnn.models.pooling import POOLINGS, Pooling, make_pooling
-from bcnn.training.feature_data import CachedFeatureDataModule, StoredRows
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import ConvexProblem
 from bcnn.utils.errors import UserError
 
@@ -190,7 +190,7 @@ def test_its_descriptors_are_cached_and_solved(name: str, images: Path) -> None:
     folder = folder_data(images)
     model = BCNN(folder.classes, folder.preprocessing, pooling={"name": name})
     data = build(CachedFeatureDataModule(folder, model, "32-true"))
-    descriptors = StoredRows(data.store, data.rows(folder.train))
+    descriptors, _ = data.descriptors(folder.train)
     labels = torch.tensor([label for _, label in folder.train])
     solution = ConvexProblem(descriptors, labels, len(folder.classes)).solve(1e-6)
     assert solution.weight.shape == (3, model.pooling.width)

@@ -4,18 +4,19 @@ import json
 import os
 import signal
 import sys
+from typing import Any
 
-from conftest import configure
+from conftest import TINY, configure
 
-from bcnn.models import backbones
+from bcnn.models.backbones import BACKBONES
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import run
+from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 
-def train(overrides: list[str]) -> None:
+def run(overrides: list[str]) -> None:
     try:
-        run(configure(*overrides))
+        train(configure(*overrides))
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -25,10 +26,12 @@ def die(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    folder, (*jobs, last) = sys.argv[1], json.loads(sys.argv[2])
-    backbones.__path__.append(folder)
+    namespace: dict[str, Any] = {}
+    exec(TINY, namespace)
+    BACKBONES["tiny"] = namespace["Tiny"]
+    *jobs, last = json.loads(sys.argv[1])
     for overrides in jobs:
-        train(overrides)
+        run(overrides)
     if os.environ["LOCAL_RANK"] == "1":
         BCNNModule.training_step = die  # type: ignore[method-assign,assignment]
-    train(last)
+    run(last)

@@ -28,7 +28,7 @@ from bcnn.training.callbacks import (
 )
 from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import run
+from bcnn.training.run import train
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_no_step_waits_for_the_device(images: Path, tmp_path: Path) -> None:
     options += ["last=sgd", "last.epochs=1", "last.batch_size=4"]
     options += ["finetune.epochs=1", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3"]
     with Waits() as waits:
-        run(configure(*toy(images, *options)))
+        train(configure(*toy(images, *options)))
     assert waits.checks > 0
     assert "".join(waits.lines) == ""
 

@@ -67,7 +67,8 @@ def test_images_pass_the_backbone_once(images: Path, tiny: BCNN, counts: list[in
 def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> None:
     tiny.backbone.features = nn.Sequential(tiny.backbone.features, nn.BatchNorm2d(4))
     before = {name: tensor.clone() for name, tensor in tiny.backbone.named_buffers()}
-    data = store_of(images, tiny.train())
+    nn.Module.train(tiny.backbone, True)
+    data = store_of(images, tiny)
     batch, _ = next(iter(data.data.evaluation_dataloader(data.data.train)))
     with torch.no_grad():
         expected = tiny.eval().descriptor(batch)
@@ -200,7 +201,7 @@ def test_each_rank_computes_its_share_and_sees_a_missing_disk(images: Path, tiny
 
 
 def test_an_error_of_the_first_rank_is_raised_on_every_rank(images: Path, tiny: BCNN) -> None:
-    data = of_rank(images, tiny, 1, Ranks(first=iter([True, UserError("cannot be written")])))
+    data = of_rank(images, tiny, 1, Ranks(first=iter([(True, None), (None, UserError("cannot be written"))])))
     with pytest.raises(UserError, match="cannot be written"):
         data.setup()
     assert not data.store.folder.exists()  # the first rank alone writes
@@ -215,7 +216,7 @@ def test_ranks_that_wait_for_another_run_meet_now_and_then(
     other, acquired = data.store.lock(), []
 
     def broadcast(obj: object, src: int = 0) -> object:
-        acquired.append(obj)
+        acquired.append(obj[0])  # type: ignore[index]
         if len(acquired) == 4:
             other.release()
         return obj

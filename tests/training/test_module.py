@@ -52,9 +52,8 @@ def test_a_plain_trainer_trains_saves_and_opens_a_stage(
 
 
 def test_a_model_that_was_loaded_is_trained_in_training_mode(tiny: BCNN) -> None:
-    assert BCNNModule(tiny.eval(), "finetune").model.backbone.training
-    frozen = BCNNModule(tiny, "last").train()
-    assert frozen.model.head.training and not frozen.model.backbone.training
+    module = BCNNModule(tiny.eval(), "finetune")
+    assert module.model.head.training and not module.model.backbone.training
 
 
 def test_last_leaves_the_features_bit_for_bit_and_without_gradients() -> None:
