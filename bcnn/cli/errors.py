@@ -13,16 +13,16 @@ from collections.abc import Callable
 from bcnn.utils.console import error_console, logger, setup_logging
 from bcnn.utils.errors import Interruption, UserError, raise_interruptions
 
-EXPECTED = (
-    UserError,
-    OSError,
-    ImportError,  # of an optional package
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    json.JSONDecodeError,
-)
-# Known by name, as their libraries take time to import: of Pillow, safetensors, OmegaConf and Hydra.
-NAMES = {"DecompressionBombError", "SafetensorError", "OmegaConfBaseException", "HydraException"}
+FILES = (OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
+EXPECTED = (UserError, ImportError, *FILES)  # ImportError: of a package that is optional
+# Known by name, as their libraries take time to import: of Pillow, safetensors, OmegaConf, Hydra and Lightning.
+NAMES = {
+    "DecompressionBombError",
+    "SafetensorError",
+    "OmegaConfBaseException",
+    "HydraException",
+    "MisconfigurationException",
+}
 
 
 def exit_code_of(act: Callable[[], int | None]) -> int:

@@ -81,9 +81,7 @@ def resume(words: list[str]) -> float:
     logger.info(f"resuming {folder}")
     with progress("loading PyTorch"):
         from bcnn.training.run_state import RunState, resumable_overrides
-    overrides = resumable_overrides(
-        RunState.read(folder), [other for other in words if other != word]
-    )
+    overrides = resumable_overrides(RunState.read(folder), [other for other in words if other != word])
     cfg = compose(overrides)
     cfg.output = str(folder)
     return _run(cfg, overrides, resume=True)

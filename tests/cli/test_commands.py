@@ -94,6 +94,7 @@ ERRORS = [
     (Image.DecompressionBombError("too many pixels"), "too many pixels"),
     (SafetensorError("header too large"), "header too large"),
     (pickle.UnpicklingError("Weights only load failed.\n(1) Do this"), "Weights only load failed."),
+    (ModuleNotFoundError("No module named 'onnx'"), "No module named 'onnx'"),
     (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
     (json_error(), "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
     (OmegaConfBaseException("Key 'x' is not in struct\n  full_key: x"), "Key 'x' is not in struct"),

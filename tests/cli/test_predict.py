@@ -166,16 +166,15 @@ def test_an_image_that_cannot_be_read_has_a_row_with_the_reason(
     bcnn: Bcnn, ckpt: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "green" / "0.png").write_bytes((photos / "green" / "1.png").read_bytes()[:200])
-    os.mkfifo("pipe.png")
-    listed = b"photos/blue/0.png\nphotos/green/0.png\npipe.png\ngone.png\nphotos/red/0.png\n"
+    listed = b"photos/blue/0.png\nphotos/green/0.png\ngone.png\nphotos/red/0.png\n"
     for batch in (1, 4):  # alone in a batch, and with others
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
         outcome = bcnn("predict", ckpt, "-", "--batch-size", batch, "--workers", 0, "--format", "jsonl")
         assert outcome.code == 1
         rows = jsonl(outcome.out)
         assert [row["path"] for row in rows] == listed.decode().split()
-        assert ["error" in row for row in rows] == [False, True, True, True, False]
-        assert "3 of them failed" in outcome.err
+        assert ["error" in row for row in rows] == [False, True, True, False]
+        assert "2 of them failed" in outcome.err
     outcome = bcnn("predict", ckpt, "photos", "--format", "csv", "--top-k", "1")
     rows = list(csv.DictReader(io.StringIO(outcome.out)))
     assert [bool(row["error"]) for row in rows] == [not row["class_1"] for row in rows]
