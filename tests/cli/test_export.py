@@ -171,7 +171,7 @@ def test_pth_works_in_the_original_network_under_the_original_normalisation(
 
 
 def test_mistakes_are_one_sentence_and_nothing_is_replaced(
-    bcnn: Bcnn, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bcnn: Bcnn, ckpt: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.onnx").write_text("precious")
     for words, sentence in (
@@ -182,11 +182,8 @@ def test_mistakes_are_one_sentence_and_nothing_is_replaced(
     ):
         outcome = bcnn("export", ckpt, *words)
         assert outcome.code == 1 and sentence in outcome.err
-    monkeypatch.setattr("bcnn.models.export.find_spec", lambda package: None)
-    outcome = bcnn("export", ckpt, "--output", tmp_path / "new.onnx")
-    assert outcome.code == 1 and "pip install onnx onnxscript onnxruntime" in outcome.err
     assert (tmp_path / "mine.onnx").read_text() == "precious"
-    assert not (tmp_path / "new.onnx").exists() and not ckpt.with_suffix(".pth").exists()
+    assert not ckpt.with_suffix(".pth").exists()
 
 
 @pytest.mark.slow
