@@ -96,17 +96,15 @@ class FeatureStore:
         """Look for complete shards, and return the missing ones."""
         self._found = {}
         for shard in range(self.shards):
-            path = self._path(shard)
-            if not path.is_file():
-                continue
-            try:  # numpy compares the header with the size of the file
-                array = np.load(path, mmap_mode="r")
-            except (ValueError, EOFError):
-                continue
-            views = array.shape[1] if array.ndim == 3 else 0
-            expected = (len(self.shard_images(shard)), views, self.width)
-            if array.shape == expected and array.dtype == self.dtype and views >= self.views(shard):
-                self._found[shard] = (str(path), array.offset, views)
+            for views in range(self.views(shard), VIEWS + 1):
+                path = self._path(shard, views)
+                try:  # numpy compares the header with the size of the file
+                    array = np.load(path, mmap_mode="r")
+                except (FileNotFoundError, ValueError, EOFError):
+                    continue
+                expected = (len(self.shard_images(shard)), views, self.width)
+                if array.shape == expected and array.dtype == self.dtype:
+                    self._found[shard] = (str(path), array.offset, views)
         return self.missing
 
     def views(self, shard: int) -> int:
@@ -120,7 +118,7 @@ class FeatureStore:
     def write(self, shard: int, descriptors: np.ndarray) -> None:
         """Write a shard: (images, views, width), finite in the dtype on disk."""
         try:
-            with atomic_write(self._path(shard)) as part:
+            with atomic_write(self._path(shard, descriptors.shape[1])) as part:
                 np.save(part, descriptors.astype(self.dtype, copy=False))
         except UserError as error:
             raise UserError(
@@ -144,8 +142,9 @@ class FeatureStore:
                 if file.readinto(descriptor.data) != descriptor.nbytes:
                     raise UserError(f"{path} was cut short while in use: run again")
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.npy"
+    def _path(self, shard: int, views: int) -> Path:
+        """Name the views, so that a shard with more of them replaces none that another run reads."""
+        return self.folder / f"{shard:06d}-{views}.npy"
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_each_rank_computes_its_share_and_sees_a_missing_disk(images: Path, tiny
     expected = rf"not every machine of this run sees .*{data.store.key}: set BCNN_STORES .*store=false"
     with pytest.raises(UserError, match=expected):  # the other rank's shard is not there
         data.setup()
-    assert [path.name for path in data.store.folder.glob("*.npy")] == ["000000.npy"]
+    assert [path.name for path in data.store.folder.glob("*.npy")] == ["000000-2.npy"]
     assert not data.store.lock().is_locked
     build(CachedFeatureDataModule(folder_data(images), tiny, "32-true"))
     with pytest.raises(UserError, match=expected):
@@ -201,7 +201,9 @@ def test_each_rank_computes_its_share_and_sees_a_missing_disk(images: Path, tiny
 
 
 def test_an_error_of_the_first_rank_is_raised_on_every_rank(images: Path, tiny: BCNN) -> None:
-    data = of_rank(images, tiny, 1, Ranks(first=iter([(True, None), (None, UserError("cannot be written"))])))
+    data = of_rank(
+        images, tiny, 1, Ranks(first=iter([(True, None), (None, UserError("cannot be written"))]))
+    )
     with pytest.raises(UserError, match="cannot be written"):
         data.setup()
     assert not data.store.folder.exists()  # the first rank alone writes

@@ -44,7 +44,7 @@ def test_descriptors_are_read_in_any_order(dtype: str, bound: float) -> None:
     expected = descriptors().reshape(-1, WIDTH)[wanted]
     np.testing.assert_allclose(read(store, wanted), expected, rtol=bound)
     assert store.nbytes == 80 * WIDTH * np.dtype(dtype).itemsize
-    second = np.load(store.folder / "000001.npy")  # as anybody opens it
+    second = np.load(store.folder / "000001-2.npy")  # as anybody opens it
     np.testing.assert_array_equal(second, descriptors()[SHARD : 2 * SHARD].astype(dtype))
 
 
@@ -62,6 +62,8 @@ def test_only_shards_with_training_images_have_mirror_images() -> None:
     fill(trained, [1, 2])
     np.testing.assert_allclose(read(trained, [*range(80)]), flat, rtol=2**-11)
     assert FeatureStore({}, 40, WIDTH, mirrored=[3]).open() == []
+    # A run that opened the store before still reads what it found.
+    np.testing.assert_allclose(read(evaluated, [7, 6, 40, 78]), flat[[7, 6, 40, 78]], rtol=2**-11)
 
 
 def test_identity_alone_decides_which_store_it_is() -> None:
@@ -76,12 +78,12 @@ def test_a_killed_build_resumes_with_the_missing_shards() -> None:
     first = make()
     assert first.open() == [0, 1, 2]
     fill(first, [0, 2])
-    (first.folder / f"{PART}999-000001.npy").write_bytes(b"half a shard")
+    (first.folder / f"{PART}999-000001-2.npy").write_bytes(b"half a shard")
     again = make()
     assert again.open() == [1]
     assert sorted(path.name for path in again.folder.iterdir()) == [
-        "000000.npy",
-        "000002.npy",
+        "000000-2.npy",
+        "000002-2.npy",
         "store.json",
     ]
 
@@ -90,7 +92,7 @@ def test_a_killed_build_resumes_with_the_missing_shards() -> None:
 def test_a_truncated_shard_is_missing(length: int, of_end: bool) -> None:
     store = make(images=4)
     fill(store, store.open())
-    path = store.folder / "000000.npy"
+    path = store.folder / "000000-2.npy"
     content = path.read_bytes()
     path.write_bytes(content[: -1 - length] if of_end else content[:length])
     assert make(images=4).open() == [0]
@@ -99,8 +101,8 @@ def test_a_truncated_shard_is_missing(length: int, of_end: bool) -> None:
 def test_a_shard_of_another_shape_is_missing() -> None:
     store = make()
     fill(store, store.open())
-    np.save(store.folder / "000001.npy", descriptors()[:SHARD, :, :4].astype(np.float16))
-    np.save(store.folder / "000002.npy", descriptors()[32:40])  # float32
+    np.save(store.folder / "000001-2.npy", descriptors()[:SHARD, :, :4].astype(np.float16))
+    np.save(store.folder / "000002-2.npy", descriptors()[32:40])  # float32
     assert make().open() == [1, 2]
 
 
@@ -122,7 +124,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(monkeypatch: pyte
 def test_a_shard_cut_short_while_in_use_is_a_sentence() -> None:
     store = make()
     fill(store, store.open())
-    path = store.folder / "000000.npy"
+    path = store.folder / "000000-2.npy"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cut short while in use"):
         read(store, [31])
