@@ -31,7 +31,7 @@ def check(
 ) -> int:
     """Check images before training: splits, sizes, broken files, duplicates.
 
-    Draws contact_sheet.png, and look_alike.png of near duplicates. The exit code is 1 where training
+    Draws contact_sheet.png, and near_duplicates.png. The exit code is 1 where training
     would stop.
 
     IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder

@@ -15,7 +15,7 @@ from bcnn.utils.errors import Interruption, UserError, raise_interruptions
 
 FILES = (OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
 EXPECTED = (UserError, ImportError, *FILES)  # ImportError: of a package that is optional
-# Known by name, as their libraries take time to import: of Pillow, safetensors, OmegaConf, Hydra and Lightning.
+# Known by name, as their libraries take time to import.
 NAMES = {
     "DecompressionBombError",
     "SafetensorError",

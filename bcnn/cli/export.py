@@ -1,5 +1,6 @@
 """`bcnn export`: a trained model as a file for other programs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,7 +35,7 @@ def export(
     path = output or ckpt.with_suffix(f".{format}")
     if path.suffix != f".{format}":
         raise UserError(f"--output {path}: its name has to end in .{format}")
-    for file in (path, _weights(path)):
+    for file in (path, path.with_name(f"{path.name}.data")):  # ONNX's weights above 2 GB
         if file.exists():
             raise UserError(f"{file} exists: remove it, or name another file with --output")
     validate_writable(path.parent)
@@ -45,15 +46,12 @@ def export(
 
     paths = find_images(images) if images else []
     model = open_model(ckpt)
-    difference, largest = export_model(model, path, format, softmax, paths, progress=lambda batches: track(batches, "comparing"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compared = partial(track, what="comparing", total=max(1, len(paths)))
+    difference, largest = export_model(model, path, format, softmax, paths, compared)
     what = f"{len(paths)} images" if paths else "random images"
     outputs = "probabilities" if softmax else "logits"
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
     console.print(
         f"largest difference to PyTorch on {what}: {difference:.1e} ({outputs} up to {largest:.3g})"
     )
-
-
-def _weights(path: Path) -> Path:
-    """Return where an ONNX file above 2 GB has its weights."""
-    return path.with_name(f"{path.name}.data")

@@ -53,8 +53,8 @@ def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
         Image.new("RGB", (40, 40), colour).save(f"photos/{split}/cat/flat.png")
     outcome = bcnn("check", "photos", "--val-fraction", "0")
     assert outcome.code == 0
-    assert "1 of 19 images in test look like one in train" in outcome.out
-    (sheet,) = Path().glob("outputs/*/*-check/look_alike.png")
+    assert "1 of 19 images in test look the same as one in train" in outcome.out
+    (sheet,) = Path().glob("outputs/*/*-check/near_duplicates.png")
     with Image.open(sheet) as picture:
         halves = np.asarray(picture.convert("RGB"), np.float32)[30:150, :384].reshape(120, 2, 192, 3)
         assert np.corrcoef(halves[:, 0, :180].ravel(), halves[:, 1, :180].ravel())[0, 1] > 0.95

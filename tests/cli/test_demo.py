@@ -180,17 +180,26 @@ def test_an_upload_is_bounded_whatever_length_it_claims(
     assert ask(port, path="/nowhere")[0] == 404 and ask(port, path="/image", verb="GET")[0] == 405
 
 
-def test_uploads_that_never_end_hold_nothing(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_server, "SECONDS", 2.0)
-    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(demo_server.UPLOADS)]
-    for each in slow:
-        each.sendall(b"POST /image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nbegin")
-    assert any(ask(port, jpeg())[0] == 503 for _ in range(50))
+def slow_upload(port: int) -> socket.socket:
+    """Begin an upload; return once the server waits for its content."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    head = b"POST /image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue"
+    connection.sendall(head + b"\r\n\r\n")
+    assert b"100 " in connection.recv(100)
+    return connection
+
+
+def test_uploads_at_once_and_their_time_are_bounded(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [slow_upload(port) for _ in range(demo_server.UPLOADS)]
+    assert ask(port, jpeg())[0] == 503
     assert ask(port, path="/", verb="GET")[0] == 200
-    for each in slow:
-        assert b"408" in each.recv(100)
-        each.close()
-    assert ask(port, jpeg())[0] == 200
+    for connection in slow:
+        connection.close()
+    while ask(port, jpeg())[0] != 200:
+        pass
+    monkeypatch.setattr(demo_server, "SECONDS", 0.1)
+    with slow_upload(port) as connection:
+        assert b"408" in connection.recv(100)
 
 
 def test_the_command_says_where_the_page_is_and_ends_by_ctrl_c(

@@ -9,7 +9,7 @@ from conftest import Bcnn, make_near_sighted
 from PIL import Image
 
 from bcnn.data.transforms import Preprocessing
-from bcnn.evaluation import inference
+from bcnn.evaluation import explain
 from bcnn.evaluation.heatmap import overlay
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
@@ -57,7 +57,7 @@ def test_the_mark_is_coloured_on_the_image(
     model: BCNN, size: tuple[int, int], mark: tuple[int, int, int, int], target: int
 ) -> None:
     image = marked(size, mark, (RED, BLUE)[target])
-    found = inference.explain(model, image, None, 1 - target)
+    found = explain.explain(model, image, None, 1 - target)
     assert found.target == target
     picture = overlay(image, found.box, found.contrast.numpy(), float(found.contrast.max()))
     pixels = np.asarray(picture).astype(float)
@@ -69,7 +69,7 @@ def test_the_mark_is_coloured_on_the_image(
 
 def test_the_maps_sum_to_the_logits(model: BCNN) -> None:
     image = marked((90, 80), (30, 30, 60, 60), RED)
-    found = inference.explain(model, image, 2)
+    found = explain.explain(model, image, 2)
     assert (found.target, found.against) == (2, 0) and found.contrast.shape == (4, 4)
     assert found.crop == (5, 0, 85, 80)
     assert found.box == pytest.approx((5, 0, 5 + 80 * 64 / 72, 80 * 64 / 72))

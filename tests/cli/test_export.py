@@ -101,7 +101,9 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
     model: BCNN, onnx_file: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The snippet of docs/export.md, which needs neither torch nor this project."""
-    found = re.search(r"```python\n(import json.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    found = re.search(
+        r"```python\n(import json.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL
+    )
     assert found
     code = found[1].replace('"best.onnx"', repr(str(onnx_file)))
     for path in photos:
