@@ -101,7 +101,7 @@ def application(page: str, nonce: str, answer: Answer, hosts: list[str]) -> Star
         origin, host = request.headers.get("origin"), request.headers["host"]
         if origin not in (None, f"http://{host}", f"https://{host}"):
             raise HTTPException(403, "requests from other sites are refused")
-        if False:
+        if uploads.locked():
             raise HTTPException(503, "other images are being looked at: try again in a moment")
         async with uploads:
             content = await _read(request)
