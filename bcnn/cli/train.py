@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 import bcnn.training.schema  # noqa: F401  # registers the types of the options
 from bcnn.cli.errors import exit_code_of
 from bcnn.training.sweep import in_sweep, ranked, run_job
-from bcnn.utils.console import logger, progress
+from bcnn.utils.console import is_rank_zero, logger, progress
 from bcnn.utils.errors import UserError
 
 Task = Callable[[], object]
@@ -49,6 +49,8 @@ def _main_of(words: list[str], task: Task) -> None:
     if _started_together() and not any(
         word.startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for word in words
     ):
+        if not is_rank_zero():
+            sys.exit(1)  # the first says why
         raise UserError("processes that are started together need one folder: add output=FOLDER")
     sys.path.insert(0, os.getcwd())  # for classes of one's own, as python -m has it
     called = sys.argv

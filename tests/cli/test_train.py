@@ -153,8 +153,8 @@ def test_help_names_the_groups_and_their_choices(train: Run) -> None:
 
 
 def test_train_takes_text_and_prints_on_any_terminal(train: Run) -> None:
-    options = ["data=folder", "data.root=2024_01", "data.list='set (1)'", "ckpt=λ/a"]
+    options = ["data=folder", "data.root=2024_01", "data.list='set (1)'", "ckpt='λ/a=b'"]
     run = train("--cfg", "job", *options, PYTHONIOENCODING="cp1252")
     assert run.returncode == 0, run.stderr
     assert "\n  root: '2024_01'\n  list: set (1)\n" in run.stdout
-    assert "ckpt: \\u03bb/a\n" in run.stdout
+    assert "ckpt: \\u03bb/a=b\n" in run.stdout

@@ -24,7 +24,7 @@ def state(folder: Path, *words: str) -> RunState:
 
 
 def test_a_state_is_read_as_it_was_written_where_the_folder_is_now(tmp_path: Path) -> None:
-    made = state(tmp_path / "run", "data=folder", "data.root=a b: [c]")
+    made = state(tmp_path / "run", "data=folder", "data.root='a b: [c]'")
     (tmp_path / "run").rename(tmp_path / "moved")
     read = RunState.read(tmp_path / "moved")
     made.folder = tmp_path / "moved"
