@@ -23,6 +23,7 @@ from bcnn.utils.errors import UserError
 Task = Callable[[], object]
 
 PACKAGE = Path(__file__).parents[1]
+FILES = ("data.root", "data.list", "ckpt", "output", "model.weights")
 # In the package where it is installed, beside it in a clone.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
@@ -54,7 +55,7 @@ def _main_of(words: list[str], task: Task) -> None:
         raise UserError("processes that are started together need one folder: add output=FOLDER")
     sys.path.insert(0, os.getcwd())  # for classes of one's own, as python -m has it
     called = sys.argv
-    sys.argv = [called[0], *_own_configuration(words), *words]
+    sys.argv = [called[0], *_own_configuration(words), *map(_quoted, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised, not printed
     try:
         with ranked(words):
@@ -115,6 +116,13 @@ def _started_together() -> bool:
     """Return whether torchrun or srun started several processes."""
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     return torchrun or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def _quoted(word: str) -> str:
+    """Quote the name of a file that Hydra would read as a number: 2024_01 is 202401 to it."""
+    name, _, value = word.partition("=")
+    number = re.fullmatch(r"[+-]?[\d_.]+(e[+-]?\d+)?", value, re.IGNORECASE)
+    return f"{name}='{value}'" if number and name.lstrip("+") in FILES else word
 
 
 def _own_configuration(words: list[str]) -> list[str]:
