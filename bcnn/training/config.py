@@ -63,11 +63,7 @@ SCALED = {"torch.optim.SGD", "torch.optim.ASGD"}
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check a configuration before anything is built.
-
-    Raises:
-        UserError: an option does not go with the others.
-    """
+    """Check a configuration before anything is built; raise UserError at the first mistake."""
     if cfg.stage not in STAGES:
         raise UserError(f"stage={cfg.stage}: choose from {', '.join(STAGES)}")
     _validate_names(cfg)
@@ -80,11 +76,7 @@ def validate(cfg: DictConfig) -> None:
 
 
 def validate_network(cfg: DictConfig, model: BCNN) -> None:
-    """Check the options that depend on the network.
-
-    Raises:
-        UserError: the size does not fit the network, or it has no such layer or option.
-    """
+    """Check the options that depend on the network."""
     backbone, size, tuning = model.backbone, cfg.data.size, cfg.finetune
     if size < backbone.min_size or size % backbone.size_divisor:
         divisor = f", a multiple of {backbone.size_divisor}" if backbone.size_divisor > 1 else ""
@@ -99,11 +91,7 @@ def validate_network(cfg: DictConfig, model: BCNN) -> None:
 
 
 def validate_batches(cfg: DictConfig, ranks: int) -> None:
-    """Check that the ranks can share every batch equally.
-
-    Raises:
-        UserError: a batch size is no multiple of the number of ranks.
-    """
+    """Check that the ranks can share every batch equally."""
     for stage in STAGES[cfg.stage]:
         batch = cfg[stage].get("batch_size", ranks)
         if batch % ranks:
@@ -114,12 +102,7 @@ def validate_batches(cfg: DictConfig, ranks: int) -> None:
 
 
 def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return a copy of a configuration whose paths do not depend on the working folder.
-
-    Args:
-        cfg: the configuration; it is not changed.
-        folder: that relative paths are relative to.
-    """
+    """Return a copy of a configuration, its relative paths taken as relative to a folder."""
     options: Any = OmegaConf.to_container(cfg, resolve=True)
     copy: DictConfig = OmegaConf.create(options)
     copy.output = str(folder / Path(copy.output).expanduser())
@@ -207,7 +190,9 @@ def _validate_callbacks(cfg: DictConfig) -> None:
             raise UserError(f"callbacks.{name}: name its class by callbacks.{name}._target_=…")
         kind = str(target).rpartition(".")[2]
         if str(target).startswith("lightning.") and kind in UNUSABLE_CALLBACKS:
-            raise UserError(f"callbacks.{name}: {kind} is not supported: use {UNUSABLE_CALLBACKS[kind]}")
+            raise UserError(
+                f"callbacks.{name}: {kind} is not supported: use {UNUSABLE_CALLBACKS[kind]}"
+            )
 
 
 def _validate_same_network(cfg: DictConfig, model: BCNN) -> None:

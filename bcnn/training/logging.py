@@ -104,7 +104,9 @@ def log_figures(results: list[StageResult], data: FineGrainedDataModule) -> None
         logger.info(f"{data.root} has no test images: no test figures")
 
 
-def log_where(cfg: DictConfig, state: RunState, results: list[StageResult], report: Path | None) -> None:
+def log_where(
+    cfg: DictConfig, state: RunState, results: list[StageResult], report: Path | None
+) -> None:
     """Log where the files of a finished run are, and the commands that may come next."""
     checkpoint = results[-1].checkpoint
     logger.info("")
@@ -150,7 +152,10 @@ def facts(
 
 def _next_command(cfg: DictConfig, overrides: list[str], result: StageResult) -> str:
     """Return the command that fine-tunes what `last` saved, or a fine-tuned model at a tenth of its rate."""
-    change = {"stage": "finetune", "ckpt": QuotedString(str(result.checkpoint), Quote.double).with_quotes()}
+    change = {
+        "stage": "finetune",
+        "ckpt": QuotedString(str(result.checkpoint), Quote.double).with_quotes(),
+    }
     if result.stage == "finetune":
         change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
     given = OverridesParser.create().parse_overrides(overrides)

@@ -20,13 +20,6 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     """Return the network, on the CPU, and have the data module prepare images as it needs them.
 
     Preprocessing and splits are decided here, once: the network keeps them.
-
-    Args:
-        cfg: the whole configuration.
-        data: set up already.
-
-    Raises:
-        UserError: the weights cannot be loaded, or options do not fit the network.
     """
     model = _new_model(cfg, data) if cfg.ckpt is None else _model_of_checkpoint(cfg, data)
     data.use_preprocessing(model.preprocessing, model.backbone.stride, model.backbone.min_size)

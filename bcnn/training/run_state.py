@@ -27,25 +27,15 @@ HELD_OUT = "held_out.npz"
 
 @dataclass
 class StageResult:
-    """What a stage ended with.
-
-    Args:
-        stage: its name.
-        checkpoint: the file of the weights it ended with; None where none is kept (fast_dev_run).
-        metrics: their validation and test figures.
-        failure: what went wrong, or "".
-        predictions: of the test images, or of the validation images without any; on rank zero.
-        held_out: of the training images, in cross-validation.
-        nearest: training images most similar to the worst mistakes; not written down.
-    """
+    """What a stage ended with."""
 
     stage: str
-    checkpoint: Path | None
-    metrics: dict[str, float]
+    checkpoint: Path | None  # None: fast_dev_run keeps none
+    metrics: dict[str, float]  # of its weights, on validation and test images
     failure: str = ""
-    predictions: Predictions | None = None
-    held_out: Predictions | None = None
-    nearest: dict[int, list[Neighbour]] = field(default_factory=dict)
+    predictions: Predictions | None = None  # of test images, or else validation images; on rank zero
+    held_out: Predictions | None = None  # of training images, in cross-validation
+    nearest: dict[int, list[Neighbour]] = field(default_factory=dict)  # of mistakes; not written
 
     def write(self, folder: Path) -> None:
         """Write the result into the folder of a run, which can be moved: paths are relative."""
@@ -65,11 +55,7 @@ class StageResult:
 
     @classmethod
     def read(cls, folder: Path, stage: str) -> "StageResult | None":
-        """Return the result of a stage in the folder of a run; None where it has not ended.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return the result of a stage in the folder of a run; None where it has not ended."""
         file = folder / stage / STAGE
         if not file.is_file():
             return None
@@ -78,55 +64,34 @@ class StageResult:
             files = (folder / stage / name for name in (PREDICTIONS, HELD_OUT))
             predictions, held_out = (Predictions.load(f) if f.is_file() else None for f in files)
             checkpoint = plain["checkpoint"] and folder / plain["checkpoint"]
-            return cls(
-                stage, checkpoint, plain["metrics"], plain["failure"], predictions, held_out
-            )
+            return cls(stage, checkpoint, plain["metrics"], plain["failure"], predictions, held_out)
         except (ValueError, TypeError, KeyError, BadZipFile) as error:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error
 
 
 @dataclass
 class RunState:
-    """A run, written down in `output/run.yaml`.
-
-    Args:
-        folder: of the run.
-        overrides: what it was composed from; None where no command line was.
-        config: all options, resolved.
-        directory: the working folder, which relative paths in the overrides are relative to.
-        precision: Lightning's name; a resumed run keeps it.
-        identity: tells runs apart.
-        images: digest of the labelled images and their splits.
-        finished: whether all is done, the report too.
-    """
+    """A run, written down in `output/run.yaml`."""
 
     folder: Path
-    overrides: list[str] | None
-    config: dict[str, Any]
-    directory: str
-    precision: str
-    identity: str = field(default_factory=lambda: uuid4().hex[:8])
-    images: str = ""
+    overrides: list[str] | None  # what it was composed from; None without a command line
+    config: dict[str, Any]  # all options, resolved
+    directory: str  # the working folder, which relative paths are relative to
+    precision: str  # Lightning's name; a resumed run keeps it
+    identity: str = field(default_factory=lambda: uuid4().hex[:8])  # tells runs apart
+    images: str = ""  # digest of the labelled images and their splits
     finished: bool = False
 
     @classmethod
     def create(cls, cfg: DictConfig, overrides: list[str] | None, precision: str) -> "RunState":
-        """Return the state of a new run; nothing is written before there is something to train.
-
-        Raises:
-            UserError: the folder holds a run already, or cannot be written to.
-        """
+        """Return the state of a new run; it is written when there is something to train."""
         folder = Path(cfg.output)
         _validate_new(folder)
         return cls(folder, overrides, _plain(cfg), str(Path.cwd()), precision)
 
     @classmethod
     def resume(cls, cfg: DictConfig) -> "RunState":
-        """Return the state of an interrupted run, to be continued with the same options.
-
-        Raises:
-            UserError: there is no such run in the folder, or it had other options.
-        """
+        """Return the state of the run in `cfg.output`; raise UserError if it had other options."""
         state = cls.read(Path(cfg.output))
         for name, (before, now) in _differences(state.config, _plain(cfg)).items():
             raise UserError(
@@ -137,16 +102,14 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> "RunState":
-        """Return the state that is written in a folder.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Return the state that is written in a folder."""
         try:
             plain: Any = OmegaConf.to_container(OmegaConf.load(folder / RUN))
             return cls(**plain | {"folder": folder})
         except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"resume={folder}: no run to resume: {RUN} is missing or damaged") from error
+            raise UserError(
+                f"resume={folder}: no run to resume: {RUN} is missing or damaged"
+            ) from error
 
     @rank_zero_only
     def write(self) -> None:
@@ -157,11 +120,7 @@ class RunState:
             OmegaConf.save(OmegaConf.create(plain), part)
 
     def begin(self, data: FineGrainedDataModule) -> None:
-        """Write the state down before the first stage.
-
-        Raises:
-            UserError: a run is resumed with other images, classes or splits.
-        """
+        """Write the state before the first stage; raise UserError if a resumed run has other images."""
         images = data_digest(data)
         if self.images not in ("", images):
             raise UserError(
@@ -186,14 +145,8 @@ def resumable_overrides(state: RunState, given: list[str]) -> list[str]:
     """Return the overrides to compose the configuration of a resumed run from.
 
     A run's folder may come from somebody else. So an override in it that names code to run, by
-    `_target_` or in a group of Hydra's own, counts only where the command line repeats it.
-
-    Args:
-        state: as read from the folder.
-        given: the other words of the command.
-
-    Raises:
-        UserError: such an override is not repeated, or another one is given.
+    `_target_` or in a group of Hydra's own, counts only where `given`, the other words of the command,
+    repeats it.
     """
     stored = state.overrides or []
     code = [word for word in stored if "_target_" in word or word.lstrip("+~").startswith("hydra")]
