@@ -139,7 +139,9 @@ def test_multistep_falls_at_shares_of_the_steps() -> None:
     import torch
 
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
-    cfg = configure("scheduler@finetune.scheduler=multistep", "finetune.scheduler.milestones=[0.5,0.75]")
+    cfg = configure(
+        "scheduler@finetune.scheduler=multistep", "finetune.scheduler.milestones=[0.5,0.75]"
+    )
     schedule = instantiate(cfg.finetune.scheduler)(optimizer, total_steps=8)
     rates = []
     for _ in range(8):

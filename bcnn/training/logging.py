@@ -69,7 +69,7 @@ def log_options(loggers: Iterable[Logger], cfg: DictConfig, stage: str) -> None:
 def log_results(
     loggers: Iterable[Logger], metrics: Mapping[str, float], predictions: Predictions | None
 ) -> None:
-    """Log the test figures; to wandb also the confusion matrix and the images it is least right about."""
+    """Log the test figures; to wandb also the confusion matrix and the worst images."""
     for each in loggers:
         if predictions and isinstance(each, WandbLogger):
             each.log_metrics({"confusion": _confusion(predictions)})
@@ -151,7 +151,7 @@ def facts(
 
 
 def _next_command(cfg: DictConfig, overrides: list[str], result: StageResult) -> str:
-    """Return the command that fine-tunes what `last` saved, or a fine-tuned model at a tenth of its rate."""
+    """Return the command that fine-tunes the checkpoint; a fine-tuned one at a tenth of the rate."""
     change = {
         "stage": "finetune",
         "ckpt": QuotedString(str(result.checkpoint), Quote.double).with_quotes(),

@@ -244,7 +244,7 @@ class Stage:
             result.nearest = dict(zip(mistakes, found, strict=True))
 
     def _limited(self, samples: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:
-        """Return the samples that `trainer.limit_test_batches` leaves, a number or a share of batches."""
+        """Return the samples that `trainer.limit_test_batches` leaves, a number or a share."""
         limit = self.trainer.limit_test_batches
         if isinstance(limit, int):
             return samples[: limit * self.data.batch_size]

@@ -33,7 +33,10 @@ TIMER = "{_target_:lightning.pytorch.callbacks.Timer}"
         (["finetune.optimizer._target_=torch.optim.SDG"], r"finetune\.optimizer: .*SDG"),
         (["finetune.epochs=0"], r"finetune\.epochs=0: choose a number from 1"),
         (["finetune.polyak=0"], r"finetune\.polyak=0: choose"),
-        (["optimizer@finetune.optimizer=adam"], r"polyak has no effect .*Adam: add finetune\.polyak=null"),
+        (
+            ["optimizer@finetune.optimizer=adam"],
+            r"polyak has no effect .*Adam: add finetune\.polyak=null",
+        ),
         (["finetune.batch_size=2"], "too small for finetune.centering: use 4 or more"),
         (["last.folds=1"], r"last\.folds=1: choose a number from 2"),
         (["last.l2=[]"], r"last\.l2=\[\]: give one number above zero"),
@@ -44,7 +47,10 @@ TIMER = "{_target_:lightning.pytorch.callbacks.Timer}"
         (["+trainer.check_val_every_n_epoch=2"], r"trainer\.check_val_every_n_epoch .*every epoch"),
         (["+trainer.accumulate_grad_batches=2"], r"finetune\.accumulate"),
         (["+trainer.logger=false"], r"use logger=NAME"),
-        (["stage=last", "+trainer.gradient_clip_val=1"], r"gradient_clip_val has no effect on last=convex"),
+        (
+            ["stage=last", "+trainer.gradient_clip_val=1"],
+            r"gradient_clip_val has no effect on last=convex",
+        ),
         (["trainer.precision=bf16-true"], "choose from auto, 32-true, bf16-mixed, 16-mixed"),
         (["+callbacks.mine.patience=2"], r"name its class by callbacks\.mine\._target_="),
         (["stage=last", f"{MINE}Timer"], "no effect on last=convex"),
@@ -63,7 +69,14 @@ def test_options_that_do_not_go_together(options: list[str], sentence: str) -> N
 
 @pytest.mark.parametrize(
     "option",
-    ["data.sise=64", "seed=1.5", "finetune.polyak=many", "data.size=big", "last.l2=[a]", "last.epochs=3"],
+    [
+        "data.sise=64",
+        "seed=1.5",
+        "finetune.polyak=many",
+        "data.size=big",
+        "last.l2=[a]",
+        "last.epochs=3",
+    ],
 )
 def test_hydra_refuses_unknown_options_and_wrong_types(option: str) -> None:
     with pytest.raises(HydraException):
@@ -90,9 +103,9 @@ def test_paths_become_absolute_and_names_of_weights_stay(tmp_path: Path) -> None
         str(tmp_path / name) for name in ("images", "run", "best.ckpt")
     )
     assert found.model.weights == "imagenet"
-    assert absolute_paths(configure("output=run", "model.weights=own.pth"), tmp_path).model.weights == str(
-        tmp_path / "own.pth"
-    )
+    assert absolute_paths(
+        configure("output=run", "model.weights=own.pth"), tmp_path
+    ).model.weights == str(tmp_path / "own.pth")
     assert cfg.data.root == "images"
 
 
@@ -113,7 +126,11 @@ class Counted(L.Callback):
 def test_a_callback_of_ones_own_is_made_once_a_stage(images: Path, tmp_path: Path) -> None:
     Counted.made, Counted.stages[:] = 0, []
     mine = "+callbacks.mine._target_=test_config.Counted"
-    train(configure(*toy(images, TINY, *FINETUNE, "last=sgd", "last.epochs=1", mine, f"output={tmp_path}/a")))
+    train(
+        configure(
+            *toy(images, TINY, *FINETUNE, "last=sgd", "last.epochs=1", mine, f"output={tmp_path}/a")
+        )
+    )
     assert (Counted.made, Counted.stages) == (2, ["last", "finetune"])
 
 
@@ -124,7 +141,11 @@ def test_a_callback_of_ones_own_is_made_once_a_stage(images: Path, tmp_path: Pat
         ["+trainer.deterministic=true", "+trainer.profiler=simple", "~logger.csv"],
         ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1", "+trainer.limit_train_batches=1"],
         ["~logger.csv", "+trainer.enable_progress_bar=false", "+trainer.detect_anomaly=true"],
-        ["+trainer.limit_test_batches=1", "+trainer.limit_val_batches=1", "+trainer.max_time=00:00:10:00"],
+        [
+            "+trainer.limit_test_batches=1",
+            "+trainer.limit_val_batches=1",
+            "+trainer.max_time=00:00:10:00",
+        ],
         ["last=sgd", "last.epochs=1", "+trainer.overfit_batches=1"],
         [f"{MINE}ModelCheckpoint"],
         [

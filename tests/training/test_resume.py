@@ -182,7 +182,9 @@ def interrupt(words: list[str], folder: Path, sign: str, number: signal.Signals)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_run_that_the_command_it_shows_resumes(images: Path, tmp_path: Path, train: Run) -> None:
+def test_ctrl_c_ends_a_run_that_the_command_it_shows_resumes(
+    images: Path, tmp_path: Path, train: Run
+) -> None:
     words = ["stage=last", *toy(images, *SGD[:1], "last.epochs=10_000"), "output=run"]
     code, output = interrupt(words, tmp_path, "run/last/last.ckpt", signal.SIGINT)
     assert code == 130, output
