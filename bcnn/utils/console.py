@@ -4,15 +4,16 @@ Names of files and classes come from strangers: control characters in them are s
 """
 
 import logging
+import math
 import os
 import re
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,6 @@ COLUMNS = (
 FIRST_LINE = 2.0  # seconds until the first line of a task
 LINE_EVERY = 15.0  # seconds between two lines, at least
 PERIOD = 600.0  # seconds that the speed is averaged over
-_last_line = -LINE_EVERY  # when a line was last written, for any task
 
 logger = logging.getLogger("bcnn")
 # Rank 0 alone tells the story; an error may be another rank's alone.
@@ -43,19 +43,24 @@ logger.addFilter(lambda record: record.levelno >= logging.ERROR or is_rank_zero(
 
 def printable(text: str) -> str:
     """Return the text on one line, with escapes (`\\x1b`, `\\n`, `\\u202e`) for control characters."""
-    return UNSAFE.sub(_escape, text)
+
+    def escape(found: re.Match[str]) -> str:
+        if "\udc80" <= found[0] <= "\udcff":  # a byte that is not valid Unicode
+            return f"\\x{ord(found[0]) - 0xDC00:02x}"
+        return found[0].encode("unicode_escape").decode()
+
+    return UNSAFE.sub(escape, text)
 
 
 class Console(rich.console.Console):
     """rich's, where names are neither markup nor emoji codes, and lines are not wrapped."""
 
     def __init__(self, **options: Any) -> None:
-        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-        super().__init__(soft_wrap=True, force_jupyter=False, **plain, **options)
+        options |= {"markup": False, "emoji": False, "highlight": False}
+        super().__init__(soft_wrap=True, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        lines = "\n".join(map(printable, text.split("\n")))
-        return super().render_str(lines, **options)
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
 console = Console()
@@ -66,10 +71,7 @@ def setup_logging() -> None:
     """Show the records of `logger` on the terminal; the commands call it once."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not any(isinstance(handler, _StreamHandler) for handler in logger.handlers):
-        handler = _StreamHandler()
-        handler.setFormatter(_Formatter())
-        logger.addHandler(handler)
+    logger.addHandler(_terminal)
 
 
 @contextmanager
@@ -79,12 +81,12 @@ def log_file(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter())
     command = f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}"
-    handler.emit(logging.makeLogRecord({"msg": command, "levelno": logging.INFO}))
+    print(printable(command), file=handler.stream)
     logger.addHandler(handler)
     try:
         yield
     except BaseException as error:
-        handler.emit(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}", "levelno": logging.INFO}))
+        print(printable(f"{type(error).__name__}: {error}"), file=handler.stream)
         raise
     finally:
         logger.removeHandler(handler)
@@ -92,83 +94,52 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 class Task:
-    """A task of which parts are done.
+    """A task of which parts are done; as text: how many, how fast, and the time left."""
 
-    Args:
-        what: its name.
-        total: number of parts; None: unknown.
-        unit: name of the parts, in the plural.
-        left: returns the time left in words, "" while it is unknown; default: from the speed.
-    """
+    last_line = -math.inf  # when a line was last written, for any task
 
-    def __init__(
-        self, what: str, total: int | None, unit: str, left: Callable[[], str] | None = None
-    ) -> None:
-        self.what = what
-        self.unit = unit
-        self.left = left or (lambda: self.left_until(total))
+    def __init__(self, what: str, total: int | None, unit: str, lines: bool) -> None:
+        self.what, self.unit, self.lines = what, unit, lines
         self.bar = Progress(*COLUMNS, console=console, transient=True, speed_estimate_period=PERIOD)
         self.bar.add_task(printable(what), total=total, status=self)
-        self._rich = self.bar.tasks[0]
-
-    @property
-    def done(self) -> int:
-        """Number of parts that are done."""
-        return int(self._rich.completed)
+        self.state = self.bar.tasks[0]
+        self.begun = time.monotonic()
 
     def advance(self, parts: int = 1) -> None:
-        """Count parts as done."""
-        self.bar.advance(self._rich.id, parts)
-
-    def left_until(self, part: int | None) -> str:
-        """Return the time left until so many parts are done, in words; "" while it is unknown."""
-        speed = self._rich.speed
-        if part is None or part <= self.done or not speed:
-            return ""
-        return f"about {span((part - self.done) / speed)} left"
+        """Count parts as done; write a line if it is time for one."""
+        self.bar.advance(self.state.id, parts)
+        now = time.monotonic()
+        if self.lines and now >= max(self.begun + FIRST_LINE, Task.last_line + LINE_EVERY):
+            Task.last_line = now
+            error_console.print(f"{self.what}: {self}".removesuffix(": "))
 
     def __str__(self) -> str:
-        total, speed = self._rich.total, self._rich.speed
-        counts = f"{self.done} of {total:.0f} {self.unit}" if total else ""
+        done, total, speed = self.state.completed, self.state.total, self.state.speed
+        counts = f"{done:.0f} of {total:.0f} {self.unit}" if total else ""
         rate = f"{speed:{'.0f' if speed >= 10 else '.2g'}} {self.unit}/s" if speed else ""
-        return ", ".join(filter(None, (counts, rate, self.left())))
+        left = f"about {span(self.state.time_remaining)} left" if self.state.time_remaining else ""
+        return ", ".join(filter(None, (counts, rate, left)))
 
 
 @contextmanager
 def progress(
-    what: str,
-    total: int | None = None,
-    unit: str = "images",
-    left: Callable[[], str] | None = None,
-    show: bool = True,
+    what: str, total: int | None = None, unit: str = "images", show: bool = True
 ) -> Iterator[Task]:
     """Show the progress of a task until the block ends; the block calls `advance`.
 
     A bar on a terminal; lines on standard error where it or standard output is none. Ranks other than
-    zero show nothing. See `Task` for the arguments.
+    zero show nothing. `total` is the number of parts, if it is known, and `unit` their name.
     """
-    task = Task(what, total, unit, left)
     show = show and is_rank_zero()
-    if show and sys.stdout.isatty() and sys.stderr.isatty():
-        with task.bar:
-            yield task
-        return
-    ended = threading.Event()
-    if show:
-        threading.Thread(target=_write_lines, args=(task, ended), daemon=True).start()
-    try:
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    task = Task(what, total, unit, lines=show and not terminal)
+    with task.bar if show and terminal else nullcontext():
         yield task
-    finally:
-        ended.set()
 
 
-def track(
-    parts: Iterable[T], what: str, total: int | None = None, unit: str = "images", show: bool = True
-) -> Iterator[T]:
+def track(parts: Iterable[T], what: str, total: int | None = None, unit: str = "images") -> Iterator[T]:
     """Iterate over the parts of a task and show its `progress`; `total` defaults to their number."""
-    if total is None and isinstance(parts, Sized):
-        total = len(parts)
-    with progress(what, total, unit, show=show) as task:
+    with progress(what, total or length_hint(parts) or None, unit) as task:
         for part in parts:
             yield part
             task.advance()
@@ -186,19 +157,16 @@ def is_rank_zero() -> bool:
     """Return whether this is the first, or the only, process of a run."""
     lightning = sys.modules.get("lightning_utilities.core.rank_zero")  # takes a while to import
     rank = getattr(lightning.rank_zero_only, "rank", None) if lightning else None
-    if rank is None:
-        names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # in Lightning's order
-        rank = next((os.environ[name] for name in names if name in os.environ), 0)
-    return int(rank) == 0
+    variables = map(os.environ.get, ("RANK", "LOCAL_RANK", "SLURM_PROCID"))  # in Lightning's order
+    return int(next(each for each in (rank, *variables, 0) if each is not None)) == 0
 
 
 class _Formatter(logging.Formatter):
     """One line a record; warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = printable(record.getMessage())
-        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return level + message
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return level + printable(record.getMessage())
 
 
 class _StreamHandler(logging.StreamHandler):
@@ -209,18 +177,5 @@ class _StreamHandler(logging.StreamHandler):
         super().emit(record)
 
 
-def _write_lines(task: Task, ended: threading.Event) -> None:
-    """Write a line every `LINE_EVERY` seconds if more parts are done than in the line before."""
-    global _last_line
-    written = None
-    while not ended.wait(max(FIRST_LINE, _last_line + LINE_EVERY - time.monotonic())):
-        if task.done != written:
-            error_console.print(f"{task.what}: {task}".removesuffix(": "))
-            written, _last_line = task.done, time.monotonic()
-
-
-def _escape(found: re.Match[str]) -> str:
-    character = found[0]
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+_terminal = _StreamHandler()
+_terminal.setFormatter(_Formatter())

@@ -1,7 +1,7 @@
 """The device of a run and its precision."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from omegaconf import DictConfig
@@ -17,11 +17,7 @@ FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def fastest_precision(accelerator: str = "auto") -> str:
-    """Return bf16-mixed if the device has units for it, 16-mixed on older GPUs, else 32-true.
-
-    Args:
-        accelerator: Lightning's name: "auto", "gpu", "cuda", "cpu", …
-    """
+    """Return bf16-mixed if the device has units for it, 16-mixed on older GPUs, else 32-true."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if native else "16-mixed"
@@ -38,10 +34,8 @@ def chosen_precision(trainer: DictConfig) -> str:
 
 
 def best_device() -> torch.device:
-    """Return NVIDIA's or Apple's GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Return the GPU if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def double_device(device: torch.device) -> torch.device:
@@ -50,7 +44,7 @@ def double_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if slow or device.type == "mps" else device
 
 
-def autocast(device: torch.device, precision: str | None = None) -> AbstractContextManager[object]:
+def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
     """Return the context that computes in a precision, by default the fastest of the device."""
     dtype = AUTOCAST.get(precision or fastest_precision(device.type))
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
@@ -78,31 +72,23 @@ def training_layout(device: torch.device, precision: str) -> torch.memory_format
 
 def about_device(device: torch.device, precision: str, ranks: int) -> str:
     """Return device, precision and number of processes in words, for the log and the report."""
+    threads = torch.get_num_threads()
+    name = "Apple GPU" if device.type == "mps" else f"CPU with {threads} thread{'s' * (threads > 1)}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif device.type == "mps":
-        name = "Apple GPU"
-    else:
-        threads = torch.get_num_threads()
-        name = f"CPU with {threads} thread{'s' * (threads > 1)}"
-        name += " (torch finds no GPU)" * (best_device().type == "cpu")
-    parts = [name, precision, f"torch {torch.__version__}", f"{ranks} processes"]
-    return ", ".join(parts if ranks > 1 else parts[:-1])
+    processes = f", {ranks} processes" if ranks > 1 else ""
+    return f"{name}, {precision}, torch {torch.__version__}{processes}"
 
 
 def validate_accelerator(accelerator: str) -> None:
     """Raise UserError if a GPU is asked for and this torch finds none, before images are read."""
     if accelerator in ("gpu", "cuda") and best_device().type == "cpu":
-        raise UserError(
-            f"trainer.accelerator={accelerator}: torch {torch.__version__} finds no GPU; check "
-            "nvidia-smi and that torch is a CUDA build, or use trainer=auto"
-        )
+        version = f"torch {torch.__version__}"
+        raise UserError(f"trainer.accelerator={accelerator}: {version} finds no GPU; use trainer=auto")
 
 
 def no_memory(stage: str) -> str:
     """Return what to do if a device has too little memory for a stage."""
     advice = f"set a smaller {stage}.batch_size and raise {stage}.accumulate"
-    if stage == "finetune":
-        advice += ", or set finetune.grad_checkpointing=true"
-    return f"the device has too little memory for stage {stage}: {advice}"
-
+    more = ", or set finetune.grad_checkpointing=true" if stage == "finetune" else ""
+    return f"the device has too little memory for stage {stage}: {advice}{more}"

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
 from bcnn.utils.errors import UserError
 
@@ -27,19 +27,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 def on_rank_zero(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T]) -> T:
     """Call `act` on rank 0 and return its result, or raise its exception, on every rank.
 
-    Without the exception the other ranks would wait for rank 0.
-
-    Args:
-        rank: of this process.
-        broadcast: returns rank 0's object on every rank: `trainer.strategy.broadcast`.
+    Without the exception the other ranks would wait for rank 0. `broadcast` returns rank 0's object on
+    every rank: `trainer.strategy.broadcast`.
     """
     result: Any = None
     error: Exception | None = None
-    if rank == 0:
-        try:
-            result = act()
-        except Exception as raised:
-            error = raised
+    try:
+        result = act() if rank == 0 else None
+    except Exception as raised:
+        error = raised
     result, error = broadcast((result, error))
     if error:
         raise error
@@ -57,16 +53,15 @@ def explain_lost_ranks() -> Iterator[None]:
         raise
 
 
-class _Mean(Function):
+class _Mean(torch.autograd.Function):
     """Torch's own (`torch.distributed.nn.functional.all_reduce`) is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.detach().clone()
+        total = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        mean: Tensor = _Mean.apply(gradient.contiguous())
-        return mean
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Mean.apply(gradient)

@@ -29,35 +29,25 @@ def cores() -> int:
 
 
 def default_workers(ranks: int = 1) -> int:
-    """Return the default number of data-loading workers: one a core, at most 16.
-
-    Args:
-        ranks: on this machine, which share its cores unless SLURM has divided them already.
-    """
-    shared = 1 if "SLURM_CPUS_PER_TASK" in os.environ else ranks
+    """Return the number of data-loading workers: one a core, at most 16; ranks share the cores."""
+    shared = 1 if "SLURM_CPUS_PER_TASK" in os.environ else ranks  # SLURM has divided the cores already
     return max(1, min(MAX_WORKERS, cores() // shared))
 
 
 def software() -> dict[str, str]:
     """Return the versions of the libraries, and the commit if this is a clone."""
-    found = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
-    return {"commit": commit(CLONE), "versions": f"Python {platform.python_version()}, {found}"}
+    versions = [f"Python {platform.python_version()}"]
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):  # `python train.py` in a clone needs no installation
+            versions.append(f"{name} {version(name)}")
+    return {"commit": commit(CLONE), "versions": ", ".join(versions)}
 
 
 def commit(clone: Path) -> str:
     """Return the commit of a clone and whether files are altered; "" if the folder is not a clone."""
-    if not (clone / ".git").exists():  # git would search the folders above
-        return ""
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        run = subprocess.run(command, cwd=clone, capture_output=True, check=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):  # no git, or a clone of another user
-        return ""
-    return run.stdout.strip().replace("-dirty", ", with altered files")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # `python train.py` in a clone needs no installation
-        return "not installed"
+    if (clone / ".git").exists():  # else git would search the folders above
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
+        with suppress(OSError, subprocess.SubprocessError):  # no git, or a clone of another user
+            run = subprocess.run(command, cwd=clone, capture_output=True, check=True, timeout=10)
+            return run.stdout.decode().strip().replace("-dirty", ", with altered files")
+    return ""

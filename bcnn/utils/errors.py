@@ -22,8 +22,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # A data-loading worker prepends its traceback.
-        sentence = super().__str__().rpartition("bcnn.utils.errors.UserError: ")[2]
-        return printable(sentence.strip())
+        return printable(super().__str__().rpartition("bcnn.utils.errors.UserError: ")[2].strip())
 
 
 class Interruption(BaseException):
@@ -39,12 +38,7 @@ class Interruption(BaseException):
 
 
 def raise_interruptions() -> None:
-    """Raise `Interruption` at the first SIGINT or SIGTERM; the second ends the process at once.
-
-    Does nothing outside the main thread, where Python does not handle signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
+    """Raise `Interruption` at the first SIGINT or SIGTERM; the second ends the process at once."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -54,17 +48,19 @@ def raise_interruptions() -> None:
             raise KeyboardInterrupt
         if os.isatty(2):
             os.write(2, SHOW_CURSOR + b"stopping; Ctrl-C again stops at once\n")
-        if _importing(frame):  # numpy and others crash when their import is broken off
-            os._exit(128 + number)
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os._exit(128 + number)  # numpy and others crash when their import is broken off
+            frame = frame.f_back
         raise Interruption(number)
 
     def resend(unraisable: Any) -> None:
         """Send the signal again if it was raised in a destructor, where Python drops exceptions."""
-        if not isinstance(unraisable.exc_value, Interruption):
+        if isinstance(unraisable.exc_value, Interruption):
+            listen()
+            threading.Timer(RETRY, os.kill, (owner, unraisable.exc_value.number)).start()
+        else:
             sys.__unraisablehook__(unraisable)
-            return
-        listen()
-        threading.Timer(RETRY, os.kill, (owner, unraisable.exc_value.number)).start()
 
     def listen() -> None:
         for each in SIGNALS:
@@ -72,9 +68,3 @@ def raise_interruptions() -> None:
 
     sys.unraisablehook = resend
     listen()
-
-
-def _importing(frame: FrameType | None) -> bool:
-    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None

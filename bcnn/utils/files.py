@@ -19,11 +19,8 @@ FULL = 1 << 20  # bytes: a disk with less free space counts as full
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary file beside `path`, of the same suffix, that replaces `path` at the end.
 
-    The content is on the disk before the file is renamed. If the block raises, the temporary file is
-    removed and `path` is unchanged. A process that is killed leaves at most a file `.part-…`.
-
-    Args:
-        path: its folder is made if necessary.
+    The folder is made if necessary. The content is on the disk before the file is renamed. If the block
+    raises, `path` is unchanged. A process that is killed leaves at most a file `.part-…`.
 
     Raises:
         UserError: the file cannot be written; it names `path`, not the temporary file.
@@ -34,10 +31,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch(exist_ok=False)
         yield part
-        _sync(part, os.O_RDWR)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
         part.replace(path)
-        with suppress(OSError):  # some file systems do not open folders
-            _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
@@ -52,26 +48,21 @@ def remove_parts(folder: Path) -> None:
 
 
 def validate_writable(folder: Path) -> None:
-    """Raise UserError if no file can be written into a folder, before results are computed for it.
-
-    Args:
-        folder: it need not exist, and is not made.
-    """
-    existing = folder.absolute()
+    """Raise UserError if no file can be written into a folder, which need not exist and is not made."""
+    candidates = (folder.absolute(), *folder.absolute().parents)
+    existing = next(filter(os.path.lexists, candidates))
     try:
-        while not os.path.lexists(existing):
-            existing = existing.parent
         with tempfile.TemporaryFile(dir=existing):
-            if shutil.disk_usage(existing).free < FULL:
-                raise UserError(f"{folder} cannot be written: no space left on its disk")
+            free = shutil.disk_usage(existing).free
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    if free < FULL:
+        raise UserError(f"{folder} cannot be written: no space left on its disk")
 
 
 def new_output(verb: str) -> Path:
     """Return a new folder for the output of a command; it is not made."""
-    now = datetime.now()
-    return Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S-%f}-{verb}")
+    return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}")
 
 
 def cache_dir() -> Path:
@@ -80,23 +71,10 @@ def cache_dir() -> Path:
 
 
 def cache_folder(kind: str) -> Path:
-    """Make and return the folder `kind` in `cache_dir`.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """Make and return the folder `kind` in `cache_dir`."""
     folder = cache_dir() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from error
     return folder
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-

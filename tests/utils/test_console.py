@@ -2,11 +2,10 @@
 
 import io
 import logging
-import os
+import math
 import re
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +65,10 @@ def test_warnings_go_to_standard_error_and_everything_to_the_file(
     assert shown.out == "stage last\nafter the run\n"
     assert shown.err == "warning: one image is left out\n"
     command, *log = (tmp_path / "run" / "train.log").read_text().splitlines()
-    assert command.endswith(shlex.join(sys.argv)) and log == ["stage last", "warning: one image is left out"]
+    assert command.endswith(shlex.join(sys.argv)) and log == [
+        "stage last",
+        "warning: one image is left out",
+    ]
 
 
 @pytest.mark.usefixtures("logging_on")
@@ -87,65 +89,44 @@ def test_ranks_other_than_zero_show_only_errors(
     assert shown.out == "told\n" and shown.err == "error: told once\n"
 
 
-def test_lines_on_a_pipe_are_written_when_something_moved(
+def test_lines_on_a_pipe_tell_counts_speed_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moments = {20.0: 1, 29.0: 2, 70.0: 8}  # when so many parts are done
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(module, "_last_line", -100.0)
-    task = Task("waiting", 9, "images")
+    monkeypatch.setattr(Task, "last_line", -math.inf)
+    task = Task("waiting", 10, "images", lines=True)
+    monkeypatch.setattr(task.bar, "get_time", lambda: now)
+    for now in (1.0, 3.0, 17.0, 18.0, 40.0):  # noqa: B007
+        task.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting: 2 of 10 images, 0.5 images/s, about 16 s left",
+        "waiting: 4 of 10 images, 0.18 images/s, about 34 s left",
+        "waiting: 5 of 10 images, 0.1 images/s, about 49 s left",
+    ]
 
-    class Clock(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            nonlocal now
-            now += timeout or 0
-            task.advance(max((n for t, n in moments.items() if t <= now), default=0) - task.done)
-            return now > 100
 
-    module._write_lines(task, Clock())
-    lines = capsys.readouterr().err.splitlines()
-    counts = [re.match(r"waiting: (\d) of 9 images", line)[1] for line in lines]  # type: ignore[index]
-    assert counts == ["0", "1", "2", "8"]
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_terminal_gets_a_bar_that_is_removed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = os.openpty()
-    shown = bytearray()
-    reader = threading.Thread(target=lambda: shown.extend(iter(lambda: os.read(ours, 1)[0], 0)))
-    reader.start()
+    screen = Terminal()
     monkeypatch.setenv("TERM", "xterm")
-    with open(theirs, "w") as screen:
-        monkeypatch.setattr(sys, "stdout", screen)
-        monkeypatch.setattr(sys, "stderr", screen)
-        monkeypatch.setattr(module, "console", Console(width=100))
-        with pytest.raises(KeyboardInterrupt):
-            for part in track(range(9), "computing", unit="parts"):
-                print(f"row {part}")
-                module.console.print(f"result {part}")
-                time.sleep(0.2)  # the bar is drawn ten times a second
-                if part == 4:
-                    raise KeyboardInterrupt
-        screen.write("\0")
-    reader.join(5)
-    text = shown.decode()
-    assert "row 3" in text and "result 3" in text and re.search("computing .*━.* [34] of 9 parts", text)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(module, "console", Console(width=100))
+    with pytest.raises(KeyboardInterrupt):
+        for part in track(range(9), "computing", unit="parts"):
+            print(f"row {part}")
+            module.console.print(f"result {part}")
+            if part == 4:
+                raise KeyboardInterrupt
+    text = screen.getvalue()
+    assert "row 3" in text and "result 3" in text and re.search("computing .*━.* 4 of 9 parts", text)
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
     assert text.rindex("\x1b[2K") > text.rindex("computing")  # the bar's line is erased
-
-
-def test_the_time_left_follows_from_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    task = Task("it", 10, "images")
-    monkeypatch.setattr(task.bar, "get_time", lambda: now)
-    assert str(task) == "0 of 10 images"
-    now = 30  # workers have started
-    task.advance()
-    assert str(task) == "1 of 10 images"
-    now = 32
-    task.advance()
-    assert str(task) == "2 of 10 images, 0.5 images/s, about 16 s left"
-    assert task.left_until(5) == "about 6.0 s left" and task.left_until(2) == ""
 
 
 def test_durations() -> None:

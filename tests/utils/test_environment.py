@@ -15,8 +15,6 @@ def sixteen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(environment, "QUOTA", tmp_path / "cpu.max")
-    for name in ("SLURM_CPUS_PER_TASK", "BCNN_CORES"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +28,10 @@ def test_the_least_limit_decides(
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
     monkeypatch.setenv("BCNN_CORES", sweep)
     assert cores() == expected
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
-    assert cores() == 1
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
     assert cores() == expected
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
+    assert cores() == 1
 
 
 def test_ranks_share_the_cores_unless_slurm_has_divided_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,12 @@ import pickle
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from bcnn.utils.errors import UserError, raise_interruptions
+from bcnn.utils.errors import UserError
 
 
 def test_a_worker_s_mistake_is_shown_without_its_traceback() -> None:
@@ -35,20 +34,15 @@ try:
 except Interruption as error:
     print("ending", error, flush=True)
     time.sleep({})
-except BaseException:
-    print("survived")
 """
 
 
 def start(body: str, ending: float = 0, path: Path = ROOT) -> subprocess.Popen[str]:
     """A process that listens to signals; it is about to do, or doing, what `body` says."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", START.format(body, ending)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
-    )
+    command = [sys.executable, "-c", START.format(body, ending)]
+    environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
@@ -74,10 +68,3 @@ def test_a_signal_in_a_destructor_is_not_lost() -> None:
     process = start("Deaf()")
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("ending SIGINT\n", "")
-
-
-def test_signals_are_left_alone_in_another_thread() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(raise_interruptions).result()
-    assert signal.getsignal(signal.SIGINT) is before
