@@ -21,28 +21,16 @@ EPOCHS = 3
 
 def plain(options: Options) -> dict[str, float]:
     """Time the usual transforms: on the whole image, and in floating point."""
-    steps = [
-        transforms.Resize(options.size),
-        transforms.RandomCrop(options.size),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(*IMAGENET),
-    ]
-    images = ImageFolder(options.root, transforms.Compose(steps))
+    crop = [transforms.Resize(options.size), transforms.RandomCrop(options.size)]
+    tensor = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    images = ImageFolder(options.root, transforms.Compose([*crop, *tensor]))
     return _seconds(DataLoader(images, options.batch, shuffle=True))
 
 
 def project(options: Options, cache: bool = False) -> dict[str, float]:
     """Time this project's crops; with `cache`, the epoch that is not timed makes the copies."""
-    data = FineGrainedDataModule(
-        options.root,
-        size=options.size,
-        batch_size=options.batch,
-        num_workers=0,
-        val_fraction=0,
-        test_fraction=0,
-        cache=cache,
-    )
+    settings = {"num_workers": 0, "val_fraction": 0, "test_fraction": 0, "cache": cache}
+    data = FineGrainedDataModule(options.root, size=options.size, batch_size=options.batch, **settings)
     data.setup()
     return _seconds(data.train_dataloader())
 
@@ -57,7 +45,7 @@ def _seconds(loader: DataLoader) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    asked = parser(__doc__, size=448, batch=8, images=32, root="").parse_args()
+    asked = parser(__doc__, "size", "batch", "images", "root").parse_args()
     contenders = {
         "torchvision": plain,
         "bcnn": project,

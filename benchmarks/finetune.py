@@ -4,17 +4,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import (
-    Contender,
-    Options,
-    compare,
-    device_of,
-    now,
-    original_step,
-    parser,
-    seconds_per_image,
-)
+from harness import Contender, Options, compare, original_step, parser, seconds_per_image
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from bcnn.data.transforms import Preprocessing
@@ -32,9 +24,9 @@ def project_step(
     project: int | None = None,
 ) -> dict[str, float]:
     """Time this project's step, in the fastest precision of the device."""
-    device = device_of(options)
+    device = options.device
     precision = fastest_precision(device.type)
-    classes = [str(k) for k in range(options.classes)]
+    classes = list(map(str, range(options.classes)))
     model = BCNN(classes, Preprocessing(options.size), None, {"name": pooling}, project).to(device)
     model.to(memory_format=training_layout(device, precision))
     model.backbone.grad_checkpointing = grad_checkpointing
@@ -58,11 +50,8 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product."""
     side = 4096 if device.type == "cuda" else 2048
     a = torch.rand(side, side, device=device, dtype=dtype)
-    a @ a
-    start = now(device)
-    for _ in range(5):
-        a @ a
-    return 5 * 2 * side**3 / (now(device) - start)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / timer.timeit(5).mean
 
 
 def _flops(options: Options) -> float:
@@ -74,20 +63,19 @@ def _flops(options: Options) -> float:
 
 
 if __name__ == "__main__":
-    asked = parser(
-        __doc__, size=448, batch=8, images=32, classes=17, pooling="", project=0
-    ).parse_args()
+    names = ("size", "batch", "images", "classes", "pooling", "project")
+    asked = parser(__doc__, *names).parse_args()
     contenders: dict[str, Contender] = {
         "the original": original_step,
         "bcnn": project_step,
         "with grad_checkpointing": partial(project_step, grad_checkpointing=True),
     }
-    if device_of(asked).type == "cuda":
+    if asked.device.type == "cuda":
         contenders["with compile"] = partial(project_step, compiling=True)
     if asked.pooling:
         name = f"with {asked.pooling}" + f", project={asked.project}" * (asked.project > 0)
-        other = partial(project_step, pooling=asked.pooling, project=asked.project or None)
-        contenders[name] = other
+        project = asked.project or None
+        contenders[name] = partial(project_step, pooling=asked.pooling, project=project)
     title = f"a step of stage finetune: {asked.size} px, batch {asked.batch}, {asked.classes} classes"
     ours = compare(title, contenders, asked)["bcnn"]
     achieved = _flops(asked) / ours["seconds"]

@@ -5,53 +5,46 @@ import os
 import resource
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.benchmark.utils.timer import timer as now  # waits for the GPU
 from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn.utils.console import console, error_console
+from bcnn.utils.device import best_device
 from bcnn.utils.files import cache_folder
 
 Options = argparse.Namespace
 Contender = Callable[[Options], dict[str, float]]  # → seconds, and what else it measures
 
-HELP = {
-    "device": "auto, cpu or cuda",
-    "size": "side of the images in pixels",
-    "batch": "images a step",
-    "images": "images to time over",
-    "classes": "number of classes",
-    "epochs": "epochs of stage last",
-    "rows": "numbers of descriptors for the solver",
-    "root": "folder of images; default: made ones",
-    "pooling": "a pooling to measure, too",
-    "project": "channels that this pooling's maps are projected to; 0: all",
+ARGUMENTS: dict[str, tuple[object, str]] = {
+    "size": (448, "side of the images in pixels"),
+    "batch": (8, "images a step"),
+    "images": (32, "images to time over"),
+    "classes": (17, "number of classes"),
+    "epochs": (55, "epochs of stage last"),
+    "root": ("", "folder of images; default: made ones"),
+    "pooling": ("", "a pooling to measure, too"),
+    "project": (0, "channels that this pooling's maps are projected to; 0: all"),
 }
 
 
-def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser of these options; a default's type is that of the option."""
+def parser(description: str | None, *names: str) -> argparse.ArgumentParser:
+    """Return a parser of the device and of these arguments."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    for name, default in {"device": "auto", **defaults}.items():
-        many = {"nargs": "*", "type": int} if isinstance(default, list) else {"type": type(default)}
-        made.add_argument(f"--{name}", default=default, help=HELP[name], **many)  # type: ignore[arg-type]
+    made.add_argument("--device", type=torch.device, default=best_device(), help="cpu or cuda")
+    for name in names:
+        default, text = ARGUMENTS[name]
+        made.add_argument(f"--{name}", type=type(default), default=default, help=text)
     return made
-
-
-def device_of(options: Options) -> torch.device:
-    """Return the device to measure on."""
-    cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def measure(name: str, contender: Contender, options: Options) -> dict[str, float]:
@@ -75,7 +68,7 @@ def _in_process(contender: Contender, options: Options, folder: str) -> dict[str
     os.environ.pop("BCNN_STORES", None)
     before = _resident()
     result = contender(options)
-    cuda = device_of(options).type == "cuda"
+    cuda = options.device.type == "cuda"
     return {**result, "peak": torch.cuda.max_memory_allocated() if cuda else _resident() - before}
 
 
@@ -90,7 +83,7 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Measure the contenders one after the other and print a table; the first is the reference."""
     rows = {name: measure(name, contender, options) for name, contender in contenders.items()}
-    device = torch.cuda.get_device_name() if device_of(options).type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
     table = Table(title=f"{title} ({device})", title_justify="left")
     for heading in ("", f"s/{unit}", f"{unit}s/s", "speed-up", "memory"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -103,30 +96,16 @@ def compare(
     return rows
 
 
-def now(device: torch.device) -> float:
-    """Return the time in seconds, once the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def random_batches(options: Options) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `options.images` images of noise and their labels, `options.batch` at a time."""
-    device = device_of(options)
-    for start in range(0, options.images, options.batch):
-        count = min(options.batch, options.images - start)
-        images = torch.rand(count, 3, options.size, options.size, device=device)
-        yield images, torch.randint(options.classes, (count,), device=device)
-
-
 def seconds_per_image(step: Callable[[Tensor, Tensor], None], options: Options) -> float:
-    """Time a training step on (images, labels)."""
-    batches = list(random_batches(options))
+    """Time a training step on batches of noise and their labels."""
+    noise = torch.rand(options.images, 3, options.size, options.size, device=options.device)
+    labels = torch.randint(options.classes, (options.images,), device=options.device)
+    batches = [*zip(noise.split(options.batch), labels.split(options.batch), strict=True)]
     step(*batches[0])  # allocates
-    start = now(device_of(options))
-    for images, labels in batches:
-        step(images, labels)
-    return (now(device_of(options)) - start) / options.images
+    start = now()
+    for batch in batches:
+        step(*batch)
+    return (now() - start) / options.images
 
 
 class OriginalNet(nn.Module):
@@ -145,7 +124,7 @@ class OriginalNet(nn.Module):
 
 def original_step(options: Options) -> dict[str, float]:
     """Time the original's step. Its stage last freezes no layer, so this is the step of both stages."""
-    net = OriginalNet(options.classes).to(device_of(options))
+    net = OriginalNet(options.classes).to(options.device)
     sgd = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5)
 
     def step(images: Tensor, labels: Tensor) -> None:

@@ -4,18 +4,18 @@ Further arguments are those of `bcnn train`: data=folder data.root=FOLDER model.
 """
 
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import Options, compare, device_of, measure, now, original_step, parser
+from harness import Options, compare, measure, now, original_step, parser
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.table import Table
 
+import bcnn.training.schema  # noqa: F401  # registers the types of the options
 from bcnn.models.pooling.bilinear import packed_size
 from bcnn.training.logistic_regression import ConvexProblem
 from bcnn.training.run import train
@@ -26,7 +26,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 def config(options: Options, *overrides: str) -> DictConfig:
     """Return the configuration of the run."""
-    sized = [f"data.size={options.size}", f"trainer.accelerator={device_of(options).type}"]
+    sized = [f"data.size={options.size}", f"trainer.accelerator={options.device.type}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", ["stage=last", *sized, *options.train, *overrides])
 
@@ -40,24 +40,24 @@ def original_loop(options: Options) -> dict[str, float]:
 def stage_last(options: Options, overrides: tuple[str, ...] = ()) -> dict[str, float]:
     """Time a run from an empty cache to the report."""
     with tempfile.TemporaryDirectory() as output:
-        start = time.perf_counter()
+        start = now()
         train(config(options, f"output={output}/run", *overrides))
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": now() - start}
 
 
 def solver(options: Options, count: int) -> dict[str, float]:
     """Time the convex problem for one λ on random descriptors of bilinear pooling."""
-    device = device_of(options)
     descriptors = F.normalize(torch.rand(count, packed_size(512)))
     labels = torch.arange(count) % options.classes
-    start = now(device)
-    ConvexProblem(descriptors, labels, options.classes, device=device).solve(1e-6)
-    return {"seconds": now(device) - start}
+    start = now()
+    ConvexProblem(descriptors, labels, options.classes, device=options.device).solve(1e-6)
+    return {"seconds": now() - start}
 
 
 if __name__ == "__main__":
-    options = parser(
-        __doc__, size=448, batch=8, images=32, epochs=55, classes=17, rows=[500, 1000, 2000]
+    options = parser(__doc__, "size", "batch", "images", "epochs")
+    options.add_argument(
+        "--rows", nargs="*", type=int, default=[500, 1000, 2000], help="numbers of descriptors"
     )
     options.add_argument("train", nargs="*", help="arguments of bcnn train")
     asked = options.parse_intermixed_args()
@@ -71,12 +71,8 @@ if __name__ == "__main__":
         "last=sgd": partial(stage_last, overrides=("last=sgd", epochs)),
         "last=convex": stage_last,
     }
-    compare(
-        f"{asked.epochs} epochs of stage last on {asked.total} images of {asked.size} px",
-        contenders,
-        asked,
-        unit="run",
-    )
+    title = f"{asked.epochs} epochs of stage last on {asked.total} images of {asked.size} px"
+    compare(title, contenders, asked, unit="run")
     table = Table("descriptors", "seconds", "memory", title="the convex solver, one λ")
     for count in asked.rows:
         row = measure(f"the solver on {count} descriptors", partial(solver, count=count), asked)

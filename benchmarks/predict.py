@@ -5,7 +5,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import photographs
-from harness import Options, compare, device_of, now, parser
+from harness import Options, compare, now, parser
 
 from bcnn.data.image_files import find_images
 from bcnn.data.transforms import Preprocessing
@@ -17,24 +17,24 @@ def plain_loop(options: Options) -> dict[str, float]:
     """Time images one after the other, decoded in this process, in float32."""
     model, paths = _model(options), _paths(options)
     model.predict(paths[0])  # allocates
-    start = now(device_of(options))
+    start = now()
     for path in paths:
         model.predict(path).cpu()
-    return {"seconds": (now(device_of(options)) - start) / len(paths)}
+    return {"seconds": (now() - start) / len(paths)}
 
 
 def bcnn_predict(options: Options) -> dict[str, float]:
     """Time batches, decoded by workers, in the fastest precision."""
     model, paths = _model(options), _paths(options)
     list(predict_paths(model, paths[:2], workers=0))
-    start = now(device_of(options))
+    start = now()
     list(predict_paths(model, paths))
-    return {"seconds": (now(device_of(options)) - start) / len(paths)}
+    return {"seconds": (now() - start) / len(paths)}
 
 
 def _model(options: Options) -> BCNN:
     model = BCNN([str(k) for k in range(options.classes)], Preprocessing(options.size)).eval()
-    return model.to(device_of(options))
+    return model.to(options.device)
 
 
 def _paths(options: Options) -> list[str]:
@@ -42,7 +42,7 @@ def _paths(options: Options) -> list[str]:
 
 
 if __name__ == "__main__":
-    asked = parser(__doc__, size=448, images=32, classes=17, root="").parse_args()
+    asked = parser(__doc__, "size", "images", "classes", "root").parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not asked.root:
             photographs.write(Path(folder), (500, 375), asked.images)
