@@ -1,6 +1,6 @@
 """The network: a backbone, a second-order pooling, a linear head."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,9 @@ class BCNN(nn.Module):
         pooling: name and options for `make_pooling`; None: bilinear.
         project: channels to project the maps to; None: no projection.
         split: the images that it is trained, validated and tested on, where known.
-
-    Attributes:
-        chosen: backbone, pooling and project, as given.
-        assumed: of a model loaded from a file without a description, a sentence on what was assumed.
     """
 
-    assumed = ""
+    assumed = ""  # of a model from a file without a description: a sentence on what was assumed
 
     def __init__(
         self,
@@ -61,9 +57,8 @@ class BCNN(nn.Module):
         self.chosen: dict[str, Any] = {
             "backbone": dict(backbone or DEFAULT["backbone"]),
             "pooling": dict(pooling or DEFAULT["pooling"]),
+            "project": project,
         }
-        if project is not None:
-            self.chosen["project"] = project
         self.backbone = make_backbone(**self.chosen["backbone"], project=project)
         self.pooling = make_pooling(self.backbone.channels, **self.chosen["pooling"])
         self.head = Head(self.pooling.width, len(self.classes))
@@ -91,54 +86,33 @@ class BCNN(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int = 16) -> Tensor:
-        """Return the probabilities of the classes.
+        """Return the probabilities of the classes (batch, classes), in float32 at least.
 
         Args:
             images: a path, a PIL image or an array (height, width, 3) of uint8, or a list of them,
                 preprocessed as in evaluation; or a tensor (batch, 3, height, width), uint8 in 0..255 or
                 floating point in 0..1, taken without preprocessing.
             batch_size: images in memory at a time.
-
-        Returns:
-            (batch, classes), in float32 at least; each image's sum to one.
-
-        Raises:
-            TypeError: images of another kind.
-            ValueError: a tensor of another shape, or floating point outside 0..1.
         """
-        device = self.head.bias.device
-        batches = self._batches(images, batch_size)
-        outputs = [self(batch.to(device)).softmax(dim=1) for batch in batches]
-        return torch.cat(outputs) if outputs else self.head.bias.new_empty(0, len(self.classes))
-
-    def _batches(
-        self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int
-    ) -> Iterator[Tensor]:
-        """Yield tensors of up to `batch_size` images, uint8 in 0..255 or floating point in 0..1."""
         if isinstance(images, str | Path | Image.Image):
             images = [images]
         elif isinstance(images, np.ndarray) and images.ndim == 3:
             images = images[None]
+        probabilities = [self.head.bias.new_empty(0, len(self.classes))]
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             if not isinstance(batch, Tensor):
                 batch = torch.stack([self._preprocessed(image) for image in batch])
-            if batch.is_floating_point():
-                if not ((batch >= -ROUNDING) & (batch <= 1 + ROUNDING)).all():
-                    raise ValueError("pixels are outside 0..1: the model normalises images itself")
-            elif batch.dtype != torch.uint8:
-                raise TypeError(f"expected pixels in uint8 or floating point, got {batch.dtype}")
-            yield batch
+            if batch.is_floating_point() and not ((batch - 0.5).abs() < 0.5 + ROUNDING).all():
+                raise ValueError("pixels are outside 0..1: the model normalises images itself")
+            probabilities.append(self(batch.to(self.head.bias.device)).softmax(dim=1))
+        return torch.cat(probabilities)
 
     def _preprocessed(self, image: ImageLike) -> Tensor:
         if isinstance(image, str | Path):
             image = load_image(image, self.preprocessing.side)
-        elif isinstance(image, Image.Image):
-            image = upright_rgb(image)
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            image = Image.fromarray(image).convert("RGB")
         else:
-            raise TypeError(f"expected a path, a PIL image or an array of uint8, got {type(image)}")
+            image = upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
         pixels: Tensor = self.preprocessing.evaluation()(image)
         return pixels
 
@@ -157,6 +131,6 @@ def build(description: Mapping[str, Any]) -> BCNN:
         Preprocessing(**description["preprocessing"]),
         description["backbone"],
         description["pooling"],
-        description.get("project"),
+        description["project"],
         SplitRecord.from_plain(split) if split else None,
     )

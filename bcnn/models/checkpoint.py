@@ -22,18 +22,13 @@ from bcnn.utils.files import atomic_write
 def load_model(
     path: str | Path, classes: list[str] | None = None, normalization: str | None = None
 ) -> BCNN:
-    """Load a model from a checkpoint, or from a state dict of the original or HaoMood's bilinear-cnn.
-
-    Their classifiers are packed at the same logits; a dictionary around the tensors and prefixes
-    ("module.") before their names are removed.
+    """Load a model, on the CPU and in evaluation mode.
 
     Args:
-        path: `.ckpt`, `.safetensors`, `.pth` or `.pt`.
+        path: a checkpoint, or a state dict of the original or of HaoMood's bilinear-cnn: `.ckpt`,
+            `.safetensors`, `.pth` or `.pt`.
         classes: names for the classes of a state dict of theirs; by default "0", "1", ….
         normalization: of a state dict of theirs, "imagenet" (the default) or "imagenet_features".
-
-    Returns:
-        The model on the CPU, in evaluation mode, ready for `predict`.
 
     Raises:
         OSError: the file cannot be opened.
@@ -67,27 +62,18 @@ def save_model(model: BCNN, path: str | Path) -> None:
     the original's network (see `to_original`), without the names of the classes.
     """
     with atomic_write(Path(path)) as part:
-        write_model(model, part)
-
-
-def write_model(model: BCNN, path: Path) -> None:
-    """Save as `save_model`, but not atomically."""
-    if path.suffix == ".safetensors":
-        state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        metadata = describe(model) | {"bcnn": json.dumps(model.description())}
-        path.write_bytes(save(state, metadata))  # safetensors' own file is readable by its owner alone
-    else:
-        content = io.BytesIO()  # torch's own writing to a full disk ends the process
-        torch.save(to_original(model), content)
-        path.write_bytes(content.getbuffer())
+        if part.suffix == ".safetensors":
+            state = {key: value.contiguous() for key, value in model.state_dict().items()}
+            metadata = describe(model) | {"bcnn": json.dumps(model.description())}
+            part.write_bytes(save(state, metadata))  # `save_file` makes it readable by its owner alone
+        else:
+            content = io.BytesIO()  # torch's own writing to a full disk ends the process
+            torch.save(to_original(model), content)
+            part.write_bytes(content.getbuffer())
 
 
 def describe(model: BCNN) -> dict[str, str]:
-    """Return what a user of the weights needs to know, as metadata of strings.
-
-    `classes` is a JSON list in the order of the logits; `size` in pixels, `resize`, `crop_pct` and
-    `interpolation` are fields of `Preprocessing`, and `preprocessing` states the steps in words.
-    """
+    """Return metadata of strings: classes as a JSON list, preprocessing as fields and in words."""
     preprocessing = model.preprocessing
     size, side = preprocessing.size, preprocessing.side
     resized = f"short side to {side} px" if preprocessing.resize == "keep" else f"to {side} × {side} px"

@@ -1,6 +1,5 @@
 """Export a model to a file for other programs, and compare the file with PyTorch."""
 
-import importlib
 import io
 import json
 import logging
@@ -8,7 +7,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from bcnn.data.image_io import load_image
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.checkpoint import describe, load_model, write_model
+from bcnn.models.checkpoint import describe, load_model, save_model
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import PART, atomic_write
 
@@ -32,7 +30,7 @@ def export_model(
     format: str = "onnx",
     softmax: bool = False,
     images: Sequence[str | Path] = (),
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] | None = None,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[float, float]:
     """Write a model to a file, load it again, and compare the outputs of both.
 
@@ -48,19 +46,17 @@ def export_model(
         The largest difference between the outputs, and the largest output.
 
     Raises:
-        ImportError: packages for ONNX are not installed.
         UserError: the outputs differ, or the format has no form of the model.
     """
     write, read = FORMATS[format]
     path = Path(path)
-    batches: Iterable[Tensor] = comparison_images(model, images)
     with tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as folder:
         file = Path(folder, path.name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters', about their own code
             write(model, file, softmax)
-        batches = progress(batches) if progress else batches
-        difference, largest = compare(network(model, softmax), read(file), batches)
+        batches = progress(_comparison_images(model, images))
+        difference, largest = compare(_network(model, softmax), read(file), batches)
         if not difference <= TOLERANCE * largest:  # nor nan
             raise UserError(
                 f"{path} would differ from the model by {difference:.1e}, where outputs are up to "
@@ -72,35 +68,33 @@ def export_model(
     return difference, largest
 
 
-def network(model: nn.Module, softmax: bool) -> nn.Module:
-    """Return the model, with probabilities in place of logits if `softmax`."""
+@torch.no_grad()
+def compare(a: Network, b: Network, batches: Iterable[Tensor]) -> tuple[float, float]:
+    """Return the largest difference between two networks' outputs, and the largest output."""
+    outputs = torch.cat([torch.stack([a(images), b(images)], dim=1) for images in batches])
+    largest = outputs[:, 0].abs().max()
+    return float(outputs.diff(dim=1).abs().max()), float(largest)  # torch's max keeps a nan
+
+
+def _network(model: nn.Module, softmax: bool) -> nn.Module:
     return nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
 
 
-def comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:
+def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:
     """Yield the images one by one, or, if there are none, one batch of random pixels."""
     if not paths:
-        generator = torch.Generator().manual_seed(0)
         shape = (3, 3, model.preprocessing.size, model.preprocessing.size)
-        yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        yield torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     transform = model.preprocessing.evaluation()
     for path in paths:
         yield transform(load_image(path, model.preprocessing.side))[None].as_subclass(Tensor)
 
 
-@torch.no_grad()
-def compare(a: Network, b: Network, batches: Iterable[Tensor]) -> tuple[float, float]:
-    """Return the largest difference between two networks' outputs, and the largest output."""
-    outputs = [(a(images), b(images)) for images in batches]
-    differences = torch.stack([(x - y).abs().max() for x, y in outputs])
-    largest = torch.stack([x.abs().max() for x, _ in outputs])
-    return float(differences.max()), float(largest.max())  # torch's max keeps a nan, Python's does not
-
-
-def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
+def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     """Write ONNX in float32, for any batch size: input "images", output "logits" or "probabilities"."""
-    optimizer = _imported("onnxscript.optimizer")
-    passes = _imported("onnx_ir.passes.common")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxscript import optimizer
+
     for exporter in ("torch.onnx", "onnxscript.optimizer"):  # they log their own insides
         logging.getLogger(exporter).setLevel(logging.ERROR)
     output = "probabilities" if softmax else "logits"
@@ -116,18 +110,19 @@ def write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     assert program is not None
     # The indices of the upper triangle follow from shapes alone: constants, above the usual size.
     optimizer.optimize(program.model, input_size_limit=2**24, output_size_limit=2**24)
-    passes.ClearMetadataAndDocStringPass()(program.model)  # traces of the exporter, with paths
+    ClearMetadataAndDocStringPass()(program.model)  # traces of the exporter, with paths
     program.model.metadata_props.update(describe(model), output=output)
     program.save(path)
 
 
-def read_onnx(path: Path) -> Network:
-    """Load an ONNX file into ONNX Runtime."""
-    session = _imported("onnxruntime").InferenceSession(path)
+def _read_onnx(path: Path) -> Network:
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path)
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
+def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     """Write torch.export's file; its extra file metadata.json holds what `describe` returns."""
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
@@ -135,31 +130,22 @@ def write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def write_weights(model: BCNN, path: Path, softmax: bool) -> None:
-    """Write a state dict in the layout of the suffix; see `save_model`."""
+def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    batch = ({0: Dim("batch")},)
+    return torch.export.export(_network(model, softmax), (example,), dynamic_shapes=batch)
+
+
+def _write_weights(model: BCNN, path: Path, softmax: bool) -> None:
     if softmax:
         raise UserError("softmax is for format onnx and pt2: a state dict holds no layers")
-    write_model(model, path)
+    save_model(model, path)
 
 
 # How to write each format, and how to load it as a network.
 FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Network]]] = {
-    "onnx": (write_onnx, read_onnx),
-    "pt2": (write_pt2, lambda path: torch.export.load(path).module()),
-    "pth": (write_weights, load_model),
-    "safetensors": (write_weights, load_model),
+    "onnx": (_write_onnx, _read_onnx),
+    "pt2": (_write_pt2, lambda path: torch.export.load(path).module()),
+    "pth": (_write_weights, load_model),
+    "safetensors": (_write_weights, load_model),
 }
-
-
-def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    batch = ({0: Dim("batch")},)
-    return torch.export.export(network(model, softmax), (example,), dynamic_shapes=batch)
-
-
-def _imported(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        packages = "onnx onnxscript onnxruntime"
-        raise ImportError(f"format onnx needs more packages: pip install {packages}") from error

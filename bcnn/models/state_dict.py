@@ -31,12 +31,11 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     path = Path(path).expanduser()
     path.open("rb").close()
     try:
-        tensors, about = (_safetensors if path.suffix == ".safetensors" else _pickle)(path)
+        return (_safetensors if path.suffix == ".safetensors" else _pickle)(path)
     except Exception as error:  # damaged bytes lead an unpickler to every kind of exception
         raise UserError(
             f"{path} is not a readable file of weights: it is damaged, or holds more than tensors"
         ) from error
-    return tensors, about
 
 
 def validate_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -45,20 +44,26 @@ def validate_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         found = tensors.get(name)
         if found is None:
             raise UserError(f"it has no {name}")
-        if found.shape != tensor.shape:
-            shapes = f"{tuple(found.shape)}, expected {tuple(tensor.shape)}"
-            raise UserError(f"its {name} is of shape {shapes}")
-        if found.dtype not in (FLOATS if tensor.is_floating_point() else {tensor.dtype}):
-            raise UserError(f"its {name} is of {found.dtype}, expected {tensor.dtype}")
+        dtypes = FLOATS if tensor.is_floating_point() else {tensor.dtype}
+        if found.shape != tensor.shape or found.dtype not in dtypes:
+            raise UserError(
+                f"its {name} is {found.dtype} of shape {tuple(found.shape)}, expected {tensor.dtype} "
+                f"of shape {tuple(tensor.shape)}"
+            )
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Load tensors that `validate_state` has checked; raise UserError if a value is not finite."""
-    own = module.state_dict()
-    module.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
-    for name, tensor in own.items():
+    module.load_state_dict(tensors, strict=False)
+    for name, tensor in module.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"{path} is damaged or its training diverged: {name} is not finite")
+
+
+def below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors whose names begin with a prefix, without it; where there are none, all."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names} or tensors
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,10 +85,9 @@ def _pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     tensors = _unwrapped(content)
     for name, tensor in tensors.items():
-        # A view can repeat one number without end.
-        stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else -1
-        if stored < tensor.numel() * tensor.element_size():
-            raise ValueError(f"{name} is larger than what is stored of it, or sparse")
+        # A view can repeat one number without end. A sparse tensor has no storage, and raises.
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise ValueError(f"{name} is larger than what is stored of it")
     return tensors, dict(content.get("hyper_parameters", {}))
 
 
@@ -93,6 +97,5 @@ def _unwrapped(content: Any) -> dict[str, Tensor]:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     for prefix in PREFIXES:
-        inside = {key.removeprefix(prefix): v for key, v in content.items() if key.startswith(prefix)}
-        content = inside or content  # beside the network, a module may hold the weights of a loss
+        content = below(prefix, content)  # beside the network, a module may hold the weights of a loss
     return {key: value for key, value in content.items() if torch.is_tensor(value)}

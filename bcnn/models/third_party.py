@@ -32,13 +32,7 @@ def from_original(
     classes: list[str] | None = None,
     normalization: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of a `BCNN` with the same logits, and its description.
-
-    Args:
-        tensors: for which `is_original` holds.
-        path: of their file, for messages.
-        classes: their names; by default "0", "1", ….
-        normalization: a key of `PUBLISHED`; by default "imagenet", which both start from.
+    """Return the state of a `BCNN` with the same logits, and its description; see `load_model`.
 
     Raises:
         UserError: the classifier is not of floating point on a 512 × 512 matrix, or of other classes.
@@ -61,8 +55,9 @@ def from_original(
     state["head.bias"] = tensors.get(f"{name}.bias", torch.zeros(len(weight)))
     state["head.mean"] = torch.zeros(state["head.weight"].shape[1])
     return state, {
-        **DEFAULT,
+        "backbone": DEFAULT["backbone"],
         "pooling": {"name": "bilinear", "root": CLASSIFIERS[name]},
+        "project": None,
         "classes": classes or [str(k) for k in range(len(weight))],
         "preprocessing": asdict(PREPROCESSING),
         "split": None,
@@ -80,9 +75,8 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
     Raises:
         UserError: the model has another backbone or pooling, or a projection.
     """
-    plain = model.chosen["backbone"] == {"name": "vgg16"} and "project" not in model.chosen
-    pooling = {"root": "signed"} | model.chosen["pooling"]
-    if not plain or pooling != {"name": "bilinear", "root": "signed"}:
+    chosen = {**model.chosen, "pooling": {"root": "signed", **model.chosen["pooling"]}}
+    if chosen != {**DEFAULT, "pooling": {"name": "bilinear", "root": "signed"}, "project": None}:
         raise UserError(
             "the original's layout is for backbone vgg16 with pooling bilinear and signed roots alone"
         )
@@ -93,7 +87,6 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
     shift = (first * (mean - backbone.mean) / backbone.std).sum((1, 2, 3))
     state["features.0.weight"] = first * (std / backbone.std)
     state["features.0.bias"] = state["features.0.bias"] + shift
-    weight, bias = head.weight.detach(), head.bias.detach()
-    state["classifiers.0.weight"] = unpack(weight).flatten(1)
-    state["classifiers.0.bias"] = bias - weight @ head.mean
+    state["classifiers.0.weight"] = unpack(head.weight.detach()).flatten(1)
+    state["classifiers.0.bias"] = (head.bias - head.weight @ head.mean).detach()
     return state

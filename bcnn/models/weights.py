@@ -1,13 +1,12 @@
 """The weights that a new backbone starts from."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from bcnn.models.backbones.vgg16 import PUBLISHED, file_name, normalization_of
+from bcnn.models.backbones.vgg16 import PUBLISHED, normalization_of
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.state_dict import load_state, read_state_dict, validate_state
+from bcnn.models.state_dict import below, load_state, read_state_dict, validate_state
 from bcnn.models.third_party import is_original
 from bcnn.utils.errors import UserError
 
@@ -51,20 +50,19 @@ def _from_file(model: BCNN, path: str, normalization: str | None) -> dict[str, T
     tensors, about = read_state_dict(path)
     if is_original(tensors):
         normalization = normalization or "imagenet"
-    prefix = "backbone."
-    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    tensors = own or tensors
+    tensors = below("backbone.", tensors)
     if model.backbone.state_dict().keys().isdisjoint(tensors):
         tensors = model.backbone.convert(tensors)
     if {"mean", "std"} <= tensors.keys():
         return tensors
     text = " ".join(map(str, [Path(path).name, *about.values()]))
-    named = [key for key, each in PUBLISHED.items() if each.name in text or file_name(key) in text]
-    choice: Any = normalization or (named[0] if named else None)
-    if choice not in PUBLISHED:
+    for key, published in PUBLISHED.items():
+        if published.name in text or Path(published.url).name in text:
+            normalization = normalization or key
+    if normalization not in PUBLISHED:
         raise UserError(
             f"{path} does not name the normalisation of its images: set model.normalization to "
             "imagenet (mean 0.485…, std 0.229…) or imagenet_features (mean 0.482…, std 1/255)"
         )
-    mean, std = normalization_of(choice)
+    mean, std = normalization_of(normalization)
     return {**tensors, "mean": mean, "std": std}

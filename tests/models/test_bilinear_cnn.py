@@ -128,11 +128,3 @@ def test_pixels_outside_their_range_are_refused(tiny: BCNN, pixels: float) -> No
     """Normalised images would silently have other classes."""
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         tiny.predict(torch.full((1, 3, 32, 32), pixels))
-
-
-@pytest.mark.parametrize(
-    "images", [torch.zeros(1, 3, 32, 32, dtype=torch.int64), [np.zeros((32, 32, 3))], [torch.zeros(3)]]
-)
-def test_images_of_another_kind_are_refused(tiny: BCNN, images: Any) -> None:
-    with pytest.raises(TypeError, match="expected"):
-        tiny.predict(images)

@@ -42,14 +42,3 @@ def test_a_difference_that_is_not_a_number_is_kept_in_view(tiny: BCNN) -> None:
 def test_weights_have_no_softmax(tiny: BCNN, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a state dict holds no layers"):
         export_model(tiny, tmp_path / "tiny.safetensors", "safetensors", softmax=True)
-
-
-def test_missing_packages_are_named(
-    tiny: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(export.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match="pip install onnx onnxscript onnxruntime"):
-        export_model(tiny, tmp_path / "tiny.onnx")

@@ -12,7 +12,7 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.models.checkpoint import load_model
 from bcnn.models.head import Head
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import run
+from bcnn.training.run import train
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_mean_in_a_finetuned_checkpoint_is_that_of_its_own_weights(
     images: Path, tmp_path: Path
 ) -> None:
     epochs = ["model.backbone.name=tiny", "finetune.epochs=2", "finetune.batch_size=6"]
-    run(configure(*toy(images, *epochs, f"output={tmp_path}")))
+    train(configure(*toy(images, *epochs, f"output={tmp_path}")))
     network = load_model(tmp_path / "finetune" / "best.ckpt").eval()
     data = FineGrainedDataModule(images, size=32, num_workers=0, val_fraction=0.34)
     data.setup()

@@ -15,7 +15,7 @@ from bcnn.models.checkpoint import load_model, save_model
 from bcnn.models.export import export_model
 from bcnn.models.weights import initialise_backbone
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import run
+from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 timm = pytest.importorskip("timm")
@@ -133,7 +133,7 @@ def test_both_stages_and_onnx(images: Path, tmp_path: Path) -> None:
     chosen = ["model/backbone=timm", "model.backbone.model=resnet10t", "data.size=64"]
     options = [*chosen, "finetune.epochs=1", f"output={tmp_path / 'out'}"]
     words = toy(images, *options, f"model.weights={tmp_path / 'theirs.pth'}")
-    run(configure(*(word for word in words if word != "model.weights=random")))
+    train(configure(*(word for word in words if word != "model.weights=random")))
     model = load_model(tmp_path / "out" / "finetune" / "best.ckpt")
     assert model.chosen["backbone"]["model"] == "resnet10t"
     difference, largest = export_model(model, tmp_path / "model.onnx", softmax=True)

@@ -15,30 +15,20 @@ from bcnn.utils.errors import UserError
 class Backbone(nn.Module):
     """Normalises images and computes feature maps.
 
-    A subclass implements `forward_features` and `unfreeze_from`, and sets these attributes:
-        channels: of its maps; `project` changes it.
-        stride: pixels from one location to the next.
-        min_size: side in pixels of the smallest image with 2 × 2 locations.
-        size_divisor: the sides of images are multiples of it; 1 for most convolutional networks.
-        layers: names for `unfreeze_from`, from the input up.
-        weights: names of published weights for `download`.
-        supports_grad_checkpointing: whether `forward_features` heeds `grad_checkpointing`.
-        licence: of the published weights; "": unknown.
-        interpolation: by which images were resized when these weights were trained.
-
-    The mean and standard deviation are buffers, saved with the weights that were trained with them. A
-    backbone stays in evaluation mode: batches are small, so BatchNorm keeps its statistics.
+    A subclass implements `forward_features` and `unfreeze_from`, and sets the attributes. The mean and
+    standard deviation are buffers, saved with the weights that were trained with them. A backbone
+    stays in evaluation mode: batches are small, so BatchNorm keeps its statistics.
     """
 
-    channels: int
-    stride: int
-    min_size: int
-    size_divisor: int = 1
-    layers: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()
-    supports_grad_checkpointing: bool = False
-    licence: str = ""
-    interpolation: Interpolation = "bilinear"
+    channels: int  # of its maps; `project` changes it
+    stride: int  # pixels from one location to the next
+    min_size: int  # side in pixels of the smallest image with 2 × 2 locations
+    size_divisor: int = 1  # the sides of images are multiples of it
+    layers: tuple[str, ...] = ()  # names for `unfreeze_from`, from the input up
+    weights: tuple[str, ...] = ()  # names of published weights for `download`
+    supports_grad_checkpointing: bool = False  # whether `forward_features` heeds `grad_checkpointing`
+    licence: str = ""  # of the published weights; "": unknown
+    interpolation: Interpolation = "bilinear"  # of the images that the weights were trained on
     mean: Tensor
     std: Tensor
 
@@ -60,13 +50,10 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the maps, projected if the backbone has a projection.
+        """Compute the maps (batch, channels, height // stride, width // stride).
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
-
-        Returns:
-            (batch, channels, height // stride, width // stride).
 
         Raises:
             ValueError: the shape is another, or a side is too small or not a multiple of the divisor.
@@ -77,14 +64,11 @@ class Backbone(nn.Module):
     def unprojected(self, images: Tensor) -> Tensor:
         """Compute the maps without the projection; see `forward`."""
         sides = images.shape[2:]
-        if images.ndim != 4 or images.shape[1] != 3 or min(sides) < self.min_size:
+        odd = any(side < self.min_size or side % self.size_divisor for side in sides)
+        if images.ndim != 4 or images.shape[1] != 3 or odd:
             raise ValueError(
                 "expected images of shape (batch, 3, height, width) with sides of at least "
-                f"{self.min_size} px, got {tuple(images.shape)}"
-            )
-        if any(side % self.size_divisor for side in sides):
-            raise ValueError(
-                f"expected sides that are multiples of {self.size_divisor} px, got {tuple(sides)}"
+                f"{self.min_size} px, multiples of {self.size_divisor}, got {tuple(images.shape)}"
             )
         x = images.to(self.mean.dtype)
         if not images.is_floating_point():
@@ -101,9 +85,8 @@ class Backbone(nn.Module):
         if type(channels) is not int or not 0 < channels <= self.channels:
             raise UserError(f"model.project={channels}: a whole number from 1 to {self.channels}")
         # skip_init draws no random numbers: the other weights of a seed stay the same.
-        convolution: nn.Conv2d = skip_init(nn.Conv2d, self.channels, channels, 1, bias=False)
+        self.projection = convolution = skip_init(nn.Conv2d, self.channels, channels, 1, bias=False)
         nn.init.dirac_(convolution.weight)
-        self.projection = convolution
         self.channels = channels
 
     def initialise(self) -> None:

@@ -16,10 +16,6 @@ class Timm(Backbone):
     Args:
         model: timm's name, as resnet50.a1_in1k; the part after the dot names published weights.
         level: index of the maps: -1 the last, -2 those of the stage before.
-
-    Raises:
-        ImportError: timm is not installed.
-        UserError: timm has no such network or level, or one for images of one size only.
     """
 
     network: Any
@@ -28,7 +24,6 @@ class Timm(Backbone):
     def __init__(self, model: str, level: int = -1) -> None:
         super().__init__()
         self.model = model
-        _validate_name(model)
         self.network = _create(model)
         self.published: dict[str, Any] = self.network.pretrained_cfg
         try:
@@ -44,11 +39,9 @@ class Timm(Backbone):
             self.network.set_grad_checkpointing(True)
             self.supports_grad_checkpointing = True
         self.licence = self.published.get("license") or ""
-        # timm resizes by bicubic unless the weights' configuration names another.
-        bilinear = self.published.get("interpolation") == "bilinear"
-        self.interpolation = "bilinear" if bilinear else "bicubic"
+        if self.published.get("interpolation") != "bilinear":
+            self.interpolation = "bicubic"  # timm's default
         self.set_normalization(self.published["mean"], self.published["std"])
-        self.eval()
 
     def download(self, weights: str) -> dict[str, Tensor]:
         """Return the weights that timm publishes under the network's name."""
@@ -61,10 +54,8 @@ class Timm(Backbone):
         for head in (heads,) if isinstance(heads, str) else heads or ():
             if f"{head}.weight" in tensors:
                 options["num_classes"] = len(tensors[f"{head}.weight"])
-        overlay = {"state_dict": dict(tensors), **options}
-        return self._state(
-            _create(self.model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-        )
+        options["pretrained_cfg_overlay"] = {"state_dict": dict(tensors), **options}
+        return self._state(_create(self.model, pretrained=True, **options))
 
     def _state(self, network: Any) -> dict[str, Tensor]:
         network.prune_intermediate_layers(self.levels, prune_norm=False)
@@ -72,8 +63,6 @@ class Timm(Backbone):
         return {**state, "mean": self.mean, "std": self.std}
 
     def unfreeze_from(self, name: str | None) -> None:
-        if name not in (None, *self.layers):
-            raise UserError(f"finetune.unfreeze_from={name}: {self.model} has {', '.join(self.layers)}")
         first = self.layers.index(name) if name else 0
         for parameter, tensor in self.network.named_parameters():
             tensor.requires_grad_(self.layers.index(_layer(parameter)) >= first)
@@ -88,21 +77,7 @@ class Timm(Backbone):
 
 
 def _create(model: str, **options: Any) -> Any:
-    """Create a network that takes images of any size; raise UserError where timm has none."""
-    import timm
-
-    try:
-        return timm.create_model(model, dynamic_img_size=True, **options)
-    except TypeError:  # it has no such option, and needs none unless its input size is fixed
-        network: Any = timm.create_model(model, **options)
-    if network.pretrained_cfg.get("fixed_input_size"):
-        side = network.pretrained_cfg["input_size"][-1]
-        raise UserError(f"timm's {model} takes images of {side} px only: choose another")
-    return network
-
-
-def _validate_name(model: str) -> None:
-    """Raise UserError unless timm knows the network and the weights by these names.
+    """Create a network that takes images of any size; raise UserError where timm has none.
 
     A name like "hf-hub:…" in a checkpoint would download a stranger's configuration, and unknown
     weights would silently have the default normalisation.
@@ -115,6 +90,14 @@ def _validate_name(model: str) -> None:
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{name}.*")]
     if tag and tag not in tags:
         raise UserError(f"timm has no weights {tag} of {name}: choose from {', '.join(tags)}")
+    try:
+        return timm.create_model(model, dynamic_img_size=True, **options)
+    except TypeError:  # it has no such option, and needs none unless its input size is fixed
+        network: Any = timm.create_model(model, **options)
+    if network.pretrained_cfg.get("fixed_input_size"):
+        side = network.pretrained_cfg["input_size"][-1]
+        raise UserError(f"timm's {model} takes images of {side} px only: choose another")
+    return network
 
 
 def _layer(parameter: str) -> str:

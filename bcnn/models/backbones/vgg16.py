@@ -1,7 +1,6 @@
 """VGG-16 up to relu5_3, without pool5: the features of the bilinear CNN papers."""
 
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +34,6 @@ def normalization_of(name: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(preset.mean).view(3, 1, 1), torch.tensor(preset.std).view(3, 1, 1)
 
 
-def file_name(name: str) -> str:
-    """Return the file name of `PUBLISHED[name]`."""
-    return Path(urlparse(PUBLISHED[name].url).path).name
-
-
 class VGG16(Backbone):
     """Simonyan & Zisserman, "Very deep convolutional networks", ICLR 2015, configuration D."""
 
@@ -70,7 +64,7 @@ class VGG16(Backbone):
         try:
             state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
-            file = Path(torch.hub.get_dir(), "checkpoints", file_name(weights))
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
             raise UserError(
                 f"cannot download the weights '{weights}' ({error}): put {published.url} at {file}"
             ) from error
@@ -86,12 +80,9 @@ class VGG16(Backbone):
         """Normalised images (batch, 3, h, w) → relu5_3 (batch, 512, h // 16, w // 16).
 
         The maps have the memory layout of the weights. In channels last on a CPU, the backward pass
-        recomputes the pools, whose indices of maxima (int64) take as much memory as their inputs in
-        half precision, and conv1_1, whose output is among the largest and the cheapest. In float32 (see
-        `training_layout`) that would cost an eighth of a step, and on a GPU a tenth.
-
-        With `grad_checkpointing` it recomputes the first two blocks, two images at a time: they have
-        most of the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+        recomputes what is large and cheap: the pools, whose indices are int64, and conv1_1. With
+        `grad_checkpointing` it recomputes the first two blocks, two images at a time: they have most of
+        the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
         channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -19,14 +19,11 @@ class Pooling(nn.Module):
         self.channels = channels
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        """Return descriptors before normalisation.
+        """Return descriptors (batch, width) before normalisation.
 
         Args:
-            maps: (batch, channels, h, w), of any floating-point type.
+            maps: (batch, channels, h, w), in float32 at least.
             mass: (batch, h · w), how much each location counts; None: 1.
-
-        Returns:
-            (batch, width), in float32 at least.
         """
         raise NotImplementedError
 
@@ -40,4 +37,4 @@ class Pooling(nn.Module):
         Autocast is off and float32 the least precision: squares of float16 activations overflow.
         """
         with torch.autocast(maps.device.type, enabled=False):
-            return F.normalize(self.pool(maps))
+            return F.normalize(self.pool(maps.to(torch.promote_types(maps.dtype, torch.float32))))

@@ -14,6 +14,12 @@ from torch import Tensor
 from bcnn.models.pooling.base import Pooling
 from bcnn.utils.errors import UserError
 
+ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "signed": lambda x: x.sign() * (x.abs() + 1e-10).sqrt(),  # Lin et al. 2015, §3.1
+    "plain": lambda x: (x + 1e-5).sqrt(),  # HaoMood's, of x ≥ 0
+    None: lambda x: x,
+}
+
 
 def packed_size(channels: int) -> int:
     """Return the number of entries of a packed matrix (512 channels → 131,328)."""
@@ -25,49 +31,26 @@ def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
 
     Source: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, §3.
     """
-    with torch.autocast(maps.device.type, enabled=False):
-        x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
-        weighted = x if mass is None else x * mass[:, None]
-        return (weighted @ x.mT).div_(x.shape[2])
+    x = maps.flatten(2)
+    weighted = x if mass is None else x * mass[:, None]
+    return (weighted @ x.mT).div_(x.shape[2])
 
 
 def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = False) -> Tensor:
     """Return B (batch, channels, locations) of which B·Bᵀ is the pooled matrix or the covariance."""
-    x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+    x = maps.flatten(2)
     weight = (x.new_ones(1, x.shape[2]) if mass is None else mass)[:, None]
     if centred:
         x = x - (x * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True)
     return x * (weight / x.shape[2]).sqrt()
 
 
-def signed_sqrt(x: Tensor) -> Tensor:
-    """Return sign(x)·√(|x| + 1e-10) (Lin et al. 2015, §3.1; the constant is the original's)."""
-    return x.sign() * (x.abs() + 1e-10).sqrt()
-
-
-def plain_sqrt(x: Tensor) -> Tensor:
-    """Return √(x + 1e-5) of x ≥ 0, as HaoMood's bilinear-cnn computes it."""
-    return (x + 1e-5).sqrt()
-
-
-ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "signed": signed_sqrt,
-    "plain": plain_sqrt,
-    None: lambda x: x,
-}
-
-
-def validate_root(root: str | None) -> None:
-    """Raise UserError unless `root` is one of `ROOTS`."""
-    if root not in ROOTS:
-        raise UserError(f"model.pooling.root={root}: choose signed, plain or null (none)")
-
-
 class Bilinear(Pooling):
     """The packed upper triangle of the pooled matrix, and a root (of `ROOTS`) of its entries."""
 
     def __init__(self, channels: int, root: str | None = "signed") -> None:
-        validate_root(root)
+        if root not in ROOTS:
+            raise UserError(f"model.pooling.root={root}: choose signed, plain or null (none)")
         super().__init__(channels)
         self.root = root
         self.width = packed_size(channels)
@@ -89,9 +72,8 @@ def pack(matrix: Tensor) -> Tensor:
     Diagonal entries stay, pairs off it become (m_ij + m_ji)/√2. Packing the weights of a linear layer
     on the full matrix gives those of the equivalent layer on packed descriptors.
     """
-    symmetric = (matrix + matrix.mT) / 2
     index, scale = _upper_triangle(matrix)
-    return symmetric.flatten(1).index_select(1, index) * scale
+    return ((matrix + matrix.mT) / 2).flatten(1).index_select(1, index) * scale
 
 
 def unpack(packed: Tensor) -> Tensor:

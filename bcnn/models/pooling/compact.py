@@ -11,18 +11,13 @@ Source: Gao et al., "Compact Bilinear Pooling", CVPR 2016.
 import torch
 from torch import Tensor
 
-from bcnn.models.pooling.base import Pooling
-from bcnn.models.pooling.bilinear import ROOTS, bilinear_pool, validate_root
+from bcnn.models.pooling.bilinear import ROOTS, Bilinear
 
 
-class Compact(Pooling):
-    """A sketch of the pooled matrix, and a root of its entries.
+class Compact(Bilinear):
+    """A sketch of `width` entries of the pooled matrix, and a root (of `ROOTS`) of its entries.
 
-    Args:
-        channels: of the maps.
-        width: entries of a descriptor.
-        root: one of `ROOTS`.
-        seed: of the hashes, which are saved with the weights.
+    `seed` is that of the hashes, which are saved with the weights.
     """
 
     hashes: Tensor  # (2, channels): h and k
@@ -31,11 +26,8 @@ class Compact(Pooling):
     def __init__(
         self, channels: int, width: int = 8192, root: str | None = "signed", seed: int = 0
     ) -> None:
-        validate_root(root)
-        super().__init__(channels)
+        super().__init__(channels, root)
         self.width = width
-        self.root = root
-        self.degree = 0.5 if root else 1.0
         generator = torch.Generator().manual_seed(seed)
         hashes = torch.randint(width, (2, channels), generator=generator, device="cpu")
         signs = torch.randint(2, (2, channels), generator=generator, device="cpu") * 2.0 - 1
@@ -43,7 +35,7 @@ class Compact(Pooling):
         self.register_buffer("signs", signs)
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        matrix = bilinear_pool(maps, mass)
+        matrix = self.matrix(maps, mass)
         entries = (matrix * (self.signs[0, :, None] * self.signs[1]).to(matrix.dtype)).flatten(1)
         index = ((self.hashes[0, :, None] + self.hashes[1]) % self.width).flatten()
         sketch = entries.new_zeros(entries.shape[0], self.width)

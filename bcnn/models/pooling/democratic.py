@@ -29,7 +29,7 @@ class Democratic(Bilinear):
         self.degree *= (1 + gamma) / 2
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        x = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+        x = maps.flatten(2)
         mass = x.new_ones(1, x.shape[2]) if mass is None else mass
         # A factor common to all weights does not change the descriptor: features have lengths up to 1.
         unit = x / x.detach().norm(dim=1).amax(dim=1)[:, None, None].clamp_min(1e-24)
