@@ -22,16 +22,15 @@ from bcnn.models.bilinear_cnn import BCNN
 
 
 def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
-    """Return each location's share of a logit, or of the difference of two.
+    """Return each location's share of a logit, or of the difference of two: (batch, h, w).
+
+    Each image's shares sum to logits[target] - logits[against], in float32 at least; locations above
+    zero are evidence for `target`.
 
     Args:
         images: (batch, 3, height, width), as the model takes them.
         target: (batch,), the class of each image whose logit is decomposed.
         against: (batch,), the class whose logit is subtracted: "why this and not that".
-
-    Returns:
-        (batch, h, w) of the backbone's maps, in float32 at least. Each map sums to
-        logits[target] - logits[against]; locations above zero are evidence for `target`.
     """
     with torch.no_grad():
         maps = model.backbone(images)

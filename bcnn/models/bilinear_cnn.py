@@ -76,13 +76,11 @@ class BCNN(nn.Module):
 
     def descriptor(self, images: Tensor) -> Tensor:
         """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length."""
-        descriptors: Tensor = self.pooling(self.backbone(images))
-        return descriptors
+        return self.pooling(self.backbone(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (see `Backbone.forward`) → logits (batch, classes)."""
-        logits: Tensor = self.head(self.descriptor(images))
-        return logits
+        return self.head(self.descriptor(images))
 
     @torch.no_grad()
     def predict(self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int = 16) -> Tensor:
@@ -113,8 +111,7 @@ class BCNN(nn.Module):
             image = load_image(image, self.preprocessing.side)
         else:
             image = upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-        pixels: Tensor = self.preprocessing.evaluation()(image)
-        return pixels
+        return self.preprocessing.evaluation()(image)
 
 
 def build(description: Mapping[str, Any]) -> BCNN:

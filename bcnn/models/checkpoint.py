@@ -45,10 +45,10 @@ def load_model(
     try:
         with torch.device("meta"):  # no memory before the whole network is known to be in the file
             expected = build(about).state_dict()
-        validate_state(expected, tensors)
     except Exception as error:  # a class may raise anything, given a stranger's options
         reason = error if isinstance(error, UserError) else f"its description is wrong ({error!r})"
         raise UserError(f"{path} cannot be understood: {reason}") from error
+    validate_state(expected, tensors, path)
     model = build(about)
     load_state(model, tensors, path)
     model.assumed = about.get("assumed", "")

@@ -38,17 +38,19 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         ) from error
 
 
-def validate_state(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def validate_state(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path
+) -> None:
     """Raise UserError unless all tensors expected are there, of their shape and kind of number."""
     for name, tensor in expected.items():
         found = tensors.get(name)
         if found is None:
-            raise UserError(f"it has no {name}")
+            raise UserError(f"{path} is of another network: it has no {name}")
         dtypes = FLOATS if tensor.is_floating_point() else {tensor.dtype}
         if found.shape != tensor.shape or found.dtype not in dtypes:
             raise UserError(
-                f"its {name} is {found.dtype} of shape {tuple(found.shape)}, expected {tensor.dtype} "
-                f"of shape {tuple(tensor.shape)}"
+                f"{path} is of another network: {name} is {found.dtype} of shape {tuple(found.shape)}, "
+                f"expected {tensor.dtype} of {tuple(tensor.shape)}"
             )
 
 
@@ -62,8 +64,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
 
 def below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """Return the tensors whose names begin with a prefix, without it; where there are none, all."""
-    names = [name for name in tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensors[name] for name in names} or tensors
+    inside = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    return inside or tensors
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,19 +85,15 @@ def _pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about files that are refused anyway
         content = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = _unwrapped(content)
-    for name, tensor in tensors.items():
-        # A view can repeat one number without end. A sparse tensor has no storage, and raises.
-        if tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise ValueError(f"{name} is larger than what is stored of it")
-    return tensors, dict(content.get("hyper_parameters", {}))
-
-
-def _unwrapped(content: Any) -> dict[str, Tensor]:
-    """Return the tensors by name without dictionaries around them and prefixes before all names."""
+    about = content.get("hyper_parameters", {})
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     for prefix in PREFIXES:
         content = below(prefix, content)  # beside the network, a module may hold the weights of a loss
-    return {key: value for key, value in content.items() if torch.is_tensor(value)}
+    tensors = {key: value for key, value in content.items() if torch.is_tensor(value)}
+    for name, tensor in tensors.items():
+        # A view can repeat one number without end. A sparse tensor has no storage, and raises.
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise ValueError(f"{name} is larger than what is stored of it")
+    return tensors, dict(about)

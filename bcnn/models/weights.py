@@ -24,7 +24,7 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
     Raises:
         UserError: there are no such weights, they are of another network, or of unknown normalisation.
     """
-    backbone, name = model.backbone, model.chosen["backbone"]["name"]
+    backbone = model.backbone
     if weights == "random":
         if not backbone.mean.any():  # timm's networks have theirs
             backbone.set_normalization(*normalization_of("imagenet"))
@@ -35,13 +35,10 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
         tensors = _from_file(model, weights, normalization)
     else:
         known = ", ".join([*backbone.weights, "random"])
-        raise UserError(f"model.weights={weights}: no such file; the backbone {name} has {known}")
+        raise UserError(f"model.weights={weights}: no such file; this backbone has {known}")
     own = backbone.state_dict()
     expected = {key: own[key] for key in own if not key.startswith("projection.")}
-    try:
-        validate_state(expected, tensors)
-    except UserError as error:
-        raise UserError(f"{weights} does not hold the features of {name}: {error}") from error
+    validate_state(expected, tensors, weights)
     load_state(backbone, {key: tensors[key] for key in expected}, weights)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcnn.models.pooling import POOLINGS, make_pooling
-from bcnn.models.pooling.bilinear import Bilinear, bilinear_pool, pack, packed_size, unpack
+from bcnn.models.pooling.bilinear import Bilinear, pack, packed_size, unpack
 from bcnn.utils.errors import UserError
 
 
@@ -169,7 +169,7 @@ def test_other_powers_are_the_root_again_and_the_matrix_itself(grid: tuple[int, 
     x = features((2, 6, *grid))
     half, quarter, whole = (unpack(make_pooling(6, "sqrt", power=p).pool(x)) for p in (0.5, 0.25, 1))
     torch.testing.assert_close(quarter @ quarter, half)
-    torch.testing.assert_close(whole, bilinear_pool(x))
+    torch.testing.assert_close(whole, Bilinear(6).matrix(x))
 
 
 def hard_maps() -> dict[str, Tensor]:

@@ -58,8 +58,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the shape is another, or a side is too small or not a multiple of the divisor.
         """
-        projected: Tensor = self.projection(self.unprojected(images))
-        return projected
+        return self.projection(self.unprojected(images))
 
     def unprojected(self, images: Tensor) -> Tensor:
         """Compute the maps without the projection; see `forward`."""

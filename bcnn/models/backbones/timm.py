@@ -69,11 +69,9 @@ class Timm(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         self.network.set_grad_checkpointing(self.grad_checkpointing)
-        found = self.network.forward_intermediates(
+        return self.network.forward_intermediates(
             x, indices=self.levels, norm=True, output_fmt="NCHW", intermediates_only=True
-        )
-        last: Tensor = found[-1]
-        return last
+        )[-1]
 
 
 def _create(model: str, **options: Any) -> Any:

@@ -103,5 +103,4 @@ class VGG16(Backbone):
 
 def _recomputed(layers: nn.Module, x: Tensor) -> Tensor:
     """Return `layers(x)`, keeping only x for the backward pass."""
-    y: Tensor = checkpoint(layers, x, use_reentrant=False, preserve_rng_state=False)
-    return y
+    return checkpoint(layers, x, use_reentrant=False, preserve_rng_state=False)

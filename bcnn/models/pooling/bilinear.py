@@ -3,6 +3,8 @@
 The pooled matrix is symmetric, so only its upper triangle is kept ("packed"), with the entries off the
 diagonal scaled by √2. This is an orthonormal change of coordinates: inner products do not change, nor
 do norms, logits and the path of SGD with momentum and weight decay.
+
+Source: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, §3.
 """
 
 import math
@@ -15,7 +17,7 @@ from bcnn.models.pooling.base import Pooling
 from bcnn.utils.errors import UserError
 
 ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "signed": lambda x: x.sign() * (x.abs() + 1e-10).sqrt(),  # Lin et al. 2015, §3.1
+    "signed": lambda x: x.sign() * (x.abs() + 1e-10).sqrt(),  # §3.1
     "plain": lambda x: (x + 1e-5).sqrt(),  # HaoMood's, of x ≥ 0
     None: lambda x: x,
 }
@@ -24,16 +26,6 @@ ROOTS: dict[str | None, Callable[[Tensor], Tensor]] = {
 def packed_size(channels: int) -> int:
     """Return the number of entries of a packed matrix (512 channels → 131,328)."""
     return channels * (channels + 1) // 2
-
-
-def bilinear_pool(maps: Tensor, mass: Tensor | None = None) -> Tensor:
-    """Return the mean of x·xᵀ over locations of features x, (batch, channels, channels); see `Pooling`.
-
-    Source: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition", ICCV 2015, §3.
-    """
-    x = maps.flatten(2)
-    weighted = x if mass is None else x * mass[:, None]
-    return (weighted @ x.mT).div_(x.shape[2])
 
 
 def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = False) -> Tensor:
@@ -57,8 +49,10 @@ class Bilinear(Pooling):
         self.degree = 0.5 if root else 1.0
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        """Return symmetric matrices (batch, channels, channels) to pack; subclasses have others."""
-        return bilinear_pool(maps, mass)
+        """Return the mean of x·xᵀ over locations of features x, (batch, channels, channels)."""
+        x = maps.flatten(2)
+        weighted = x if mass is None else x * mass[:, None]
+        return (weighted @ x.mT).div_(x.shape[2])
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         matrix = self.matrix(maps, mass)

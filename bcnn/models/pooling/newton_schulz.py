@@ -2,9 +2,9 @@
 
 The Newton–Schulz iteration Y ← YT, Z ← TZ, T = (3I - ZY)/2, from Y = M/tr M and Z = I, makes each root
 √λ of an eigenvalue grow up to 1.5-fold in a step, to 1. Then Y is the root of M/tr M, and Z that of its
-inverse. Pooled matrices have many small eigenvalues: after the usual 5 steps the result of photographs
-has an error of a fifth. Here each step is scaled for the whole interval [`SMALLEST`, 1] of roots: they
-grow up to 2.6-fold, and 10 steps are enough.
+inverse. Pooled matrices have many small eigenvalues, which the usual 5 steps leave too small. Here each
+step is scaled for the whole interval [`SMALLEST`, 1] of roots: they grow up to 2.6-fold, and 10 steps
+are enough.
 
 Roots below `SMALLEST` times that of the trace come out too small, by no more than themselves. More
 steps would diverge in float32: on eigenvalues of zero, of which a matrix of fewer locations than

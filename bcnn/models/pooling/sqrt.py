@@ -28,13 +28,9 @@ SMALLEST = 1e-7  # relative to the largest s; less is rounding
 
 
 class Sqrt(Bilinear):
-    """The pooled matrix's square root.
+    """The pooled matrix's power α, over 0 and up to 1, and a root of its entries.
 
-    Args:
-        channels: of the maps.
-        centred: take the covariance of the features in place of their second moment.
-        root: of the entries, after that of the matrix; none by default.
-        power: α, over 0 and up to 1; ½ for the square root.
+    With `centred` the matrix is the covariance of the features in place of their second moment.
     """
 
     def __init__(
@@ -48,8 +44,7 @@ class Sqrt(Bilinear):
         self.degree *= power
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        power: Tensor = _Power.apply(weighted_features(maps, mass, self.centred), self.power)
-        return power
+        return _Power.apply(weighted_features(maps, mass, self.centred), self.power)
 
     def exportable(self) -> NewtonSchulz:
         if self.power != 0.5:
