@@ -39,12 +39,9 @@ def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None
 
 def shares(model: BCNN, maps: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
     """Return `evidence` from maps (batch, channels, h, w) → (batch, h, w)."""
+    no_autocast = torch.autocast(maps.device.type, enabled=False)
     # Tensors made in inference mode take no part in gradients; their copies do.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(maps.device.type, enabled=False),
-    ):
+    with torch.inference_mode(False), torch.enable_grad(), no_autocast:
         maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32)).clone()
         weight, constant = model.head.linear(target)
         if against is not None:

@@ -14,7 +14,6 @@ from bcnn.data.image_io import load_image, upright_rgb
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import make_backbone
-from bcnn.models.description import validate_description
 from bcnn.models.head import Head
 from bcnn.models.pooling import make_pooling
 
@@ -112,22 +111,3 @@ class BCNN(nn.Module):
         else:
             image = upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
         return self.preprocessing.evaluation()(image)
-
-
-def build(description: Mapping[str, Any]) -> BCNN:
-    """Build the network that `BCNN.description` describes, with new weights.
-
-    Raises:
-        UserError: a value is wrong, or names a backbone or a pooling that does not exist.
-        KeyError, TypeError: a part is missing or unknown.
-    """
-    validate_description(description)
-    split = description["split"]
-    return BCNN(
-        description["classes"],
-        Preprocessing(**description["preprocessing"]),
-        description["backbone"],
-        description["pooling"],
-        description["project"],
-        SplitRecord.from_plain(split) if split else None,
-    )

@@ -1,8 +1,4 @@
-"""Files of whole models: load and save.
-
-No file runs code when it is opened, and a checkpoint names none: it describes its network in the names
-of `BACKBONES` and `POOLINGS`, numbers and texts.
-"""
+"""Files of whole models: load and save. No file runs code when it is opened."""
 
 import io
 import json
@@ -12,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from bcnn.models.bilinear_cnn import BCNN, build
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.description import build
 from bcnn.models.state_dict import load_state, read_state_dict, validate_state
 from bcnn.models.third_party import from_original, is_original, to_original
 from bcnn.utils.errors import UserError
@@ -25,23 +22,15 @@ def load_model(
     """Load a model, on the CPU and in evaluation mode.
 
     Args:
-        path: a checkpoint, or a state dict of the original or of HaoMood's bilinear-cnn: `.ckpt`,
-            `.safetensors`, `.pth` or `.pt`.
+        path: a checkpoint, or a state dict of the original or of HaoMood's bilinear-cnn.
         classes: names for the classes of a state dict of theirs; by default "0", "1", ….
         normalization: of a state dict of theirs, "imagenet" (the default) or "imagenet_features".
-
-    Raises:
-        OSError: the file cannot be opened.
-        UserError: it is damaged, or does not hold a bilinear CNN.
     """
     tensors, about = read_state_dict(path)
     if is_original(tensors):
         tensors, about = from_original(tensors, path, classes, normalization)
     elif not {"classes", "preprocessing"} <= about.keys():
-        raise UserError(
-            f"{path} holds no bilinear CNN with its description; features alone go to "
-            f"model.weights={path}"
-        )
+        raise UserError(f"{path} does not describe a bilinear CNN: features alone go to model.weights")
     try:
         with torch.device("meta"):  # no memory before the whole network is known to be in the file
             expected = build(about).state_dict()

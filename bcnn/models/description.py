@@ -1,33 +1,43 @@
-"""Checks of what a checkpoint says about its network."""
+"""Build a network from the description in a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
+from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.errors import UserError
 
 LARGEST = 8192  # px, of the short side of a resized image: a larger one takes gigabytes
 
 
-def validate_description(description: Mapping[str, Any]) -> None:
-    """Raise UserError for what would silently give another network, or ask for any amount of memory.
+def build(description: Mapping[str, Any]) -> BCNN:
+    """Build the network that `BCNN.description` describes, with new weights.
 
-    Other wrong values fail loudly: missing parts, unknown names, options that a class does not have.
+    Raises:
+        UserError: a value would silently give another network, or take any amount of memory.
     """
     classes, split = description["classes"], description["split"]
     preprocessing = Preprocessing(**description["preprocessing"])
     size, crop_pct = preprocessing.size, preprocessing.crop_pct
-    if not _is_texts(classes) or not 0 < len({*classes}) == len(classes):
-        raise UserError("its classes should be distinct texts")
-    if type(size) is not int or type(crop_pct) not in (int, float):
-        raise UserError("its preprocessing.size and crop_pct should be numbers")
-    if not (size >= 1 and 0 < crop_pct <= 1 and size <= LARGEST * crop_pct):
-        raise UserError(f"its preprocessing should crop a share of at most {LARGEST} px")
-    for name, kind in (("resize", Resize), ("interpolation", Interpolation)):
-        if getattr(preprocessing, name) not in get_args(kind):
-            raise UserError(f"its preprocessing.{name} should be one of {', '.join(get_args(kind))}")
-    if split and not all(_is_texts(split[name]) for name in ("train", "val", "test")):
-        raise UserError("its split should be lists of digests")
+    valid = {
+        "classes": _is_texts(classes) and 0 < len({*classes}) == len(classes),
+        "size": type(size) is int and size > 0,
+        "crop_pct": type(crop_pct) in (int, float) and 0 < crop_pct <= 1 and size <= LARGEST * crop_pct,
+        "resize": preprocessing.resize in get_args(Resize),
+        "interpolation": preprocessing.interpolation in get_args(Interpolation),
+        "split": not split or all(_is_texts(split[name]) for name in ("train", "val", "test")),
+    }
+    if wrong := [name for name, is_valid in valid.items() if not is_valid]:
+        raise UserError(f"its description has no valid {', '.join(wrong)}")
+    return BCNN(
+        classes,
+        preprocessing,
+        description["backbone"],
+        description["pooling"],
+        description["project"],
+        SplitRecord.from_plain(split) if split else None,
+    )
 
 
 def _is_texts(value: Any) -> bool:

@@ -37,19 +37,17 @@ def export_model(
     Args:
         model: on the CPU, in evaluation mode.
         path: a file that does not agree with the model never gets this name.
-        format: a key of `FORMATS`.
         softmax: give probabilities instead of logits (onnx and pt2).
         images: files to compare the outputs on; none: random images.
         progress: wraps the batches of the comparison, as to show a bar.
 
     Returns:
         The largest difference between the outputs, and the largest output.
-
-    Raises:
-        UserError: the outputs differ, or the format has no form of the model.
     """
     write, read = FORMATS[format]
     path = Path(path)
+    if softmax and read is load_model:
+        raise UserError("softmax is for format onnx and pt2: a state dict holds no layers")
     with tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as folder:
         file = Path(folder, path.name)
         with warnings.catch_warnings():
@@ -136,16 +134,10 @@ def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
     return torch.export.export(_network(model, softmax), (example,), dynamic_shapes=batch)
 
 
-def _write_weights(model: BCNN, path: Path, softmax: bool) -> None:
-    if softmax:
-        raise UserError("softmax is for format onnx and pt2: a state dict holds no layers")
-    save_model(model, path)
-
-
 # How to write each format, and how to load it as a network.
 FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Network]]] = {
     "onnx": (_write_onnx, _read_onnx),
     "pt2": (_write_pt2, lambda path: torch.export.load(path).module()),
-    "pth": (_write_weights, load_model),
-    "safetensors": (_write_weights, load_model),
+    "pth": (lambda model, path, softmax: save_model(model, path), load_model),
+    "safetensors": (lambda model, path, softmax: save_model(model, path), load_model),
 }

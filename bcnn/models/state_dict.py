@@ -21,11 +21,7 @@ PREFIXES = ("module.", "model.")  # put before the names by DataParallel, and by
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a file by name, and the description or the metadata beside them.
 
-    Args:
-        path: `.safetensors`, or what `torch.save` writes: a state dict, bare or in a dictionary.
-
     Raises:
-        OSError: the file cannot be opened.
         UserError: it is damaged, compressed, or holds more than tensors and plain values.
     """
     path = Path(path).expanduser()
@@ -43,14 +39,12 @@ def validate_state(
 ) -> None:
     """Raise UserError unless all tensors expected are there, of their shape and kind of number."""
     for name, tensor in expected.items():
-        found = tensors.get(name)
-        if found is None:
-            raise UserError(f"{path} is of another network: it has no {name}")
         dtypes = FLOATS if tensor.is_floating_point() else {tensor.dtype}
-        if found.shape != tensor.shape or found.dtype not in dtypes:
+        found = tensors.get(name)
+        if found is None or found.shape != tensor.shape or found.dtype not in dtypes:
             raise UserError(
-                f"{path} is of another network: {name} is {found.dtype} of shape {tuple(found.shape)}, "
-                f"expected {tensor.dtype} of {tuple(tensor.shape)}"
+                f"{path} is of another network: it has no {name} of shape {tuple(tensor.shape)} and "
+                f"{'floating point' if tensor.is_floating_point() else tensor.dtype}"
             )
 
 
@@ -72,7 +66,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata() or {}
-    return tensors, dict(json.loads(about["bcnn"])) if "bcnn" in about else about
+    return tensors, dict(json.loads(about["bcnn"]) if "bcnn" in about else about)
 
 
 def _pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,4 @@
-"""State dicts of the two-script original and of HaoMood's bilinear-cnn, in and out.
-
-Both have VGG-16's features and a classifier on the whole pooled matrix, 262,144 wide.
-"""
+"""State dicts of the two-script original and of HaoMood's bilinear-cnn, in and out."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -32,18 +29,11 @@ def from_original(
     classes: list[str] | None = None,
     normalization: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of a `BCNN` with the same logits, and its description; see `load_model`.
-
-    Raises:
-        UserError: the classifier is not of floating point on a 512 × 512 matrix, or of other classes.
-    """
+    """Return the state of a `BCNN` with the same logits, and its description; see `load_model`."""
     name = next(name for name in CLASSIFIERS if f"{name}.weight" in tensors)
     weight = tensors[f"{name}.weight"]
     if weight.ndim != 2 or weight.shape[1] != CHANNELS**2 or not weight.is_floating_point():
-        raise UserError(
-            f"{path}: {name}.weight is {weight.dtype} of shape {tuple(weight.shape)}, expected "
-            f"floating point of (classes, {CHANNELS**2}): it was trained with another pooling"
-        )
+        raise UserError(f"{path}: {name}.weight is not of floating point on {CHANNELS**2} inputs")
     if classes and len(classes) != len(weight):
         raise UserError(
             f"{path} was trained on {len(weight)} classes, the images have {len(classes)}: train "
@@ -71,9 +61,6 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
 
     The original normalises images as torchvision's IMAGENET1K_V1. Another normalisation is folded into
     the first convolution, exactly but for the outermost pixels: their padding is zero under either.
-
-    Raises:
-        UserError: the model has another backbone or pooling, or a projection.
     """
     chosen = {**model.chosen, "pooling": {"root": "signed", **model.chosen["pooling"]}}
     if chosen != {**DEFAULT, "pooling": {"name": "bilinear", "root": "signed"}, "project": None}:

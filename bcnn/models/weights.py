@@ -15,14 +15,9 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
     """Load the weights of a new model's backbone, and set the normalisation that belongs to them.
 
     Args:
-        model: changed in place.
-        weights: one of the backbone's `weights`, to download ("imagenet" and "imagenet_features",
-            torchvision's IMAGENET1K_V1 and IMAGENET1K_FEATURES, for vgg16; "pretrained" for timm);
-            "random", to keep the initialisation; or a file, under the backbone's names or its authors'.
+        weights: one of the backbone's `weights`, to download; "random", to keep the initialisation; or
+            a file, under the backbone's names or its authors'.
         normalization: "imagenet" or "imagenet_features", for a file that leaves it open.
-
-    Raises:
-        UserError: there are no such weights, they are of another network, or of unknown normalisation.
     """
     backbone = model.backbone
     if weights == "random":

@@ -1,9 +1,8 @@
-"""Attribution: what the shares sum to, what autograd says, and where they lie."""
+"""Attribution: what the shares sum to, and what autograd says."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_near_sighted
 from torch import Tensor, nn
 
 from bcnn.data.transforms import Preprocessing
@@ -64,39 +63,3 @@ def test_shares_are_float32_under_autocast(model: BCNN, images: Tensor) -> None:
         logits = single(images.float())[torch.arange(3), TARGET]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.sum((1, 2)), logits, rtol=1e-4, atol=1e-4)
-
-
-def test_maps_of_zeros_have_no_shares(model: BCNN) -> None:
-    assert not shares(model, torch.zeros(3, 512, 2, 2).double(), TARGET).any()
-
-
-def marked(label: int, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
-    """A grey, noisy image with a mark of 16 px in one cell of its 4 × 4: red (0) or blue (1)."""
-    image = 0.5 + 0.05 * torch.randn(3, 64, 64, generator=generator)
-    row, column = torch.randint(4, (2,), generator=generator).tolist()
-    colour = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.9]][label])
-    image[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = colour[:, None, None]
-    return image.clamp(0, 1), (row, column)
-
-
-def test_the_mark_that_decides_between_two_classes_is_found() -> None:
-    torch.manual_seed(0)
-    model = BCNN(["red", "blue"], Preprocessing(64))
-    make_near_sighted(model)
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(48) % 2
-    images, cells = zip(*(marked(int(label), generator) for label in labels), strict=True)
-    batch = torch.stack(images)
-    with torch.no_grad():
-        descriptors = model.descriptor(batch[:32])
-        mean = descriptors.mean(dim=0)
-        model.head.center_on(mean)
-        # Least squares: the weights are a combination of the descriptors.
-        centered = descriptors - mean
-        signs = 1.0 - 2 * labels[:32]
-        weight = torch.linalg.lstsq(centered, signs[:, None], driver="gelsd").solution[:, 0]
-        model.head.weight.copy_(torch.stack([weight, -weight]))
-        held_out = batch[32:]
-        assert (model(held_out).argmax(1) == labels[32:]).all()
-    found = evidence(model, held_out, labels[32:], 1 - labels[32:]).flatten(1).argmax(dim=1)
-    assert [divmod(int(k), 4) for k in found] == list(cells[32:])

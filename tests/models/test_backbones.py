@@ -85,8 +85,3 @@ def test_neither_checkpointing_nor_compiling_changes_a_gradient(
 def test_a_projection_to_another_number_of_channels_is_refused(project: Any) -> None:
     with pytest.raises(UserError, match=rf"model\.project={project}: .* from 1 to 512"):
         make_backbone("vgg16", project=project)
-
-
-def test_an_unknown_name_lists_the_others() -> None:
-    with pytest.raises(UserError, match=r"there is no backbone vgg61: choose from vgg16, timm"):
-        make_backbone("vgg61")

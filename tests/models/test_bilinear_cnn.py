@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.attribution import evidence
@@ -66,25 +67,13 @@ class OriginalNet(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-            if width:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-            else:
-                layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
+        self.features = make_layers(cfgs["D"])[:-1]
         self.classifiers = nn.Sequential(nn.Linear(512**2, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        n = x.shape[2] * x.shape[3]
-        x = x.reshape(len(x), 512, n)
-        x = torch.bmm(x, x.transpose(1, 2)) / n
-        x = x.reshape(len(x), -1)
-        x = F.normalize(torch.sign(x) * torch.sqrt(torch.abs(x) + 1e-10))
-        return self.classifiers(x)
+        x = self.features(x).flatten(2)
+        x = (torch.bmm(x, x.transpose(1, 2)) / x.shape[2]).flatten(1)
+        return self.classifiers(F.normalize(torch.sign(x) * torch.sqrt(torch.abs(x) + 1e-10)))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 48, 64), (2, 3, 77, 33)])

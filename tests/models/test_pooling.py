@@ -10,11 +10,6 @@ from bcnn.models.pooling import POOLINGS, make_pooling
 from bcnn.models.pooling.bilinear import Bilinear, pack, packed_size, unpack
 from bcnn.utils.errors import UserError
 
-
-def bilinear_descriptor(maps: Tensor) -> Tensor:
-    return Bilinear(maps.shape[1])(maps)
-
-
 SHAPES = [(1, 4, 2, 2), (3, 7, 5, 3), (2, 16, 1, 6)]
 
 
@@ -42,48 +37,10 @@ def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 def test_descriptor_is_the_packed_form_of_the_original_formula(shape: tuple[int, ...]) -> None:
     x = features(shape)
     full = plain_full_descriptor(x).view(shape[0], shape[1], shape[1])
-    packed = bilinear_descriptor(x)
+    packed = Bilinear(shape[1])(x)
     assert packed.shape == (shape[0], packed_size(shape[1]))
     torch.testing.assert_close(unpack(packed), full, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(packed, pack(full), rtol=1e-13, atol=1e-15)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_packed_head_gives_the_same_logits_and_gradients_at_the_features(
-    shape: tuple[int, ...],
-) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(5, shape[1] ** 2, generator=generator, dtype=torch.float64)
-    packed_weight = pack(weight.view(5, shape[1], shape[1]))
-    for_full, for_packed = features(shape).requires_grad_(), features(shape).requires_grad_()
-    full_logits = F.linear(F.normalize(_full(for_full)), weight)
-    packed_logits = F.linear(bilinear_descriptor(for_packed), packed_weight)
-    torch.testing.assert_close(packed_logits, full_logits, rtol=1e-12, atol=1e-13)
-    targets = torch.zeros(shape[0], dtype=torch.long)
-    F.cross_entropy(full_logits, targets).backward()
-    F.cross_entropy(packed_logits, targets).backward()
-    torch.testing.assert_close(for_packed.grad, for_full.grad, rtol=1e-11, atol=1e-13)
-
-
-def test_packed_head_follows_the_same_sgd_trajectory() -> None:
-    x, targets = features((12, 6, 3, 3)), torch.arange(12) % 3
-    full_rows, packed_rows = F.normalize(_full(x)), bilinear_descriptor(x)
-    full = torch.nn.Linear(36, 3, dtype=torch.float64)
-    packed = torch.nn.Linear(21, 3, dtype=torch.float64)
-    with torch.no_grad():
-        packed.weight.copy_(pack(full.weight.view(3, 6, 6)))
-        packed.bias.copy_(full.bias)
-    losses: list[list[float]] = [[], []]
-    for history, head, rows in zip(losses, (full, packed), (full_rows, packed_rows), strict=True):
-        sgd = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-2)
-        for _ in range(100):
-            sgd.zero_grad()
-            loss = F.cross_entropy(head(rows), targets)
-            loss.backward()
-            sgd.step()
-            history.append(loss.item())
-    assert losses[0][-1] < losses[0][0]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
 
 
 def test_pack_and_unpack_are_inverse_and_keep_inner_products() -> None:
@@ -93,47 +50,30 @@ def test_pack_and_unpack_are_inverse_and_keep_inner_products() -> None:
     torch.testing.assert_close((pack(a) * pack(b)).sum(1), (a * b).sum((1, 2)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 @pytest.mark.parametrize("name", POOLINGS)
-def test_float32_gradients_agree_with_float64_with_dead_channels(name: str, scale: float) -> None:
-    pool = make_pooling(24, name)
-    x = features((2, 24, 5, 5)).relu() * scale
-    x[:, ::3] = 0
-    exact = x.clone().requires_grad_()
-    single = x.float().requires_grad_()
-    direction = features((2, pool.width), seed=2)
-    (pool(exact) * direction).sum().backward()
-    with torch.autocast("cpu", dtype=torch.float16):
-        loss = (pool(single) * direction.float()).sum()
-    loss.backward()
-    assert exact.grad is not None and single.grad is not None
-    error = (single.grad.double() - exact.grad).norm() / exact.grad.norm()
-    assert error < (2e-4 if name == "newton_schulz" else 1e-5)  # rounding is 1/SMALLEST as large
-
-
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
-@pytest.mark.parametrize("name", POOLINGS)
-def test_gradients_through_float16_features_and_a_scaled_loss_agree_with_float64(
-    name: str, scale: float
+def test_gradients_through_features_of_low_precision_and_a_scaled_loss_agree_with_float64(
+    name: str, scale: float, dtype: torch.dtype
 ) -> None:
     pool = make_pooling(24, name)
     x = features((4, 24, 5, 5)).relu() * scale
     x[:, ::3] = 0  # dead channels
     x[0] = 0  # an all-zero map
-    half = x.half()
-    exact = half.double().requires_grad_()  # what the features are in float16, seen in float64
-    half.requires_grad_()
+    low = x.to(dtype)
+    exact = low.double().requires_grad_()  # the same numbers
+    low.requires_grad_()
     direction = features((4, pool.width), seed=2) * scale  # so that no gradient underflows
     (pool(exact) * direction).sum().backward()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     with torch.autocast("cpu", dtype=torch.float16):
-        loss = (pool(half) * direction.float()).sum()
-    scaler.scale(loss).backward()
-    assert exact.grad is not None and half.grad is not None
-    found = half.grad.double() / scaler.get_scale()
+        loss = (pool(low) * direction.float()).sum() * 2**8
+    loss.backward()
+    found = low.grad.double() / 2**8
     error = (found - exact.grad).norm() / exact.grad.norm()
     assert torch.isfinite(found).all() and not found[0].any()
-    assert error < 2**-10  # float16 rounds each entry of the gradient once
+    # float16 rounds each entry of the gradient once; newton_schulz's rounding is 1/SMALLEST as large.
+    single = 2e-4 if name == "newton_schulz" else 1e-5
+    assert error < (2**-10 if dtype == torch.float16 else single)
 
 
 # Entries of the upper triangle of (1, 2, 3)ᵀ(1, 2, 3), row by row. Stored weights rely on the order.
@@ -220,7 +160,7 @@ def test_the_root_has_an_exact_form_in_onnx_for_its_own_power_alone() -> None:
     root = make_pooling(4, "sqrt", centred=True, root="signed")
     x = features((2, 4, 3, 3))
     torch.testing.assert_close(root.exportable()(x), root(x), rtol=0, atol=1e-2)
-    with pytest.raises(UserError, match=r"no form of the pooling sqrt with power=0\.25: export to pt2"):
+    with pytest.raises(UserError, match=r"no form of the pooling sqrt with power=0\.25: use pt2"):
         make_pooling(4, "sqrt", power=0.25).exportable()
 
 
@@ -279,9 +219,3 @@ def test_democratic_weights_equalise_contributions(gamma: float) -> None:
         np.testing.assert_allclose(matrix, plain, rtol=1e-10, atol=1e-14)
         contribution = weights * (kernel @ weights)
         np.testing.assert_allclose(contribution, np.where(alone > 0, alone**gamma, 0), rtol=0.05)
-
-
-def _full(x: Tensor) -> Tensor:
-    flat = x.flatten(2)
-    pooled = (flat @ flat.mT / flat.shape[2]).flatten(1)
-    return pooled.sign() * (pooled.abs() + 1e-10).sqrt()

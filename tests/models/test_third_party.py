@@ -41,20 +41,6 @@ def test_the_originals_layout_has_the_same_logits(model: BCNN, tmp_path: Path, n
         load_model(tmp_path / name, ["a", "b", "c"])
 
 
-def test_another_normalisation_is_folded_into_the_first_convolution(tmp_path: Path) -> None:
-    """Where padding is not seen."""
-    torch.manual_seed(0)
-    other = BCNN(["x", "y"])
-    other.backbone.set_normalization(*normalization_of("imagenet_features"))
-    save_model(other, tmp_path / "original.pth")
-    loaded = load_model(tmp_path / "original.pth")
-    ours, theirs = (each.backbone for each in (other, loaded))
-    maps = [
-        each.features[0]((IMAGES - each.mean) / each.std)[..., 1:-1, 1:-1] for each in (ours, theirs)
-    ]
-    torch.testing.assert_close(maps[0], maps[1], rtol=1e-3, atol=1e-2)
-
-
 def test_a_classifier_that_is_not_symmetric_keeps_its_logits(model: BCNN, tmp_path: Path) -> None:
     state = to_original(model)
     matrix = torch.randn(2, 512, 512)
@@ -86,13 +72,8 @@ def test_checkpoints_of_haomoods_bilinear_cnn(model: BCNN, tmp_path: Path, wrapp
 
 @pytest.mark.parametrize(
     "weight",
-    [
-        torch.zeros(2, 4096),
-        torch.ones(2, 512**2, dtype=torch.int8),
-        torch.full((2, 512**2), torch.nan),
-        torch.ones(1).expand(10**9, 512**2),
-    ],
-    ids=["another pooling", "integers", "nan", "a view"],
+    [torch.zeros(2, 4096), torch.ones(2, 512**2, dtype=torch.int8)],
+    ids=["another pooling", "integers"],
 )
 def test_other_classifiers_are_refused(model: BCNN, tmp_path: Path, weight: Tensor) -> None:
     torch.save({**to_original(model), "classifiers.0.weight": weight}, tmp_path / "odd.pth")

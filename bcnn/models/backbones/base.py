@@ -54,9 +54,6 @@ class Backbone(nn.Module):
 
         Args:
             images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
-
-        Raises:
-            ValueError: the shape is another, or a side is too small or not a multiple of the divisor.
         """
         return self.projection(self.unprojected(images))
 

@@ -26,10 +26,7 @@ class Timm(Backbone):
         self.model = model
         self.network = _create(model)
         self.published: dict[str, Any] = self.network.pretrained_cfg
-        try:
-            self.levels = self.network.prune_intermediate_layers([level], prune_norm=False)
-        except (AttributeError, AssertionError) as error:
-            raise UserError(f"timm's {model} gives no maps of level {level}") from error
+        self.levels = self.network.prune_intermediate_layers([level], prune_norm=False)
         info = self.network.feature_info
         chosen = (info if isinstance(info, list) else info.info)[self.levels[-1]]
         self.channels, self.stride = chosen["num_chs"], chosen["reduction"]
@@ -45,21 +42,13 @@ class Timm(Backbone):
 
     def download(self, weights: str) -> dict[str, Tensor]:
         """Return the weights that timm publishes under the network's name."""
-        return self._state(_create(self.model, pretrained=True))
+        network = _create(self.model, pretrained=True)
+        network.prune_intermediate_layers(self.levels, prune_norm=False)
+        return self.convert(network.state_dict())
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under timm's names, or under those that timm converts, as a state."""
-        options: dict[str, Any] = {}
-        heads = self.published.get("classifier")
-        for head in (heads,) if isinstance(heads, str) else heads or ():
-            if f"{head}.weight" in tensors:
-                options["num_classes"] = len(tensors[f"{head}.weight"])
-        options["pretrained_cfg_overlay"] = {"state_dict": dict(tensors), **options}
-        return self._state(_create(self.model, pretrained=True, **options))
-
-    def _state(self, network: Any) -> dict[str, Tensor]:
-        network.prune_intermediate_layers(self.levels, prune_norm=False)
-        state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+        """Return tensors under timm's names as a state, with the normalisation of the weights."""
+        state = {f"network.{name}": tensor for name, tensor in tensors.items()}
         return {**state, "mean": self.mean, "std": self.std}
 
     def unfreeze_from(self, name: str | None) -> None:
@@ -90,12 +79,8 @@ def _create(model: str, **options: Any) -> Any:
         raise UserError(f"timm has no weights {tag} of {name}: choose from {', '.join(tags)}")
     try:
         return timm.create_model(model, dynamic_img_size=True, **options)
-    except TypeError:  # it has no such option, and needs none unless its input size is fixed
-        network: Any = timm.create_model(model, **options)
-    if network.pretrained_cfg.get("fixed_input_size"):
-        side = network.pretrained_cfg["input_size"][-1]
-        raise UserError(f"timm's {model} takes images of {side} px only: choose another")
-    return network
+    except TypeError:  # most have no such option, and need none
+        return timm.create_model(model, **options)
 
 
 def _layer(parameter: str) -> str:

@@ -16,16 +16,9 @@ PUBLISHED = {
     "imagenet_features": VGG16_Weights.IMAGENET1K_FEATURES,
 }
 
-# Index of each convolution in `VGG16.features`, by its name in the VGG paper.
-# fmt: off
-LAYERS = {
-    "conv1_1": 0, "conv1_2": 2,
-    "conv2_1": 5, "conv2_2": 7,
-    "conv3_1": 10, "conv3_2": 12, "conv3_3": 14,
-    "conv4_1": 17, "conv4_2": 19, "conv4_3": 21,
-    "conv5_1": 24, "conv5_2": 26, "conv5_3": 28,
-}
-# fmt: on
+# Index of each convolution in `VGG16.features`, by its name: each has a ReLU, and each block a pool.
+NAMES = ["1_1", "1_2", "2_1", "2_2", "3_1", "3_2", "3_3", "4_1", "4_2", "4_3", "5_1", "5_2", "5_3"]
+LAYERS = {f"conv{name}": 2 * k + int(name[0]) - 1 for k, name in enumerate(NAMES)}
 
 
 def normalization_of(name: str) -> tuple[Tensor, Tensor]:

@@ -33,16 +33,12 @@ class Democratic(Bilinear):
         mass = x.new_ones(1, x.shape[2]) if mass is None else mass
         # A factor common to all weights does not change the descriptor: features have lengths up to 1.
         unit = x / x.detach().norm(dim=1).amax(dim=1)[:, None, None].clamp_min(1e-24)
-        weight = mass * self._weights((unit.mT @ unit).square(), mass)
-        return (x * weight[:, None]) @ x.mT / x.shape[2]
-
-    def _weights(self, kernel: Tensor, mass: Tensor) -> Tensor:
-        """Return α (batch, locations); a mass stands for so many copies of its location."""
+        kernel = (unit.mT @ unit).square()
         alone = (kernel @ mass[..., None]).squeeze(-1)
         silent = alone <= SILENT
         target = alone.masked_fill(silent, 1) ** self.gamma
-        weights = torch.ones_like(alone)
+        weights = torch.ones_like(alone)  # α; a mass stands for so many copies of its location
         for _ in range(STEPS):
             others = (kernel @ (mass * weights)[..., None]).squeeze(-1).masked_fill(silent, 1)
             weights = (weights * target / others).sqrt()
-        return weights
+        return (x * (mass * weights)[:, None]) @ x.mT / x.shape[2]

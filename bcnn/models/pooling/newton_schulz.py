@@ -24,11 +24,7 @@ SMALLEST = 1e-3
 
 
 class NewtonSchulz(Bilinear):
-    """The pooled matrix's square root, by iteration; for the arguments see `Sqrt`.
-
-    In float32, descriptors are within 1e-3 of those of `Sqrt` (4e-4 on photographs), and within 1e-2
-    where all locations of an image are alike.
-    """
+    """`Sqrt` by iteration: in float32 within 1e-3, or 1e-2 where an image's locations are all alike."""
 
     def __init__(self, channels: int, centred: bool = False, root: str | None = None) -> None:
         super().__init__(channels, root)

@@ -48,10 +48,7 @@ class Sqrt(Bilinear):
 
     def exportable(self) -> NewtonSchulz:
         if self.power != 0.5:
-            raise UserError(
-                f"ONNX has no form of the pooling sqrt with power={self.power}: export to pt2, or "
-                "train with model.pooling.power=0.5"
-            )
+            raise UserError(f"ONNX has no form of the pooling sqrt with power={self.power}: use pt2")
         return NewtonSchulz(self.channels, self.centred, self.root)
 
 
