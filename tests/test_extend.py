@@ -60,7 +60,10 @@ def test_a_backbone_and_a_pooling_train_and_come_back(
     import_module("my_backbone")
     import_module("my_pooling")
     model = load_model(best)
-    assert model.chosen == {"backbone": {"name": "resnet18"}, "pooling": {"name": "average"}}
+    assert (model.chosen["backbone"], model.chosen["pooling"]) == (
+        {"name": "resnet18"},
+        {"name": "average"},
+    )
     assert model.head.weight.shape == (3, 512)
     assert model(torch.rand(1, 3, 64, 96)).isfinite().all()
 
