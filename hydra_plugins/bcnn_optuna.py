@@ -35,19 +35,24 @@ class OptunaSweeper(BasicSweeper):
         self.n_trials, self.n_jobs, self.seed = n_trials, n_jobs, seed
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run jobs until there are `n_trials`.
-
-        Raises:
-            UserError: Optuna is not installed, or no option has several values.
-        """
+        """Run jobs until there are `n_trials`."""
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend
         except ModuleNotFoundError as error:
             raise UserError("hparams_search=optuna needs Optuna: pip install optuna") from error
-        assert self.config is not None
+        assert self.config and self.hydra_context and self.launcher
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        given = {each.get_key_element(): each for each in overrides}  # the last of an option counts
+        space = {name: _distribution(each) for name, each in given.items() if each.is_sweep_override()}
+        fixed = [f"{k}={v.get_value_element_as_str()}" for k, v in given.items() if k not in space]
+        if not space:
+            raise UserError(
+                "hparams_search=optuna has nothing to search: give an option several values, such as "
+                "data.size=224,448 or 'last.optimizer.lr=tag(log,interval(0.1,30))'"
+            )
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        fixed, space = self._parse(arguments)
         folder = Path(self.config.hydra.sweep.dir)
         OmegaConf.save(self.config, folder / COMMAND)
         study = optuna.create_study(
@@ -57,22 +62,16 @@ class OptunaSweeper(BasicSweeper):
             load_if_exists=True,
         )
         while trials := self._next_trials(study, space):
-            self._run(study, trials, fixed)
-
-    def _parse(self, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-        """Return the overrides that all jobs share, and the distributions of the swept options."""
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        given = {override.get_key_element(): override for override in overrides}
-        space = {name: _distribution(each) for name, each in given.items() if each.is_sweep_override()}
-        if not space:
-            raise UserError(
-                "hparams_search=optuna has nothing to search: give an option several values, such as "
-                "data.size=224,448 or 'last.optimizer.lr=tag(log,interval(0.1,30))'"
-            )
-        fixed = {name: each for name, each in given.items() if name not in space}
-        return [f"{name}={each.get_value_element_as_str()}" for name, each in fixed.items()], space
+            jobs = [
+                [*fixed, *(f"{name}={_text(value)}" for name, value in trial.params.items())]
+                for trial in trials
+            ]
+            self.validate_batch_is_legal(jobs)
+            returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+            for trial, job in zip(trials, returns, strict=True):
+                failed = math.isnan(value := float(job.return_value))
+                state = optuna.trial.TrialState.FAIL if failed else None
+                study.tell(trial.number, None if failed else value, state)
 
     def _next_trials(self, study: Any, space: dict[str, Any]) -> list[Any]:
         """Return the trials that an interruption left unfinished, then new ones; `n_jobs` at most."""
@@ -86,21 +85,6 @@ class OptunaSweeper(BasicSweeper):
             study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.n_jobs > 1)
             study.ask(space)
         return list(study.get_trials(states=unfinished)[:count])
-
-    def _run(self, study: Any, trials: list[Any], fixed: list[str]) -> None:
-        """Run a job for each trial, and report the results to the study."""
-        assert self.launcher is not None
-        jobs = [
-            [*fixed, *(f"{name}={_text(value)}" for name, value in trial.params.items())]
-            for trial in trials
-        ]
-        self.validate_batch_is_legal(jobs)
-        returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
-        for trial, job in zip(trials, returns, strict=True):
-            failed = math.isnan(value := float(job.return_value))
-            study.tell(
-                trial.number, None if failed else value, type(trial.state).FAIL if failed else None
-            )
 
 
 def _distribution(override: Override) -> Any:

@@ -1,8 +1,7 @@
 """Attribution of an image: which locations add to the logit of a class, and how that is drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from matplotlib.cm import ScalarMappable
@@ -47,12 +46,19 @@ class Seen:
         """(classes,), in float32, on the CPU; nan where a logit is not finite."""
         return softmax(self.logits)
 
-    def resized(self, side: int) -> Self:
-        """Return the same with the image's long side at `side` pixels."""
+    def drawn(self, side: int, shares: Tensor | None = None, limit: float = 1.0) -> Image.Image:
+        """Return the image with the crop framed, its long side at `side` pixels.
+
+        Args:
+            shares: (h, w) to lay over it, the full colour at `limit`; see `overlay`.
+        """
         scale = side / max(self.image.size)
         width, height = (max(1, round(edge * scale)) for edge in self.image.size)
         image = self.image.resize((width, height), Image.Resampling.LANCZOS)
-        return replace(self, image=image, crop=scaled(self.crop, scale), box=scaled(self.box, scale))
+        if shares is not None:
+            image = overlay(image, scaled(self.box, scale), shares.numpy(), limit)
+        return framed(image, scaled(self.crop, scale))
+
 
 @dataclass(frozen=True)
 class Explanation(Seen):
@@ -73,12 +79,7 @@ class Explanation(Seen):
 
 @torch.no_grad()
 def see(model: BCNN, image: Image.Image) -> Seen:
-    """Pass an image through the network, in the fastest precision of the model's device.
-
-    Args:
-        model: as `load_model` returns it, on any device.
-        image: upright, RGB, as `load_image` returns it.
-    """
+    """Pass an upright RGB image through the network, in the fastest precision of the model's device."""
     device = model.head.bias.device
     with autocast(device):
         maps = model.backbone(model.preprocessing.evaluation()(image)[None].to(device))
@@ -94,10 +95,9 @@ def see(model: BCNN, image: Image.Image) -> Seen:
 def explain(
     model: BCNN, image: Image.Image, target: int | None = None, against: int | None = None
 ) -> Explanation:
-    """Return the attribution of a class on an image, in the fastest precision of the model's device.
+    """Return the attribution of a class on an image; see `see`.
 
     Args:
-        model, image: as for `see`.
         target: label to explain; None: the most probable class that is not `against`.
         against: label to compare it with; None: the most probable other class.
     """
@@ -107,13 +107,11 @@ def explain(
         target = next(label for label in likeliest if label != against)
     if against is None:
         against = next(label for label in likeliest if label != target)
-    one, other = (torch.tensor([label], device=seen.logits.device) for label in (target, against))
+    one, other = torch.tensor([[target], [against]], device=seen.logits.device)
+    evidence = shares(model, seen.maps, one)[0].cpu()
+    contrast = shares(model, seen.maps, one, other)[0].cpu()
     return Explanation(
-        **vars(seen),
-        target=target,
-        against=against,
-        evidence=shares(model, seen.maps, one)[0].cpu(),
-        contrast=shares(model, seen.maps, one, other)[0].cpu(),
+        **vars(seen), target=target, against=against, evidence=evidence, contrast=contrast
     )
 
 
@@ -122,25 +120,22 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
 
     The title is the name of the image, above its most probable classes.
     """
-    found, top = explanation.resized(SIDE), explanation.probabilities.topk(min(3, len(classes)))
+    found, top = explanation, explanation.probabilities.topk(min(3, len(classes)))
+    likeliest = ", ".join(f"{classes[k]} {share:.1%}" for share, k in zip(*top, strict=True))
     target, against = classes[found.target], classes[found.against]
-    likeliest = ", ".join(
-        f"{classes[label]} {share:.1%}"
-        for label, share in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    )
     maps = [
         (f"{target}\n{found.evidence.sum():+.2f} logits", found.evidence),
         (f"{target}\nrather than {against}: {found.contrast.sum():+.2f} logits", found.contrast),
     ]
-    width, height = found.image.size
-    figure = Figure(figsize=(width / 50 + 1.5, height / 150 + 1.2), layout="constrained")
+    crop = found.drawn(SIDE)
+    figure = Figure(figsize=(crop.width / 50 + 1.5, crop.height / 150 + 1.2), layout="constrained")
     figure.suptitle(printable_lines(f"{name}\n{likeliest}"), fontsize=11, parse_math=False)
     axes = figure.subplots(1, 3)
-    axes[0].imshow(framed(found.image, found.crop))
+    axes[0].imshow(crop)
     axes[0].set_title("input crop", fontsize=10)
     for panel, (title, values) in zip(axes[1:], maps, strict=True):
         limit = float(values.abs().max()) or 1.0
-        panel.imshow(framed(overlay(found.image, found.box, values.numpy(), limit), found.crop))
+        panel.imshow(found.drawn(SIDE, values, limit))
         panel.set_title(printable_lines(title), fontsize=10, parse_math=False)
         scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
         figure.colorbar(scale, ax=panel, label="logits per location", shrink=0.9, format="%+.2g")
@@ -155,8 +150,6 @@ def explain_mistakes(
     """Draw the attributions of the predicted and of the true class, on one colour scale per image.
 
     Args:
-        model: whose predictions these are, in evaluation mode, on any device.
-        predictions: of labelled images.
         mistakes: indices of the misclassified images to draw, which are the keys of the result.
         side: the long side of the pictures in pixels.
     """
@@ -164,11 +157,8 @@ def explain_mistakes(
     for index in track(mistakes, "explaining mistakes"):
         image = load_image(predictions.paths[index], model.preprocessing.side)
         predicted, truth = int(predictions.predicted[index]), int(predictions.labels[index])
-        found = explain(model, image, predicted, against=truth).resized(side)
-        maps = found.evidence, found.evidence - found.contrast
-        limit = max(float(each.abs().max()) for each in maps) or 1.0
-        wrong, right = (
-            framed(overlay(found.image, found.box, each.numpy(), limit), found.crop) for each in maps
-        )
-        pictures[index] = (wrong, right)
+        found = explain(model, image, predicted, against=truth)
+        wrong, right = found.evidence, found.evidence - found.contrast
+        limit = float(torch.stack([wrong, right]).abs().max()) or 1.0
+        pictures[index] = (found.drawn(side, wrong, limit), found.drawn(side, right, limit))
     return pictures

@@ -26,7 +26,7 @@ NOT_FINITE = (
 
 
 def open_model(path: Path, classes: list[str] | None = None) -> BCNN:
-    """Load a model as `load_model` does, with a warning about what its file leaves open."""
+    """Load a model by `load_model`, with a warning about what its file leaves open."""
     model = load_model(path, classes)
     if model.assumed:
         logger.warning(model.assumed)
@@ -40,7 +40,6 @@ def probabilities(
     """Return class probabilities of images or stored descriptors.
 
     Args:
-        model: on any device.
         inputs: images as a backbone takes them, or descriptors (batch, width).
         precision: Lightning's name; None: the fastest of the model's device.
         mirror: average the logits of each image and its mirror image.
@@ -51,7 +50,7 @@ def probabilities(
     device = model.head.bias.device
     with autocast(device, precision):
         x = inputs.to(device)
-        logits: Tensor = model.head(x) if x.ndim == 2 else model(x)
+        logits = model.head(x) if x.ndim == 2 else model(x)
         if mirror:
             logits = (logits + model(x.flip(-1))) / 2
     return softmax(logits)
@@ -77,16 +76,13 @@ def predict_paths(
     An image that cannot be read yields a `Prediction` with an error, and the others follow.
 
     Args:
-        model: as `load_model` returns it, on any device, whose fastest precision is used.
-        paths: of the images.
         top: classes per image, at most all.
         batch: images per forward pass; None: what is fastest.
         workers: processes that decode; None: see `default_workers`.
         mirror: see `probabilities`.
     """
     device = model.head.bias.device.type
-    if workers is None:
-        workers = default_workers()
+    workers = default_workers() if workers is None else workers
     if batch is None:
         # Maps of many images slow down a CPU in float32, which allocates their memory page by page.
         batch = 2 if device == "cpu" and fastest_precision(device) == "32-true" else 16
@@ -98,14 +94,12 @@ def predict_paths(
     )
     for names, errors, images in loader:
         found = probabilities(model, images, mirror=mirror).topk(min(top, len(model.classes)))
-        labels, values = found.indices.tolist(), found.values.tolist()
-        for path, error, likeliest, shares in zip(names, errors, labels, values, strict=True):
-            if not error and math.isnan(shares[0]):
-                error = NOT_FINITE
-            if error:
-                yield Prediction(path, error=error)
+        for path, error, shares, labels in zip(names, errors, *map(Tensor.tolist, found), strict=True):
+            if error or math.isnan(shares[0]):
+                yield Prediction(path, error=error or NOT_FINITE)
             else:
-                yield Prediction(path, [model.classes[label] for label in likeliest], shares)
+                names = [model.classes[label] for label in labels]
+                yield Prediction(path, list(zip(names, shares, strict=True)))
 
 
 def predict_split(
@@ -118,11 +112,10 @@ def predict_split(
     """Return the model's class probabilities for labelled images, with a progress bar.
 
     Args:
-        model: on any device; left in evaluation mode.
+        model: left in evaluation mode.
         samples: (path, label) of the images, in the order of `batches`.
-        batches: of (inputs, labels); inputs are images, or stored descriptors, which skip the backbone.
-        precision: Lightning's name; None: the fastest of the device.
-        mirror: see `probabilities`; of images only.
+        batches: of (inputs, labels).
+        precision, mirror: see `probabilities`, as for the inputs.
 
     Raises:
         UserError: the model's outputs for an image are not finite.
@@ -143,8 +136,7 @@ class _ImageFiles(Dataset[tuple[str, str, Tensor]]):
     """(path, error, image); an image that cannot be read has an error, and is black."""
 
     def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
-        self.paths = paths
-        self.preprocessing = preprocessing
+        self.paths, self.preprocessing = paths, preprocessing
         self.transform = preprocessing.evaluation()
 
     def __len__(self) -> int:

@@ -32,14 +32,6 @@ NAMES = {
     "nll": "negative log-likelihood",
 }
 
-MEANINGS = {
-    "top1": "of the images are classified correctly",
-    "top5": "of the images have their class among the five most probable",
-    "macro_top1": "top-1 with every class weighted equally, however few its images",
-    "ece": "mean difference between confidence and accuracy; 0 is best",
-    "nll": "mean of −ln p of the true class; 0 is best, confident mistakes cost most",
-}
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -65,10 +57,9 @@ class ClassMetrics:
 def headline(predictions: Predictions) -> dict[str, Estimate]:
     """Return the metrics of all images, by the keys of `NAMES`."""
     labels, count = predictions.labels, len(predictions.classes)
-    top5 = multiclass_accuracy(
-        predictions.probabilities, labels, count, top_k=min(5, count), average="micro"
-    )
-    ece = multiclass_calibration_error(predictions.probabilities, labels, count, BINS)
+    shares = predictions.probabilities
+    top5 = multiclass_accuracy(shares, labels, count, top_k=min(5, count), average="micro")
+    ece = multiclass_calibration_error(shares, labels, count, BINS)
     correct = predictions.correct.double().numpy()
     tiny = torch.finfo(torch.float32).tiny
     nll = -predictions.true_probability.double().clamp_min(tiny).log().numpy()
@@ -92,10 +83,8 @@ def as_text(key: str, estimate: Estimate) -> tuple[str, str]:
     """Format value and interval: "nll" as a number, others in percent, "–" for unknown."""
     form = "{:.3f}" if key == "nll" else "{:.1%}"
     value, low, high = (form.format(x) for x in (estimate.value, estimate.low, estimate.high))
-    return (
-        "–" if math.isnan(estimate.value) else value,
-        "–" if math.isnan(estimate.low) else f"{low} – {high}",
-    )
+    interval = "–" if math.isnan(estimate.low) else f"{low} – {high}"
+    return "–" if math.isnan(estimate.value) else value, interval
 
 
 def per_class(predictions: Predictions) -> list[ClassMetrics]:
@@ -103,24 +92,19 @@ def per_class(predictions: Predictions) -> list[ClassMetrics]:
     confusion, names = predictions.confusion, predictions.classes
     mistakes, others = (confusion - confusion.diag().diag()).max(dim=1)
     counts = (confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag(), mistakes, others)
-    rows = zip(names, *(count.tolist() for count in counts), strict=True)
-    return [
-        ClassMetrics(
-            name,
-            images,
-            predicted,
-            proportion(hits, images),
-            proportion(hits, predicted),
-            f"{names[other]} ({mistaken})" if mistaken else "",
-        )
-        for name, images, predicted, hits, mistaken, other in rows
-    ]
+    found = []
+    for name, *row in zip(names, *(count.tolist() for count in counts), strict=True):
+        images, predicted, hits, mistaken, other = row
+        recall, precision = proportion(hits, images), proportion(hits, predicted)
+        mistaken_for = f"{names[other]} ({mistaken})" if mistaken else ""
+        found.append(ClassMetrics(name, images, predicted, recall, precision, mistaken_for))
+    return found
 
 
 def calibration(predictions: Predictions) -> tuple[Array, Array, Array]:
     """Return images, mean confidence and accuracy of `BINS` equal parts of 0..1, without empty ones."""
-    confidence, correct = predictions.confidence.double().numpy(), predictions.correct.double().numpy()
-    values = [np.ones_like(confidence), confidence, correct]
+    confidence = predictions.confidence.double().numpy()
+    values = [np.ones_like(confidence), confidence, predictions.correct.numpy()]
     sums = stats.binned_statistic(confidence, values, "sum", BINS, (0, 1)).statistic
     images, confidences, hits = sums[:, sums[0] > 0]
     return images, confidences / images, hits / images
@@ -140,10 +124,6 @@ def weighted_proportion(correct: Array, weights: Array) -> Estimate:
     The effective number of images is that of as many equal ones with the same variance (Korn &
     Graubard, Survey Methodology 24, 1998), at most (Σw)² / Σw² (Kish, "Survey Sampling", 1965), which
     is all of them where weights are equal. It is no integer, which `scipy.stats.binomtest` asks for.
-
-    Args:
-        correct: (images,) 0 or 1.
-        weights: (images,), above 0.
     """
     share = float(np.average(correct, weights=weights))
     squares = (weights / weights.sum()) ** 2

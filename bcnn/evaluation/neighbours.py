@@ -20,7 +20,7 @@ def descriptors(
     Args:
         model: in evaluation mode.
         batches: of (inputs, labels); inputs are images, or stored descriptors.
-        precision: Lightning's name; None: the fastest of the device.
+        precision: see `bcnn.evaluation.inference.probabilities`.
     """
     device = model.head.bias.device
     for inputs, _ in batches:
@@ -46,8 +46,8 @@ def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tens
     for batch in others:
         exact = "donot_use_mm_for_euclid_dist"  # a matrix product puts equal ones 0.001 apart
         found = torch.cdist(queries, batch.to(queries), compute_mode=exact).cpu()
-        places = torch.arange(seen, seen + len(batch)).expand(len(queries), -1)
-        distances, indices = torch.cat([distances, found], 1), torch.cat([indices, places], 1)
+        numbers = torch.arange(seen, seen + len(batch)).expand(len(queries), -1)
+        distances, indices = torch.cat([distances, found], 1), torch.cat([indices, numbers], 1)
         distances, order = distances.topk(min(count, distances.shape[1]), largest=False)
         indices = indices.gather(1, order)
         seen += len(batch)
@@ -65,12 +65,9 @@ def nearest_images(
     """Return the nearest images of each image in `queries`: path, class and distance, nearest first.
 
     Args:
-        model: in evaluation mode.
-        queries: batches of (inputs, labels); inputs are images, or stored descriptors.
-        others: the same, of the images to choose from.
+        queries, others: batches as for `descriptors`.
         samples: (path, label) of the images in `others`, in the same order.
         count: neighbours of each query, at most all.
-        precision: Lightning's name; None: the fastest of the device.
     """
     asked = torch.cat([*descriptors(model, queries, precision)])
     shown = track(descriptors(model, others, precision), "nearest images", unit="batches")

@@ -71,33 +71,20 @@ class Predictions:
     def save(self, path: Path) -> None:
         """Write an .npz file with these fields, which `numpy.load` opens."""
         with atomic_write(path) as part:
-            np.savez_compressed(
-                part,
-                classes=np.array(self.classes),
-                paths=np.array(self.paths),
-                labels=self.labels.numpy(),
-                probabilities=self.probabilities.numpy(),
-            )
+            np.savez_compressed(part, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Read what `save` wrote."""
         with np.load(path) as file:
-            return cls(
-                file["classes"].tolist(),
-                file["paths"].tolist(),
-                torch.from_numpy(file["labels"]),
-                torch.from_numpy(file["probabilities"]),
-            )
+            names = (file[name].tolist() for name in ("classes", "paths"))
+            return cls(*names, *(torch.from_numpy(file[name]) for name in ("labels", "probabilities")))
 
 
 def softmax(logits: Tensor) -> Tensor:
     """Return probabilities in float32 on the CPU; nan for an image of which a logit is not finite.
 
     Torch's softmax hides a logit of -∞, which float16 overflows to.
-
-    Args:
-        logits: (…, classes).
     """
     finite = logits.isfinite().all(dim=-1, keepdim=True)
     return logits.float().softmax(dim=-1).where(finite, math.nan).cpu()
@@ -106,10 +93,8 @@ def softmax(logits: Tensor) -> Tensor:
 def soft_confusion(predictions: Predictions) -> Tensor:
     """Return the mean probabilities that the images of a class (row) give to each class (column).
 
-    They show which classes look alike even where no image is misclassified.
-
-    Returns:
-        (classes, classes) in float64; rows of classes without images are zero.
+    (classes, classes) in float64; rows of classes without images are zero. They show which classes
+    look alike even where no image is misclassified.
     """
     count = len(predictions.classes)
     sums = torch.zeros(count, count, dtype=torch.float64)
@@ -135,12 +120,8 @@ def confusion_order(predictions: Predictions) -> list[int]:
 
 def confused_pairs(predictions: Predictions, count: int) -> list[tuple[int, int]]:
     """Return pairs of classes, those with the most images mistaken for each other first."""
-    confusion = predictions.confusion
-    both = (confusion + confusion.T).triu(diagonal=1)
+    both = (predictions.confusion + predictions.confusion.T).triu(diagonal=1)
     soft = soft_confusion(predictions)
-    pairs = sorted(
-        ((a, b) for a, b in both.nonzero().tolist()),
-        key=lambda pair: (both[pair], soft[pair] + soft[pair[::-1]]),
-        reverse=True,
-    )
+    pairs = [(a, b) for a, b in both.nonzero().tolist()]
+    pairs.sort(key=lambda pair: (both[pair], soft[pair] + soft[pair[::-1]]), reverse=True)
     return pairs[:count]

@@ -11,11 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from PIL import Image
-from torch import Tensor
 
 from bcnn.data.image_io import load_image
 from bcnn.evaluation.heatmap import printable_lines
-from bcnn.evaluation.metrics import MEANINGS, NAMES, as_text, calibration, displayed, per_class
+from bcnn.evaluation.metrics import NAMES, as_text, calibration, displayed, per_class
 from bcnn.evaluation.plots import TITLES, calibration_svg, curves_svg
 from bcnn.evaluation.predictions import Predictions, confused_pairs, confusion_order
 from bcnn.utils.files import atomic_write
@@ -60,7 +59,6 @@ class ReportContent:
 def write_report(page: Path, content: ReportContent, attributions: Attributions | None = None) -> None:
     """Write the report, with the attributions of its `confident_mistakes(MISTAKES)` by their index."""
     predictions, held_out = content.predictions, content.held_out
-    doubts = _examples(held_out, held_out.confident_mistakes(DOUBTS)) if held_out else []
     pairs = confused_pairs(predictions, PAIRS)
     write_page(
         page,
@@ -68,14 +66,14 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         content=content,
         mistaken=int((~predictions.correct).sum()),
         now=datetime.now().astimezone(),
-        metrics=[(NAMES[k], *as_text(k, v), MEANINGS[k]) for k, v in displayed(predictions).items()],
+        metrics=displayed(predictions),
         change=_change(content.before, predictions),
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(content.stages, metric))],
         matrix=_matrix(predictions),
         pairs=[(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs],
         mistakes=_examples(predictions, predictions.confident_mistakes(MISTAKES)),
         attributions=attributions or {},
-        doubts=doubts,
+        doubts=held_out and _examples(held_out, held_out.confident_mistakes(DOUBTS)),
         classes=per_class(predictions),
         calibration=Markup(calibration_svg(*calibration(predictions))),
         small=SMALL,
@@ -94,7 +92,7 @@ def template(name: str) -> Template:
     loader = PackageLoader("bcnn.evaluation", "templates")
     environment = Environment(loader=loader, autoescape=True, finalize=_printable)
     environment.filters |= {"percent": "{:.1%}".format, "thumbnail": thumbnail}
-    environment.globals["as_text"] = as_text
+    environment.globals |= {"as_text": as_text, "NAMES": NAMES}
     return environment.get_template(name)
 
 
@@ -128,20 +126,18 @@ def _examples(
 
 
 def _change(before: Before | None, after: Predictions) -> dict[str, Any] | None:
-    """Return the metrics of two stages, and the images that only one of them classified correctly."""
+    """Return the metrics of the stage before, and images that only one stage classified correctly."""
     if before is None or not after.of_same_images(before[1]):
         return None
     name, earlier = before
 
     def examples(right: Predictions, wrong: Predictions) -> tuple[int, list[dict[str, Any]]]:
-        changed = (right.correct & ~wrong.correct).nonzero()[:, 0]
-        order = wrong.confidence[changed].argsort(descending=True, stable=True)
-        return len(changed), _examples(wrong, changed[order][:CHANGES].tolist(), CHANGED)
+        changed = [i for i in wrong.confident_mistakes(len(wrong.paths)) if right.correct[i]]
+        return len(changed), _examples(wrong, changed[:CHANGES], CHANGED)
 
-    first, second = displayed(earlier), displayed(after)
     return {
         "before": name,
-        "metrics": [(NAMES[k], [as_text(k, each[k]) for each in (first, second)]) for k in first],
+        "metrics": displayed(earlier),
         "corrected": examples(after, earlier),
         "lost": examples(earlier, after),
     }
@@ -162,19 +158,13 @@ def _side(predictions: Predictions, one: int, other: int) -> dict[str, Any]:
 
 
 def _matrix(predictions: Predictions) -> dict[str, Any]:
-    """Return the confusion matrix: names, (row, column, images) of its cells, and sizes in pixels."""
+    """Return the confusion matrix: names, images of each row, and its cells (row, column, images)."""
     order = confusion_order(predictions)
-    confusion: Tensor = predictions.confusion[order][:, order]
-    names = [predictions.classes[index] for index in order]
-    side = max(12, min(52, 700 // len(names)))
-    font = min(12, side - 2)
+    confusion = predictions.confusion[order][:, order]
     return {
-        "names": names,
+        "names": [predictions.classes[index] for index in order],
         "images": confusion.sum(dim=1).tolist(),
         "cells": [(i, j, int(confusion[i, j])) for i, j in confusion.nonzero().tolist()],
-        "side": side,
-        "font": font,
-        "gutter": 12 + round(0.58 * font * min(28, max(map(len, names)))),
     }
 
 

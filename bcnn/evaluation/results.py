@@ -3,9 +3,8 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def open_split(
     """Open a checkpoint and the images of a split, matching classes by name.
 
     Args:
-        ckpt: any file that `load_model` takes.
         images: an image folder, or a list of images.
         split: "test", "val", "train" or "all"; see `bcnn.data.splits.choose`.
 
@@ -46,8 +44,7 @@ def open_split(
     names = sorted({index.classes[label] for _, label in index.samples})
     model = open_model(ckpt, names)
     data.use_preprocessing(model.preprocessing)
-    unknown = sorted(set(names) - set(model.classes))
-    if unknown:
+    if unknown := sorted(set(names) - set(model.classes)):
         raise UserError(
             f"{images} holds classes that {ckpt} does not know: {', '.join(unknown)}; "
             "remove them, or name them as in training"
@@ -63,50 +60,42 @@ def open_split(
 def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
     """Write the report, the metrics as JSON and CSV, and the predictions as CSV and NPZ.
 
-    Args:
-        folder: made where there is none.
-        model: whose predictions these are, in evaluation mode.
-        content: of the report, whose path is returned.
+    The model is that of the predictions, in evaluation mode.
+
+    Returns:
+        The path of the report.
     """
-    predictions = content.predictions
-    folder.mkdir(parents=True, exist_ok=True)
+    predictions, report = content.predictions, folder / "report.html"
     _write_metrics(folder / "figures.json", predictions)
     _write_classes(folder / "classes.csv", predictions)
     write_images(folder / "predictions.csv", predictions)
     predictions.save(folder / PREDICTIONS)
     mistakes = predictions.confident_mistakes(MISTAKES)
-    attributions = explain_mistakes(model, predictions, mistakes, THUMBNAIL)
-    write_report(folder / "report.html", content, attributions)
-    return folder / "report.html"
+    write_report(report, content, explain_mistakes(model, predictions, mistakes, THUMBNAIL))
+    return report
 
 
 def write_images(path: Path, predictions: Predictions) -> None:
     """Write a CSV row per image: its class and the predicted one, with their probabilities."""
-    names = predictions.classes
-    columns = zip(
+    heading = ["path", "class", "predicted", "confidence", "of_class", "correct"]
+    columns = (
         predictions.paths,
-        predictions.labels.tolist(),
-        predictions.predicted.tolist(),
-        predictions.confidence.tolist(),
-        predictions.true_probability.tolist(),
-        strict=True,
+        [predictions.classes[label] for label in predictions.labels.tolist()],
+        [predictions.classes[label] for label in predictions.predicted.tolist()],
+        [f"{share:.6f}" for share in predictions.confidence.tolist()],
+        [f"{share:.6f}" for share in predictions.true_probability.tolist()],
+        predictions.correct.int().tolist(),
     )
-    with csv_file(path) as writer:
-        writer.writerow(["path", "class", "predicted", "confidence", "of_class", "correct"])
-        for image, label, predicted, confidence, of_class in columns:
-            shares = [f"{confidence:.6f}", f"{of_class:.6f}"]
-            correct = int(label == predicted)
-            writer.writerow([image, names[label], names[predicted], *shares, correct])
+    write_csv(path, heading, zip(*columns, strict=True))
 
 
-@contextmanager
-def csv_file(path: Path) -> Iterator[Any]:
-    """Open a `csv.writer` of a file that appears when it is complete."""
+def write_csv(path: Path, heading: list[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file; file names that are no valid Unicode are written as their bytes."""
     with (
         atomic_write(path) as part,
         part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        yield csv.writer(file)
+        csv.writer(file).writerows([heading, *rows])
 
 
 def headline_table(predictions: Predictions, title: str) -> Table:
@@ -132,8 +121,7 @@ def logged_stages(checkpoint: Path) -> list[tuple[str, Path]]:
     """Return names and metrics.csv of the stages that led to a checkpoint in the folder of a run."""
     stage, run = checkpoint.parent.name, checkpoint.parent.parent
     stages = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else ()
-    logs = [(name, run / name / "metrics.csv") for name in stages]
-    return [(name, path) for name, path in logs if path.is_file()]
+    return [(name, log) for name in stages if (log := run / name / "metrics.csv").is_file()]
 
 
 def kept_predictions(stage: Path) -> Before | None:
@@ -155,9 +143,9 @@ def _write_metrics(path: Path, predictions: Predictions) -> None:
 def _write_classes(path: Path, predictions: Predictions) -> None:
     """Write `per_class` as CSV, unknown numbers as empty cells."""
     ends = [f"{name}{end}" for name in ("recall", "precision") for end in ("", "_low", "_high")]
-    with csv_file(path) as writer:
-        writer.writerow(["class", "images", "predicted", *ends])
-        for row in per_class(predictions):
-            numbers = [*asdict(row.recall).values(), *asdict(row.precision).values()]
-            cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
-            writer.writerow([row.name, row.images, row.predicted, *cells])
+    rows = []
+    for row in per_class(predictions):
+        numbers = [*astuple(row.recall), *astuple(row.precision)]
+        cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
+        rows.append([row.name, row.images, row.predicted, *cells])
+    write_csv(path, ["class", "images", "predicted", *ends], rows)

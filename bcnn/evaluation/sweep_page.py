@@ -1,6 +1,5 @@
 """The jobs of a sweep, ranked: on the screen, as a table (`sweep.csv`) and as a page (`sweep.html`)."""
 
-import csv
 import math
 import shlex
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from markupsafe import Markup
 from rich.table import Table
 
 from bcnn.utils.console import console
-from bcnn.utils.files import atomic_write
 
 METRICS = ("val_top1", "val_loss", "test_top1", "test_loss")
 
@@ -44,7 +42,7 @@ class Job:
 
     @property
     def options(self) -> dict[str, str]:
-        """The value of each override, by the option's name."""
+        """Values of the overrides, by the option's name."""
         return {option_name(word): word.partition("=")[2] for word in self.overrides}
 
     @property
@@ -125,39 +123,35 @@ def print_ranking(jobs: Sequence[Job]) -> None:
 
 
 def write_sweep(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
-    """Write `sweep.csv` and `sweep.html` in the sweep's folder; return their paths.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Write `sweep.csv` and `sweep.html` in the sweep's folder; return their paths."""
     from bcnn.evaluation.plots import option_svg  # takes seconds
     from bcnn.evaluation.report import write_page
+    from bcnn.evaluation.results import write_csv
 
     table, page = folder / "sweep.csv", folder / "sweep.html"
     groups, swept = rank(jobs), swept_options(jobs)
     failed = [job for job in jobs if not job.succeeded]
-    with atomic_write(table) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["job", *swept, *METRICS, "seconds", "checkpoint", "command", "failure"])
-        for job in chain(*groups, failed):
-            values = [*map(job.options.get, swept), *map(job.metrics.get, METRICS)]
-            rest = [job.seconds, job.checkpoint, job.command, job.failure]
-            writer.writerow([job.folder.name, *values, *rest])
+    rows = []
+    for job in chain(*groups, failed):
+        values = [*map(job.options.get, swept), *map(job.metrics.get, METRICS)]
+        rows.append([job.folder.name, *values, job.seconds, job.checkpoint, job.command, job.failure])
+    write_csv(table, ["job", *swept, *METRICS, "seconds", "checkpoint", "command", "failure"], rows)
 
     best, options = best_of(groups), [name for name in swept if name != "seed"]
-    top1 = [mean("val_top1", group) for group in groups]
-    values_of = {name: [group[0].options.get(name, "") for group in groups] for name in options}
+    pictures = []
+    for name in options if best else []:
+        values = [group[0].options.get(name, "") for group in groups]
+        pictures.append(Markup(option_svg(name, values, [mean("val_top1", group) for group in groups])))
     write_page(
         page,
         "sweep.html",
-        title=f"Sweep of {len(jobs)} jobs",
-        seconds=sum(job.seconds or 0 for job in jobs),
+        jobs=jobs,
         common=[word for word in jobs[0].overrides if option_name(word) not in swept],
         swept=swept,
         options=options,
         groups=groups,
         best=best,
-        pictures=[Markup(option_svg(name, values_of[name], top1)) for name in options if best],
+        pictures=pictures,
         failed=failed,
         shown=shown,
     )

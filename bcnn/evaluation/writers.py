@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
@@ -19,20 +20,13 @@ class Prediction:
 
     Args:
         path: of the image.
-        classes: names of its most probable classes, in descending order.
-        probabilities: of these classes.
-        error: why there is no prediction; then there are no classes.
+        pairs: (class, probability), the most probable first.
+        error: why there is no prediction; then there are no pairs.
     """
 
     path: str
-    classes: list[str] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
+    pairs: list[tuple[str, float]] = field(default_factory=list)
     error: str = ""
-
-    @property
-    def pairs(self) -> list[tuple[str, float]]:
-        """(class, probability), the most probable first."""
-        return list(zip(self.classes, self.probabilities, strict=True))
 
 
 Writer = Callable[[Prediction], object]
@@ -89,25 +83,23 @@ def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) ->
 
     Images are addressed as Label Studio serves local files, by their path from the root of the disk.
     """
-    separator = "[\n"
+    separators = chain(["[\n"], repeat(",\n"))
 
     def write(prediction: Prediction) -> None:
-        nonlocal separator
         path = Path(os.path.abspath(prediction.path)).as_posix().lstrip("/")
         address = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
         text = ", ".join(f"{label} {p:.1%}" for label, p in prediction.pairs) or prediction.error
-        value = {"choices": prediction.classes[:1]}
-        result = {"from_name": "class", "to_name": "image", "type": "choices", "value": value}
-        predictions = [
-            {"model_version": "bcnn", "score": round(probability, 6), "result": [result]}
-            for probability in prediction.probabilities[:1]
+        choice = {"from_name": "class", "to_name": "image", "type": "choices"}
+        value = {"choices": [name for name, _ in prediction.pairs[:1]]}
+        likeliest = [
+            {"score": round(p, 6), "model_version": "bcnn", "result": [choice | {"value": value}]}
+            for _, p in prediction.pairs[:1]
         ]
-        task = {"data": {"image": address, "bcnn": text}, "predictions": predictions}
-        print(separator, json.dumps(task), sep="", end="", file=out)
-        separator = ",\n"
+        task = {"data": {"image": address, "bcnn": text}, "predictions": likeliest}
+        print(next(separators), json.dumps(task), sep="", end="", file=out)
 
     yield write
-    print("\n]" if separator == ",\n" else "[]", file=out)
+    print("\n]", file=out)
 
 
 FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv, "labelstudio": _labelstudio}

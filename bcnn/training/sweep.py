@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,17 +43,17 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> float:
     logged and recorded, so that the other jobs still run.
 
     Returns:
-        Validation top-1; nan if the job failed or there are no validation images.
+        Validation top-1; nan if no stage has finished or there are no validation images.
     """
-    from bcnn.training.config import STAGES  # imports torch, which takes seconds
-    from bcnn.training.run import train
+    from bcnn.training.config import STAGES
+    from bcnn.training.run import train  # imports torch, which takes seconds
     from bcnn.training.run_state import RUN, StageResult
 
     setup_logging()  # a launcher may run the job in a process of its own
-    file = Path(HydraConfig.get().runtime.output_dir, JOB)
-    job = Job(file.parent, [word for word in overrides if word.partition("=")[0] not in GROUPS])
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    job = Job(folder, [word for word in overrides if word.partition("=")[0] not in GROUPS])
     output, begun = Path(cfg.output).expanduser(), False
-    if file.is_file() and (earlier := _read(file)).overrides == job.overrides:
+    if (folder / JOB).is_file() and (earlier := _read(folder / JOB)).overrides == job.overrides:
         if earlier.seconds is not None:
             return earlier.metrics.get("val_top1", math.nan)
         begun = (output / RUN).is_file()
@@ -63,12 +63,11 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> float:
         train(cfg, job.overrides, resume=begun)
         for result in filter(None, (StageResult.read(output, stage) for stage in STAGES["both"])):
             job.metrics, job.checkpoint = result.metrics, str(result.checkpoint or "")
-    except (UserError, OSError) as error:
-        job.failure = str(error)
     except Exception as error:
-        traceback.print_exc()
-        job.failure = f"{type(error).__name__}: {error}"
-    if job.failure:
+        job.failure = str(error)
+        if not isinstance(error, UserError | OSError):
+            traceback.print_exc()
+            job.failure = f"{type(error).__name__}: {error}"
         logger.error(job.failure)
     job.seconds = time.monotonic() - start
     _write(job)
@@ -91,7 +90,25 @@ class SweepCallback(Callback):
         if find_spec(plugin) is None:  # Hydra would call it an unknown class
             package = plugin.partition(".")[2].replace("_", "-")
             sys.exit(f"error: this launcher needs {package}: pip install {package}")
-        _locks.append(_lock(Path(config.hydra.sweep.dir), config.hydra.overrides.task))
+        folder = Path(config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        _locks.append(FileLock(folder / ".lock"))
+        try:
+            _locks[0].acquire(blocking=False)
+        except Timeout:
+            _locks.clear()
+            sys.exit(f"error: hydra.sweep.dir={folder}: another sweep is running there")
+        if any(folder.glob(f"**/{JOB}")):
+            earlier = OmegaConf.load(folder / COMMAND)
+            here, there = (
+                [word for word in each.hydra.overrides.task if not word.startswith("launcher=")]
+                for each in (config, earlier)
+            )
+            if here != there:
+                _locks.pop().release()
+                sys.exit(
+                    f"error: hydra.sweep.dir={folder} holds a sweep with other options: name another"
+                )
 
 
 @contextmanager
@@ -101,74 +118,45 @@ def ranked(words: list[str]) -> Iterator[None]:
     Args:
         words: of the command, to show how to continue an interrupted sweep.
     """
-    interrupted = True
+    finished, jobs = False, []
     try:
         yield
-        interrupted = False
+        finished = True
     finally:
-        succeeded = not _locks or _report(_locks.pop(), words if interrupted else None)
-    if not succeeded:
+        if _locks:
+            folder = Path(_locks[0].lock_file).parent
+            _locks.pop().release()
+            jobs = _report(folder)
+            if jobs and not finished:
+                others = [word for word in words if not word.startswith("hydra.sweep.dir=")]
+                command = shlex.join(["bcnn", "train", *others, f"hydra.sweep.dir={folder}"])
+                console.print(f"continue the sweep: {command}")
+    if not all(job.succeeded for job in jobs):
         sys.exit(1)
 
 
-def _report(lock: FileLock, interrupted: list[str] | None) -> bool:
-    """Rank the jobs in a sweep's folder on the screen and in files, and unlock the folder.
-
-    Args:
-        lock: on the folder.
-        interrupted: words of the command, if the sweep was interrupted.
-
-    Returns:
-        Whether all jobs succeeded.
-    """
-    folder = Path(lock.lock_file).parent
-    lock.release()
+def _report(folder: Path) -> list[Job]:
+    """Rank the jobs in a sweep's folder on the screen and in files; return them."""
     files = sorted(folder.glob(f"**/{JOB}"), key=lambda file: (len(str(file)), file))  # 10 after 2
-    jobs = [_read(file) for file in files]
-    if not jobs:
-        return True
-    print_ranking(jobs)
-    table, page = write_sweep(folder, jobs)
-    console.print(f"table: {table}\npage: {page}")
+    if jobs := [_read(file) for file in files]:
+        print_ranking(jobs)
+        table, page = write_sweep(folder, jobs)
+        console.print(f"table: {table}\npage: {page}")
     for job in jobs:
         if job.failure:
             logger.error(f"{job.folder} failed ({shlex.join(job.overrides)}): {job.failure}")
         elif job.seconds is None:
             logger.warning(f"{job.folder} has not finished")
-    if interrupted:
-        words = [word for word in interrupted if not word.startswith("hydra.sweep.dir=")]
-        command = shlex.join(["bcnn", "train", *words, f"hydra.sweep.dir={folder}"])
-        console.print(f"continue the sweep: {command}")
-    return all(job.succeeded for job in jobs)
-
-
-def _lock(folder: Path, overrides: Sequence[str]) -> FileLock:
-    """Lock the folder of a sweep, which is new or holds jobs of the same command."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        sys.exit(f"error: hydra.sweep.dir={folder}: another sweep is running there")
-    if any(folder.glob(f"**/{JOB}")):
-        earlier = OmegaConf.load(folder / COMMAND).hydra.overrides.task
-        here, there = (
-            [word for word in words if not word.startswith("launcher=")]
-            for words in (overrides, earlier)
-        )
-        if here != there:
-            sys.exit(f"error: hydra.sweep.dir={folder} holds a sweep with other options: name another")
-    return lock
+    return jobs
 
 
 def _read(file: Path) -> Job:
-    return Job(file.parent, **json.loads(file.read_text()))
+    return Job(**json.loads(file.read_text()) | {"folder": file.parent})
 
 
 def _write(job: Job) -> None:
-    record = {name: value for name, value in vars(job).items() if name != "folder"}
     with atomic_write(job.folder / JOB) as part:
-        part.write_text(json.dumps(record, indent=1))
+        part.write_text(json.dumps(vars(job), indent=1, default=str))
 
 
 def gpus() -> int:

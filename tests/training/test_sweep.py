@@ -17,8 +17,9 @@ from filelock import FileLock
 from bcnn.cli import train as command
 from bcnn.evaluation.plots import option_svg
 from bcnn.evaluation.sweep_page import Job, print_ranking, rank, shown, write_sweep
-from bcnn.training import run, sweep
+from bcnn.training import sweep
 from bcnn.training.run_state import StageResult
+from bcnn.training.stage import Stage
 from bcnn.utils.errors import Interruption
 
 LAST = ["stage=last", "last=sgd", "last.epochs=2", "model.backbone.name=tiny"]
@@ -28,9 +29,9 @@ Main = Callable[..., int]
 @pytest.fixture
 def main(tiny: object, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     """`bcnn train -m` with toy options, in this process and an empty folder; returns the exit code."""
-    monkeypatch.setattr(command, "raise_interruptions", lambda: None)
-    for name in ("_report", "plot_curves"):  # which take most of the time
-        monkeypatch.setattr(run, name, lambda *_: None)
+    monkeypatch.setattr("bcnn.cli.errors.raise_interruptions", lambda: None)
+    for name in ("run._write_report", "stage.plot_curves"):  # which take most of the time
+        monkeypatch.setattr(f"bcnn.training.{name}", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -175,16 +176,15 @@ def test_jobs_that_fail_are_named_and_the_others_ranked(
 
 def interrupt_job(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when that job has trained."""
-    fit, begun = run._fit, []
+    test, tested = Stage._test, []
 
-    def interrupted(*arguments: Any) -> str:
-        begun.append(arguments)
-        failure = fit(*arguments)
-        if len(begun) == number + 1:
+    def interrupted(stage: Stage, result: StageResult) -> None:
+        tested.append(result)
+        if len(tested) == number + 1:
             raise Interruption(signal.SIGINT)
-        return failure
+        test(stage, result)
 
-    monkeypatch.setattr(run, "_fit", interrupted)
+    monkeypatch.setattr(Stage, "_test", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -233,20 +233,13 @@ def test_a_folder_takes_no_other_sweep(
     assert "another sweep is running there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("launcher", "package"), [("joblib", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher")]
-)
 def test_a_launcher_that_is_not_installed_is_named_before_anything_is_trained(
-    main: Main,
-    launcher: str,
-    package: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
-    assert main("seed=1,2", f"launcher={launcher}", "hydra.sweep.dir=s") == 1
-    assert f"this launcher needs {package}: pip install {package}" in capsys.readouterr().err
-    assert not Path("s").exists()
+    assert main("seed=1,2", "launcher=slurm", "hydra.sweep.dir=s") == 1
+    needed = "this launcher needs hydra-submitit-launcher: pip install hydra-submitit-launcher"
+    assert needed in capsys.readouterr().err and not Path("s").exists()
 
 
 @pytest.mark.parametrize("word", ["launcher=joblib", "hparams_search=optuna_last"])
