@@ -20,14 +20,10 @@ STUDY = "study.log"  # Optuna's journal, in the sweep's folder
 
 
 class OptunaSweeper(BasicSweeper):
-    """Maximise what jobs return.
+    """Maximise what jobs return; conf/hparams_search/optuna.yaml describes the options.
 
-    Args:
-        n_trials: jobs in total, including those of an interrupted sweep in the same folder.
-        n_jobs: jobs whose values are drawn together.
-        seed: of the sampler; the values of a job depend on it and on the results of earlier jobs.
-        params: values of options in Hydra's sweep syntax, such as `tag(log,interval(1e-3,1))`; options
-            on the command line take precedence.
+    The values of a job depend on the seed and on the results of earlier jobs. Options on the command
+    line take precedence over `params`.
     """
 
     def __init__(self, n_trials: int, n_jobs: int, seed: int, params: dict[str, str]) -> None:
@@ -36,11 +32,9 @@ class OptunaSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run jobs until there are `n_trials`."""
-        try:
-            import optuna
-            from optuna.storages.journal import JournalFileBackend
-        except ModuleNotFoundError as error:
-            raise UserError("hparams_search=optuna needs Optuna: pip install optuna") from error
+        import optuna  # not at the top: Hydra imports this module for every command
+        from optuna.storages.journal import JournalFileBackend
+
         assert self.config and self.hydra_context and self.launcher
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
@@ -49,8 +43,7 @@ class OptunaSweeper(BasicSweeper):
         fixed = [f"{k}={v.get_value_element_as_str()}" for k, v in given.items() if k not in space]
         if not space:
             raise UserError(
-                "hparams_search=optuna has nothing to search: give an option several values, such as "
-                "data.size=224,448 or 'last.optimizer.lr=tag(log,interval(0.1,30))'"
+                "hparams_search=optuna has nothing to search: give an option several values"
             )
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         folder = Path(self.config.hydra.sweep.dir)
@@ -62,10 +55,11 @@ class OptunaSweeper(BasicSweeper):
             load_if_exists=True,
         )
         while trials := self._next_trials(study, space):
-            jobs = [
-                [*fixed, *(f"{name}={_text(value)}" for name, value in trial.params.items())]
-                for trial in trials
-            ]
+            jobs = []
+            for each in trials:
+                pairs = each.params.items()
+                drawn = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in pairs)
+                jobs.append([*fixed, *drawn])
             self.validate_batch_is_legal(jobs)
             returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
             for trial, job in zip(trials, returns, strict=True):
@@ -93,11 +87,6 @@ def _distribution(override: Override) -> Any:
     values = override.value()
     if not isinstance(values, IntervalSweep):
         return distributions.CategoricalDistribution(tuple(override.sweep_string_iterator()))
-    low, high, log = values.start, values.end, "log" in values.tags
-    integers = isinstance(low, int) and isinstance(high, int)
+    integers = isinstance(values.start, int) and isinstance(values.end, int)
     kind: Any = distributions.IntDistribution if integers else distributions.FloatDistribution
-    return kind(low, high, log=log)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return kind(values.start, values.end, log="log" in values.tags)

@@ -43,11 +43,10 @@ def size(number: float) -> str:
 
 
 def span(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 1.65 * length or unit == "s":
-            number = seconds / length
-            return f"{number:.{0 if number >= 9.5 else 1}f} {unit}"
-    raise AssertionError
+    units = (("h", 3600), ("min", 60), ("s", 1))
+    unit, length = next(each for each in units if seconds >= 1.65 * each[1] or each[0] == "s")
+    number = seconds / length
+    return f"{number:.{0 if number >= 9.5 else 1}f} {unit}"
 
 
 def test_images() -> None:
@@ -62,13 +61,8 @@ def test_images() -> None:
         last, finetune = count * VIEWS * forward, count * EPOCHS * 3 * crop
         stores = [size(count * VIEWS * width * 2 / 1e9) for width in widths()]
         times = [span(finetune / H100 / gpus) for gpus in (1, 64)]
-        assert numbers(f"{count:,}", "images") == [
-            f"{last:.1e} FLOP",
-            span(last / H100),
-            *stores,
-            f"{finetune:.1e} FLOP",
-            *times,
-        ]
+        expected = [f"{last:.1e} FLOP", span(last / H100), *stores, f"{finetune:.1e} FLOP", *times]
+        assert numbers(f"{count:,}", "images") == expected
 
 
 def test_images_that_the_convex_solver_takes() -> None:
@@ -79,8 +73,6 @@ def test_images_that_the_convex_solver_takes() -> None:
 
 def test_classes() -> None:
     for count in (100, 1000, 10_000):
-        cells = []
-        for width in widths():
-            weights = count * width * 4 / 1e9
-            cells += [f"{weights:.2g} GB", f"{3 * weights:.2g} GB"]
+        sizes = [count * width * 4 / 1e9 for width in widths()]
+        cells = [f"{factor * size:.2g} GB" for size in sizes for factor in (1, 3)]
         assert numbers(f"{count:,}", "classes") == cells

@@ -23,23 +23,14 @@ SIDE = 640  # px of a panel, the image's long side
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the network sees it.
+    """An image as the network sees it."""
 
-    Args:
-        image: upright, RGB.
-        maps: (1, channels, h, w), of the backbone.
-        descriptor: (1, width), of unit length.
-        logits: (classes,).
-        crop: part of the image that the network sees, in its pixels.
-        box: part that the maps cover: the crop without the pixels beyond the last whole location.
-    """
-
-    image: Image.Image
-    maps: Tensor
-    descriptor: Tensor
-    logits: Tensor
-    crop: Box
-    box: Box
+    image: Image.Image  # upright, RGB
+    maps: Tensor  # (1, channels, h, w), of the backbone
+    descriptor: Tensor  # (1, width), of unit length
+    logits: Tensor  # (classes,)
+    crop: Box  # what the network sees, in pixels of the image
+    box: Box  # what the maps cover: the crop without the pixels beyond the last whole location
 
     @property
     def probabilities(self) -> Tensor:
@@ -47,11 +38,7 @@ class Seen:
         return softmax(self.logits)
 
     def drawn(self, side: int, shares: Tensor | None = None, limit: float = 1.0) -> Image.Image:
-        """Return the image with the crop framed, its long side at `side` pixels.
-
-        Args:
-            shares: (h, w) to lay over it, the full colour at `limit`; see `overlay`.
-        """
+        """Return the image with its crop framed, under shares (h, w); its long side has `side` px."""
         scale = side / max(self.image.size)
         width, height = (max(1, round(edge * scale)) for edge in self.image.size)
         image = self.image.resize((width, height), Image.Resampling.LANCZOS)
@@ -62,19 +49,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Explanation(Seen):
-    """Attribution of a class on one image.
+    """Attribution of a class on one image."""
 
-    Args:
-        target: label of the class explained.
-        against: label of the class that it is compared with.
-        evidence: (h, w), shares of the target's logit; see `bcnn.models.attribution`.
-        contrast: (h, w), shares of the target's logit less the other's.
-    """
-
-    target: int
-    against: int
-    evidence: Tensor
-    contrast: Tensor
+    target: int  # label of the class explained
+    against: int  # label of the class that it is compared with
+    evidence: Tensor  # (h, w), shares of the target's logit; see `bcnn.models.attribution`
+    contrast: Tensor  # (h, w), shares of the target's logit less the other's
 
 
 @torch.no_grad()
@@ -95,11 +75,9 @@ def see(model: BCNN, image: Image.Image) -> Seen:
 def explain(
     model: BCNN, image: Image.Image, target: int | None = None, against: int | None = None
 ) -> Explanation:
-    """Return the attribution of a class on an image; see `see`.
+    """Return the attribution of the class `target` on an upright RGB image, compared with `against`.
 
-    Args:
-        target: label to explain; None: the most probable class that is not `against`.
-        against: label to compare it with; None: the most probable other class.
+    By default these are the most probable classes that are not the other.
     """
     seen = see(model, image)
     likeliest = seen.logits.argsort(descending=True).tolist()
@@ -116,27 +94,24 @@ def explain(
 
 
 def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
-    """Draw the image with the network's crop framed, and both attribution maps beside it.
-
-    The title is the name of the image, above its most probable classes.
-    """
-    found, top = explanation, explanation.probabilities.topk(min(3, len(classes)))
+    """Draw both attribution maps beside the image, under its name and its most probable classes."""
+    top = explanation.probabilities.topk(min(3, len(classes)))
     likeliest = ", ".join(f"{classes[k]} {share:.1%}" for share, k in zip(*top, strict=True))
-    target, against = classes[found.target], classes[found.against]
-    maps = [
-        (f"{target}\n{found.evidence.sum():+.2f} logits", found.evidence),
-        (f"{target}\nrather than {against}: {found.contrast.sum():+.2f} logits", found.contrast),
-    ]
-    crop = found.drawn(SIDE)
+    target, against = classes[explanation.target], f"rather than {classes[explanation.against]}: "
+    crop = explanation.drawn(SIDE)
     figure = Figure(figsize=(crop.width / 50 + 1.5, crop.height / 150 + 1.2), layout="constrained")
     figure.suptitle(printable_lines(f"{name}\n{likeliest}"), fontsize=11, parse_math=False)
     axes = figure.subplots(1, 3)
     axes[0].imshow(crop)
     axes[0].set_title("input crop", fontsize=10)
-    for panel, (title, values) in zip(axes[1:], maps, strict=True):
+    for panel, words, values in (
+        (axes[1], "", explanation.evidence),
+        (axes[2], against, explanation.contrast),
+    ):
         limit = float(values.abs().max()) or 1.0
-        panel.imshow(found.drawn(SIDE, values, limit))
-        panel.set_title(printable_lines(title), fontsize=10, parse_math=False)
+        panel.imshow(explanation.drawn(SIDE, values, limit))
+        title = printable_lines(f"{target}\n{words}{values.sum():+.2f} logits")
+        panel.set_title(title, fontsize=10, parse_math=False)
         scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
         figure.colorbar(scale, ax=panel, label="logits per location", shrink=0.9, format="%+.2g")
     for panel in axes:
@@ -149,9 +124,8 @@ def explain_mistakes(
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
     """Draw the attributions of the predicted and of the true class, on one colour scale per image.
 
-    Args:
-        mistakes: indices of the misclassified images to draw, which are the keys of the result.
-        side: the long side of the pictures in pixels.
+    Returns:
+        Two pictures with a long side of `side` px for each of the images with the indices `mistakes`.
     """
     pictures = {}
     for index in track(mistakes, "explaining mistakes"):

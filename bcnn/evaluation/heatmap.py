@@ -15,7 +15,6 @@ def overlay(image: Image.Image, box: Box, shares: np.ndarray, limit: float) -> I
     """Return the image in grey, coloured by the attribution: orange for a class, purple against it.
 
     Args:
-        image: upright, RGB.
         box: part of the image that the shares cover.
         shares: (height, width), a number per location.
         limit: share with the full colour; weaker ones let more of the image through.

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
@@ -37,15 +38,14 @@ def open_model(path: Path, classes: list[str] | None = None) -> BCNN:
 def probabilities(
     model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False
 ) -> Tensor:
-    """Return class probabilities of images or stored descriptors.
+    """Return class probabilities (batch, classes) of images or stored descriptors.
+
+    They are in float32, on the CPU; nan for an image whose logits are not all finite.
 
     Args:
-        inputs: images as a backbone takes them, or descriptors (batch, width).
+        inputs: images (batch, 3, height, width), or descriptors (batch, width).
         precision: Lightning's name; None: the fastest of the model's device.
         mirror: average the logits of each image and its mirror image.
-
-    Returns:
-        (batch, classes), in float32, on the CPU; nan for an image whose logits are not all finite.
     """
     device = model.head.bias.device
     with autocast(device, precision):
@@ -79,7 +79,6 @@ def predict_paths(
         top: classes per image, at most all.
         batch: images per forward pass; None: what is fastest.
         workers: processes that decode; None: see `default_workers`.
-        mirror: see `probabilities`.
     """
     device = model.head.bias.device.type
     workers = default_workers() if workers is None else workers
@@ -87,8 +86,9 @@ def predict_paths(
         # Maps of many images slow down a CPU in float32, which allocates their memory page by page.
         batch = 2 if device == "cpu" and fastest_precision(device) == "32-true" else 16
     loader = DataLoader(
-        _ImageFiles(paths, model.preprocessing),
+        paths,  # type: ignore[arg-type]  # a sequence is a dataset
         batch_size=batch,
+        collate_fn=partial(_load, model.preprocessing),
         num_workers=workers if len(paths) > batch else 0,
         pin_memory=device == "cuda",
     )
@@ -109,13 +109,12 @@ def predict_split(
     precision: str | None = None,
     mirror: bool = False,
 ) -> Predictions:
-    """Return the model's class probabilities for labelled images, with a progress bar.
+    """Return the model's class probabilities for labelled images.
 
     Args:
         model: left in evaluation mode.
         samples: (path, label) of the images, in the order of `batches`.
-        batches: of (inputs, labels).
-        precision, mirror: see `probabilities`, as for the inputs.
+        batches: of (inputs, labels); inputs, precision and mirror as for `probabilities`.
 
     Raises:
         UserError: the model's outputs for an image are not finite.
@@ -132,20 +131,13 @@ def predict_split(
     return Predictions(model.classes, list(paths), torch.tensor(labels), found)
 
 
-class _ImageFiles(Dataset[tuple[str, str, Tensor]]):
-    """(path, error, image); an image that cannot be read has an error, and is black."""
-
-    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = paths, preprocessing
-        self.transform = preprocessing.evaluation()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, str, Tensor]:
-        path, size = self.paths[index], self.preprocessing.size
+def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], list[str], Tensor]:
+    """Return paths, errors and images; one that cannot be read has an error, and is black."""
+    transform, errors, images = preprocessing.evaluation(), [""] * len(paths), []
+    for index, path in enumerate(paths):
         try:
-            image = self.transform(load_image(path, self.preprocessing.side))
+            images.append(transform(load_image(path, preprocessing.side)).as_subclass(Tensor))
         except Exception as error:  # decoders raise anything, and one file must not stop the others
-            return path, str(error) or repr(error), torch.zeros(3, size, size, dtype=torch.uint8)
-        return path, "", image.as_subclass(Tensor)
+            errors[index] = str(error) or repr(error)
+            images.append(torch.zeros(3, preprocessing.size, preprocessing.size, dtype=torch.uint8))
+    return paths, errors, torch.stack(images)

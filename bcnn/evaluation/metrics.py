@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bcnn.evaluation.predictions import Predictions
 
@@ -56,9 +56,8 @@ class ClassMetrics:
 
 def headline(predictions: Predictions) -> dict[str, Estimate]:
     """Return the metrics of all images, by the keys of `NAMES`."""
-    labels, count = predictions.labels, len(predictions.classes)
-    shares = predictions.probabilities
-    top5 = multiclass_accuracy(shares, labels, count, top_k=min(5, count), average="micro")
+    labels, shares, count = predictions.labels, predictions.probabilities, len(predictions.classes)
+    top5 = (shares.topk(min(5, count)).indices == labels[:, None]).sum()
     ece = multiclass_calibration_error(shares, labels, count, BINS)
     correct = predictions.correct.double().numpy()
     tiny = torch.finfo(torch.float32).tiny
@@ -66,7 +65,7 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
     weights = 1 / labels.bincount()[labels].double().numpy()
     return {
         "top1": proportion(int(correct.sum()), len(labels)),
-        "top5": proportion(round(float(top5) * len(labels)), len(labels)),
+        "top5": proportion(int(top5), len(labels)),
         "macro_top1": weighted_proportion(correct, weights),
         "ece": Estimate(float(ece), math.nan, math.nan),
         "nll": mean(nll),
@@ -133,8 +132,7 @@ def weighted_proportion(correct: Array, weights: Array) -> Estimate:
     z = stats.norm.ppf(0.975)
     centre = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2) / (1 + z**2 / images)
-    # Rounding can put an end on the wrong side of a share of 0 or 1.
-    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def mean(values: Array) -> Estimate:

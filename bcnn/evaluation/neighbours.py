@@ -18,9 +18,8 @@ def descriptors(
     """Yield the descriptors (batch, width) of each batch, in float32, on the model's device.
 
     Args:
-        model: in evaluation mode.
         batches: of (inputs, labels); inputs are images, or stored descriptors.
-        precision: see `bcnn.evaluation.inference.probabilities`.
+        precision: Lightning's name; None: the fastest of the model's device.
     """
     device = model.head.bias.device
     for inputs, _ in batches:
@@ -31,12 +30,11 @@ def descriptors(
 
 
 def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return the nearest of other descriptors for each query, holding one batch of them at a time.
+    """Return the `count` nearest of other descriptors for each query, at most all.
 
     Args:
         queries: (n, width), of unit length.
-        others: batches (m, width), of unit length.
-        count: neighbours of each query, at most all.
+        others: batches (m, width), of unit length, one of which is in memory at a time.
 
     Returns:
         Distances, 0 (equal) to √2 (orthogonal), and indices, (n, count), nearest first, on the CPU.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -24,21 +23,14 @@ _, SOFT, _, HIT, MISS = PAGE
 
 
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
-    """Plot loss and top-1 of training and validation over the epochs (or λ) of a stage, as a PNG.
-
-    Epoch 0 is the validation before the first step. No file is written where nothing was logged.
-    """
+    """Plot loss and top-1 over the epochs (or λ) of a stage, as a PNG; nothing if none was logged."""
     if figure := _curves([(title, metrics_csv, metric) for metric, title in TITLES.items()]):
         with atomic_write(picture) as part:
             figure.savefig(part, dpi=120)
 
 
 def curves_svg(stages: Sequence[tuple[str, Path]], metric: str) -> str:
-    """Plot "loss" or "top1" over the epochs (or λ) of each stage that logged it; "" if none did.
-
-    Args:
-        stages: name and Lightning's metrics.csv of each.
-    """
+    """Plot a metric over the epochs (or λ) of the stages (name, metrics.csv); "" if none logged it."""
     with rc_context(fname=STYLE):
         figure = _curves([(name, path, metric) for name, path in stages], sharey=True)
         if not figure:
@@ -66,8 +58,8 @@ def calibration_svg(images: Array, confidence: Array, accuracy: Array) -> str:
 def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
     """Plot validation top-1 over the values of an option, a dot per job, the best of which comes first.
 
-    If all values are numbers the axis is numeric, and logarithmic where they span a decade. Where jobs
-    share a value, a line connects the means.
+    An axis of numbers is logarithmic where they span a decade. Where values repeat, a line connects the
+    means.
     """
     texts = sorted(set(values))
     try:
@@ -82,7 +74,12 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
         if numeric:
-            _scale(axes, distinct)
+            above = distinct[distinct > 0]
+            if distinct[0] >= 0 and len(above) and above[-1] >= 10 * above[0]:  # they span a decade
+                axes.set_xscale("symlog", linthresh=above[0])  # 0 is a decade below the least
+            if len(distinct) <= 6:
+                axes.set_xticks(distinct, [f"{number:g}" for number in distinct])
+                axes.minorticks_off()
         else:
             names = [text if len(text) <= 14 else f"{text[:13]}…" for text in texts]
             axes.set_xticks(distinct, names)
@@ -97,16 +94,6 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")
         return _svg(figure)
-
-
-def _scale(axes: Axes, numbers: Array) -> None:
-    """Make the axis logarithmic where ascending numbers span a decade."""
-    above = numbers[numbers > 0]
-    if numbers[0] >= 0 and len(above) and above[-1] >= 10 * above[0]:  # 0 is a decade below the least
-        axes.set_xscale("symlog", linthresh=above[0])
-    if len(numbers) <= 6:
-        axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
-        axes.minorticks_off()
 
 
 def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figure | None:

@@ -18,19 +18,12 @@ MAX_OPTIMAL_ORDER = 1000  # classes; the optimal order takes the cube of their n
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities of labelled images.
+    """Class probabilities of labelled images."""
 
-    Args:
-        classes: names, in the order of the columns.
-        paths: of the images.
-        labels: (images,) indices of the true classes.
-        probabilities: (images, classes) in float32, rows sum to 1.
-    """
-
-    classes: list[str]
+    classes: list[str]  # in the order of the columns
     paths: list[str]
-    labels: Tensor
-    probabilities: Tensor
+    labels: Tensor  # (images,) indices of the true classes
+    probabilities: Tensor  # (images, classes) in float32, rows sum to 1
 
     @property
     def predicted(self) -> Tensor:
@@ -59,14 +52,13 @@ class Predictions:
 
     def of_same_images(self, other: "Predictions") -> bool:
         """Return whether both are of the same images, with the same labels, in the same order."""
-        same_names = (self.classes, self.paths) == (other.classes, other.paths)
-        return same_names and torch.equal(self.labels, other.labels)
+        names, others = (self.classes, self.paths), (other.classes, other.paths)
+        return names == others and torch.equal(self.labels, other.labels)
 
     def confident_mistakes(self, count: int) -> list[int]:
         """Return the indices of misclassified images, the most confident first."""
-        wrong = (~self.correct).nonzero()[:, 0]
-        order = self.confidence[wrong].argsort(descending=True, stable=True)
-        return wrong[order][:count].tolist()
+        order = self.confidence.argsort(descending=True, stable=True)
+        return order[~self.correct[order]][:count].tolist()
 
     def save(self, path: Path) -> None:
         """Write an .npz file with these fields, which `numpy.load` opens."""
@@ -93,8 +85,7 @@ def softmax(logits: Tensor) -> Tensor:
 def soft_confusion(predictions: Predictions) -> Tensor:
     """Return the mean probabilities that the images of a class (row) give to each class (column).
 
-    (classes, classes) in float64; rows of classes without images are zero. They show which classes
-    look alike even where no image is misclassified.
+    (classes, classes) in float64; rows of classes without images are zero.
     """
     count = len(predictions.classes)
     sums = torch.zeros(count, count, dtype=torch.float64)

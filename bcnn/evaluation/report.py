@@ -33,31 +33,20 @@ Attributions = Mapping[int, tuple[Image.Image, Image.Image]]  # of predicted and
 
 @dataclass(frozen=True)
 class ReportContent:
-    """What a report shows.
+    """What a report shows."""
 
-    Args:
-        predictions: of at least one image.
-        title: heading of the page.
-        stages: name and metrics.csv of the stages that trained the model, in order.
-        configuration: as text.
-        held_out: predictions of the training images, each by a classifier that has not seen it.
-        facts: how model and metrics were made, by name; empty ones are left out.
-        before: the stage before the last of `stages`, compared with it if it is of the same images.
-        nearest: nearest training images of the most confident mistakes, by the index of these.
-    """
-
-    predictions: Predictions
+    predictions: Predictions  # of at least one image
     title: str
-    stages: Sequence[tuple[str, Path]] = ()
+    stages: Sequence[tuple[str, Path]] = ()  # name and metrics.csv of those that trained the model
     configuration: str = ""
-    held_out: Predictions | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
-    before: Before | None = None
-    nearest: Mapping[int, Sequence[Neighbour]] = field(default_factory=dict)
+    held_out: Predictions | None = None  # of training images, by classifiers that have not seen them
+    facts: Mapping[str, str] = field(default_factory=dict)  # how the model was made; empty: left out
+    before: Before | None = None  # the stage before the last, compared if it is of the same images
+    nearest: Mapping[int, Sequence[Neighbour]] = field(default_factory=dict)  # by index of a mistake
 
 
 def write_report(page: Path, content: ReportContent, attributions: Attributions | None = None) -> None:
-    """Write the report, with the attributions of its `confident_mistakes(MISTAKES)` by their index."""
+    """Write the report, with attributions of its `confident_mistakes(MISTAKES)` by their index."""
     predictions, held_out = content.predictions, content.held_out
     pairs = confused_pairs(predictions, PAIRS)
     write_page(

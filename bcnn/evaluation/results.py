@@ -29,7 +29,7 @@ PREDICTIONS = "predictions.npz"  # in the folder of a stage
 def open_split(
     ckpt: Path, images: Path, split: str
 ) -> tuple[FineGrainedDataModule, list[tuple[str, int]], BCNN]:
-    """Open a checkpoint and the images of a split, matching classes by name.
+    """Open a checkpoint and a split of images, matching classes by name.
 
     Args:
         images: an image folder, or a list of images.
@@ -58,15 +58,13 @@ def open_split(
 
 
 def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
-    """Write the report, the metrics as JSON and CSV, and the predictions as CSV and NPZ.
-
-    The model is that of the predictions, in evaluation mode.
-
-    Returns:
-        The path of the report.
-    """
+    """Write metrics and predictions as JSON, CSV and NPZ, and the report, whose path is returned."""
     predictions, report = content.predictions, folder / "report.html"
-    _write_metrics(folder / "figures.json", predictions)
+    figures: dict[str, object] = {"images": len(predictions.paths)}
+    for key, estimate in headline(predictions).items():
+        figures[key] = {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
+    with atomic_write(folder / "figures.json") as part:
+        part.write_text(json.dumps(figures, indent=2) + "\n")
     _write_classes(folder / "classes.csv", predictions)
     write_images(folder / "predictions.csv", predictions)
     predictions.save(folder / PREDICTIONS)
@@ -128,16 +126,6 @@ def kept_predictions(stage: Path) -> Before | None:
     """Return the name and the predictions of the stage with this folder, None where it has none."""
     file = stage / PREDICTIONS
     return (stage.name, Predictions.load(file)) if file.is_file() else None
-
-
-def _write_metrics(path: Path, predictions: Predictions) -> None:
-    """Write `headline` as JSON, unknown ends of intervals as null."""
-    metrics = {
-        key: {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
-        for key, estimate in headline(predictions).items()
-    }
-    with atomic_write(path) as part:
-        part.write_text(json.dumps({"images": len(predictions.paths), **metrics}, indent=2) + "\n")
 
 
 def _write_classes(path: Path, predictions: Predictions) -> None:

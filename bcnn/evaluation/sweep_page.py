@@ -18,22 +18,13 @@ METRICS = ("val_top1", "val_loss", "test_top1", "test_loss")
 
 @dataclass
 class Job:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Args:
-        folder: the job's own; its name is the job's number.
-        overrides: command-line options that the job is trained with.
-        metrics: validation and test metrics by name; empty if no stage has finished.
-        checkpoint: file of its best weights.
-        seconds: duration; None if the job has not finished.
-        failure: why the job failed, or an empty string.
-    """
-
-    folder: Path
-    overrides: list[str]
-    metrics: dict[str, float] = field(default_factory=dict)
-    checkpoint: str = ""
-    seconds: float | None = None
+    folder: Path  # its name is the job's number
+    overrides: list[str]  # of the configuration
+    metrics: dict[str, float] = field(default_factory=dict)  # empty if no stage has finished
+    checkpoint: str = ""  # the best
+    seconds: float | None = None  # None if the job has not finished
     failure: str = ""
 
     @property
@@ -43,17 +34,13 @@ class Job:
     @property
     def options(self) -> dict[str, str]:
         """Values of the overrides, by the option's name."""
-        return {option_name(word): word.partition("=")[2] for word in self.overrides}
+        pairs = (word.partition("=") for word in self.overrides)
+        return {name.lstrip("+~"): value for name, _, value in pairs}
 
     @property
     def command(self) -> str:
         """The command that trains this job alone."""
         return shlex.join(["bcnn", "train", *self.overrides])
-
-
-def option_name(override: str) -> str:
-    """Return the name of the option that an override sets."""
-    return override.partition("=")[0].lstrip("+~")
 
 
 def swept_options(jobs: Sequence[Job]) -> list[str]:
@@ -68,11 +55,10 @@ def rank(jobs: Sequence[Job]) -> list[list[Job]]:
     Groups are ordered by the mean validation top-1 of their jobs, then by the mean validation loss, so
     that one lucky seed makes no group the best.
     """
-    groups: dict[tuple[str, ...], list[Job]] = {}
+    groups: dict[object, list[Job]] = {}
     for job in jobs:
         if job.succeeded:
-            others = tuple(word for word in job.overrides if option_name(word) != "seed")
-            groups.setdefault(others, []).append(job)
+            groups.setdefault(frozenset((job.options | {"seed": ""}).items()), []).append(job)
 
     def order(group: list[Job]) -> tuple[bool, float, float]:
         top1 = mean("val_top1", group)
@@ -146,7 +132,6 @@ def write_sweep(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
         page,
         "sweep.html",
         jobs=jobs,
-        common=[word for word in jobs[0].overrides if option_name(word) not in swept],
         swept=swept,
         options=options,
         groups=groups,

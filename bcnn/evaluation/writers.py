@@ -16,23 +16,16 @@ from bcnn.utils.console import printable
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image.
-
-    Args:
-        path: of the image.
-        pairs: (class, probability), the most probable first.
-        error: why there is no prediction; then there are no pairs.
-    """
+    """The most probable classes of one image, or why there are none."""
 
     path: str
-    pairs: list[tuple[str, float]] = field(default_factory=list)
+    pairs: list[tuple[str, float]] = field(default_factory=list)  # (class, probability), best first
     error: str = ""
 
 
 Writer = Callable[[Prediction], object]
 
 
-@contextmanager
 def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, classes))
@@ -49,7 +42,6 @@ def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Itera
     yield write
 
 
-@contextmanager
 def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """Write an object per line: path and predictions, or path and error."""
 
@@ -61,7 +53,6 @@ def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Itera
     yield write
 
 
-@contextmanager
 def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """Write a row per image: path, class_1, probability_1, …, error."""
     writer = csv.writer(out, lineterminator="\n")
@@ -77,7 +68,6 @@ def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterato
     yield write
 
 
-@contextmanager
 def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """Write a list of Label Studio's tasks: the most probable class chosen, the others as text.
 
@@ -102,4 +92,5 @@ def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) ->
     print("\n]", file=out)
 
 
-FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv, "labelstudio": _labelstudio}
+_FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv, "labelstudio": _labelstudio}
+FORMATS = {name: contextmanager(written) for name, written in _FORMATS.items()}

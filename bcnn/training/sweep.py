@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +85,6 @@ class SweepCallback(Callback):
                 sys.exit(f"error: {group}={choice} is for sweeps: add -m")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        plugin = ".".join(config.hydra.launcher._target_.split(".")[:2])
-        if find_spec(plugin) is None:  # Hydra would call it an unknown class
-            package = plugin.partition(".")[2].replace("_", "-")
-            sys.exit(f"error: this launcher needs {package}: pip install {package}")
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         _locks.append(FileLock(folder / ".lock"))
@@ -99,11 +94,9 @@ class SweepCallback(Callback):
             _locks.clear()
             sys.exit(f"error: hydra.sweep.dir={folder}: another sweep is running there")
         if any(folder.glob(f"**/{JOB}")):
-            earlier = OmegaConf.load(folder / COMMAND)
-            here, there = (
-                [word for word in each.hydra.overrides.task if not word.startswith("launcher=")]
-                for each in (config, earlier)
-            )
+            configurations = config, OmegaConf.load(folder / COMMAND)
+            words = [each.hydra.overrides.task for each in configurations]
+            here, there = ([w for w in each if not w.startswith("launcher=")] for each in words)
             if here != there:
                 _locks.pop().release()
                 sys.exit(
@@ -124,8 +117,9 @@ def ranked(words: list[str]) -> Iterator[None]:
         finished = True
     finally:
         if _locks:
-            folder = Path(_locks[0].lock_file).parent
-            _locks.pop().release()
+            lock = _locks.pop()
+            lock.release()
+            folder = Path(lock.lock_file).parent
             jobs = _report(folder)
             if jobs and not finished:
                 others = [word for word in words if not word.startswith("hydra.sweep.dir=")]

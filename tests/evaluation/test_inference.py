@@ -32,27 +32,23 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     for batch in (1, 2, 3):  # alone in a batch, and with others
         found = list(predict_paths(tiny, ["a", "b", "c"], batch=batch, workers=0))
         assert [each.error for each in found] == ["", "MemoryError()", ""]
-        assert [len(each.classes) for each in found] == [3, 0, 3]
+        assert [len(each.pairs) for each in found] == [3, 0, 3]
 
 
 def test_predictions_come_before_the_list_is_read_to_its_end(tiny: BCNN, paths: list[Path]) -> None:
     found = predict_paths(tiny, [str(paths[0])] * 2 + ["never opened"], top=1, batch=2, workers=0)
     first = next(found)
-    assert not first.error and first.probabilities[0] == pytest.approx(
-        tiny.predict(paths[0]).max().item(), abs=0.01
-    )
+    assert first.pairs[0][1] == pytest.approx(tiny.predict(paths[0]).max().item(), abs=0.01)
 
 
+@pytest.mark.parametrize(("fastest", "sizes"), [("32-true", [2, 2, 2]), ("bf16-mixed", [6])])
 def test_a_cpu_in_float32_takes_few_images_at_a_time(
-    tiny: BCNN, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny: BCNN, paths: list[Path], monkeypatch: pytest.MonkeyPatch, fastest: str, sizes: list[int]
 ) -> None:
-    sizes: list[int] = []
-    tiny.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    for fastest, expected in (("32-true", [2, 2, 2]), ("bf16-mixed", [6])):
-        monkeypatch.setattr("bcnn.evaluation.inference.fastest_precision", lambda _, name=fastest: name)
-        sizes.clear()
-        assert len(list(predict_paths(tiny, [*map(str, paths)], workers=0))) == 6
-        assert sizes == expected
+    found: list[int] = []
+    tiny.register_forward_pre_hook(lambda _, inputs: found.append(len(inputs[0])))
+    monkeypatch.setattr("bcnn.evaluation.inference.fastest_precision", lambda _: fastest)
+    assert len(list(predict_paths(tiny, [*map(str, paths)], workers=0))) == 6 and found == sizes
 
 
 def test_descriptors_and_mirrored_images_of_a_split(tiny: BCNN, images: Path) -> None:
@@ -77,6 +73,6 @@ def test_outputs_that_are_not_finite_become_no_figures(tiny: BCNN, images: Path)
     with pytest.raises(UserError, match=r"test/blue/0\.png: .* not finite numbers"):
         predict_split(tiny, data.test, data.test_dataloader(), "32-true")
     (found,) = predict_paths(tiny, [data.test[0][0]], workers=0)
-    assert "not finite numbers" in found.error and not found.classes
+    assert "not finite numbers" in found.error and not found.pairs
     hidden = softmax(torch.tensor([[0.0, -math.inf], [0.0, 0.0]]))
     assert hidden[0].isnan().all() and hidden[1].tolist() == [0.5, 0.5]

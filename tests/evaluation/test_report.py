@@ -98,14 +98,10 @@ def test_curves_of_what_was_logged(log: str | None, mistaken: Predictions, tmp_p
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> list[str]:
-    write_images(tmp_path / "images", 8)
-    return sorted(map(str, (tmp_path / "images").glob("*/*.png")))
-
-
-@pytest.fixture
-def mistaken(paths: list[str]) -> Predictions:
+def mistaken(tmp_path: Path) -> Predictions:
     """24 images of three classes, some misclassified; one name tries to be markup."""
+    write_images(tmp_path / "images", 8)
+    paths = sorted(map(str, (tmp_path / "images").glob("*/*.png")))
     labels = torch.arange(3).repeat_interleave(8)
     logits = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
     logits[torch.arange(24), labels] += 1.0
@@ -120,14 +116,15 @@ def text_of(page: Path) -> str:
     return " ".join(re.sub("<[^>]*>", " ", shown).split())
 
 
-def test_names_act_on_nothing(paths: list[str], tmp_path: Path) -> None:
+def test_names_act_on_nothing(mistaken: Predictions, tmp_path: Path) -> None:
     names = ["<img src=x>", "evil\x1b[2J\x1b]0;title\a", "right\u202eto left\u2066\n\udcff"]
-    labels, page = torch.arange(3).repeat_interleave(8), tmp_path / "report.html"
-    made = Predictions(names, paths, labels, torch.full((24, 3), 1 / 3))
-    write_report(page, ReportContent(made, names[2], configuration="data: a\nseed: 0"))
+    page = tmp_path / "report.html"
+    write_report(
+        page, ReportContent(replace(mistaken, classes=names), names[2], configuration="a: 1\nb: 2")
+    )
     text = page.read_text()
     assert not set("\x1b\a\u202e\u2066") & set(text) and r"evil\x1b[2J\x1b]0;title\x07" in text
-    assert "<h1>right\\u202eto left\\u2066\n\\xff</h1>" in text and "<pre>data: a\nseed: 0" in text
+    assert "<h1>right\\u202eto left\\u2066\n\\xff</h1>" in text and "<pre>a: 1\nb: 2" in text
     assert "<img src=x>" not in text and "&lt;img src=x&gt;" in text
 
 
@@ -188,26 +185,20 @@ def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions)
     html, mistakes = page.read_text(), min(MISTAKES, int((~mistaken.correct).sum()))
     addresses = re.findall(r'\b(?:src|href)="([^"]*)"', html)
     assert all(re.match("data:|#", address) for address in addresses)
-    pictures = [address for address in addresses if address.startswith("data:image/jpeg")]
-    assert 4 * mistakes < len(pictures) <= 100
-    assert re.findall("<h2>(.*?)</h2>", html) == [
-        "From last to finetune",
-        "Training",
-        "Confusion",
-        "Most confused pairs",
-        "Most confident mistakes",
-        "Possibly wrong labels",
-        "Classes",
-        "Calibration",
-        "Configuration",
-    ]
+    assert 4 * mistakes < sum(address.startswith("data:image/jpeg") for address in addresses) <= 100
+    assert ", ".join(re.findall("<h2>(.*?)</h2>", html)) == (
+        "From last to finetune, Training, Confusion, Most confused pairs, Most confident mistakes, "
+        "Possibly wrong labels, Classes, Calibration, Configuration"
+    )
     assert html.count('<div class="near">') == text_of(page).count("green 0.25") == mistakes
     assert "Of the 24 training images" in text_of(page)
 
 
-def test_a_page_without_mistakes(paths: list[str], tmp_path: Path) -> None:
-    labels, page = torch.arange(3).repeat_interleave(8), tmp_path / "report.html"
-    made = Predictions(list(COLOURS), paths, labels, torch.eye(3)[labels])
+def test_a_page_without_mistakes(mistaken: Predictions, tmp_path: Path) -> None:
+    made, page = (
+        replace(mistaken, probabilities=torch.eye(3)[mistaken.labels]),
+        tmp_path / "report.html",
+    )
     write_report(page, ReportContent(made, "All correct", held_out=made))
     text = text_of(page)
     assert "No image was mistaken for another class" in text
@@ -261,10 +252,10 @@ def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) 
 
 
 def test_a_large_matrix_zooms_to_where_one_clicks(
-    browser: Any, paths: list[str], tmp_path: Path
+    browser: Any, mistaken: Predictions, tmp_path: Path
 ) -> None:
     made, _ = grouped(150, group=3)
-    made = replace(made, paths=[paths[k % len(paths)] for k in range(len(made.paths))])
+    made = replace(made, paths=(mistaken.paths * 38)[: len(made.paths)])
     write_report(tmp_path / "report.html", ReportContent(made, "150 classes"))
     tab = browser.new_page(viewport={"width": 1000, "height": 800})
     tab.goto((tmp_path / "report.html").as_uri())
