@@ -75,10 +75,7 @@ def see(model: BCNN, image: Image.Image) -> Seen:
 def explain(
     model: BCNN, image: Image.Image, target: int | None = None, against: int | None = None
 ) -> Explanation:
-    """Return the attribution of the class `target` on an upright RGB image, compared with `against`.
-
-    By default these are the most probable classes that are not the other.
-    """
+    """Return the attribution of class `target`, also against another; default: the most probable."""
     seen = see(model, image)
     likeliest = seen.logits.argsort(descending=True).tolist()
     if target is None:
@@ -122,10 +119,9 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
 def explain_mistakes(
     model: BCNN, predictions: Predictions, mistakes: Sequence[int], side: int
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
-    """Draw the attributions of the predicted and of the true class, on one colour scale per image.
+    """Draw the attributions of the predicted and of the true class of images, by their indices.
 
-    Returns:
-        Two pictures with a long side of `side` px for each of the images with the indices `mistakes`.
+    The long side has `side` px; both pictures of an image have one colour scale.
     """
     pictures = {}
     for index in track(mistakes, "explaining mistakes"):

@@ -85,7 +85,7 @@ def predict_paths(
     if batch is None:
         # Maps of many images slow down a CPU in float32, which allocates their memory page by page.
         batch = 2 if device == "cpu" and fastest_precision(device) == "32-true" else 16
-    loader = DataLoader(
+    loader: DataLoader[str] = DataLoader(
         paths,  # type: ignore[arg-type]  # a sequence is a dataset
         batch_size=batch,
         collate_fn=partial(_load, model.preprocessing),
@@ -115,9 +115,6 @@ def predict_split(
         model: left in evaluation mode.
         samples: (path, label) of the images, in the order of `batches`.
         batches: of (inputs, labels); inputs, precision and mirror as for `probabilities`.
-
-    Raises:
-        UserError: the model's outputs for an image are not finite.
     """
     model.eval()
     parts = []

@@ -34,7 +34,7 @@ def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tens
 
     Args:
         queries: (n, width), of unit length.
-        others: batches (m, width), of unit length, one of which is in memory at a time.
+        others: batches (m, width) of the same, one of which is in memory at a time.
 
     Returns:
         Distances, 0 (equal) to √2 (orthogonal), and indices, (n, count), nearest first, on the CPU.
@@ -60,12 +60,11 @@ def nearest_images(
     count: int,
     precision: str | None = None,
 ) -> list[list[Neighbour]]:
-    """Return the nearest images of each image in `queries`: path, class and distance, nearest first.
+    """Return path, class and distance of the `count` nearest images of each image, nearest first.
 
     Args:
         queries, others: batches as for `descriptors`.
         samples: (path, label) of the images in `others`, in the same order.
-        count: neighbours of each query, at most all.
     """
     asked = torch.cat([*descriptors(model, queries, precision)])
     shown = track(descriptors(model, others, precision), "nearest images", unit="batches")

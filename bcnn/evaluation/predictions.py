@@ -13,8 +13,6 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from bcnn.utils.files import atomic_write
 
-MAX_OPTIMAL_ORDER = 1000  # classes; the optimal order takes the cube of their number, here a second
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -49,11 +47,6 @@ class Predictions:
     def confusion(self) -> Tensor:
         """(classes, classes) numbers of images: rows are true classes, columns predicted ones."""
         return multiclass_confusion_matrix(self.predicted, self.labels, len(self.classes))
-
-    def of_same_images(self, other: "Predictions") -> bool:
-        """Return whether both are of the same images, with the same labels, in the same order."""
-        names, others = (self.classes, self.paths), (other.classes, other.paths)
-        return names == others and torch.equal(self.labels, other.labels)
 
     def confident_mistakes(self, count: int) -> list[int]:
         """Return the indices of misclassified images, the most confident first."""
@@ -97,14 +90,13 @@ def confusion_order(predictions: Predictions) -> list[int]:
     """Return the classes in an order that puts confused ones side by side.
 
     Average linkage on the negative logarithm of the mean probability that two classes give each other,
-    with the leaves in optimal order (Bar-Joseph et al., Bioinformatics 2001) for up to
-    `MAX_OPTIMAL_ORDER` classes.
+    with the leaves in optimal order (Bar-Joseph et al., Bioinformatics 2001) for up to 1000 classes.
     """
     shared = soft_confusion(predictions).numpy()
     shared = shared + shared.T
     np.fill_diagonal(shared, shared.max())
     distance = np.log(shared.max() + 1e-9) - np.log(shared + 1e-9)
-    optimal = len(shared) <= MAX_OPTIMAL_ORDER
+    optimal = len(shared) <= 1000  # it takes the cube of their number, here a second
     tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=optimal)
     return leaves_list(tree).tolist()
 

@@ -116,9 +116,12 @@ def _examples(
 
 def _change(before: Before | None, after: Predictions) -> dict[str, Any] | None:
     """Return the metrics of the stage before, and images that only one stage classified correctly."""
-    if before is None or not after.of_same_images(before[1]):
+    if before is None:
         return None
     name, earlier = before
+    images, others = ((x.classes, x.paths, x.labels.tolist()) for x in (after, earlier))
+    if images != others:
+        return None
 
     def examples(right: Predictions, wrong: Predictions) -> tuple[int, list[dict[str, Any]]]:
         changed = [i for i in wrong.confident_mistakes(len(wrong.paths)) if right.correct[i]]

@@ -124,10 +124,8 @@ def write_sweep(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
     write_csv(table, ["job", *swept, *METRICS, "seconds", "checkpoint", "command", "failure"], rows)
 
     best, options = best_of(groups), [name for name in swept if name != "seed"]
-    pictures = []
-    for name in options if best else []:
-        values = [group[0].options.get(name, "") for group in groups]
-        pictures.append(Markup(option_svg(name, values, [mean("val_top1", group) for group in groups])))
+    top1 = [mean("val_top1", group) for group in groups]
+    values_of = {name: [group[0].options.get(name, "") for group in groups] for name in options if best}
     write_page(
         page,
         "sweep.html",
@@ -136,7 +134,7 @@ def write_sweep(folder: Path, jobs: Sequence[Job]) -> tuple[Path, Path]:
         options=options,
         groups=groups,
         best=best,
-        pictures=pictures,
+        pictures=[Markup(option_svg(name, each, top1)) for name, each in values_of.items()],
         failed=failed,
         shown=shown,
     )

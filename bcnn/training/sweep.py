@@ -36,13 +36,10 @@ def in_sweep() -> bool:
 
 
 def run_job(cfg: DictConfig, overrides: list[str]) -> float:
-    """Train one job of a sweep and record its outcome in `job.json`.
+    """Train one job of a sweep, record its outcome in `job.json`, return validation top-1 or nan.
 
     A job that has finished is not trained again; one that was interrupted is resumed. A failure is
     logged and recorded, so that the other jobs still run.
-
-    Returns:
-        Validation top-1; nan if no stage has finished or there are no validation images.
     """
     from bcnn.training.config import STAGES
     from bcnn.training.run import train  # imports torch, which takes seconds
@@ -87,29 +84,25 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        _locks.append(FileLock(folder / ".lock"))
+        lock = FileLock(folder / ".lock")
         try:
-            _locks[0].acquire(blocking=False)
+            lock.acquire(blocking=False)
         except Timeout:
-            _locks.clear()
             sys.exit(f"error: hydra.sweep.dir={folder}: another sweep is running there")
         if any(folder.glob(f"**/{JOB}")):
             configurations = config, OmegaConf.load(folder / COMMAND)
             words = [each.hydra.overrides.task for each in configurations]
             here, there = ([w for w in each if not w.startswith("launcher=")] for each in words)
             if here != there:
-                _locks.pop().release()
-                sys.exit(
-                    f"error: hydra.sweep.dir={folder} holds a sweep with other options: name another"
-                )
+                sys.exit(f"error: hydra.sweep.dir={folder} holds a sweep with other options")
+        _locks.append(lock)
 
 
 @contextmanager
 def ranked(words: list[str]) -> Iterator[None]:
     """Rank the jobs of a sweep when the block ends or is interrupted; exit with 1 if a job failed.
 
-    Args:
-        words: of the command, to show how to continue an interrupted sweep.
+    The words of the command show how to continue an interrupted sweep.
     """
     finished, jobs = False, []
     try:
@@ -132,7 +125,8 @@ def ranked(words: list[str]) -> Iterator[None]:
 def _report(folder: Path) -> list[Job]:
     """Rank the jobs in a sweep's folder on the screen and in files; return them."""
     files = sorted(folder.glob(f"**/{JOB}"), key=lambda file: (len(str(file)), file))  # 10 after 2
-    if jobs := [_read(file) for file in files]:
+    jobs = [_read(file) for file in files]
+    if jobs:
         print_ranking(jobs)
         table, page = write_sweep(folder, jobs)
         console.print(f"table: {table}\npage: {page}")

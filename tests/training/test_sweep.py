@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Run, toy
@@ -105,17 +104,6 @@ def test_the_page_shows_markup_as_text(tmp_path: Path) -> None:
     assert "options of all jobs: stage=last" in page and rows(tmp_path)[2]["failure"] == "<b>"
 
 
-def test_on_a_phone_the_table_scrolls_and_the_page_does_not(tmp_path: Path, browser: Any) -> None:
-    names = [f"last.optimizer.option_{index}" for index in range(6)]
-    jobs = [job(f"{i}", i / 10, **dict.fromkeys(names, f"1e-{i % 2}"), seed=f"{i}") for i in range(10)]
-    write_sweep(tmp_path, jobs)
-    tab = browser.new_page(viewport={"width": 390, "height": 800})
-    tab.goto((tmp_path / "sweep.html").as_uri())
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    heights = tab.evaluate("[...document.querySelectorAll('th')].map(cell => cell.clientHeight)")
-    assert max(heights) < 100  # px: three lines, broken at the dots of a name
-
-
 @pytest.mark.parametrize(
     ("values", "even"),
     [(["1e-3", "1e-2", "1e-1"], True), (["0", "1e-5", "1e-4"], True), (["1", "2", "4"], False)],
@@ -143,7 +131,7 @@ def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
     assert f"best checkpoint: {best}" in ranking and best.is_file()
     assert (tmp_path / "s" / "sweep.html").is_file()
 
-    words = shlex.split(ranking.partition("train it again: bcnn train ")[2])
+    words = shlex.split(ranking.partition("train it again: bcnn train ")[2].partition("\n")[0])
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     assert command.main([*words, "output=again"]) == 0
     once, again = (StageResult.read(folder, "last") for folder in (best.parents[1], Path("again")))
