@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from conftest import configure, toy
 from torch import Tensor
 
+from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.head import Head
-from bcnn.training.logistic_regression import cholesky, gram_matrix
-from bcnn.training.run import run
+from bcnn.training.logistic_regression import ConvexProblem, cholesky, gram_matrix
+from bcnn.training.run import train
 from bcnn.utils.device import double_device
 
 DEVICE = "cuda"
@@ -43,7 +44,7 @@ def test_both_stages_train_and_agree_with_float32(
     finals = {}
     for name in ("32-true", precision):
         overrides = [*short, f"trainer.precision={name}", f"output={tmp_path / name}"]
-        assert run(configure(*toy(images, *overrides))) >= 0.8
+        assert train(configure(*toy(images, *overrides))) >= 0.8
         finals[name] = tmp_path / name
     start = load_model(finals["32-true"] / "last" / "best.ckpt").backbone.features.state_dict()
     mixed = load_model(finals[precision] / "last" / "best.ckpt").backbone.features.state_dict()
@@ -59,33 +60,42 @@ def test_both_stages_train_and_agree_with_float32(
     torch.testing.assert_close(close.softmax(1), exact.softmax(1), rtol=0, atol=0.1)
 
 
-def test_autocast_on_the_gpu_keeps_the_head_in_float32(tmp_path: Path) -> None:
-    from bcnn.models.bilinear_cnn import BCNN
-
+def test_autocast_on_the_gpu_keeps_the_head_in_float32() -> None:
     model = BCNN(["a", "b"]).cuda()
-    images = torch.rand(2, 3, 64, 64, device="cuda")
-    with torch.autocast("cuda", torch.float16), torch.no_grad():
+    images = torch.rand(2, 3, 64, 64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16), torch.no_grad():
         descriptor = model.descriptor(images)
         assert descriptor.dtype == model.head(descriptor).dtype == torch.float32
-    torch.testing.assert_close(descriptor.norm(dim=1), torch.ones(2, device="cuda"))
+    torch.testing.assert_close(descriptor.norm(dim=1), torch.ones(2, device=DEVICE))
 
 
-def test_the_head_says_what_it_says_on_the_cpu() -> None:
+def test_logits_are_those_of_the_cpu() -> None:
     head = Head(8256, 5).train()
     head.batch_mean = True
     torch.nn.init.normal_(head.weight)
-    rows = F.normalize(torch.rand(6, 8256))
-    there = copy.deepcopy(head).to(DEVICE)(rows.to(DEVICE))
-    torch.testing.assert_close(there.cpu(), head(rows), rtol=1e-3, atol=1e-3)
+    descriptors = F.normalize(torch.rand(6, 8256))
+    there = copy.deepcopy(head).to(DEVICE)(descriptors.to(DEVICE))
+    torch.testing.assert_close(there.cpu(), head(descriptors), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [90, 20])  # fewer descriptors than columns, and more
+def test_the_convex_solution_is_that_of_the_cpu(width: int) -> None:
+    descriptors, labels = F.normalize(torch.rand(40, width)), torch.arange(40) % 3
+    here, there = (
+        ConvexProblem(descriptors, labels, 3, device=device).solve(1e-3) for device in ("cpu", DEVICE)
+    )
+    torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(there.logits.cpu(), here.logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high"])
-def test_the_matrix_of_long_rows_can_be_factored(allowed: str) -> None:
+def test_the_gram_matrix_of_wide_descriptors_can_be_factored(allowed: str) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)  # "high" is TF32
-    rows = F.normalize(torch.randn(2640, 131_328, device=DEVICE)).half()
+    descriptors = F.normalize(torch.randn(2640, 131_328, device=DEVICE)).half()
     try:
-        gram = gram_matrix(rows, rows.float().mean(dim=0)).to(double_device(rows.device))
+        gram = gram_matrix(descriptors, descriptors.float().mean(dim=0))
+        gram = gram.to(double_device(gram.device))
         least = torch.linalg.eigvalsh(gram.double())[0]  # 0, along the mean
         assert abs(least) < 1e-4
         cholesky(gram)

@@ -35,8 +35,7 @@ class Float16(L.Callback):
     """Sets the scale of gradients in 16-mixed; idle in other precisions.
 
     A third of the gradients of conv1 to conv3 are too small for float16's full precision at torch's
-    scale, 65,536, at which the largest are 9e3 of 65,504: `SCALE` is twice that. A scale that is too
-    large costs a step each time it is halved. One below 1 has skipped most steps without a word.
+    scale, 65,536, at which the largest are 9e3 of 65,504. A scale below 1 has skipped most steps.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -59,25 +58,18 @@ class TrainingDiverged(Exception):
 
 
 class DivergenceMonitor(L.Callback):
-    """Watches a stage's loss, weights and validation.
+    """Watches a stage's loss, weights and validation; raises TrainingDiverged where one is not finite.
 
     Args:
         classes: their number: guessing has a cross-entropy of ln(classes).
         checkpoint: holds the validation top-1 of the weights that the stage starts from, if any.
         advice: what to try; ends each message.
-
-    Raises:
-        TrainingDiverged: a loss is not finite, or a weight at the end of an epoch, before the weights
-            are validated or saved.
     """
 
     def __init__(self, classes: int, checkpoint: BestOrLastCheckpoint, advice: str) -> None:
         self.guessing = math.log(classes)
         self.checkpoint = checkpoint
         self.advice = advice
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -104,31 +96,23 @@ class DivergenceMonitor(L.Callback):
             return
         logger.warning(f"epoch {trainer.current_epoch + 1}: {trouble}: {self.advice}")
 
-    def _check_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        finite = all(parameter.isfinite().all() for parameter in pl_module.parameters())
-        self._check(trainer, "weights are", finite)
+    def _check_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._check(trainer, "weights are", all(each.isfinite().all() for each in module.parameters()))
 
     def _check(self, trainer: L.Trainer, what: str, finite: Any) -> None:
         if not trainer.strategy.reduce_boolean_decision(bool(finite)):
             raise TrainingDiverged(
-                f"the {what} not finite after batch {self._batch} of epoch {trainer.current_epoch + 1}"
-                f", at a rate of {self._rate:g}: {self.advice}"
+                f"the {what} not finite after batch {self._batch} of epoch "
+                f"{trainer.current_epoch + 1}: {self.advice}"
             )
 
 
 class EpochTable(L.Callback):
-    """Logs a row an epoch: losses, validation top-1, rate, time; a bar shows the running epoch.
-
-    Args:
-        checkpoint: holds what the stage starts from, and the best epoch so far.
-        show: whether to show the bar.
-    """
+    """Logs a row an epoch: losses, validation top-1, rate, time; a bar may show the running epoch."""
 
     def __init__(self, checkpoint: BestOrLastCheckpoint, show: bool = True) -> None:
         self.checkpoint = checkpoint
         self.show = show
-        self._rate = math.nan
-        self._seconds: list[float] = []  # that epochs took
         self._bar = ExitStack()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -145,44 +129,35 @@ class EpochTable(L.Callback):
         if batch_idx == 0:
             self._start = time.monotonic()
             batches = trainer.num_training_batches + sum(trainer.num_val_batches)
-            self._begin(f"epoch {_number(trainer)}{self._time_left(trainer)}", batches)
+            self._begin(f"epoch {_number(trainer)}", batches)
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._task.advance()
 
-    def on_validation_batch_end(self, *_: Any) -> None:
-        self._task.advance()
+    on_validation_batch_end = on_train_batch_end
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics  # reduced over the ranks
         best = self.checkpoint.check_monitor_top_k(trainer, metrics.get("val_loss"))
-        self._seconds.append(time.monotonic() - self._start)
         self._bar.close()
         cells = (f"{metrics['train_loss']:.3g}", *validation_cells(metrics), f"{self._rate:.3g}")
-        row = table_row(_number(trainer), *cells, span(self._seconds[-1]))
-        logger.info(row + ("  best so far" if best else ""))
+        row = table_row(_number(trainer), *cells, span(time.monotonic() - self._start))
+        logger.info(row + "  best so far" * bool(best))
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self._bar.close()
 
-    def on_exception(self, *_: Any) -> None:
-        self._bar.close()
+    on_exception = teardown
 
     def _begin(self, what: str, batches: float = 0) -> None:
         self._bar.close()
         bar = progress(what, int(batches) or None, "batches", show=self.show)
         self._task = self._bar.enter_context(bar)
 
-    def _time_left(self, trainer: L.Trainer) -> str:
-        if not self._seconds:
-            return ""
-        epochs = int(trainer.max_epochs or 0) - trainer.current_epoch
-        return f" (about {span(epochs * sum(self._seconds) / len(self._seconds))} left of the stage)"
-
 
 def table_row(first: str, *cells: str) -> str:
-    """Return a row of the table of epochs, or of λ."""
+    """Return a row of the table of epochs or λ."""
     return f"{first:>7}" + "".join(f"{cell:>12}" for cell in cells)
 
 

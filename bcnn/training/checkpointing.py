@@ -46,15 +46,13 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     last.ckpt is the trainer's full state after the last epoch, or after one `EVERY` seconds ago at
     most. A stage resumed from it (`Trainer.fit(ckpt_path=…)`) ends with the same weights.
 
-    A trainer that validates before it trains (`num_sanity_val_steps=-1`) measures `start`.
-
     Args:
         folder: to write to.
         images: number of validation images.
 
     Attributes:
-        start, last, metrics: validation figures before the first step, of the latest epoch, and of
-            the epoch that `kept` holds; empty where nothing was validated.
+        start, last, metrics: validation figures before the first step (of a trainer with
+            `num_sanity_val_steps=-1`), of the latest epoch, and of the epoch that `kept` holds.
         state: folder/last.ckpt.
         resumed: whether the stage began from it.
     """
@@ -78,15 +76,13 @@ class BestOrLastCheckpoint(ModelCheckpoint):
         self.rows: list[dict[str, str]] = []  # of metrics.csv
         self.resumed = False
         self._keeps_last = not images
-        self._forgets_best = False
         self._saved_at = -math.inf
 
     @property
     def kept(self) -> Path | None:
         """The file that the stage ends with, by the rule `no_worse`; None where none was written."""
-        best = Path(self.best_model_path) if self.best_model_path else None
-        file = self.state if self._keeps_last else best
-        return file if file and file.is_file() else None
+        file = self.state if self._keeps_last else Path(self.best_model_path)  # "" is a folder
+        return file if file.is_file() else None
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = _metrics(trainer, "val_")
@@ -116,10 +112,9 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose between best and last; also where a resumed stage has no epoch left to train."""
         if self.start and self.last and self.metrics is not self.last:
-            last, start, best = (each["val_top1"] for each in (self.last, self.start, self.metrics))
-            self._keeps_last = no_worse(last, start, best, self.images)
-            if self._keeps_last:
-                self.metrics = self.last
+            figures = (each["val_top1"] for each in (self.last, self.start, self.metrics))
+            if no_worse(*figures, self.images):
+                self._keeps_last, self.metrics = True, self.last
                 logger.info("kept: the last epoch, which validation cannot tell from the best")
 
     @rank_zero_only
@@ -140,34 +135,30 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Restore what Lightning does too late or not at all: the epoch, early stopping, logs."""
         self.resumed = True
-        state = checkpoint["callbacks"][self.state_key]
+        state = checkpoint["callbacks"][self.state_key]  # which Lightning loads after this
+        for name in SAVED:
+            setattr(self, name, state[name])
         # No public way: a schedule asks for the number of steps, which has workers draw an epoch's
         # images, before Lightning restores the number of that epoch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         trainer.fit_loop.epoch_progress.load_state_dict(progress)
-        trainer.should_stop = state["stopped"]
-        best = self.state.with_name("best.ckpt")
-        if best.is_file():  # of a later epoch, it is forgotten: on a GPU, that has other figures now
-            content = torch.load(best, "cpu", weights_only=True, mmap=True)
-            self._forgets_best = content["global_step"] > checkpoint["global_step"]
+        trainer.should_stop = self.stopped
+        best, step = self.state.with_name("best.ckpt"), checkpoint["global_step"]
+        if (
+            best.is_file()
+            and torch.load(best, "cpu", weights_only=True, mmap=True)["global_step"] > step
+        ):
+            self.metrics = {}  # of a later epoch, which on a GPU will have other figures
+            state |= super().state_dict()
+        elif state["best_model_path"]:  # the folder may have been moved
+            state["best_model_path"] = state["kth_best_model_path"] = str(best)
+            state["best_k_models"] = {str(best): state["best_model_score"]}
+        state["dirpath"] = self.dirpath
         for each in trainer.loggers:
             if isinstance(each, CSVLogger):  # which begins its file anew
-                each.experiment.metrics.extend(state["rows"])
+                each.experiment.metrics.extend(self.rows)
             # The training figures of an epoch are logged after its state is saved.
-            each.log_metrics(state["train"], step=checkpoint["global_step"] - 1)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in SAVED:
-            setattr(self, name, state_dict[name])
-        if self._forgets_best:
-            self.metrics = {}
-            return
-        here: dict[str, Any] = {"dirpath": self.dirpath}  # which may have been moved
-        if state_dict["best_model_path"]:
-            path = str(self.state.with_name("best.ckpt"))
-            here |= {"best_model_path": path, "kth_best_model_path": path}
-            here["best_k_models"] = {path: state_dict["best_model_score"]}
-        super().load_state_dict(state_dict | here)
+            each.log_metrics(self.train, step=step - 1)
 
     def _save_state(self, trainer: L.Trainer) -> None:
         self._saved_at = time.monotonic()
@@ -187,11 +178,10 @@ class BestOrLastCheckpoint(ModelCheckpoint):
 def no_worse(last: float, start: float, best: float, images: int) -> bool:
     """Return whether a fine-tune keeps its last epoch rather than its best one, by their top-1.
 
-    The best of several epochs is best by luck too: on few images it can be an early one, of large steps
-    and a lower test accuracy. The last is kept unless its validation accuracy is below that of the
-    start, or below that of the best by more than a standard error (the rule of Breiman et al.,
-    "Classification and Regression Trees", 1984, §3.4.3); with two right and two wrong added, since all
-    right would else have none (Agresti & Coull, The American Statistician 52, 1998).
+    The best of several epochs is best by luck too. The last is kept unless its validation accuracy is
+    below that of the start, or below that of the best by more than a standard error: Breiman et al.,
+    "Classification and Regression Trees", 1984, §3.4.3; with two right and two wrong added, since all
+    right would else have none: Agresti & Coull, The American Statistician 52, 1998.
     """
     share = (best * images + 2) / (images + 4)
     return last >= max(start, best - math.sqrt(share * (1 - share) / (images + 4)))

@@ -1,13 +1,15 @@
 """Stage `last` solved to its optimum, for one λ after the other."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from bcnn.evaluation.predictions import Predictions
@@ -15,7 +17,7 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.head import Head
 from bcnn.training.callbacks import table_row, validation_cells
 from bcnn.training.feature_data import CachedFeatureDataModule
-from bcnn.training.logistic_regression import BLOCK, ConvexProblem, Descriptors, Progress, Solution
+from bcnn.training.logistic_regression import BLOCK, ConvexProblem, Descriptors, Solution
 from bcnn.training.module import BCNNModule, in_top_k
 from bcnn.utils.console import logger, span, track
 
@@ -23,28 +25,12 @@ MIN_L2 = 1e-9  # the weakest λ that a path is extended to: less is lost in the 
 LOW_LOSS = 0.01  # validation loss below which a weaker λ has nothing left to gain
 
 
-@dataclass(frozen=True)
-class ConvexResult:
-    """What the stage ended with.
-
-    Args:
-        checkpoint: the file of the best weights, which the model's head holds as well.
-        metrics: their validation figures; empty without validation and cross-validation.
-        held_out: predictions of training images by solutions that have not seen their fold, at the best
-            λ; None without folds. Images alone in their class are left out.
-    """
+class ConvexResult(NamedTuple):
+    """What the stage ended with."""
 
     checkpoint: Path
-    metrics: dict[str, float]
-    held_out: Predictions | None
-
-
-@dataclass
-class _Best:
-    l2: float
-    solution: Solution
-    metrics: dict[str, float] = field(default_factory=dict)
-    held_out: Tensor | None = None
+    metrics: dict[str, float]  # of validation or cross-validation, if any
+    held_out: Predictions | None  # of training images, by solutions that have not seen their fold
 
 
 def run_convex_stage(
@@ -56,64 +42,85 @@ def run_convex_stage(
     folder: Path,
     loss: nn.Module | None = None,
     folds: int | None = None,
-    progress: Progress = track,
 ) -> ConvexResult:
     """Train the head for each λ, and keep the best by validation loss.
 
     To several λ, tenths of the last are added while it has the lowest validation loss. Without
-    validation images, several λ are compared by cross-validation. Every rank solves the same problem;
-    rank 0 writes.
+    validation images, several λ are compared by cross-validation.
 
     Args:
-        trainer: its ranks, device and loggers are used; it fits nothing.
-        model: its head is trained in place.
+        trainer: its ranks, device and loggers are used; every rank solves the same problem.
+        model: its head is trained.
         features: of the images to train and validate on; missing descriptors are computed.
         l2: the λ, from strong to weak: each solution starts the next.
         folder: gets best.ckpt, or last.ckpt where nothing chooses λ.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
         folds: of the cross-validation; None: there is none.
-        progress: shows how far a part of the work is.
-
-    Raises:
-        UserError: from `CachedFeatureDataModule.build` or `ConvexProblem`.
     """
     module = BCNNModule(model, "last")
-    trainer.predict(module, datamodule=features, return_predictions=False)  # starts ranks, calls build
-    device = trainer.strategy.root_device
+    trainer.predict(module, datamodule=features, return_predictions=False)  # starts ranks, calls setup
+    device, train, val = trainer.strategy.root_device, features.data.train, features.data.val
     model.to(device).eval()
-    descriptors, labels = features.descriptors(features.data.train, views=2)
-    problem = ConvexProblem(
-        descriptors, labels, len(model.classes), loss, device=device, progress=progress
-    )
-    crossed = folds if not features.data.val and len(l2) > 1 and len(comparable(labels)) else None
+    descriptors, labels = features.descriptors(train, views=2)
+    problem = ConvexProblem(descriptors, labels, len(model.classes), loss, device, track)
+    known, fold = comparable(labels), fold_numbers(labels, folds or 1)
+    held_out = cache(lambda strength: problem.held_out(strength, fold).cpu()[known])
+    crossed = folds and not val and len(l2) > 1 and len(known)
     if crossed:
-        logger.info(f"no validation images: λ is chosen by {crossed}-fold cross-validation")
-    logger.info(table_row("λ", "train loss", "val loss", "val top-1", "time"))
-    path, losses = list(l2), list[float]()
-    for number, strength in enumerate(path):  # which grows
-        start = time.monotonic()
-        (solution,) = progress(map(problem.solve, (strength,)), f"λ {strength:g}", unit="λ")
-        set_head(model.head, problem.mean, solution)
-        tried = _Best(strength, solution)
-        if features.data.val:
-            tried.metrics = _validate(model.head, *features.descriptors(features.data.val))
-        elif crossed:
-            known = comparable(labels)
-            tried.held_out = problem.held_out(strength, fold_numbers(labels, crossed)).cpu()
-            tried.metrics = _figures("val", tried.held_out[known], labels[known])
-        improved = tried.metrics.get("val_loss", 0.0) < min(losses, default=torch.inf)
-        if number == 0 or improved or not tried.metrics:
-            best = tried
-        _report(trainer, number, tried, labels, time.monotonic() - start, improved)
-        if tried.metrics:
-            losses.append(tried.metrics["val_loss"])
-            path += _weaker(path, losses)
-    if folds and best.held_out is None:
-        best.held_out = problem.held_out(best.l2, fold_numbers(labels, folds)).cpu()
-    set_head(model.head, problem.mean, best.solution)
-    file = folder / ("best.ckpt" if best.metrics else "last.ckpt")
+        logger.info(f"no validation images: λ is chosen by {folds}-fold cross-validation")
+
+    def validate(strength: float) -> dict[str, float]:
+        if val:
+            return _validate(model.head, *features.descriptors(val))
+        return _figures("val", held_out(strength), labels[known]) if crossed else {}
+
+    best, metrics = _solve_path(problem, model.head, list(l2), validate, trainer.loggers)
+    file = folder / ("best.ckpt" if metrics else "last.ckpt")
     trainer.save_checkpoint(file, weights_only=True)
-    return ConvexResult(file, best.metrics, _predictions(model, best.held_out, features.data.train))
+    if not folds:
+        return ConvexResult(file, metrics, None)
+    paths = [train[i][0] for i in known.tolist()]
+    probabilities = held_out(best).softmax(dim=1).float()
+    predictions = Predictions(model.classes, paths, labels[known], probabilities)
+    return ConvexResult(file, metrics, predictions)
+
+
+def _solve_path(
+    problem: ConvexProblem,
+    head: Head,
+    path: list[float],
+    validate: Callable[[float], dict[str, float]],
+    loggers: Sequence[Logger],
+) -> tuple[float, dict[str, float]]:
+    """Leave the best solution of a path, which grows, in the head; return its λ and figures."""
+    logger.info(table_row("λ", "train loss", "val loss", "val top-1", "time"))
+    losses: list[float] = []
+    for number, strength in enumerate(path):
+        start = time.monotonic()
+        solution = problem.solve(strength)
+        set_head(head, problem.mean, solution)
+        metrics = validate(strength)
+        improved = metrics.get("val_loss", 0.0) < min(losses, default=torch.inf)
+        if improved or number == 0:
+            best = strength, solution, metrics
+        train = _figures("train", solution.logits, problem.labels)
+        cells = (
+            f"{train['train_loss']:.3g}",
+            *validation_cells(metrics),
+            span(time.monotonic() - start),
+        )
+        mark = "  best so far" if improved and metrics else ""
+        logger.info(table_row(f"{strength:.3g}", *cells) + mark)
+        solver = {"l2": strength, "gradient_norm": float(solution.gradient_norm)}
+        for each in loggers:
+            each.log_metrics({"epoch": number, **solver, **train, **metrics}, step=number)
+            each.save()
+        if metrics:
+            losses.append(metrics["val_loss"])
+            path += _weaker(path, losses)
+    strength, solution, metrics = best
+    set_head(head, problem.mean, solution)
+    return strength, metrics
 
 
 @torch.no_grad()
@@ -125,7 +132,7 @@ def set_head(head: Head, mean: Tensor, solution: Solution) -> None:
 
 
 def comparable(labels: Tensor) -> Tensor:
-    """Return the indices of images not alone in their class: a fold without them still knows it."""
+    """Return the indices of images not alone in their class: a fold without one still knows it."""
     return (labels.bincount()[labels] > 1).nonzero()[:, 0]
 
 
@@ -151,26 +158,12 @@ def _validate(head: Head, descriptors: Descriptors, labels: Tensor) -> dict[str,
 
 
 def _figures(split: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
-    logits, top5 = logits.cpu(), min(5, logits.shape[1])
+    logits, labels, top5 = logits.cpu(), labels.cpu(), min(5, logits.shape[1])
     return {
         f"{split}_loss": F.cross_entropy(logits, labels).item(),
         f"{split}_top1": in_top_k(logits, labels).mean().item(),
         f"{split}_top5": in_top_k(logits, labels, top5).mean().item(),
     }
-
-
-def _report(
-    trainer: L.Trainer, number: int, tried: _Best, labels: Tensor, seconds: float, best: bool
-) -> None:
-    """Log a λ: a row of the table, and its figures to the loggers, as of epoch `number`."""
-    train = _figures("train", tried.solution.logits, labels)
-    cells = (f"{train['train_loss']:.3g}", *validation_cells(tried.metrics), span(seconds))
-    mark = "  best so far" if best and tried.metrics else ""
-    logger.info(table_row(f"{tried.l2:.3g}", *cells) + mark)
-    solver = {"l2": tried.l2, "gradient_norm": float(tried.solution.gradient_norm)}
-    for each in trainer.loggers:
-        each.log_metrics({"epoch": number, **solver, **train, **tried.metrics}, step=number)
-        each.save()
 
 
 def _weaker(path: Sequence[float], losses: Sequence[float]) -> list[float]:
@@ -179,14 +172,3 @@ def _weaker(path: Sequence[float], losses: Sequence[float]) -> list[float]:
     at_end = before and len(losses) == len(path) and path[-1] == min(path)
     better = at_end and LOW_LOSS < loss < 0.99 * min(before)
     return [path[-1] / 10] if better and path[-1] > 1.5 * MIN_L2 else []
-
-
-def _predictions(
-    model: BCNN, held_out: Tensor | None, samples: Sequence[tuple[str, int]]
-) -> Predictions | None:
-    if held_out is None:
-        return None
-    labels = torch.tensor([label for _, label in samples])
-    known = comparable(labels)
-    paths = [samples[i][0] for i in known.tolist()]
-    return Predictions(model.classes, paths, labels[known], held_out[known].softmax(dim=1).float())

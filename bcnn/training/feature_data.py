@@ -4,13 +4,12 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,13 +29,13 @@ WAIT = 60  # seconds at a time for another run: ranks that wait for rank 0 give 
 
 
 class CachedFeatureDataModule(L.LightningDataModule):
-    """The images of another data module as descriptors from a store.
+    """The images of another data module, set up before, as descriptors from a store.
 
     An image has a descriptor of its evaluation crop and, if it is trained on, one of that crop's mirror
     image. Training draws one of the two, or takes their mean; evaluation reads the first.
 
     Args:
-        data: set up; its splits, labels and batch size are used.
+        data: its splits, labels and batch size are used.
         model: its backbone and pooling compute the descriptors.
         precision: Lightning's name of the precision that they are computed in.
         dtype: of the descriptors on disk.
@@ -52,18 +51,9 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self.paths = sorted(path for path, _ in (*data.train, *data.val, *data.test))
         self._position = {path: i for i, path in enumerate(self.paths)}
         self._ready = False
-        self._batch = np.empty((0, 0))
-        identity = {
-            "backbone": hash_tensors(model.backbone.state_dict()),
-            "network": model.chosen,
-            "images": image_digests(data, self.paths),
-            "preprocessing": vars(data.preprocessing),
-            "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
-            "views": "evaluation crop, mirror image",
-            "precision": precision,
-        }
         self.store = FeatureStore(
-            identity,
+            identify_maps(model.backbone.state_dict(), data, self.paths, precision)
+            | {"network": model.chosen, "views": "evaluation crop, mirror image"},
             len(self.paths),
             model.pooling.width,
             dtype,
@@ -72,27 +62,22 @@ class CachedFeatureDataModule(L.LightningDataModule):
         )
 
     def setup(self, stage: str | None = None) -> None:
-        assert self.trainer is not None
-        self.build(self.trainer)
-
-    def build(self, trainer: L.Trainer) -> None:
-        """Compute the descriptors that are missing, shared among the ranks of the trainer.
-
-        Raises:
-            UserError: descriptors are not finite, the disk is full or not shared by all machines.
-        """
+        """Compute the descriptors that are missing, shared among the ranks of the trainer."""
         if self._ready:
             return
-        self.data.trainer = trainer  # whose ranks share the cores
-        strategy = trainer.strategy
-        rank, ranks = rank_and_world_size(trainer)
-        with ExitStack() as until_built:
-            self._lock(until_built, rank, strategy)
+        assert self.trainer is not None
+        self.data.trainer = self.trainer  # whose ranks share the cores
+        strategy, lock = self.trainer.strategy, self.store.lock()
+        rank, ranks = rank_and_world_size(self.trainer)
+        try:
+            self._acquire(lock, rank, strategy)
             missing = on_rank_zero(rank, strategy.broadcast, self.store.open)
             if missing:
                 self._compute(missing[rank::ranks], strategy.root_device)
                 strategy.barrier()
             complete = strategy.reduce_boolean_decision(not self.store.scan())
+        finally:
+            lock.release()
         if not complete:
             raise UserError(
                 f"not every machine of this run sees the same {self.store.folder}: set BCNN_STORES to "
@@ -117,12 +102,8 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self, samples: Sequence[tuple[str, int]], sampler: SeededSampler | None = None
     ) -> DataLoader:
         """Return a loader of the first view of these images, in order, or of what a sampler draws."""
-        return DataLoader(
-            _Numbers(self.numbers(samples), samples),
-            batch_size=self.data.rank_batch(self.trainer),
-            sampler=sampler,
-            collate_fn=lambda batch: batch,  # `__getitems__` returns a whole one
-        )
+        batch_size = self.data.rank_batch(self.trainer)
+        return DataLoader(_Numbers(self.numbers(samples), samples), batch_size, sampler=sampler)
 
     def numbers(self, samples: Sequence[tuple[str, int]]) -> list[int]:
         """Return the numbers of these images' descriptors; those of mirror images come next."""
@@ -131,37 +112,26 @@ class CachedFeatureDataModule(L.LightningDataModule):
     def descriptors(
         self, samples: Sequence[tuple[str, int]], views: int = 1
     ) -> tuple["StoredDescriptors", Tensor]:
-        """Return descriptors (images, width), read when they are sliced, and the labels.
+        """Return descriptors (images, width) and labels (images,).
 
-        Args:
-            samples: (path, label) of the images.
-            views: 1: of the evaluation crop; 2: their mean with those of the mirror images, of which a
-                linear classifier's logits are the mean of its logits.
+        With two views, a descriptor is the mean with that of the mirror image: a linear classifier's
+        logits of it are the mean of its logits.
         """
         labels = torch.tensor([label for _, label in samples])
         return StoredDescriptors(self.store, self.numbers(samples), views), labels
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Return the descriptors of a batch of numbers, in memory that the next batch reuses.
-
-        Allocating 17 MB (64 descriptors) anew in every step takes as long as filling them.
-        """
+        """Return the descriptors of a batch of numbers."""
         numbers, labels = batch
-        if len(self._batch) < len(numbers):
-            self._batch = np.empty((len(numbers), self.store.width), self.store.dtype)
-        out = self._batch[: len(numbers)]
-        self.store.read(numbers.tolist(), out)
-        return torch.from_numpy(out), labels
+        return torch.from_numpy(self.store.read(numbers.tolist())), labels
 
-    def _lock(self, until: ExitStack, rank: int, strategy: Strategy) -> None:
-        """Have rank 0 hold the store's lock until the block ends."""
+    def _acquire(self, lock: FileLock, rank: int, strategy: Strategy) -> None:
+        """Have rank 0 hold the lock, once no other run does."""
 
         def acquire(seconds: float) -> bool:
-            try:
-                until.enter_context(self.store.lock().acquire(seconds))
-            except Timeout:
-                return False
-            return True
+            with suppress(Timeout):
+                lock.acquire(seconds)
+            return lock.is_locked
 
         if not on_rank_zero(rank, strategy.broadcast, lambda: acquire(0)):
             logger.info("another run is building the same descriptors: waiting for it")
@@ -169,13 +139,12 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 pass
 
     def _compute(self, shards: list[int], device: torch.device) -> None:
-        positions = [i for number in shards for i in self.store.shard_images(number)]
         # Only the very last shard has fewer images, so a batch of SHARD images is one shard.
-        samples = [(self.paths[i], i) for i in positions]
+        samples = [(self.paths[i], i) for number in shards for i in self.store.shard_images(number)]
         loader = self.data.evaluation_dataloader(samples, batch_size=SHARD)
         model = self.model.to(device)
         model.backbone.eval()
-        dtype = torch.from_numpy(np.empty(0, self.store.dtype)).dtype
+        dtype = getattr(torch, self.store.dtype.name)
         written: deque[Future[None]] = deque()
         with (
             progress("computing descriptors", len(samples)) as task,
@@ -188,7 +157,13 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 with autocast(device, self.precision):
                     views = [model.descriptor(view) for view in (images, *flipped)]
                 descriptors = torch.stack(views, dim=1).to(dtype)
-                self._validate_finite(number, descriptors)
+                finite = descriptors.isfinite().flatten(1).all(dim=1)
+                if not finite.all():  # an overflow, which no later run would notice on disk
+                    path = self.paths[number * SHARD + int(finite.int().argmin())]
+                    raise UserError(
+                        f"the descriptor of {path} is not finite in {self.precision}: try "
+                        "trainer.precision=32-true, or other weights"
+                    )
                 written.append(writers.submit(self.store.write, number, descriptors.cpu().numpy()))
                 if len(written) > 2 * WRITERS:
                     written.popleft().result()
@@ -196,24 +171,11 @@ class CachedFeatureDataModule(L.LightningDataModule):
             for each in written:
                 each.result()
 
-    def _validate_finite(self, number: int, descriptors: Tensor) -> None:
-        """Raise UserError for an overflow: no later run would notice it on disk."""
-        finite = descriptors.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            path = self.paths[number * SHARD + int(finite.int().argmin())]
-            raise UserError(
-                f"the descriptor of {path} is not finite in {self.precision}: try "
-                "trainer.precision=32-true, or other weights"
-            )
-
 
 class StoredDescriptors:
-    """Descriptors (images, width) of a store, read when a slice of them is asked for.
+    """Descriptors (images, width) of a store, read when sliced, by the numbers of their first views.
 
-    Args:
-        store: complete.
-        numbers: of the first view of each image.
-        views: to take the mean of, in float32; a single one keeps the dtype on disk.
+    Several views are averaged, in float32.
     """
 
     def __init__(self, store: FeatureStore, numbers: Sequence[int], views: int = 1) -> None:
@@ -226,41 +188,39 @@ class StoredDescriptors:
 
     def __getitem__(self, part: slice, /) -> Tensor:
         numbers = [first + view for first in self.numbers[part] for view in range(self.views)]
-        out = np.empty((len(numbers), self.store.width), self.store.dtype)
-        self.store.read(numbers, out)
-        descriptors = torch.from_numpy(out)
+        descriptors = torch.from_numpy(self.store.read(numbers))
         if self.views == 1:
             return descriptors
         return descriptors.unflatten(0, (-1, self.views)).mean(dim=1, dtype=torch.float32)
 
 
-class _Numbers(Dataset[tuple[Tensor, Tensor]]):
-    """Numbers of a split's descriptors, and their labels, a batch at a time."""
+class _Numbers(Dataset[tuple[int, int]]):
+    """Numbers of a split's descriptors, and their labels; the seed of a draw chooses the view."""
 
-    def __init__(self, numbers: Sequence[int], samples: Sequence[tuple[str, int]]) -> None:
-        self.first = torch.tensor(numbers)
-        self.labels = torch.tensor([label for _, label in samples])
+    def __init__(self, first: Sequence[int], samples: Sequence[tuple[str, int]]) -> None:
+        self.first = first
+        self.samples = samples
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.samples)
 
-    def __getitems__(self, draws: Sequence[int] | Sequence[Draw]) -> tuple[Tensor, Tensor]:
-        """Return a batch; the seed of a draw chooses the view, an index alone means the first."""
-        indices, views = torch.tensor(
-            [(draw[0], draw[1] % VIEWS) if isinstance(draw, tuple) else (draw, 0) for draw in draws]
-        ).unbind(1)
-        return self.first[indices] + views, self.labels[indices]
+    def __getitem__(self, draw: int | Draw) -> tuple[int, int]:
+        index, seed = draw if isinstance(draw, tuple) else (draw, 0)
+        return self.first[index] + seed % VIEWS, self.samples[index][1]
 
 
-def hash_tensors(state: Mapping[str, Tensor]) -> str:
-    """Return a digest of tensors and their names."""
+def identify_maps(
+    weights: Mapping[str, Tensor], data: FineGrainedDataModule, paths: Iterable[str], precision: str
+) -> dict[str, Any]:
+    """Return what determines a backbone's maps of images, in plain values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def image_digests(data: FineGrainedDataModule, paths: Iterable[str]) -> str:
-    """Return a digest of images, from the digests that the check of the data module has cached."""
-    return hashlib.sha256("".join(data.digests[path] for path in paths).encode()).hexdigest()
+    return {
+        "backbone": digest.hexdigest(),
+        "images": [data.digests[path] for path in paths],
+        "preprocessing": vars(data.preprocessing),
+        "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
+        "precision": precision,
+    }

@@ -1,8 +1,4 @@
-"""Descriptors on disk: a folder of `.npy` shards, each of `SHARD` images.
-
-A shard appears under its name once it is complete, so a build that was interrupted resumes with the
-shards that are missing.
-"""
+"""Descriptors on disk: a folder of `.npy` shards of `SHARD` images, which are complete or absent."""
 
 import hashlib
 import json
@@ -16,7 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import PART, atomic_write, cache_dir
+from bcnn.utils.files import atomic_write, cache_dir, remove_parts
 
 SHARD = 16  # images
 VIEWS = 2  # the evaluation crop and its mirror image, which only training reads
@@ -30,18 +26,16 @@ def stores_dir() -> Path:
     return Path(os.environ.get("BCNN_STORES", cache_dir() / "stores")).expanduser()
 
 
+def key_of(identity: dict[str, Any]) -> str:
+    """Return the key under which something is cached that these plain values determine."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class FeatureStore:
     """Descriptors of a list of images: number 2·i is of image i, number 2·i + 1 of its mirror image.
 
-    Shards without training images have no mirror images until a run needs them.
-
-    Args:
-        identity: what determines the descriptors; any change of it leads to another store.
-        images: number of images.
-        width: entries of a descriptor.
-        dtype: of the entries on disk.
-        about: what `bcnn cache` shows; not part of the identity.
-        mirrored: the images whose mirror image is read as well; None: all.
+    Shards without images of `mirrored` (None: all) have no mirror images until a run needs them. The
+    store of the same identity, images, width and dtype is the same one; `about` is for `bcnn cache`.
     """
 
     def __init__(
@@ -53,8 +47,7 @@ class FeatureStore:
         about: str = "",
         mirrored: Iterable[int] | None = None,
     ) -> None:
-        known = {"identity": identity, "images": images, "width": width, "dtype": dtype}
-        self.key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        self.key = key_of({"identity": identity, "images": images, "width": width, "dtype": dtype})
         self.folder = stores_dir() / self.key
         self.images = images
         self.width = width
@@ -65,29 +58,18 @@ class FeatureStore:
         self._found: dict[int, tuple[str, int, int]] = {}  # file, offset of its data, views
 
     @property
-    def descriptors(self) -> int:
-        """Number of descriptors in the complete store."""
-        return sum(len(self.shard_images(k)) * self.views(k) for k in range(self.shards))
-
-    @property
     def nbytes(self) -> int:
         """Size of the complete store on disk."""
-        return self.descriptors * self.width * self.dtype.itemsize
-
-    @property
-    def missing(self) -> list[int]:
-        """Shards that `scan` has not found."""
-        return [shard for shard in range(self.shards) if shard not in self._found]
+        descriptors = sum(len(self.shard_images(k)) * self.views(k) for k in range(self.shards))
+        return descriptors * self.width * self.dtype.itemsize
 
     def lock(self) -> FileLock:
         """Return the lock of whoever builds the store."""
-        stores_dir().mkdir(parents=True, exist_ok=True)
         return FileLock(stores_dir() / f"{self.key}.lock")
 
     def open(self) -> list[int]:
         """Remove what killed runs left, under the lock, and return the shards to be computed."""
-        for path in self.folder.glob(f"{PART}*"):
-            path.unlink()
+        remove_parts(self.folder)
         with atomic_write(self.folder / ABOUT) as part:
             part.write_text(json.dumps({"about": self.about}))
         return self.scan()
@@ -105,7 +87,7 @@ class FeatureStore:
                 expected = (len(self.shard_images(shard)), views, self.width)
                 if array.shape == expected and array.dtype == self.dtype:
                     self._found[shard] = (str(path), array.offset, views)
-        return self.missing
+        return [shard for shard in range(self.shards) if shard not in self._found]
 
     def views(self, shard: int) -> int:
         """Return how many descriptors of each image a shard needs."""
@@ -122,17 +104,17 @@ class FeatureStore:
                 np.save(part, descriptors.astype(self.dtype, copy=False))
         except UserError as error:
             raise UserError(
-                f"{error}: free {self.nbytes / 1e9:.1f} GB there and run again (finished shards are "
-                "kept), set BCNN_STORES to a folder on another disk, or choose last=sgd "
-                "last.store=false"
+                f"{error}: free {self.nbytes / 1e9:.1f} GB and run again, set BCNN_STORES to a folder "
+                "on another disk, or choose last=sgd last.store=false"
             ) from error
 
-    def read(self, numbers: Sequence[int], out: np.ndarray) -> None:
-        """Read descriptors by number, in this order, into `out` (len(numbers), width).
+    def read(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return descriptors (len(numbers), width) by number.
 
         Plain reads, since the pages of a memory map would count as this process's memory.
         """
-        for number, descriptor in zip(numbers, out, strict=True):
+        descriptors = np.empty((len(numbers), self.width), self.dtype)
+        for number, descriptor in zip(numbers, descriptors, strict=True):
             image, view = divmod(number, VIEWS)
             path, offset, views = self._found[image // SHARD]
             if view >= views:
@@ -141,6 +123,7 @@ class FeatureStore:
                 file.seek(offset + (image % SHARD * views + view) * descriptor.nbytes)
                 if file.readinto(descriptor.data) != descriptor.nbytes:
                     raise UserError(f"{path} was cut short while in use: run again")
+        return descriptors
 
     def _path(self, shard: int, views: int) -> Path:
         """Name the views, so that a shard with more of them replaces none that another run reads."""
@@ -150,7 +133,6 @@ class FeatureStore:
 def read_about(folder: Path) -> dict[str, Any]:
     """Return what a store belongs to; empty where that cannot be read."""
     try:
-        about = json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError):
+        return dict(json.loads((folder / ABOUT).read_bytes()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return about if isinstance(about, dict) else {}

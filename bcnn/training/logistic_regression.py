@@ -6,13 +6,13 @@ solution is a combination of the training descriptors X: W = αᵀX. With K = XX
 descriptors is L (n × n for n descriptors), and L-BFGS on θ takes the same steps as on W itself. Where
 there are more descriptors than columns, X is smaller than L and takes its place, and θ is Wᵀ.
 
-The mean descriptor is subtracted first, and the bias makes up for it: descriptors are similar, and what
-they share would drown the differences in rounding and make the problem badly conditioned.
+The mean descriptor is subtracted first, and the bias makes up for it: what descriptors share would
+drown their differences in rounding and make the problem badly conditioned.
 """
 
 import copy
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,19 @@ from bcnn.utils.errors import UserError
 # Of the factor L or of X, the smaller: 1.7 GB in float32 and float64 together.
 MAX_ENTRIES = 12_000**2
 
+TOLERANCE = 1e-7  # largest entry of the gradient of a converged solution
 STEPS = 1000  # of L-BFGS at most, for one λ
 FOLD_STEPS = 100  # for one fold, whose weights are not kept
 HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
 HISTORY_BYTES = 2**31  # that these may take; a shorter history takes more steps
 
+ALL = slice(None)
 BLOCK = 512  # descriptors in memory at a time: 0.27 GB in float32
 
-T = TypeVar("T")
+Progress = Callable[..., Iterable[Any]]  # (parts, what, unit=…) → parts, as `bcnn.utils.console.track`
 
 
-class Progress(Protocol):
-    """Passes the parts of a task through, and may show how far it is: `bcnn.utils.console.track`."""
-
-    def __call__(self, parts: Iterable[T], what: str, *, unit: str) -> Iterable[T]: ...
-
-
-def no_progress(parts: Iterable[T], what: str, *, unit: str) -> Iterable[T]:
+def no_progress(parts: Iterable[Any], what: str, *, unit: str) -> Iterable[Any]:
     """Return the parts."""
     return parts
 
@@ -66,22 +62,13 @@ class ConvexProblem:
     """Descriptors and labels, prepared to be solved for one λ after the other.
 
     Args:
-        descriptors: (n, width), of any floating type; read in blocks of `BLOCK`, several times, or once
-            where a GPU has room for them.
-        labels: (n,), in 0..classes - 1.
-        classes: number of classes.
+        descriptors: (n, width), of any floating type; read in blocks, several times, or once where a
+            GPU has room for them.
+        labels: (n,).
+        classes: their number.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
-        tolerance: largest entry of the gradient at which a solution counts as converged; λ where that
-            is less.
         device: that multiplies descriptors; float64 is computed there or on the CPU.
         progress: shows how far a pass over the descriptors, or over folds, is.
-
-    Attributes:
-        mean: of the descriptors, (width,) in float32.
-        optimizer: L-BFGS on θ and the bias.
-
-    Raises:
-        UserError: descriptors are not finite, or float32 cannot tell them apart.
     """
 
     def __init__(
@@ -90,15 +77,13 @@ class ConvexProblem:
         labels: Tensor,
         classes: int,
         loss: nn.Module | None = None,
-        tolerance: float = 1e-7,
         device: torch.device | str = "cpu",
         progress: Progress = no_progress,
     ) -> None:
         device = torch.device(device)
         double = double_device(device)
-        self.descriptors = descriptors = resident(descriptors, device, _room(device), progress)
+        self.descriptors = descriptors = _resident(descriptors, device, progress)
         self.labels = labels.to(double)
-        self.tolerance = tolerance
         self.progress = progress
         self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(double, torch.float64)
         starts = range(0, len(descriptors), BLOCK)
@@ -114,73 +99,58 @@ class ConvexProblem:
             self.factor = cholesky(gram_matrix(descriptors, self.mean, progress).to(double))
         self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
         self.bias = self.factor.new_zeros(classes).requires_grad_()
-        self.optimizer = torch.optim.LBFGS(
-            [self.theta, self.bias],
-            max_iter=STEPS,
-            history_size=min(HISTORY, max(1, HISTORY_BYTES // (2 * self.theta.nbytes))),
-            tolerance_grad=tolerance,
-            tolerance_change=1e-12,
-            line_search_fn="strong_wolfe",
-        )
+        self.history = min(HISTORY, max(1, HISTORY_BYTES // (2 * self.theta.nbytes)))
 
     def solve(self, l2: float) -> Solution:
         """Return the optimum for λ = `l2`, found from the previous one: go from strong to weak."""
-        self._minimise(l2, slice(None))
-        gradients = [p.grad for p in (self.theta, self.bias) if p.grad is not None]
+        self._minimise(self.theta, self.bias, l2)
+        norm = nn.utils.get_total_norm([p.grad for p in (self.theta, self.bias) if p.grad is not None])
         with torch.no_grad():
             weight, bias = self._weight(), self.bias.float()
             # Not factor @ θ: what `cholesky` adds to the diagonal would tell equal descriptors apart.
             logits = self._logits(weight, bias)
             loss = self.loss(logits.to(self.labels.device).double(), self.labels)
-        return Solution(weight, bias, loss, nn.utils.get_total_norm(gradients), logits)
+        return Solution(weight, bias, loss, norm, logits)
 
     def held_out(self, l2: float, folds: Tensor) -> Tensor:
-        """Return logits of descriptors by solutions, or nearly, that have not seen their fold.
+        """Return logits (n, classes) of descriptors by solutions that have not seen their fold (n,).
 
         Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
-        loss, solved from zero. The last solution stays in place.
-
-        Args:
-            l2: λ.
-            folds: (n,) numbers of the folds, one of which is held out at a time.
-
-        Returns:
-            (n, classes), in float64.
+        loss, solved from zero in `FOLD_STEPS` at most.
         """
         folds = folds.to(self.factor.device)
         logits = self.factor.new_empty(len(folds), len(self.bias))
-        solved = [part.detach().clone() for part in (self.theta, self.bias)]
-        (group,) = self.optimizer.param_groups
-        group["max_iter"] = FOLD_STEPS
         for fold in self.progress(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
-            with torch.no_grad():
-                self.theta.zero_()
-                self.bias.zero_()
-            self._minimise(l2, ~held)
-            with torch.no_grad():
-                logits[held] = (self.factor @ self.theta + self.bias)[held]
-        group["max_iter"] = STEPS
-        with torch.no_grad():
-            for part, value in zip((self.theta, self.bias), solved, strict=True):
-                part.copy_(value)
+            theta, bias = (torch.zeros_like(p, requires_grad=True) for p in (self.theta, self.bias))
+            self._minimise(theta, bias, l2, ~held, FOLD_STEPS)
+            logits[held] = (self.factor @ theta + bias)[held].detach()
         return logits
 
-    def _minimise(self, l2: float, seen: Tensor | slice) -> None:
+    def _minimise(
+        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice = ALL, steps: int = STEPS
+    ) -> None:
         """Minimise over the descriptors that are seen, and leave the gradients at the optimum."""
-        # A gradient as large as λ tells nothing of the length of the solution.
-        self.optimizer.param_groups[0]["tolerance_grad"] = min(self.tolerance, l2)
+        optimizer = torch.optim.LBFGS(
+            [theta, bias],
+            max_iter=steps,
+            max_eval=STEPS * 5 // 4,
+            history_size=self.history,
+            # A gradient as large as λ tells nothing of the length of the solution.
+            tolerance_grad=min(TOLERANCE, l2),
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
 
         def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            logits = self.factor @ self.theta + self.bias
+            optimizer.zero_grad()
+            logits = self.factor @ theta + bias
             loss: Tensor = self.loss(logits[seen], self.labels[seen])
-            value = loss + l2 / 2 * self.theta.square().sum()
+            value = loss + l2 / 2 * theta.square().sum()
             value.backward()
             return value
 
-        self.optimizer.step(closure)
-        self.optimizer.state.clear()  # the curvature of this problem misleads on the next
+        optimizer.step(closure)
         closure()
 
     @without_tf32()
@@ -202,19 +172,17 @@ class ConvexProblem:
         return torch.cat(products) + bias.to(weight.device)
 
 
-def resident(
-    descriptors: Descriptors, device: torch.device, room: int, progress: Progress = no_progress
-) -> Descriptors:
-    """Return descriptors on the device, read once, if they take `room` bytes at most; else as given."""
-    if len(descriptors) * descriptors[:1].nbytes > room:
+def _resident(descriptors: Descriptors, device: torch.device, progress: Progress) -> Descriptors:
+    """Return descriptors on the device, read once, if it has room for them; else as given."""
+    if len(descriptors) * descriptors[:1].nbytes > _room(device):
         return descriptors
     starts = progress(range(0, len(descriptors), BLOCK), "reading descriptors", unit="blocks")
     return torch.cat([descriptors[i : i + BLOCK].to(device) for i in starts])
 
 
 def _room(device: torch.device) -> int:
-    """Return the bytes for descriptors: a third of a GPU's free memory, as `torch.cat` takes as much
-    again; none on the CPU, where reading a block is faster than multiplying it."""
+    """Return the bytes for descriptors: none on the CPU, where reading is faster than multiplying."""
+    # On a GPU a third of the free memory, as `torch.cat` needs as much again.
     return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
 
 
@@ -222,10 +190,7 @@ def cholesky(gram: Tensor) -> Tensor:
     """Return the lower factor, in float64, of a positive semi-definite matrix (n, n) in float32.
 
     Repeated descriptors, and float32's rounding of the products, leave eigenvalues about or below zero:
-    the diagonal gets a millionth of its mean added, or as little more as lifts them above zero.
-
-    Raises:
-        UserError: the matrix is not nearly positive semi-definite.
+    a millionth of the diagonal's mean is added to it, or as little more as lifts them above zero.
     """
     mean = gram.diagonal().double().mean()
     factor = torch.empty_like(gram, dtype=torch.float64).mT  # by columns it is factored in place
@@ -245,9 +210,8 @@ def cholesky(gram: Tensor) -> Tensor:
 def gram_matrix(descriptors: Descriptors, mean: Tensor, progress: Progress = no_progress) -> Tensor:
     """Return inner products of the descriptors less `mean` (width,): (n, n), in float32.
 
-    Two blocks of descriptors are in memory at a time, so only the result grows with their number. A GPU
-    that is fast in float64 multiplies in it: in float32 an H200 made a matrix of 2,640 descriptors of
-    131,328 numbers that was not positive semi-definite.
+    A GPU that is fast in float64 multiplies in it: in float32 an H200 made a matrix of 2,640
+    descriptors of 131,328 numbers that was not positive semi-definite.
     """
     fast = mean.device.type == "cuda" and double_device(mean.device) == mean.device
     dtype = torch.float64 if fast else torch.float32

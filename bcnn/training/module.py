@@ -25,11 +25,7 @@ DEFAULT_LR = {"last": 10.0, "finetune": 3e-2}  # of SGD, as in conf/
 
 
 class Mean(MeanMetric):
-    """Mean of a value per image, over batches of any size and over all ranks.
-
-    Args:
-        value: (logits (batch, classes), labels (batch,)) → (batch,).
-    """
+    """Mean of `value(logits, labels)` (batch,) over batches of any size and over all ranks."""
 
     def __init__(self, value: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(nan_strategy="disable")  # looking for nan would wait for the device
@@ -47,15 +43,16 @@ def in_top_k(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
 class BCNNModule(L.LightningModule):
     """Trains a `BCNN` in one of its two stages.
 
+    Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
+    (batch, width), which skip the backbone.
+
     Args:
-        model: the network.
         stage: "last" trains the head on a frozen backbone, "finetune" trains every layer.
         optimizer: parameters → optimizer; None: SGD with momentum 0.9, weight decay 1e-5 and the
             rate `DEFAULT_LR[stage]`.
         scheduler: (optimizer, total_steps=…) → schedule, stepped after every optimizer step, or a
             `ReduceLROnPlateau`, stepped after every epoch; None keeps the rate constant.
-        loss: (logits, labels) → training loss; None: cross-entropy, which validation and test
-            always report.
+        loss: (logits, labels) → training loss; None: cross-entropy, which is always reported.
         centering: in training, take the batch's mean off the descriptors (see `Head`). The
             trainer's data module needs a `sample_dataloader` for it.
         polyak: c of the stochastic Polyak step size: a step is at most loss / (c·‖gradient‖²) long, in
@@ -63,9 +60,6 @@ class BCNNModule(L.LightningModule):
             paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
             Polyak Step-size for SGD", AISTATS 2021, §3).
         unfreeze_from: the first layer that "finetune" trains (see `Backbone.unfreeze_from`).
-
-    Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
-    (batch, width), which skip the backbone.
     """
 
     def __init__(
@@ -80,11 +74,9 @@ class BCNNModule(L.LightningModule):
         unfreeze_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.stage = stage
+        self.model, self.stage, self.scheduler, self.polyak = model, stage, scheduler, polyak
         default = partial(torch.optim.SGD, lr=DEFAULT_LR[stage], momentum=0.9, weight_decay=1e-5)
         self.optimizer = optimizer or default
-        self.scheduler = scheduler
         self.loss = loss or nn.CrossEntropyLoss()
         if stage == "finetune":
             model.backbone.unfreeze_from(unfreeze_from)
@@ -92,7 +84,6 @@ class BCNNModule(L.LightningModule):
         else:
             model.backbone.requires_grad_(False)
         model.head.batch_mean = centering
-        self.polyak = polyak
         self.train()  # a loaded model is in evaluation mode, and Lightning keeps the mode it finds
         self._losses: list[Tensor] = []  # of the batches since the last step
         # Loggers get the whole configuration instead, under the same names.
@@ -107,12 +98,7 @@ class BCNNModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
-        """Return the module of a checkpoint; no code in the file is run.
-
-        Args:
-            checkpoint_path: a file that `load_model` opens.
-            options: arguments of this class but for `model`. `stage` is the checkpoint's by default.
-        """
+        """Return the module of a file that `load_model` opens, with its stage or that of `options`."""
         if "stage" not in options:
             content = torch.load(checkpoint_path, "cpu", weights_only=True, mmap=True)
             options["stage"] = content["hyper_parameters"]["stage"]
@@ -125,11 +111,10 @@ class BCNNModule(L.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (batch, classes) of images or descriptors."""
-        if inputs.ndim == 2:
-            return self.model.head(inputs)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "finetune"):
-            descriptors = self.model.descriptor(inputs)
-        return self.model.head(descriptors)
+        if inputs.ndim == 4:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "finetune"):
+                inputs = self.model.descriptor(inputs)
+        return self.model.head(inputs)
 
     def on_train_start(self) -> None:
         """Center the head on the training images at the same logits; a resumed one is centered."""
@@ -157,10 +142,7 @@ class BCNNModule(L.LightningModule):
             self.on_validation_epoch_start()
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Limit the step to Polyak's step size, in the one hook between backward pass and step."""
         loss = torch.stack(self._losses).mean()
@@ -186,23 +168,17 @@ class BCNNModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._measure(self.val_metrics, batch)
-        self.log_dict(self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._measure(self.test_metrics, batch)
-        self.log_dict(self.test_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Have callbacks put what was validated, such as an average, into weights-only files.
-
-        Lightning calls callbacks' `on_save_checkpoint` for the full state alone.
-        """
+        """Have callbacks put what was validated, such as an average, into weights-only files too."""
         if "callbacks" not in checkpoint:
-            names = [*checkpoint]
+            whole = {**checkpoint}  # callbacks add what only a full state needs
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                callback.on_save_checkpoint(self.trainer, self, checkpoint)
-            for name in checkpoint.keys() - names:
-                del checkpoint[name]
+                callback.on_save_checkpoint(self.trainer, self, whole)
+            checkpoint.update({name: whole[name] for name in checkpoint})
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -210,9 +186,9 @@ class BCNNModule(L.LightningModule):
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = self.scheduler(optimizer, total_steps=steps)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return [optimizer], [{"scheduler": scheduler, "monitor": "val_loss"}]
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        plateau = isinstance(scheduler, ReduceLROnPlateau)
+        when = {"monitor": "val_loss"} if plateau else {"interval": "step"}
+        return [optimizer], [{"scheduler": scheduler, **when}]
 
     @torch.no_grad()
     def _mean_descriptor(self) -> Tensor:
@@ -221,8 +197,7 @@ class BCNNModule(L.LightningModule):
         A running mean would lag behind the weights, whose every step moves it: Wu & Johnson,
         "Rethinking 'Batch' in BatchNorm", 2021, §3 ("precise BN").
         """
-        total = torch.zeros_like(self.model.head.mean)
-        count = total.new_zeros(())
+        total, count = torch.zeros_like(self.model.head.mean), torch.zeros((), device=self.device)
         for images, labels in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 descriptors = self.model.descriptor(images.to(self.device))
@@ -234,3 +209,4 @@ class BCNNModule(L.LightningModule):
         inputs, labels = batch
         counted = labels != PADDING
         metrics.update(self(inputs)[counted], labels[counted])
+        self.log_dict(metrics)

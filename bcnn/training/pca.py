@@ -8,8 +8,6 @@ Source: the 1 × 1 reduction before pooling, Lin et al., "Bilinear CNN Models fo
 Recognition", PAMI 2018, §6, and Li et al., "iSQRT-COV", CVPR 2018, §3; here found in closed form.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bcnn.data.datamodule import FineGrainedDataModule
-from bcnn.data.image_io import VERSION
 from bcnn.models.backbones import Backbone
-from bcnn.training.feature_data import hash_tensors, image_digests
+from bcnn.training.feature_data import identify_maps
+from bcnn.training.feature_store import key_of
 from bcnn.utils.console import track
 from bcnn.utils.device import autocast
 from bcnn.utils.files import atomic_write, cache_folder
@@ -31,44 +29,29 @@ def fit_principal_axes(
 ) -> None:
     """Set a backbone's projection to the first principal axes of a sample of the training images.
 
-    The axes are cached by images, backbone, preprocessing and precision.
+    They are cached: others, if only by rounding, would lead to another store of descriptors.
 
     Args:
         backbone: on the CPU, with a projection.
         data: set up.
-        device: that computes the maps.
-        precision: Lightning's name, of the maps.
+        device: computes the maps.
+        precision: of the maps, by Lightning's name.
     """
     loader = data.sample_dataloader()
-    own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
+    unprojected = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
     paths = [path for path, _ in loader.dataset.samples]  # type: ignore[attr-defined]
-    identity = {
-        "backbone": hash_tensors(own),
-        "images": image_digests(data, paths),
-        "preprocessing": vars(data.preprocessing),
-        "decoding": VERSION,
-        "precision": precision,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache_folder("axes") / f"{key}.npy"
-    weight = backbone.projection.weight
-    assert isinstance(weight, Tensor)
-    channels = weight.shape[1]
-    try:
-        axes = np.load(file)
-    except (OSError, ValueError, EOFError):  # there is none, or it is damaged
-        axes = np.empty(0)
-    if axes.shape != (channels, channels):
+    file = cache_folder("axes") / f"{key_of(identify_maps(unprojected, data, paths, precision))}.npy"
+    if not file.is_file():
         backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
         batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):
-            axes = principal_axes(
-                backbone.unprojected(batch.to(device)) for batch, _ in batches
-            ).numpy()
-        backbone.to("cpu")
+            axes = principal_axes(backbone.unprojected(images.to(device)) for images, _ in batches)
         with atomic_write(file) as part:
             np.save(part, axes)
-    weight.copy_(torch.from_numpy(axes)[: len(weight), :, None, None])
+        backbone.to("cpu")
+    weight = backbone.projection.weight
+    assert isinstance(weight, Tensor)
+    weight.copy_(torch.from_numpy(np.load(file))[: len(weight), :, None, None])
 
 
 def principal_axes(batches: Iterable[Tensor]) -> Tensor:

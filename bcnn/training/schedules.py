@@ -10,8 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
     """Return a linear warm-up over a share `warmup` of the steps, then half a cosine down to zero.
 
-    Source: Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts; Goyal et al. 2017 for the
-    warm-up. One formula replaces torch's `SequentialLR` of two schedulers.
+    Source: Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts; Goyal et al. 2017 for the warm-up.
     """
     ramp = round(warmup * total_steps)
 
@@ -34,5 +33,5 @@ def multistep(
 def reduce_on_plateau(
     optimizer: Optimizer, total_steps: int, factor: float = 0.1, patience: int = 1
 ) -> ReduceLROnPlateau:
-    """Return torch's `ReduceLROnPlateau`; the number of steps does not matter to it."""
+    """Return torch's `ReduceLROnPlateau`, to which the number of steps does not matter."""
     return ReduceLROnPlateau(optimizer, factor=factor, patience=patience)

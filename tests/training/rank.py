@@ -4,11 +4,9 @@ import json
 import os
 import signal
 import sys
-from typing import Any
 
-from conftest import TINY, configure
+from conftest import configure, register_tiny
 
-from bcnn.models.backbones import BACKBONES
 from bcnn.training.module import BCNNModule
 from bcnn.training.run import train
 from bcnn.utils.errors import UserError
@@ -26,9 +24,7 @@ def die(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    namespace: dict[str, Any] = {}
-    exec(TINY, namespace)
-    BACKBONES["tiny"] = namespace["Tiny"]
+    register_tiny()
     *jobs, last = json.loads(sys.argv[1])
     for overrides in jobs:
         run(overrides)
