@@ -135,7 +135,7 @@ class EpochTable(L.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self._task.advance()
 
-    on_validation_batch_end = on_train_batch_end
+    on_validation_batch_end = on_train_batch_end  # type: ignore[assignment]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics  # reduced over the ranks

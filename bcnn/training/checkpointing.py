@@ -41,14 +41,10 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     """Keeps the best weights of a stage in `folder/best.ckpt`, and its state in `folder/last.ckpt`.
 
     The best epoch is that of the least validation loss: of a hundred images, top-1 sees the one that
-    just changed sides, the loss sees them all. There is no best.ckpt without validation images.
+    just changed sides, the loss sees them all. Without validation `images` there is no best.ckpt.
 
     last.ckpt is the trainer's full state after the last epoch, or after one `EVERY` seconds ago at
     most. A stage resumed from it (`Trainer.fit(ckpt_path=…)`) ends with the same weights.
-
-    Args:
-        folder: to write to.
-        images: number of validation images.
 
     Attributes:
         start, last, metrics: validation figures before the first step (of a trainer with
@@ -112,8 +108,8 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose between best and last; also where a resumed stage has no epoch left to train."""
         if self.start and self.last and self.metrics is not self.last:
-            figures = (each["val_top1"] for each in (self.last, self.start, self.metrics))
-            if no_worse(*figures, self.images):
+            last, start, best = (each["val_top1"] for each in (self.last, self.start, self.metrics))
+            if no_worse(last, start, best, self.images):
                 self._keeps_last, self.metrics = True, self.last
                 logger.info("kept: the last epoch, which validation cannot tell from the best")
 

@@ -104,11 +104,8 @@ def _solve_path(
         if improved or number == 0:
             best = strength, solution, metrics
         train = _figures("train", solution.logits, problem.labels)
-        cells = (
-            f"{train['train_loss']:.3g}",
-            *validation_cells(metrics),
-            span(time.monotonic() - start),
-        )
+        took = span(time.monotonic() - start)
+        cells = (f"{train['train_loss']:.3g}", *validation_cells(metrics), took)
         mark = "  best so far" if improved and metrics else ""
         logger.info(table_row(f"{strength:.3g}", *cells) + mark)
         solver = {"l2": strength, "gradient_norm": float(solution.gradient_norm)}
@@ -137,10 +134,7 @@ def comparable(labels: Tensor) -> Tensor:
 
 
 def fold_numbers(labels: Tensor, folds: int) -> Tensor:
-    """Return a fold for each image: every class is split evenly, neighbours share a fold.
-
-    Neighbouring files may be of one series, whose images would make each other easy.
-    """
+    """Return a fold for each image: classes are split evenly; neighbours, often one series, share one."""
     numbers = torch.empty_like(labels)
     for label in labels.unique():
         members = labels == label

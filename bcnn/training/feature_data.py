@@ -36,8 +36,8 @@ class CachedFeatureDataModule(L.LightningDataModule):
 
     Args:
         data: its splits, labels and batch size are used.
-        model: its backbone and pooling compute the descriptors.
-        precision: Lightning's name of the precision that they are computed in.
+        model: computes the descriptors.
+        precision: of the computation, by Lightning's name.
         dtype: of the descriptors on disk.
     """
 
@@ -45,9 +45,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self, data: FineGrainedDataModule, model: BCNN, precision: str, dtype: str = "float16"
     ) -> None:
         super().__init__()
-        self.data = data
-        self.model = model
-        self.precision = precision
+        self.data, self.model, self.precision = data, model, precision
         self.paths = sorted(path for path, _ in (*data.train, *data.val, *data.test))
         self._position = {path: i for i, path in enumerate(self.paths)}
         self._ready = False
@@ -179,9 +177,7 @@ class StoredDescriptors:
     """
 
     def __init__(self, store: FeatureStore, numbers: Sequence[int], views: int = 1) -> None:
-        self.store = store
-        self.numbers = numbers
-        self.views = views
+        self.store, self.numbers, self.views = store, numbers, views
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -198,8 +194,7 @@ class _Numbers(Dataset[tuple[int, int]]):
     """Numbers of a split's descriptors, and their labels; the seed of a draw chooses the view."""
 
     def __init__(self, first: Sequence[int], samples: Sequence[tuple[str, int]]) -> None:
-        self.first = first
-        self.samples = samples
+        self.first, self.samples = first, samples
 
     def __len__(self) -> int:
         return len(self.samples)

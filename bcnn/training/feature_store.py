@@ -49,10 +49,7 @@ class FeatureStore:
     ) -> None:
         self.key = key_of({"identity": identity, "images": images, "width": width, "dtype": dtype})
         self.folder = stores_dir() / self.key
-        self.images = images
-        self.width = width
-        self.dtype = np.dtype(dtype)
-        self.about = about
+        self.images, self.width, self.dtype, self.about = images, width, np.dtype(dtype), about
         self.shards = -(-images // SHARD)
         self._mirrored = None if mirrored is None else {image // SHARD for image in mirrored}
         self._found: dict[int, tuple[str, int, int]] = {}  # file, offset of its data, views

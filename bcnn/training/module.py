@@ -48,13 +48,12 @@ class BCNNModule(L.LightningModule):
 
     Args:
         stage: "last" trains the head on a frozen backbone, "finetune" trains every layer.
-        optimizer: parameters → optimizer; None: SGD with momentum 0.9, weight decay 1e-5 and the
-            rate `DEFAULT_LR[stage]`.
+        optimizer: parameters → optimizer; None: SGD at the rate `DEFAULT_LR[stage]`.
         scheduler: (optimizer, total_steps=…) → schedule, stepped after every optimizer step, or a
             `ReduceLROnPlateau`, stepped after every epoch; None keeps the rate constant.
         loss: (logits, labels) → training loss; None: cross-entropy, which is always reported.
-        centering: in training, take the batch's mean off the descriptors (see `Head`). The
-            trainer's data module needs a `sample_dataloader` for it.
+        centering: in training, take the batch's mean off the descriptors (see `Head`). The data
+            module needs a `sample_dataloader` for it.
         polyak: c of the stochastic Polyak step size: a step is at most loss / (c·‖gradient‖²) long, in
             units of the gradient; None sets no limit. With momentum m, c = 0.5 / (1 - m) is the
             paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
@@ -194,8 +193,8 @@ class BCNNModule(L.LightningModule):
     def _mean_descriptor(self) -> Tensor:
         """Return the mean descriptor (width,) of a sample of the training images.
 
-        A running mean would lag behind the weights, whose every step moves it: Wu & Johnson,
-        "Rethinking 'Batch' in BatchNorm", 2021, §3 ("precise BN").
+        A running mean would lag behind the weights: Wu & Johnson, "Rethinking 'Batch' in BatchNorm",
+        2021, §3 ("precise BN").
         """
         total, count = torch.zeros_like(self.model.head.mean), torch.zeros((), device=self.device)
         for images, labels in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
