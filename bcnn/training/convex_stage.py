@@ -134,7 +134,7 @@ def comparable(labels: Tensor) -> Tensor:
 
 
 def fold_numbers(labels: Tensor, folds: int) -> Tensor:
-    """Return a fold for each image: classes are split evenly; neighbours, often one series, share one."""
+    """Return a fold for each image: classes are split evenly; neighbours, often a series, share one."""
     numbers = torch.empty_like(labels)
     for label in labels.unique():
         members = labels == label

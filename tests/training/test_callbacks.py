@@ -19,15 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training import callbacks
-from bcnn.training.callbacks import DivergenceMonitor, Float16, SeededEpochs, TrainingDiverged
+from bcnn.training.callbacks import (
+    DivergenceMonitor,
+    EpochTable,
+    Float16,
+    SeededEpochs,
+    TrainingDiverged,
+)
 from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.module import BCNNModule
 from bcnn.training.run import train
 
+Logged = Callable[[], list[str]]
+
 
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
     """The messages logged so far, warnings with their level."""
     caplog.set_level("INFO", "bcnn")
 
@@ -55,14 +62,12 @@ def end_epoch(loss: float, top1: float = math.nan, start: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 1, 1.01])
-def test_the_loss_of_guessing_needs_no_warning(logged: Callable[[], list[str]], factor: float) -> None:
+def test_the_loss_of_guessing_needs_no_warning(logged: Logged, factor: float) -> None:
     end_epoch(factor * math.log(10))
     assert logged() == []
 
 
-def test_a_loss_above_that_of_guessing_and_a_fallen_top1_are_warned_of(
-    logged: Callable[[], list[str]],
-) -> None:
+def test_a_loss_above_that_of_guessing_and_a_fallen_top1_are_warned_of(logged: Logged) -> None:
     end_epoch(2 * math.log(10))
     end_epoch(1.0, 0.4, 0.9)
     assert logged() == [
@@ -113,10 +118,10 @@ def half_trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:
     return quiet_trainer(plugins=plugin, callbacks=[*callbacks], **options)
 
 
-def batches(count: int = 8) -> DataLoader:
+def batches() -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return DataLoader(TensorDataset(images, torch.arange(count) % 3), batch_size=4)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(8) % 3), batch_size=4)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -126,7 +131,7 @@ def test_a_step_in_float16_is_that_in_float32(tiny: BCNN, fused: bool) -> None:
     for half in (True, False):
         model = copy.deepcopy(tiny)
         module = BCNNModule(
-            model, "finetune", lambda p: torch.optim.SGD(p, lr=1.0, fused=fused), polyak=2.0
+            model, "finetune", partial(torch.optim.SGD, lr=1.0, fused=fused), polyak=2.0
         )
         trainer = half_trainer(Float16(), max_steps=1) if half else quiet_trainer(max_steps=1)
         trainer.fit(module, batches())
@@ -135,9 +140,7 @@ def test_a_step_in_float16_is_that_in_float32(tiny: BCNN, fused: bool) -> None:
     torch.testing.assert_close(moved[True], moved[False], rtol=0.02, atol=1e-4)
 
 
-def test_steps_skipped_in_float16_do_no_harm_and_many_are_warned_of(
-    tiny: BCNN, logged: Callable[[], list[str]]
-) -> None:
+def test_steps_skipped_in_float16_do_no_harm_and_many_are_warned_of(tiny: BCNN, logged: Logged) -> None:
     class Overflow(L.Callback):
         def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             tiny.head.weight.grad[0, 0] = math.inf
@@ -155,16 +158,12 @@ def test_steps_skipped_in_float16_do_no_harm_and_many_are_warned_of(
 
 
 def test_an_epoch_is_a_row_of_the_table(
-    images: Path, tmp_path: Path, tiny: BCNN, logged: Callable[[], list[str]]
+    images: Path, tmp_path: Path, tiny: BCNN, logged: Logged
 ) -> None:
     data = folder_data(images, batch_size=4)
     keep = BestOrLastCheckpoint(tmp_path, len(data.val))
-    trainer = quiet_trainer(
-        max_epochs=2,
-        callbacks=[keep, callbacks.EpochTable(keep)],
-        enable_checkpointing=True,
-        num_sanity_val_steps=-1,
-    )
+    shown: dict[str, Any] = {"callbacks": [keep, EpochTable(keep)], "enable_checkpointing": True}
+    trainer = quiet_trainer(max_epochs=2, num_sanity_val_steps=-1, **shown)
     trainer.fit(BCNNModule(tiny, "finetune", partial(torch.optim.SGD, lr=1e-3)), datamodule=data)
     header, start, *rows = map(str.split, logged())
     assert header == ["epoch", "train", "loss", "val", "loss", "val", "top-1", "rate", "time"]
@@ -177,18 +176,15 @@ def test_an_epoch_is_a_row_of_the_table(
 
 def test_draws_of_an_epoch_are_those_of_the_seed(tiny: BCNN) -> None:
     class Drawn(L.Callback):
-        def __init__(self) -> None:
-            self.draws: list[float] = []
-
         def on_train_batch_end(self, *_: Any) -> None:
-            self.draws.append(torch.rand(()).item())
+            draws.append(torch.rand(()).item())
 
     drawn = []
     for seed, unrelated in ((1, 0), (1, 5), (2, 0)):
         torch.rand(unrelated)
-        callback = Drawn()
+        draws: list[float] = []
         module = BCNNModule(copy.deepcopy(tiny), "last")
-        quiet_trainer(max_epochs=2, callbacks=[SeededEpochs(seed), callback]).fit(module, batches())
-        drawn.append(callback.draws)
+        quiet_trainer(max_epochs=2, callbacks=[SeededEpochs(seed), Drawn()]).fit(module, batches())
+        drawn.append(draws)
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][:2] != drawn[0][2:]

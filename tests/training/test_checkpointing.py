@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -34,9 +35,7 @@ class Interrupt(L.Callback):
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: object, batch: object, index: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
         if (trainer.current_epoch, index) == (self.epoch, 1):
             raise Interrupted
 
@@ -80,12 +79,7 @@ def fit(
         logger=CSVLogger(folder, name="", version=""),
         **options,
     )
-    module = Scripted(
-        model,
-        "finetune",
-        partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
-        halving if data.val else None,
-    )
+    module = Scripted(model, "finetune", partial(torch.optim.SGD, lr=1e-2, momentum=0.9), halving)
     if losses:
         module.losses = iter(losses)
     state = checkpoint.state if checkpoint.state.is_file() else None
@@ -108,13 +102,7 @@ def data(images: Path) -> FineGrainedDataModule:
 
 @pytest.mark.parametrize(("epoch", "every", "workers"), [(1, 0, 2), (2, 0, 0), (2, 1e6, 2)])
 def test_a_resumed_stage_ends_with_the_same_weights(
-    images: Path,
-    tmp_path: Path,
-    tiny: BCNN,
-    monkeypatch: pytest.MonkeyPatch,
-    epoch: int,
-    every: float,
-    workers: int,
+    images: Path, tmp_path: Path, tiny: BCNN, monkeypatch: Any, epoch: int, every: float, workers: int
 ) -> None:
     """Workers draw the images of an epoch early; the state may be older than the best weights."""
     monkeypatch.setattr(checkpointing, "EVERY", every)
@@ -172,23 +160,6 @@ def test_a_finetune_as_good_as_its_best_epoch_keeps_the_last(
     assert torch.equal(load_model(tmp_path / "last.ckpt").head.weight, tiny.head.weight)
     assert "optimizer_states" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert (tmp_path / "best.ckpt").is_file()
-
-
-def test_without_validation_images_the_last_epoch_is_kept(
-    images: Path, tmp_path: Path, tiny: BCNN
-) -> None:
-    checkpoint = fit(tiny, tmp_path, folder_data(images, val_fraction=0, batch_size=4))
-    assert checkpoint.kept == tmp_path / "last.ckpt" and checkpoint.metrics == {}
-    assert torch.equal(load_model(checkpoint.kept).head.weight, tiny.head.weight)
-    assert not (tmp_path / "best.ckpt").exists()
-
-
-def test_a_stage_without_an_epoch_keeps_nothing(
-    tmp_path: Path, tiny: BCNN, data: FineGrainedDataModule
-) -> None:
-    with pytest.raises(Interrupted):
-        fit(tiny, tmp_path, data, Interrupt(0))
-    assert BestOrLastCheckpoint(tmp_path, 6).kept is None
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,8 @@ def start(rank: int, port: int, jobs: list[list[str]]) -> subprocess.Popen[str]:
     """Start one of the two processes, as torchrun would."""
     ranks = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}
     environment = {**os.environ, **{key: str(value) for key, value in ranks.items()}}
-    tests = str(ROOT / "tests")
-    environment |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), tests]),
-    }
+    environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("rank.py")), json.dumps(jobs)],
         env=environment,
