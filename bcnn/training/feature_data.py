@@ -100,8 +100,12 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self, samples: Sequence[tuple[str, int]], sampler: SeededSampler | None = None
     ) -> DataLoader:
         """Return a loader of the first view of these images, in order, or of what a sampler draws."""
-        batch_size = self.data.rank_batch(self.trainer)
-        return DataLoader(_Numbers(self.numbers(samples), samples), batch_size, sampler=sampler)
+        return DataLoader(
+            StoredDescriptors(self.store, self.numbers(samples), samples),
+            self.data.rank_batch(self.trainer),
+            sampler=sampler,
+            collate_fn=lambda batch: batch,  # `__getitems__` returns a whole one
+        )
 
     def numbers(self, samples: Sequence[tuple[str, int]]) -> list[int]:
         """Return the numbers of these images' descriptors; those of mirror images come next."""
@@ -115,13 +119,8 @@ class CachedFeatureDataModule(L.LightningDataModule):
         With two views, a descriptor is the mean with that of the mirror image: a linear classifier's
         logits of it are the mean of its logits.
         """
-        labels = torch.tensor([label for _, label in samples])
-        return StoredDescriptors(self.store, self.numbers(samples), views), labels
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Return the descriptors of a batch of numbers."""
-        numbers, labels = batch
-        return torch.from_numpy(self.store.read(numbers.tolist())), labels
+        stored = StoredDescriptors(self.store, self.numbers(samples), samples, views)
+        return stored, stored.labels
 
     def _acquire(self, lock: FileLock, rank: int, strategy: Strategy) -> None:
         """Have rank 0 hold the lock, once no other run does."""
@@ -170,38 +169,33 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 each.result()
 
 
-class StoredDescriptors:
-    """Descriptors (images, width) of a store, read when sliced, by the numbers of their first views.
+class StoredDescriptors(Dataset[tuple[Tensor, Tensor]]):
+    """Descriptors (images, width) of a store, read when asked for: by slices, or in batches of draws.
 
-    Several views are averaged, in float32.
+    In a slice, several `views` are averaged, in float32. In a batch, the seed of a draw chooses one.
     """
 
-    def __init__(self, store: FeatureStore, numbers: Sequence[int], views: int = 1) -> None:
-        self.store, self.numbers, self.views = store, numbers, views
+    def __init__(
+        self, store: FeatureStore, first: list[int], samples: Sequence[tuple[str, int]], views: int = 1
+    ) -> None:
+        self.store, self.first, self.views = store, first, views
+        self.labels = torch.tensor([label for _, label in samples])
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.first)
 
-    def __getitem__(self, part: slice, /) -> Tensor:
-        numbers = [first + view for first in self.numbers[part] for view in range(self.views)]
+    def __getitem__(self, part: slice, /) -> Tensor:  # type: ignore[override]
+        numbers = [first + view for first in self.first[part] for view in range(self.views)]
         descriptors = torch.from_numpy(self.store.read(numbers))
         if self.views == 1:
             return descriptors
         return descriptors.unflatten(0, (-1, self.views)).mean(dim=1, dtype=torch.float32)
 
-
-class _Numbers(Dataset[tuple[int, int]]):
-    """Numbers of a split's descriptors, and their labels; the seed of a draw chooses the view."""
-
-    def __init__(self, first: Sequence[int], samples: Sequence[tuple[str, int]]) -> None:
-        self.first, self.samples = first, samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, draw: int | Draw) -> tuple[int, int]:
-        index, seed = draw if isinstance(draw, tuple) else (draw, 0)
-        return self.first[index] + seed % VIEWS, self.samples[index][1]
+    def __getitems__(self, draws: Sequence[int] | Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        pairs = [draw if isinstance(draw, tuple) else (draw, 0) for draw in draws]
+        numbers = [self.first[index] + seed % VIEWS for index, seed in pairs]
+        labels = self.labels[[index for index, _ in pairs]]
+        return torch.from_numpy(self.store.read(numbers)), labels
 
 
 def identify_maps(

@@ -29,7 +29,6 @@ FOLD_STEPS = 100  # for one fold, whose weights are not kept
 HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
 HISTORY_BYTES = 2**31  # that these may take; a shorter history takes more steps
 
-ALL = slice(None)
 BLOCK = 512  # descriptors in memory at a time: 0.27 GB in float32
 
 Progress = Callable[..., Iterable[Any]]  # (parts, what, unit=…) → parts, as `bcnn.utils.console.track`
@@ -83,8 +82,7 @@ class ConvexProblem:
         device = torch.device(device)
         double = double_device(device)
         self.descriptors = descriptors = _resident(descriptors, device, progress)
-        self.labels = labels.to(double)
-        self.progress = progress
+        self.labels, self.progress = labels.to(double), progress
         self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(double, torch.float64)
         starts = range(0, len(descriptors), BLOCK)
         sums = [descriptors[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
@@ -103,7 +101,7 @@ class ConvexProblem:
 
     def solve(self, l2: float) -> Solution:
         """Return the optimum for λ = `l2`, found from the previous one: go from strong to weak."""
-        self._minimise(self.theta, self.bias, l2)
+        self._minimise(self.theta, self.bias, l2, slice(None), STEPS)
         norm = nn.utils.get_total_norm([p.grad for p in (self.theta, self.bias) if p.grad is not None])
         with torch.no_grad():
             weight, bias = self._weight(), self.bias.float()
@@ -128,7 +126,7 @@ class ConvexProblem:
         return logits
 
     def _minimise(
-        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice = ALL, steps: int = STEPS
+        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice, steps: int
     ) -> None:
         """Minimise over the descriptors that are seen, and leave the gradients at the optimum."""
         optimizer = torch.optim.LBFGS(
@@ -155,7 +153,7 @@ class ConvexProblem:
 
     @without_tf32()
     def _weight(self) -> Tensor:
-        """Return W = αᵀX, summed block by block."""
+        """Return W = αᵀX."""
         if self.primal:
             return self.theta.mT.float().to(self.mean.device)
         alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True)

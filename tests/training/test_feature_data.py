@@ -3,6 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.feature_data import CachedFeatureDataModule, StoredDescriptors
+from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.feature_store import SHARD, VIEWS
 from bcnn.training.module import BCNNModule
 from bcnn.utils.errors import UserError
@@ -44,9 +45,8 @@ def test_descriptors_are_those_of_the_crop_and_its_mirror_image(images: Path, ti
         with torch.no_grad():
             views = tiny.descriptor(batch), tiny.descriptor(batch.flip(-1))
         for view, expected in enumerate(views):
-            numbers = [number + view for number in data.numbers(split)]
-            found = StoredDescriptors(data.store, numbers)[:]
-            torch.testing.assert_close(found.float(), expected, rtol=2**-11, atol=3e-8)
+            found = data.store.read([number + view for number in data.numbers(split)])
+            torch.testing.assert_close(torch.tensor(found).float(), expected, rtol=2**-11, atol=3e-8)
         means, found_labels = data.descriptors(split, views=2)
         torch.testing.assert_close(means[1:], sum(views)[1:] / 2, rtol=2**-10, atol=3e-8)
         assert torch.equal(found_labels, labels)
@@ -58,8 +58,7 @@ def test_images_pass_the_backbone_once(images: Path, tiny: BCNN, counts: list[in
     assert sum(counts) == SHARD + VIEWS * (36 - SHARD)
     again = store_of(images, tiny, val_fraction=0.1)
     for loader in (again.train_dataloader(), again.val_dataloader(), again.test_dataloader()):
-        for batch in loader:
-            assert again.on_before_batch_transfer(batch, 0)[0].any()
+        assert all(descriptors.any() for descriptors, _ in loader)
     assert sum(counts) == SHARD + VIEWS * (36 - SHARD)
 
 
@@ -69,11 +68,10 @@ def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> No
     nn.Module.train(tiny.backbone, True)
     data = store_of(images, tiny)
     batch, _ = next(iter(data.data.evaluation_dataloader(data.data.train)))
+    found, _ = data.descriptors(data.data.train)
     with torch.no_grad():
         expected = tiny.eval().descriptor(batch)
-    torch.testing.assert_close(
-        data.descriptors(data.data.train)[0][:].float(), expected, rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(found[:].float(), expected, rtol=1e-3, atol=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.backbone.named_buffers())
 
 
@@ -135,23 +133,12 @@ def test_training_draws_both_views_and_validation_only_the_first(images: Path) -
     data.trainer = None  # so that passes are epochs
     loader, seen = data.train_dataloader(), set()
     for _ in range(8):
-        descriptors, _ = data.on_before_batch_transfer(next(iter(loader)), 0)
+        descriptors, _ = next(iter(loader))
         seen |= {each.numpy().tobytes() for each in descriptors}
     assert len(seen) == len(data.data.train) * VIEWS
-    descriptors, labels = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
+    descriptors, labels = next(iter(data.val_dataloader()))
     expected, expected_labels = data.descriptors(data.data.val)
     assert torch.equal(descriptors, expected[:]) and torch.equal(labels, expected_labels)
-
-
-def test_a_truncated_shard_is_computed_again(images: Path, tiny: BCNN, counts: list[int]) -> None:
-    data = store_of(images, tiny)
-    intact = StoredDescriptors(data.store, range(48))[:]
-    path = sorted(data.store.folder.glob("*.npy"))[1]
-    path.write_bytes(path.read_bytes()[:-2])
-    counts.clear()
-    again = store_of(images, tiny)
-    assert sum(counts) == 8 * VIEWS  # the second shard: 24 images less a shard of 16
-    assert torch.equal(StoredDescriptors(again.store, range(48))[:], intact)
 
 
 class Ranks(SingleDeviceStrategy):
@@ -167,9 +154,8 @@ class Ranks(SingleDeviceStrategy):
 
 def first_rank(images: Path, model: BCNN, strategy: Ranks) -> CachedFeatureDataModule:
     data = CachedFeatureDataModule(folder_data(images), model, "32-true")
-    data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=0, world_size=2, strategy=strategy
-    )
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=2, strategy=strategy)
+    data.trainer = trainer
     return data
 
 

@@ -101,9 +101,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(monkeypatch: pyte
     store = make()
     fill(store, store.open()[:1])
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "bcnn.utils.files.os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space"))
-        )
+        full = OSError(errno.ENOSPC, "No space")
+        patched.setattr("bcnn.utils.files.os.fsync", Mock(side_effect=full))
         with pytest.raises(UserError, match=r"No space.*BCNN_STORES.*last\.store=false"):
             fill(store, [1])
     assert make().open() == [1, 2]
