@@ -129,7 +129,8 @@ class EpochTable(L.Callback):
         if batch_idx == 0:
             self._start = time.monotonic()
             batches = trainer.num_training_batches + sum(trainer.num_val_batches)
-            self._begin(f"epoch {_number(trainer)}", batches)
+            self._epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._begin(f"epoch {self._epoch}", batches)
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -142,7 +143,7 @@ class EpochTable(L.Callback):
         best = self.checkpoint.check_monitor_top_k(trainer, metrics.get("val_loss"))
         self._bar.close()
         cells = (f"{metrics['train_loss']:.3g}", *validation_cells(metrics), f"{self._rate:.3g}")
-        row = table_row(_number(trainer), *cells, span(time.monotonic() - self._start))
+        row = table_row(self._epoch, *cells, span(time.monotonic() - self._start))
         logger.info(row + "  best so far" * bool(best))
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -166,7 +167,3 @@ def validation_cells(metrics: Mapping[str, Any]) -> tuple[str, str]:
     if "val_loss" not in metrics:
         return "–", "–"
     return f"{metrics['val_loss']:.3g}", f"{metrics['val_top1']:.1%}"
-
-
-def _number(trainer: L.Trainer) -> str:
-    return f"{trainer.current_epoch + 1}/{trainer.max_epochs}"

@@ -42,9 +42,8 @@ class BestOrLastCheckpoint(ModelCheckpoint):
 
     The best epoch is that of the least validation loss: of a hundred images, top-1 sees the one that
     just changed sides, the loss sees them all. Without validation `images` there is no best.ckpt.
-
-    last.ckpt is the trainer's full state after the last epoch, or after one `EVERY` seconds ago at
-    most. A stage resumed from it (`Trainer.fit(ckpt_path=…)`) ends with the same weights.
+    last.ckpt is the full state after an epoch `EVERY` seconds ago at most. A stage resumed from it
+    (`Trainer.fit(ckpt_path=…)`) ends with the same weights.
 
     Attributes:
         start, last, metrics: validation figures before the first step (of a trainer with

@@ -116,8 +116,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
     ) -> tuple["StoredDescriptors", Tensor]:
         """Return descriptors (images, width) and labels (images,).
 
-        With two views, a descriptor is the mean with that of the mirror image: a linear classifier's
-        logits of it are the mean of its logits.
+        Two views are averaged: a linear classifier's logits of the mean are the mean of its logits.
         """
         stored = StoredDescriptors(self.store, self.numbers(samples), samples, views)
         return stored, stored.labels

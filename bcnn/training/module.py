@@ -41,10 +41,9 @@ def in_top_k(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
 
 
 class BCNNModule(L.LightningModule):
-    """Trains a `BCNN` in one of its two stages.
+    """Trains a `BCNN` in one of its two stages, on batches of (inputs, labels).
 
-    Batches hold (inputs, labels); inputs are images (batch, 3, height, width), or descriptors
-    (batch, width), which skip the backbone.
+    Inputs are images (batch, 3, height, width), or descriptors (batch, width), which skip the backbone.
 
     Args:
         stage: "last" trains the head on a frozen backbone, "finetune" trains every layer.

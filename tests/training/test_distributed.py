@@ -14,8 +14,6 @@ from conftest import ROOT, configure, toy, write_images
 from torch import Tensor
 
 from bcnn.training.run import train
-from bcnn.utils.distributed import on_rank_zero
-from bcnn.utils.errors import UserError
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 JOBS = {
@@ -95,20 +93,3 @@ def test_two_processes_do_what_one_does_until_one_is_killed(
             assert together == pytest.approx(alone, rel=1e-3)
     assert "Traceback" not in first
     assert "error: another process of this run has ended" in first
-
-
-def test_an_error_of_the_first_rank_reaches_the_others_before_it_ends() -> None:
-    sent: list[object] = []
-
-    def broadcast(outcome: object) -> object:
-        sent.append(outcome)
-        return outcome
-
-    def mistake() -> None:
-        raise UserError("no space left")
-
-    with pytest.raises(UserError, match="no space left"):
-        on_rank_zero(0, broadcast, mistake)
-    (outcome,) = sent
-    with pytest.raises(UserError, match="no space left"):
-        on_rank_zero(1, lambda mine: outcome, lambda: pytest.fail("only the first asks"))
