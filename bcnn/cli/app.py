@@ -15,13 +15,11 @@ from bcnn.cli.explain import explain
 from bcnn.cli.export import export
 from bcnn.cli.predict import predict
 
-app = typer.Typer(
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
+HELP = {"help_option_names": ["-h", "--help"]}
 # Hydra reads every word after `train`, --help and -m among them.
 UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP)
 
 
 @app.callback()
@@ -46,7 +44,5 @@ for command in (check, evaluate, predict, explain, export, demo, cache):
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that the words name, by default those of this process; return its exit code."""
     given = sys.argv[1:] if words is None else words
-    parsed = [
-        word for word in given if word != "--debug"
-    ]  # `exit_code_of` reads it, wherever it stands
+    parsed = [word for word in given if word != "--debug"]  # `exit_code_of` reads it anywhere
     return exit_code_of(lambda: app(parsed or ["--help"], prog_name="bcnn", standalone_mode=False))

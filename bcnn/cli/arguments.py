@@ -5,28 +5,18 @@ from typing import Annotated
 
 import typer
 
-CHECKPOINT = typer.Argument(
-    metavar="CKPT",
-    exists=True,
-    dir_okay=False,
-    help="Checkpoint of this project, or a .pth or .safetensors state dict.",
-)
+STATE_DICT = "Checkpoint of this project, or a .pth or .safetensors state dict."
+CHECKPOINT = typer.Argument(metavar="CKPT", exists=True, dir_okay=False, help=STATE_DICT)
 Checkpoint = Annotated[Path, CHECKPOINT]
 
-IMAGES = typer.Argument(
-    metavar="IMAGES...",
-    help="Files, folders, quoted patterns such as '**/*.jpg', or - for a list on standard input.",
-)
-Images = Annotated[list[str], IMAGES]
+PATHS = "Files, folders, quoted patterns such as '**/*.jpg', or - for a list on standard input."
+Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
 
-LABELLED = typer.Argument(
-    metavar="IMAGES", exists=True, help="Image folder as for training, or list of path,label[,split]."
-)
-LabelledImages = Annotated[Path, LABELLED]
+LABELS = "Image folder as for training, or list of path,label[,split]."
+LabelledImages = Annotated[Path, typer.Argument(metavar="IMAGES", exists=True, help=LABELS)]
 
-Mirror = Annotated[
-    bool, typer.Option("--mirror", help="Average each image with its mirror image, in twice the time.")
-]
-OutputFolder = Annotated[
-    Path | None, typer.Option("--output", file_okay=False, help="Default: a new folder in outputs/.")
-]
+MIRROR = "Average each image with its mirror image, in twice the time."
+Mirror = Annotated[bool, typer.Option("--mirror", help=MIRROR)]
+
+OUTPUT = typer.Option("--output", file_okay=False, help="Default: a new folder in outputs/.")
+OutputFolder = Annotated[Path | None, OUTPUT]

@@ -1,12 +1,12 @@
 """`bcnn cache`: the descriptors that training keeps on disk."""
 
-import shutil
 from typing import Annotated
 
 import typer
 
 from bcnn.utils.console import console, printable
 from bcnn.utils.errors import UserError
+from bcnn.utils.files import PART
 
 REMOVE = typer.Option(metavar="KEY|all", help="Remove one cache, or all.")
 
@@ -16,12 +16,12 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
 
     They are in $BCNN_STORES, or in bcnn/stores in $XDG_CACHE_HOME or ~/.cache.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     from bcnn.training.feature_store import ABOUT, KEY, read_about, stores_dir
 
-    folders = {path.parent.name: path.parent for path in sorted(stores_dir().glob(f"*/{ABOUT}"))}
-    caches = {key: folder for key, folder in folders.items() if KEY.fullmatch(key)}
+    folders = [path.parent for path in sorted(stores_dir().glob(f"*/{ABOUT}"))]
+    caches = {folder.name: folder for folder in folders if KEY.fullmatch(folder.name)}
     if remove is None:
         console.print(f"{len(caches)} caches in {stores_dir()}")
         for key, folder in caches.items():
@@ -30,13 +30,12 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
         return
     if remove not in (*caches, "all"):
         raise UserError(f"--remove {remove}: no such cache; bcnn cache lists them")
-    for key, folder in caches.items():
-        if remove in (key, "all"):
-            lock = folder.with_suffix(".lock")
-            try:
-                with FileLock(lock, timeout=0):
-                    shutil.rmtree(folder)
-            except Timeout:
-                raise UserError(f"a run is using {key}: remove it when the run has ended") from None
-            lock.unlink(missing_ok=True)
-            console.print(f"removed {key}")
+    for key in caches if remove == "all" else [remove]:
+        folder = caches[key]
+        lock = folder.with_suffix(".lock")
+        with FileLock(lock, timeout=0):  # a run that builds the cache holds it
+            for path in (*folder.glob(f"{PART}*"), *folder.glob("[0-9]*-[12].npy"), folder / ABOUT):
+                path.unlink()
+            folder.rmdir()  # raises where it holds anything else
+        lock.unlink(missing_ok=True)
+        console.print(f"removed {key}")

@@ -1,101 +1,78 @@
 """The web server of `bcnn demo`: a page, and an address that answers an image with JSON."""
 
 import asyncio
+import io
+import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 import uvicorn
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from bcnn.data.image_io import decode, open_image
+from bcnn.evaluation.explain import SIDE, see
+from bcnn.evaluation.heatmap import overlay
+from bcnn.evaluation.inference import validate_finite
+from bcnn.evaluation.neighbours import descriptors, nearest
+from bcnn.evaluation.report import template, thumbnail
+from bcnn.models.attribution import shares
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.console import track
 from bcnn.utils.errors import UserError
 
+SHOWN = 6  # classes, and nearest images
+PIXELS = 50e6  # of an image; a JPEG, which is decoded at a fraction of its size, may have more
 MEGABYTES = 50  # of an upload
 UPLOADS = 4  # at once: each is held in memory
 SECONDS = 60  # until an upload is complete
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # and what a browser on this machine opens
-
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 POLICY = (
     "default-src 'none'; img-src data:; connect-src 'self'; style-src 'nonce-{0}'; "
     "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-Answer = Callable[[bytes], Any]  # content of an image file → JSON, or UserError
+
+class Gallery(NamedTuple):
+    """Images to show the nearest of, as (path, label), and batches of their descriptors."""
+
+    samples: Sequence[tuple[str, int]] = ()
+    descriptors: Sequence[Tensor] = ()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open a socket at an address of this machine; browsers wait until it is served.
-
-    Raises:
-        UserError: the address is not of this machine, or the port is taken.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot listen at --host {host} --port {port}: {error}") from error
+def compute_gallery(model: BCNN, samples: Sequence[tuple[str, int]], batches: DataLoader) -> Gallery:
+    """Return the gallery of the samples, whose images `batches` loads in this order."""
+    found: list[Tensor] = []
+    for batch in track(descriptors(model, batches), "computing descriptors", len(batches), "batches"):
+        validate_finite(batch, ["a training image"] * len(batch))
+        found.append(batch.half().cpu())
+    return Gallery(samples, found)
 
 
-def where(listener: socket.socket) -> list[str]:
-    """Return sentences that say where the page is."""
-    host, port = listener.getsockname()[:2]
-    local = EVERYWHERE.get(host, f"[{host}]" if ":" in host else host)
-    sentences = [f"drop images on http://{local}:{port} (Ctrl-C ends it)"]
-    if host in EVERYWHERE:
-        sentences.append(f"open to everybody in your network: http://{_own_address()}:{port}")
-    return sentences
-
-
-def build_server(host: str, page: str, nonce: str, answer: Answer) -> uvicorn.Server:
-    """Return a server whose `run([listener])` serves until a signal ends it.
-
-    Args:
-        host: of `listen`.
-        page: HTML.
-        nonce: of its style and script.
-        answer: called for one image at a time.
-    """
-    own = socket.gethostname()
-    names = ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
-    config = uvicorn.Config(
-        application(page, nonce, answer, [*names, own, f"{own}.local", _own_address()]),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
+def build_server(model: BCNN, gallery: Gallery, title: str, host: str) -> uvicorn.Server:
+    """Return a server of the page, whose `run([listener])` serves until a signal ends it."""
+    nonce = secrets.token_urlsafe()
+    facts = {"classes": len(model.classes), "size": model.preprocessing.size}
+    page = template("demo.html").render(
+        name=title, nonce=nonce, megabytes=MEGABYTES, images=len(gallery.samples), **facts
     )
-    return uvicorn.Server(config)
-
-
-def application(page: str, nonce: str, answer: Answer, hosts: list[str]) -> Starlette:
-    """Return the application: the page at `/`, JSON for an image that is posted to `/image`.
-
-    Args:
-        page, nonce, answer: as for `build_server`.
-        hosts: of this machine. A page elsewhere can have its own name lead here ("DNS rebinding"):
-            requests for other names are refused.
-    """
+    headers = HEADERS | {"Content-Security-Policy": POLICY.format(nonce)}
     uploads = asyncio.Semaphore(UPLOADS)
     worker = ThreadPoolExecutor(1)  # Python waits for it at exit: PyTorch must not be left midway
 
     async def show(request: Request) -> Response:
-        policy = {"Content-Security-Policy": POLICY.format(nonce)}
-        return HTMLResponse(page, headers=HEADERS | policy)
+        return HTMLResponse(page, headers=headers)
 
     async def look(request: Request) -> Response:
         origin, host = request.headers.get("origin"), request.headers["host"]
@@ -104,15 +81,71 @@ def application(page: str, nonce: str, answer: Answer, hosts: list[str]) -> Star
         if uploads.locked():
             raise HTTPException(503, "other images are being looked at: try again in a moment")
         async with uploads:
-            content = await _read(request)
-            found = await asyncio.get_running_loop().run_in_executor(worker, answer, content)
+            content, loop = await _read(request), asyncio.get_running_loop()
+            found = await loop.run_in_executor(worker, answer, model, gallery, content)
         return JSONResponse(found, headers=HEADERS)
 
-    return Starlette(
-        routes=[Route("/", show), Route("/image", look, methods=["POST"])],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
-        exception_handlers={HTTPException: _error, UserError: _error},
-    )
+    handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect), _error)
+    routes = [Route("/", show), Route("/image", look, methods=["POST"])]
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    # A page elsewhere can have its own name lead here ("DNS rebinding"): other names are refused.
+    own = socket.gethostname()
+    hosts = ["localhost", "127.0.0.1", "[::1]", host, own, f"{own}.local"]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    return uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+
+
+def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
+    """Return what the page shows of an image file, in plain values; pictures are data URIs."""
+    seen = see(model, _decoded(content, model.preprocessing.side))
+    top = seen.probabilities.topk(min(SHOWN, len(model.classes)))
+    labels = top.indices.to(seen.logits.device)
+    maps = torch.cat([shares(model, seen.maps, label[None]) for label in labels]).cpu()
+    # What speaks for the likeliest class; then for it and against each of the others.
+    maps = torch.cat([maps[:1], maps[:1] - maps[1:]])
+    validate_finite(torch.cat([seen.probabilities, maps.flatten()])[None], ["the image"])
+    small = seen.resized(SIDE)
+    drawn = [overlay(small.image, small.box, m.numpy(), float(m.abs().max()) or 1.0) for m in maps]
+    classes = [
+        {
+            "name": model.classes[label],
+            "probability": probability,
+            "logits": float(evidence.sum()),
+            "picture": thumbnail(picture, SIDE),
+        }
+        for probability, label, evidence, picture in zip(
+            *map(Tensor.tolist, top), maps, drawn, strict=True
+        )
+    ]
+    distances, indices = nearest(seen.descriptor, gallery.descriptors, SHOWN)
+    samples = [gallery.samples[index] for index in indices[0]]
+    neighbours = [
+        {
+            "name": model.classes[label],
+            "file": Path(path).name,
+            "distance": distance,
+            "picture": thumbnail(path),
+        }
+        for (path, label), distance in zip(samples, distances[0].tolist(), strict=True)
+    ]
+    return {
+        "image": thumbnail(small.image, SIDE),
+        "ratio": seen.image.width / seen.image.height,
+        "crop": [edge / side for edge, side in zip(seen.crop, seen.image.size * 2, strict=True)],
+        "classes": classes,
+        "nearest": neighbours,
+    }
+
+
+def _decoded(content: bytes, side: int) -> Image.Image:
+    """Decode an image file at least at `side`."""
+    try:
+        with open_image(io.BytesIO(content)) as file:
+            if file.format not in ("JPEG", "MPO") and file.width * file.height > PIXELS:
+                raise ValueError(f"it has more than {PIXELS / 1e6:.0f} megapixels")
+            return decode(file, side)
+    except Exception as error:  # decoders raise whatever the bytes lead them into
+        raise UserError(f"cannot read this file: {error}; choose another image") from error
 
 
 async def _read(request: Request) -> bytes:
@@ -126,22 +159,9 @@ async def _read(request: Request) -> bytes:
                     raise HTTPException(413, f"an image may have {MEGABYTES} MB: choose a smaller one")
     except TimeoutError:
         raise HTTPException(408, f"the upload took longer than {SECONDS} s") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the upload was broken off") from None
     return bytes(content)
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code, HEADERS)
-    return JSONResponse({"error": str(error)}, 422, HEADERS)
-
-
-def _own_address() -> str:
-    """Return the address of this machine in its network, or its name without one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: finds the interface that leads outside
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
+    status, sentence = getattr(error, "status_code", 422), getattr(error, "detail", str(error))
+    return JSONResponse({"error": sentence}, status, HEADERS)

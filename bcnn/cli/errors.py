@@ -2,38 +2,28 @@
 
 import codecs
 import io
-import json
 import os
-import pickle
 import sys
 import traceback
-import zipfile
 from collections.abc import Callable
 
 from bcnn.utils.console import error_console, logger, setup_logging
-from bcnn.utils.errors import Interruption, UserError, raise_interruptions
+from bcnn.utils.errors import Interruption, raise_interruptions
 
-FILES = (OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
-EXPECTED = (UserError, ImportError, *FILES)  # ImportError: of a package that is optional
-# Known by name, as their libraries take time to import.
-NAMES = {
-    "DecompressionBombError",
-    "SafetensorError",
-    "OmegaConfBaseException",
-    "HydraException",
-    "MisconfigurationException",
+# What a wrong word, a damaged file, a full disk or a missing package raises. By name, as the libraries
+# take time to import.
+EXPECTED = {
+    *("UserError", "OSError", "ImportError", "UnpicklingError", "BadZipFile", "JSONDecodeError"),
+    *("DecompressionBombError", "SafetensorError", "OmegaConfBaseException", "HydraException"),
+    *("MisconfigurationException", "ClickException"),
 }
 
 
 def exit_code_of(act: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; print an expected error as one sentence.
+    """Run a command and return its exit code: its own, 1 for an error, 130 for Ctrl-C, 143 for SIGTERM.
 
-    Args:
-        act: returns an exit code, or None for success. An expected error ends it with 1, Ctrl-C with
-            130, SIGTERM with 143. With `--debug` among the words of this process, and for an error that
-            is not expected, the traceback is shown.
+    An expected error is printed as one sentence; others, and all with `--debug`, are raised.
     """
-    debug = "--debug" in sys.argv
     _print_any_text()
     setup_logging()
     raise_interruptions()
@@ -47,32 +37,22 @@ def exit_code_of(act: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if debug or not _expected(error):
+        if "--debug" in sys.argv or EXPECTED.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             raise
         traceback.clear_frames(error.__traceback__)
         logger.error(_sentence(error))
         return 1
 
 
-def _expected(error: Exception) -> bool:
-    """Return whether a user's word, a damaged file or a full disk raises such an error."""
-    named = any(kind.__name__ in NAMES for kind in type(error).__mro__)
-    return named or isinstance(error, EXPECTED) or hasattr(error, "format_message")  # typer's
-
-
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    text = error.format_message() if hasattr(error, "format_message") else str(error)  # typer's
     return text.strip().partition("\n")[0]
 
 
 def _print_any_text() -> None:
-    """Print any text in any encoding, and each line at once.
-
-    In UTF-8, a file name that is no valid Unicode is written as its bytes. Another encoding shows what
-    it lacks as `\\u03bb`.
-    """
+    """Print any text in any encoding, and each line at once: UTF-8 or escapes such as `\\u03bb`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             utf8 = codecs.lookup(stream.encoding).name == "utf-8"

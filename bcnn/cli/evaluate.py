@@ -1,6 +1,7 @@
 """`bcnn evaluate`: metrics of a trained model on labelled images, and a report."""
 
 import shlex
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -10,9 +11,8 @@ from bcnn.utils.console import console, progress
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import new_output, validate_writable
 
-SPLIT = typer.Option(
-    help="As the folder or list has it, else as the checkpoint records it, else (test) all images."
-)
+CHOICE = "As the folder or list has it, else as the checkpoint records it, else (test) all images."
+SPLIT = typer.Option(help=CHOICE)
 
 
 def evaluate(
@@ -48,23 +48,18 @@ def evaluate(
     predictions = predict_split(model.to(device), samples, loader, mirror=mirror)
     console.print(results.headline_table(predictions, f"{images}, {split}"))
     console.print(results.weakest_table(predictions))
-    trained_on = f"{len(model.split.train)} different images" if model.split else "not recorded"
-    precision = fastest_precision(device.type)
-    words = ["bcnn", "evaluate", str(ckpt), str(images), f"--split={split}", *["--mirror"] * mirror]
     facts = {
-        "command": shlex.join(words),
+        "command": shlex.join(["bcnn", *sys.argv[1:]]),
         "images": f"{images.absolute()}, split {split}",
         "preprocessing": str(model.preprocessing),
-        "trained on": trained_on,
-        "computed on": about_device(device, precision, ranks=1),
+        "trained on": f"{len(model.split.train)} different images" if model.split else "not recorded",
+        "computed on": about_device(device, fastest_precision(device.type), ranks=1),
         "checkpoint": str(ckpt.absolute()),
         **versions,
     }
-    before = None
-    if ckpt.parent.name == "finetune":
-        before = results.kept_predictions(ckpt.parent.with_name("last"))
-    title = f"{images.resolve().name}, {split}"
-    stages = results.logged_stages(ckpt)
+    last = ckpt.parent.parent / "last"
+    before = results.kept_predictions(last) if ckpt.parent.name == "finetune" else None
+    title, stages = f"{images.resolve().name}, {split}", results.logged_stages(ckpt)
     content = ReportContent(predictions, title, stages, facts=facts, before=before)
     report = results.write_results(folder, model, content)
     console.print(f"figures and predictions: {folder}\nreport: {report}")

@@ -1,7 +1,7 @@
 """`bcnn explain`: which locations of an image speak for its class, and against another."""
 
 from difflib import get_close_matches
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -42,47 +42,31 @@ def explain(
         from bcnn.utils.device import best_device
 
     model = open_model(ckpt).to(best_device())
-    for_class = _label(model.classes, target, "--target")
-    against = _label(model.classes, versus, "--versus")
-    if for_class is not None and for_class == against:
+    for name in filter(None, (target, versus)):
+        if name not in model.classes:
+            near = get_close_matches(name, model.classes, cutoff=0)
+            raise UserError(f"no class {name}: did you mean {' or '.join(near)}?")
+    if target and target == versus:
         raise UserError(f"--versus {versus}: choose another class than --target")
+    labels = [None if name is None else model.classes.index(name) for name in (target, versus)]
     failed = 0
     for path in track(paths, "explaining"):
         try:
             image = load_image(path, model.preprocessing.side)
-            found = explain_image(model, image, for_class, against)
+            found = explain_image(model, image, *labels)
             for numbers in (found.probabilities, found.evidence, found.contrast):
                 validate_finite(numbers.reshape(1, -1), [path])
         except UserError as error:  # the other images are explained all the same
             logger.error(error)
             failed += 1
             continue
-        figure = _free_name(folder, Path(path).stem)
+        figure, suffixes = folder / f"{Path(path).stem}.png", count(2)
+        while figure.exists():
+            figure = folder / f"{Path(path).stem}-{next(suffixes)}.png"
         with atomic_write(figure) as part:
             draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
-        this, that = (
-            f"{model.classes[label]} {found.probabilities[label]:.1%}"
-            for label in (found.target, found.against)
-        )
+        this, that = model.classes[found.target], model.classes[found.against]
         console.print(printable(f"{path}: {this} versus {that}: {figure}"))
     if failed:
         error_console.print(f"{failed} of {len(paths)} images could not be explained")
     return int(failed > 0)
-
-
-def _label(classes: list[str], name: str | None, option: str) -> int | None:
-    """Return the label of a class, or None where no class is given."""
-    if len(classes) < 2:
-        raise UserError(f"the model has one class ({classes[0]}): there is nothing to compare")
-    if name is None:
-        return None
-    if name not in classes:
-        near = get_close_matches(name, classes, cutoff=0)
-        raise UserError(f"{option} {name}: no such class; did you mean {' or '.join(near)}?")
-    return classes.index(name)
-
-
-def _free_name(folder: Path, stem: str) -> Path:
-    """Return `stem.png`, or the first of `stem-2.png`, `stem-3.png`, … that does not exist."""
-    names = chain([f"{stem}.png"], (f"{stem}-{number}.png" for number in count(2)))
-    return next(folder / name for name in names if not (folder / name).exists())

@@ -14,9 +14,7 @@ from bcnn.utils.files import validate_writable
 FORMAT = typer.Option(help="pth: a state dict in the names of the two-script original.")
 OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, with its name.")
 SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2).")
-IMAGES = typer.Option(
-    help="Compare on these, not on random images; may be repeated: files, folders, patterns."
-)
+IMAGES = typer.Option(help="Compare on these, not on random images; may be given several times.")
 
 
 def export(
@@ -50,8 +48,5 @@ def export(
     compared = partial(track, what="comparing", total=max(1, len(paths)))
     difference, largest = export_model(model, path, format, softmax, paths, compared)
     what = f"{len(paths)} images" if paths else "random images"
-    outputs = "probabilities" if softmax else "logits"
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
-    console.print(
-        f"largest difference to PyTorch on {what}: {difference:.1e} ({outputs} up to {largest:.3g})"
-    )
+    console.print(f"largest difference to PyTorch on {what}: {difference:.1e} of {largest:.3g}")

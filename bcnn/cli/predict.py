@@ -1,7 +1,6 @@
 """`bcnn predict`: the likeliest classes of images."""
 
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
@@ -36,9 +35,9 @@ def predict(
     from bcnn.data.image_files import find_images
     from bcnn.evaluation.writers import FORMATS
 
-    if output and output.exists():
-        raise UserError(f"--output {output} exists: remove it or name another file")
     if output:
+        if output.exists():
+            raise UserError(f"--output {output} exists: remove it or name another file")
         validate_writable(output.parent)
     paths = find_images(images)
     with progress("loading PyTorch"):
@@ -47,7 +46,7 @@ def predict(
 
     model = open_model(ckpt).to(best_device())
     top_k = min(top_k, len(model.classes))
-    failed, start = 0, time.perf_counter()
+    failed = 0
     with ExitStack() as stack:
         out: TextIO = sys.stdout
         if output:
@@ -62,8 +61,5 @@ def predict(
             out.flush()
             failed += bool(prediction.error)
             task.advance()
-    seconds = time.perf_counter() - start
-    error_console.print(f"{len(paths)} images in {seconds:.1f} s, {len(paths) / seconds:.1f} images/s")
-    if failed:
-        error_console.print(f"{failed} of them failed: see their rows")
+    error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)

@@ -8,16 +8,17 @@ from conftest import Bcnn
 from bcnn.training.feature_store import FeatureStore
 
 
-def made(about: str, chunks: int) -> FeatureStore:
+def made(about: str, shards: int) -> FeatureStore:
     store = FeatureStore({"about": about}, images=32, width=8, about=about)
     store.open()
-    for chunk in range(chunks):
-        store.write(chunk, np.zeros((32, 8)))
+    for shard in range(shards):
+        store.write(shard, np.zeros((16, 2, 8)))
     return store
 
 
 def test_caches_are_listed_and_removed(bcnn: Bcnn, stores: Path) -> None:
     complete, begun = made("flowers", 2), made("birds", 1)
+    (begun.folder / ".part-killed.npy").write_bytes(b"")
     (stores / "notes").mkdir()
     lines = {line.split()[0]: line for line in bcnn("cache").out.splitlines()[1:]}
     assert lines.keys() == {complete.key, begun.key}
@@ -29,8 +30,16 @@ def test_caches_are_listed_and_removed(bcnn: Bcnn, stores: Path) -> None:
     assert not complete.folder.exists() and begun.folder.exists()
     with begun.lock():  # as a run holds it
         outcome = bcnn("cache", "--remove", "all")
-        assert outcome.code == 1 and f"a run is using {begun.key}" in outcome.err
-        assert begun.folder.exists()
+        assert outcome.code == 1 and f"{begun.key}.lock' could not be acquired" in outcome.err
+        assert begun.scan() == [1]
     assert bcnn("cache", "--remove", "all").code == 0
     assert [path.name for path in stores.iterdir()] == ["notes"]
-    assert bcnn("cache", "--remove", "all").code == 0
+
+
+def test_files_of_others_are_not_removed(bcnn: Bcnn) -> None:
+    store = made("flowers", 2)
+    for name in ("labels.npy", "notes.txt"):
+        (store.folder / name).write_text("precious")
+    outcome = bcnn("cache", "--remove", "all")
+    assert outcome.code == 1 and f"{store.key}: Directory not empty" in outcome.err
+    assert {path.name for path in store.folder.iterdir()} == {"labels.npy", "notes.txt"}

@@ -28,11 +28,10 @@ def test_counts_sizes_formats_and_a_contact_sheet(bcnn: Bcnn) -> None:
     assert row(outcome.out, "[cat]") == ["[cat]", "14", "2", "4"]
     assert row(outcome.out, ":dog:") == [":dog:", "8", "1", "2"]
     assert row(outcome.out, "classes: 2") == ["classes: 2", "22", "3", "6"]
-    assert "formats: 30 PNG, 1 BMP" in outcome.out and "48 × 40" in outcome.out
+    assert "formats: 30 PNG, 1 BMP\nshort sides: 40 to 40 px, median 40 px\n" in outcome.out
     assert "contact sheet: sheets/contact_sheet.png" in outcome.out
-    with Image.open("sheets/contact_sheet.png") as picture:
-        assert picture.format == "PNG" and np.asarray(picture).std() > 20
-    assert len(list(Path("sheets").iterdir())) == 1
+    assert [path.name for path in Path("sheets").iterdir()] == ["contact_sheet.png"]
+    assert np.asarray(Image.open("sheets/contact_sheet.png")).std() > 20
 
 
 def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
@@ -48,9 +47,8 @@ def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
             smooth(k + 200 + 100 * base).save(f"photos/test/{name}/{k}.jpg")
     smooth(3).resize((200, 150)).save("photos/test/dog/small.jpg", quality=40)
     copyfile("photos/train/cat/4.jpg", "photos/test/dog/same.jpg")  # a duplicate, not a near one
-    for split in ("train", "test"):
-        colour = "red" if split == "test" else "blue"
-        Image.new("RGB", (40, 40), colour).save(f"photos/{split}/cat/flat.png")
+    Image.new("RGB", (40, 40), "blue").save("photos/train/cat/flat.png")
+    Image.new("RGB", (40, 40), "red").save("photos/test/cat/flat.png")
     outcome = bcnn("check", "photos", "--val-fraction", "0")
     assert outcome.code == 0
     assert "1 of 19 images in test look the same as one in train" in outcome.out
@@ -67,7 +65,7 @@ def test_names_that_act_on_a_terminal_are_escaped(bcnn: Bcnn) -> None:
     assert outcome.code == 1
     assert row(outcome.out, r"evil\x1b[2J")[0] == r"evil\x1b[2J"
     assert row(outcome.out, "lines")[0] == r"two\nlines\u202e \xff"
-    assert "broken: " in outcome.out and r"\x1b]0;x.png: " in outcome.out
+    assert r"\x1b]0;x.png (" in outcome.out
     assert not {"\x1b", "\u202e", "\udcff"} & set(outcome.out)
 
 
@@ -75,34 +73,26 @@ def test_a_list_with_the_fractions_of_the_options(bcnn: Bcnn) -> None:
     write_classes(Path(), cat=10, dog=10)
     lines = (f"{name}/{n}.png,{name}\n" for name in ("cat", "dog") for n in range(10))
     Path("labels.csv").write_text("".join(lines))
-    outcome = bcnn(
-        "check", "labels.csv", "--val-fraction", "0", "--test-fraction", "0.5", "--seed", "1"
-    )
+    words = ["labels.csv", "--val-fraction", "0", "--test-fraction", "0.5", "--seed", "1"]
+    outcome = bcnn("check", *words)
     assert outcome.code == 0
     assert row(outcome.out, "cat") == ["cat", "5", "0", "5"]
 
 
 def test_broken_files_and_duplicates_are_in_the_report(bcnn: Bcnn, images: Path) -> None:
     (images / "train" / "red" / "0.png").write_bytes(b"")
-    (images / "train" / "blue" / "1.png").write_text("no image")
+    (images / "test" / "blue" / "1.png").write_text("no image")
     copyfile(images / "train" / "green" / "1.png", images / "test" / "green" / "copy.png")
+    copyfile(images / "train" / "green" / "2.png", images / "train" / "red" / "copy.png")
     outcome = bcnn("check", images, "--val-fraction", "0")
     assert outcome.code == 1
-    assert row(outcome.out, "red")[1:] == ["5", "0", "2", "1"]
-    for path in (images / "train" / "red" / "0.png", images / "train" / "blue" / "1.png"):
-        assert f"broken: {path}: " in outcome.out
-    assert "error: 2 images cannot be decoded" in outcome.out
+    assert row(outcome.out, "red")[1:] == ["6", "0", "2", "1"]
+    assert row(outcome.out, "blue")[1:] == ["6", "0", "1", "1"]
+    (error,) = (line for line in outcome.out.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: 2 of 26 images cannot be decoded: ")
+    assert f"{images}/train/red/0.png (" in error and f"{images}/test/blue/1.png (" in error
     assert f"{images}/test/green/copy.png = {images}/train/green/1.png" in outcome.out
-
-
-def test_one_image_in_two_classes_and_twice_in_one(bcnn: Bcnn) -> None:
-    write_classes(Path("photos"), cat=6, dog=6)
-    copyfile("photos/cat/0.png", "photos/dog/copy.png")
-    copyfile("photos/dog/5.png", "photos/dog/again.png")
-    outcome = bcnn("check", "photos")
-    assert outcome.code == 0
-    assert "photos/cat/0.png = photos/dog/copy.png" in outcome.out
-    assert "photos/dog/again.png = photos/dog/5.png" in outcome.out
+    assert f"{images}/train/green/2.png = {images}/train/red/copy.png" in outcome.out
 
 
 def test_what_training_would_stop_at_is_an_error(bcnn: Bcnn, images: Path) -> None:

@@ -80,15 +80,9 @@ def test_probabilities_are_the_models_in_every_format(
     values = torch.tensor([entry["probability"] for entry in row["predictions"]])
     torch.testing.assert_close(values, expected.values, **CLOSE)
 
-    (cells,) = csv.DictReader(
-        io.StringIO(bcnn("predict", ckpt, path, "--format", "csv", "--top-k", "2").out)
-    )
-    assert [cells["path"], cells["class_1"], cells["class_2"], cells["error"]] == [
-        path,
-        *classes[:2],
-        "",
-    ]
-    assert float(cells["probability_1"]) == pytest.approx(values[0].item(), abs=1e-5)
+    _, cells = csv.reader(bcnn("predict", ckpt, path, "--format", "csv", "--top-k", 2).out.splitlines())
+    assert [*cells[:2], cells[3], cells[5]] == [path, *classes[:2], ""]
+    assert float(cells[2]) == pytest.approx(values[0].item(), abs=1e-5)
 
     heading, line = bcnn("predict", ckpt, path, "--top-k", "1").out.splitlines()
     assert line.startswith(path) and f"{values[0]:.1%}" in line
@@ -100,11 +94,10 @@ def test_tasks_for_label_studio_choose_the_likeliest_class(
 ) -> None:
     (photos / "50 % #1.png").write_bytes((photos / "red" / "0.png").read_bytes())
     (photos / "none.png").write_bytes(b"none")
-    words = ["photos/50 % #1.png", "photos/none.png", "--format", "labelstudio", "--top-k", "2"]
-    outcome = bcnn("predict", ckpt, *words)
-    assert outcome.code == 1
+    paths = ["photos/50 % #1.png", "photos/none.png"]
+    outcome = bcnn("predict", ckpt, *paths, "--format", "labelstudio", "--top-k", "2")
     sure, broken = json.loads(outcome.out)
-    value, index = tiny.predict(words[0])[0].max(dim=0)
+    value, index = tiny.predict(paths[0])[0].max(dim=0)
     (prediction,) = sure["predictions"]
     assert prediction["score"] == pytest.approx(value.item(), abs=1e-5)
     (choice,) = prediction["result"]
@@ -136,13 +129,7 @@ def test_mirror_gives_an_image_and_its_mirror_image_one_answer(
         torch.testing.assert_close(torch.tensor([found[c] for c in tiny.classes]), expected, **CLOSE)
 
 
-NAMES = {
-    "=1+1.png": "=1+1.png",
-    "\x1b[2J.png": r"\x1b[2J.png",
-    "two\nlines.png": r"two\nlines.png",
-    "\u202egnp.png": r"\u202egnp.png",
-    "@.png": "@.png",
-}
+NAMES = {"=1+1.png": "=1+1.png", "\x1b[2J.png": r"\x1b[2J.png", "a\n\u202eb.png": r"a\n\u202eb.png"}
 
 
 def test_names_do_not_act_on_terminals(
@@ -154,11 +141,11 @@ def test_names_do_not_act_on_terminals(
     column = heading.index("class")
     assert [line[:column].rstrip() for line in lines] == [*NAMES.values()]
 
-    outcome = bcnn("predict", ckpt, *NAMES, "--format", "csv", "--top-k", "1")
-    table = list(csv.DictReader(io.StringIO(outcome.out, newline="")))
-    assert [row["path"].removeprefix("'") for row in table] == [*NAMES]  # at the merge: no prefix
+    words = ["predict", ckpt, *NAMES, "--format", "csv", "--top-k", "1"]
+    table = csv.DictReader(io.StringIO(bcnn(*words).out, newline=""))
+    assert [row["path"] for row in table] == [*NAMES]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _, *lines = bcnn("predict", ckpt, *NAMES, "--format", "csv", "--top-k", "1").out.splitlines()
+    _, *lines = bcnn(*words).out.splitlines()
     assert [line.partition(",")[0] for line in lines] == [*NAMES.values()]
 
 
@@ -174,11 +161,7 @@ def test_an_image_that_cannot_be_read_has_a_row_with_the_reason(
         rows = jsonl(outcome.out)
         assert [row["path"] for row in rows] == listed.decode().split()
         assert ["error" in row for row in rows] == [False, True, True, False]
-        assert "2 of them failed" in outcome.err
-    outcome = bcnn("predict", ckpt, "photos", "--format", "csv", "--top-k", "1")
-    rows = list(csv.DictReader(io.StringIO(outcome.out)))
-    assert [bool(row["error"]) for row in rows] == [not row["class_1"] for row in rows]
-    assert "photos/green/0.png  error: " in bcnn("predict", ckpt, "photos").out
+        assert "4 images, of which 2 failed" in outcome.err
 
 
 @pytest.mark.parametrize("form", ["table", "jsonl", "csv", "labelstudio"])
@@ -191,7 +174,7 @@ def test_an_answer_that_is_not_finite_is_an_error_in_its_row(
     Image.new("RGB", (32, 32)).save(photos / "red" / "black.png")  # whose maps are zero
     words = ["photos/red", "--format", form, "--top-k", "1"]
     outcome = bcnn("predict", "huge.safetensors", *words)
-    assert outcome.code == 1 and "2 of them failed" in outcome.err
+    assert outcome.code == 1 and "3 images, of which 2 failed" in outcome.err
     assert outcome.out.count("not finite numbers") == 2 and "nan" not in outcome.out
     assert sum("0.333" in line or "33.3%" in line for line in outcome.out.splitlines()) == 1
 
@@ -199,12 +182,13 @@ def test_an_answer_that_is_not_finite_is_an_error_in_its_row(
 def test_output_goes_to_a_new_file_and_never_over_an_old_one(
     bcnn: Bcnn, ckpt: Path, photos: Path
 ) -> None:
-    outcome = bcnn("predict", ckpt, "photos", "--output", "rows.jsonl", "--format", "jsonl")
+    words = ["predict", ckpt, "photos", "--output", "rows.jsonl", "--format", "jsonl"]
+    outcome = bcnn(*words)
     assert outcome.code == 0 and outcome.out == ""
-    assert "6 images in" in outcome.err and "1 .txt" in outcome.err
+    assert "6 images, of which 0 failed" in outcome.err and "1 .txt" in outcome.err
     content = Path("rows.jsonl").read_text()
     assert len(jsonl(content)) == 6
-    outcome = bcnn("predict", ckpt, "photos", "--output", "rows.jsonl")
+    outcome = bcnn(*words)
     assert outcome.code == 1 and "rows.jsonl exists: remove it or name another file" in outcome.err
     assert Path("rows.jsonl").read_text() == content
 
@@ -220,20 +204,3 @@ def test_an_output_that_is_not_complete_is_not_there(
     before = sorted(os.listdir())
     assert bcnn("predict", ckpt, "photos", "--output", "rows.csv", "--format", "csv").code == 1
     assert sorted(os.listdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["nowhere"], "nowhere"),
-        (["photos/*.tif"], "photos/*.tif"),
-        (["photos", "--output", "photos/notes.txt/rows.csv"], "photos/notes.txt"),
-    ],
-)
-def test_mistakes_are_one_sentence(
-    bcnn: Bcnn, ckpt: Path, photos: Path, words: list[str], sentence: str
-) -> None:
-    outcome = bcnn("predict", ckpt, *words)
-    assert outcome.code == 1 and outcome.out == ""
-    assert outcome.err.startswith("error: ") and sentence in outcome.err
-    assert outcome.err.count("\n") == 1
