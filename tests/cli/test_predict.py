@@ -104,17 +104,14 @@ def test_tasks_for_label_studio_choose_the_likeliest_class(
 def test_mirror_gives_an_image_and_its_mirror_image_one_answer(
     bcnn: Bcnn, ckpt: Path, tiny: BCNN, photos: Path
 ) -> None:
-    pixels = np.array(Image.open(photos / "red" / "0.png").convert("RGB").resize((32, 32)))
+    pixels = np.array(Image.open(photos / "red" / "0.png").resize((32, 32)))
     pixels[:, :16] //= 2
     both = np.stack([pixels, pixels[:, ::-1]])
     for name, each in zip("ab", both, strict=True):
         Image.fromarray(each).save(f"{name}.png")
     with torch.no_grad():
-        logits = tiny(torch.from_numpy(both).permute(0, 3, 1, 2))
-    assert (logits[0] - logits[1]).abs().max() > 0.1
-    expected = logits.mean(dim=0).softmax(0)
-    rows = jsonl(bcnn("predict", ckpt, "a.png", "b.png", "--mirror", "--format", "jsonl").out)
-    for row in rows:
+        expected = tiny(torch.from_numpy(both).permute(0, 3, 1, 2)).mean(dim=0).softmax(0)
+    for row in jsonl(bcnn("predict", ckpt, "a.png", "b.png", "--mirror", "--format", "jsonl").out):
         found = {entry["class"]: entry["probability"] for entry in row["predictions"]}
         torch.testing.assert_close(torch.tensor([found[c] for c in tiny.classes]), expected, **CLOSE)
 
