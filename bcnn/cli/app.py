@@ -1,7 +1,6 @@
 """The command `bcnn`. Commands import torch when they run, so that `--help` is quick."""
 
 import sys
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -41,7 +40,7 @@ for command in (check, evaluate, predict, explain, export, demo, cache):
     app.command()(command)
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: list[str] | None = None) -> int:
     """Run the command that the words name, by default those of this process; return its exit code."""
     given = sys.argv[1:] if words is None else words
     parsed = [word for word in given if word != "--debug"]  # `exit_code_of` reads it anywhere

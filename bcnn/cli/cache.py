@@ -32,10 +32,8 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
         raise UserError(f"--remove {remove}: no such cache; bcnn cache lists them")
     for key in caches if remove == "all" else [remove]:
         folder = caches[key]
-        lock = folder.with_suffix(".lock")
-        with FileLock(lock, timeout=0):  # a run that builds the cache holds it
+        with FileLock(folder.with_suffix(".lock"), timeout=0):  # a run that builds the cache holds it
             for path in (*folder.glob(f"{PART}*"), *folder.glob("[0-9]*-[12].npy"), folder / ABOUT):
                 path.unlink()
             folder.rmdir()  # raises where it holds anything else
-        lock.unlink(missing_ok=True)
         console.print(f"removed {key}")

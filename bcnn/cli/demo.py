@@ -33,7 +33,7 @@ def demo(
             from bcnn.evaluation.results import open_split
             from bcnn.utils.device import best_device
 
-        gallery = Gallery()
+        gallery: Gallery = ([], [])
         if images is None:
             model = open_model(ckpt).to(best_device())
         else:

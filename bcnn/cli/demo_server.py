@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import uvicorn
@@ -43,12 +43,8 @@ POLICY = (
     "script-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-
-class Gallery(NamedTuple):
-    """Images to show the nearest of, as (path, label), and batches of their descriptors."""
-
-    samples: Sequence[tuple[str, int]] = ()
-    descriptors: Sequence[Tensor] = ()
+# (path, label) of the images to show the nearest of, and batches of their descriptors.
+Gallery = tuple[Sequence[tuple[str, int]], Sequence[Tensor]]
 
 
 def compute_gallery(model: BCNN, samples: Sequence[tuple[str, int]], batches: DataLoader) -> Gallery:
@@ -57,7 +53,7 @@ def compute_gallery(model: BCNN, samples: Sequence[tuple[str, int]], batches: Da
     for batch in track(descriptors(model, batches), "computing descriptors", len(batches), "batches"):
         validate_finite(batch, ["a training image"] * len(batch))
         found.append(batch.half().cpu())
-    return Gallery(samples, found)
+    return samples, found
 
 
 def build_server(model: BCNN, gallery: Gallery, title: str, host: str) -> uvicorn.Server:
@@ -65,7 +61,7 @@ def build_server(model: BCNN, gallery: Gallery, title: str, host: str) -> uvicor
     nonce = secrets.token_urlsafe()
     facts = {"classes": len(model.classes), "size": model.preprocessing.size}
     page = template("demo.html").render(
-        name=title, nonce=nonce, megabytes=MEGABYTES, images=len(gallery.samples), **facts
+        name=title, nonce=nonce, megabytes=MEGABYTES, images=len(gallery[0]), **facts
     )
     headers = HEADERS | {"Content-Security-Policy": POLICY.format(nonce)}
     uploads = asyncio.Semaphore(UPLOADS)
@@ -89,8 +85,7 @@ def build_server(model: BCNN, gallery: Gallery, title: str, host: str) -> uvicor
     routes = [Route("/", show), Route("/image", look, methods=["POST"])]
     app = Starlette(routes=routes, exception_handlers=handlers)
     # A page elsewhere can have its own name lead here ("DNS rebinding"): other names are refused.
-    own = socket.gethostname()
-    hosts = ["localhost", "127.0.0.1", "[::1]", host, own, f"{own}.local"]
+    hosts = ["localhost", "127.0.0.1", "[::1]", host, own := socket.gethostname(), f"{own}.local"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     return uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
 
@@ -117,8 +112,9 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
             *map(Tensor.tolist, top), maps, drawn, strict=True
         )
     ]
-    distances, indices = nearest(seen.descriptor, gallery.descriptors, SHOWN)
-    samples = [gallery.samples[index] for index in indices[0]]
+    samples, stored = gallery
+    distances, indices = nearest(seen.descriptor, stored, SHOWN)
+    near = [samples[index] for index in indices[0]]
     neighbours = [
         {
             "name": model.classes[label],
@@ -126,7 +122,7 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
             "distance": distance,
             "picture": thumbnail(path),
         }
-        for (path, label), distance in zip(samples, distances[0].tolist(), strict=True)
+        for (path, label), distance in zip(near, distances[0].tolist(), strict=True)
     ]
     return {
         "image": thumbnail(small.image, SIDE),

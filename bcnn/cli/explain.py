@@ -67,6 +67,5 @@ def explain(
             draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
         this, that = model.classes[found.target], model.classes[found.against]
         console.print(printable(f"{path}: {this} versus {that}: {figure}"))
-    if failed:
-        error_console.print(f"{failed} of {len(paths)} images could not be explained")
+    error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)

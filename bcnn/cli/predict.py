@@ -58,7 +58,6 @@ def predict(
         write = stack.enter_context(FORMATS[format](out, model.classes, paths, top_k))
         for prediction in predict_paths(model, paths, top_k, batch_size, workers, mirror):
             write(prediction)
-            out.flush()
             failed += bool(prediction.error)
             task.advance()
     error_console.print(f"{len(paths)} images, of which {failed} failed")

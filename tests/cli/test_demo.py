@@ -106,19 +106,20 @@ def test_classes_and_what_tells_them_apart(port: int, tiny: BCNN, tmp_path: Path
 def test_the_nearest_images_are_those_of_the_descriptors(
     port: int, tiny: BCNN, gallery: Gallery
 ) -> None:
-    path, label = gallery.samples[5]
+    samples, _ = gallery
+    path, label = samples[5]
     nearest = ask(port, Path(path).read_bytes())[1]["nearest"]
     assert len(nearest) == SHOWN and nearest[0]["file"] == Path(path).name
     assert nearest[0]["distance"] < 0.002 and nearest[0]["name"] == tiny.classes[label]
     transform = tiny.preprocessing.evaluation()
-    descriptors = tiny.descriptor(torch.stack([transform(Image.open(p)) for p, _ in gallery.samples]))
+    descriptors = tiny.descriptor(torch.stack([transform(Image.open(p)) for p, _ in samples]))
     distances = (descriptors - descriptors[5]).norm(dim=1).sort().values[:SHOWN]
     assert [each["distance"] for each in nearest] == pytest.approx(distances.tolist(), abs=0.002)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 700)])
 def test_images_of_any_shape(tiny: BCNN, size: tuple[int, int]) -> None:
-    assert answer(tiny, Gallery(), encoded("PNG", size))["nearest"] == []
+    assert answer(tiny, ([], []), encoded("PNG", size))["nearest"] == []
 
 
 @pytest.mark.fuzz
@@ -127,7 +128,7 @@ def test_any_upload_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> N
     with bounded(), catch_warnings():
         simplefilter("ignore")
         try:
-            assert answer(tiny, Gallery(), content)["classes"]
+            assert answer(tiny, ([], []), content)["classes"]
         except UserError as error:
             assert "choose another image" in str(error)
 

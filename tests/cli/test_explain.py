@@ -78,7 +78,7 @@ def test_figures_are_drawn_of_all_images_that_can_be_read(
     assert outcome.code == 1
     (output,) = tmp_path.glob("outputs/*/*-explain")
     assert "a.png: red" in outcome.out and "c.png: blue" in outcome.out
-    assert "photos/b.jpg" in outcome.err and "1 of 3 images" in outcome.err
+    assert "photos/b.jpg" in outcome.err and "3 images, of which 1 failed" in outcome.err
     assert sorted(path.name for path in output.iterdir()) == ["a.png", "c.png"]
     assert Image.open(output / "a.png").width > 1000
 
