@@ -31,17 +31,16 @@ def check(
     with a metadata.csv of file_name,label, or a list with lines of path,label[,split].
     """
     with progress("loading PyTorch"):
+        from bcnn.data import integrity
         from bcnn.data.contact_sheet import contact_sheet, pair_sheet
         from bcnn.data.index import mistakes, read_folder, read_list
-        from bcnn.data.integrity import broken, without_broken
-        from bcnn.data.integrity import check as check_images
         from bcnn.data.review import lookalikes, review
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
 
     validate_fractions(val_fraction, test_fraction)
     index = read_list(images) if images.is_file() else read_folder(images)
-    findings = check_images(images, index.paths)
-    reasons = broken(findings)
+    findings = integrity.check(images, index.paths)
+    reasons = integrity.broken(findings)
     intact = index.without(reasons)
     digests = {path: finding.digest for path, finding in findings.items()}
     errors = mistakes(index, images) or (
@@ -62,7 +61,7 @@ def check(
         contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
         console.print(f"contact sheet: {folder / 'contact_sheet.png'}")
     try:
-        without_broken(index, findings, images, skip=False)
+        integrity.without_broken(index, findings, images, skip=False)
     except UserError as error:
         errors.append(str(error))
     near = lookalikes(drawn, findings)

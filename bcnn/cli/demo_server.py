@@ -85,7 +85,8 @@ def build_server(model: BCNN, gallery: Gallery, title: str, host: str) -> uvicor
     routes = [Route("/", show), Route("/image", look, methods=["POST"])]
     app = Starlette(routes=routes, exception_handlers=handlers)
     # A page elsewhere can have its own name lead here ("DNS rebinding"): other names are refused.
-    hosts = ["localhost", "127.0.0.1", "[::1]", host, own := socket.gethostname(), f"{own}.local"]
+    own = socket.gethostname()
+    hosts = ["localhost", "127.0.0.1", "[::1]", host, own, f"{own}.local"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     return uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
 
@@ -112,9 +113,8 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
             *map(Tensor.tolist, top), maps, drawn, strict=True
         )
     ]
-    samples, stored = gallery
-    distances, indices = nearest(seen.descriptor, stored, SHOWN)
-    near = [samples[index] for index in indices[0]]
+    distances, indices = nearest(seen.descriptor, gallery[1], SHOWN)
+    near = [gallery[0][index] for index in indices[0]]
     neighbours = [
         {
             "name": model.classes[label],

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from bcnn.utils.console import error_console, logger, setup_logging
 from bcnn.utils.errors import Interruption, raise_interruptions
 
-# What a wrong word, a damaged file, a full disk or a missing package raises. By name, as the libraries
-# take time to import.
+# By name, as the libraries take time to import.
 EXPECTED = {
     *("UserError", "OSError", "ImportError", "UnpicklingError", "BadZipFile", "JSONDecodeError"),
     *("DecompressionBombError", "SafetensorError", "OmegaConfBaseException", "HydraException"),

@@ -36,8 +36,7 @@ def explain(
     validate_writable(folder)
     with progress("loading PyTorch"):
         from bcnn.data.image_io import load_image
-        from bcnn.evaluation.explain import draw
-        from bcnn.evaluation.explain import explain as explain_image
+        from bcnn.evaluation import explain as attribution
         from bcnn.evaluation.inference import open_model, validate_finite
         from bcnn.utils.device import best_device
 
@@ -53,7 +52,7 @@ def explain(
     for path in track(paths, "explaining"):
         try:
             image = load_image(path, model.preprocessing.side)
-            found = explain_image(model, image, *labels)
+            found = attribution.explain(model, image, *labels)
             for numbers in (found.probabilities, found.evidence, found.contrast):
                 validate_finite(numbers.reshape(1, -1), [path])
         except UserError as error:  # the other images are explained all the same
@@ -64,7 +63,7 @@ def explain(
         while figure.exists():
             figure = folder / f"{Path(path).stem}-{next(suffixes)}.png"
         with atomic_write(figure) as part:
-            draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
+            attribution.draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
         this, that = model.classes[found.target], model.classes[found.against]
         console.print(printable(f"{path}: {this} versus {that}: {figure}"))
     error_console.print(f"{len(paths)} images, of which {failed} failed")

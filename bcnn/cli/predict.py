@@ -8,11 +8,10 @@ from typing import Annotated, Literal, TextIO
 import typer
 
 from bcnn.cli.arguments import Checkpoint, Images, Mirror
-from bcnn.utils.console import error_console, progress
+from bcnn.utils.console import error_console, progress, track
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, validate_writable
 
-Format = Literal["table", "jsonl", "csv", "labelstudio"]
 FORMAT = typer.Option(help="labelstudio: tasks to correct there, see docs/labels.md.")
 OUTPUT = typer.Option(help="New file to write once all is done. Default: standard output.")
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
@@ -22,7 +21,7 @@ def predict(
     ckpt: Checkpoint,
     images: Images,
     top_k: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
-    format: Annotated[Format, FORMAT] = "table",
+    format: Annotated[Literal["table", "jsonl", "csv", "labelstudio"], FORMAT] = "table",
     output: Annotated[Path | None, OUTPUT] = None,
     mirror: Mirror = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the fastest.")] = None,
@@ -54,11 +53,10 @@ def predict(
             # A file name that is no valid Unicode is written as its bytes.
             file = part.open("w", encoding="utf-8", errors="surrogateescape", newline="")
             out = stack.enter_context(file)
-        task = stack.enter_context(progress("predicting", len(paths), show=not out.isatty()))
         write = stack.enter_context(FORMATS[format](out, model.classes, paths, top_k))
-        for prediction in predict_paths(model, paths, top_k, batch_size, workers, mirror):
+        found = predict_paths(model, paths, top_k, batch_size, workers, mirror)
+        for prediction in track(found, "predicting", len(paths), show=not out.isatty()):
             write(prediction)
             failed += bool(prediction.error)
-            task.advance()
     error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)
