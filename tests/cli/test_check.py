@@ -35,17 +35,14 @@ def test_counts_sizes_formats_and_a_contact_sheet(bcnn: Bcnn) -> None:
 
 
 def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
-    def smooth(seed: int) -> Image.Image:
-        coarse = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
-        return Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC)
-
-    for base, name in enumerate(("cat", "dog")):
-        for split in ("train", "test"):
-            Path("photos", split, name).mkdir(parents=True)
+    for seed, folder in enumerate(["train/cat", "train/dog", "test/cat", "test/dog"]):
+        Path("photos", folder).mkdir(parents=True)
         for k in range(8):
-            smooth(k + 100 * base).save(f"photos/train/{name}/{k}.jpg")
-            smooth(k + 200 + 100 * base).save(f"photos/test/{name}/{k}.jpg")
-    smooth(3).resize((200, 150)).save("photos/test/dog/small.jpg", quality=40)
+            coarse = np.random.default_rng([seed, k]).integers(0, 255, (6, 8, 3), np.uint8)
+            smooth = Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC)
+            smooth.save(f"photos/{folder}/{k}.jpg")
+    small = Image.open("photos/train/cat/3.jpg").resize((200, 150))
+    small.save("photos/test/dog/small.jpg", quality=40)
     copyfile("photos/train/cat/4.jpg", "photos/test/dog/same.jpg")  # a duplicate, not a near one
     Image.new("RGB", (40, 40), "blue").save("photos/train/cat/flat.png")
     Image.new("RGB", (40, 40), "red").save("photos/test/cat/flat.png")
@@ -102,8 +99,3 @@ def test_what_training_would_stop_at_is_an_error(bcnn: Bcnn, images: Path) -> No
     assert outcome.code == 1
     assert re.search("error: .*violet", outcome.out) and re.search("error: .*white", outcome.out)
     assert row(outcome.out, "│ violet") == ["violet", "0", "0", "0"]
-    Path("empty", "cat").mkdir(parents=True)
-    outcome = bcnn("check", "empty")
-    assert outcome.code == 1 and "error: no images in empty" in outcome.out
-    outcome = bcnn("check", images, "--val-fraction", "2")
-    assert outcome.code == 1 and outcome.err.startswith("error: ") and "val_fraction=2" in outcome.err

@@ -1,4 +1,4 @@
-"""What all commands share: help, completion, errors in a sentence, signals."""
+"""What all commands share: help, errors in a sentence, signals."""
 
 import io
 import json
@@ -48,12 +48,6 @@ def test_help_imports_nothing_heavy(python: Run) -> None:
     assert not heavy & {*imported}
 
 
-def test_shells_complete_commands(python: Run) -> None:
-    asked = {"_BCNN_COMPLETE": "complete_bash", "COMP_WORDS": "bcnn e", "COMP_CWORD": "1"}
-    run = python("-m", "bcnn", PYTHONPATH=str(ROOT), **asked)
-    assert run.stdout.split() == ["evaluate", "explain", "export"]
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -90,19 +84,13 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "sentence"), ERRORS)
 def test_an_expected_error_is_one_sentence(
-    error: Exception,
-    sentence: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def act() -> None:
         raise error
 
     assert exit_code_of(act) == 1
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
-    monkeypatch.setattr(sys, "argv", ["bcnn", "predict", "--debug"])
-    with pytest.raises(type(error)):  # Python shows the traceback
-        exit_code_of(act)
 
 
 def test_an_error_of_the_program_keeps_its_traceback() -> None:

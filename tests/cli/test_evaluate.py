@@ -10,10 +10,7 @@ import pytest
 import torch
 from conftest import Bcnn, set_up, write_images
 
-from bcnn.data.transforms import Preprocessing
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.checkpoint import save_model
-from bcnn.models.third_party import to_original
 
 
 @pytest.fixture
@@ -78,28 +75,6 @@ def test_files_agree_with_each_other_and_with_the_model(
     with torch.no_grad():
         logits = (model(pixels) + model(pixels.flip(-1))) / 2 if mirror else model(pixels)
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), logits.softmax(1))
-
-
-@pytest.mark.slow
-def test_a_state_dict_of_the_original_gives_the_same_probabilities(
-    bcnn: Bcnn, images: Path, tmp_path: Path
-) -> None:
-    """It names no classes: they are the folder's, in their order."""
-    torch.manual_seed(0)
-    model = BCNN(["blue", "green", "red"], Preprocessing(448))  # the original's size
-    model.backbone.set_normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.nn.init.normal_(model.head.weight, std=30)
-    torch.save(to_original(model), tmp_path / "original.pth")
-    save_model(model, tmp_path / "ours.safetensors")
-    (images / "val" / "red").mkdir(parents=True)
-    (images / "test" / "red" / "0.png").rename(images / "val" / "red" / "0.png")
-    found = []
-    for path in (tmp_path / "ours.safetensors", tmp_path / "original.pth"):
-        out = tmp_path / path.stem
-        assert bcnn("evaluate", path, images, "--split", "val", "--output", out).code == 0
-        saved = np.load(out / "predictions.npz")
-        found.append(dict(zip(saved["classes"], saved["probabilities"][0], strict=True)))
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_images_that_nobody_could_train_on_can_be_evaluated(
