@@ -292,7 +292,6 @@ class FineGrainedDataModule(L.LightningDataModule):
         validate_fractions(*self.fractions)
 
 
-
 def _raise_first(sentences: Sequence[str]) -> None:
     if sentences:
         raise UserError(sentences[0])

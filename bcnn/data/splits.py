@@ -179,8 +179,6 @@ def validate_fractions(val_fraction: float, test_fraction: float | None) -> None
         )
 
 
-
-
 def fractions_to_draw(
     index: ImageIndex, val_fraction: float, test_fraction: float | None
 ) -> tuple[float, float]:
