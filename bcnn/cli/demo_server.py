@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from bcnn.data.image_io import decode, open_image
 from bcnn.evaluation.explain import SIDE, see
-from bcnn.evaluation.heatmap import overlay
+from bcnn.evaluation.heatmap import overlay, scaled
 from bcnn.evaluation.inference import validate_finite
 from bcnn.evaluation.neighbours import descriptors, nearest
 from bcnn.evaluation.report import template, thumbnail
@@ -100,8 +100,10 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
     # What speaks for the likeliest class; then for it and against each of the others.
     maps = torch.cat([maps[:1], maps[:1] - maps[1:]])
     validate_finite(torch.cat([seen.probabilities, maps.flatten()])[None], ["the image"])
-    small = seen.resized(SIDE)
-    drawn = [overlay(small.image, small.box, m.numpy(), float(m.abs().max()) or 1.0) for m in maps]
+    small = seen.image.copy()
+    small.thumbnail((SIDE, SIDE))
+    box = scaled(seen.box, small.width / seen.image.width)
+    drawn = [overlay(small, box, m.numpy(), float(m.abs().max()) or 1.0) for m in maps]
     classes = [
         {
             "name": model.classes[label],
@@ -125,7 +127,7 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
         for (path, label), distance in zip(near, distances[0].tolist(), strict=True)
     ]
     return {
-        "image": thumbnail(small.image, SIDE),
+        "image": thumbnail(small, SIDE),
         "ratio": seen.image.width / seen.image.height,
         "crop": [edge / side for edge, side in zip(seen.crop, seen.image.size * 2, strict=True)],
         "classes": classes,

@@ -55,7 +55,7 @@ def predict(
             out = stack.enter_context(file)
         write = stack.enter_context(FORMATS[format](out, model.classes, paths, top_k))
         found = predict_paths(model, paths, top_k, batch_size, workers, mirror)
-        for prediction in track(found, "predicting", len(paths), show=not out.isatty()):
+        for prediction in track(found, "predicting", len(paths)):
             write(prediction)
             failed += bool(prediction.error)
     error_console.print(f"{len(paths)} images, of which {failed} failed")
