@@ -79,13 +79,12 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
     record = json.dumps({"seed": seed, "train": train, "test": test})
     if root.exists():
         file = root / _RECORD
-        if not file.is_file() or file.read_text() != record:
-            raise UserError(
-                f"{root} exists and is not the butterfly set with seed {seed}, {train} training and "
-                f"{test} test images a species: name another folder, or train on your own images with "
-                "data=folder"
-            )
-        return root
+        if file.is_file() and file.read_text() == record:
+            return root
+        raise UserError(
+            f"{root} exists and is not the butterfly set {record}: name another folder, or train on "
+            "your own images with data=folder"
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         made = Path(scratch) / root.name
@@ -146,14 +145,6 @@ class _Pen:
         return list((points @ self.frame.T + self.origin).flat)
 
 
-def _spline(points: Array, steps: int = 8) -> Array:
-    """A closed smooth curve through the points (Catmull and Rom's)."""
-    t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
-    a, b, c, d = (np.roll(points, k, axis=0) for k in (1, 0, -1, -2))
-    curve = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    return np.vstack([curve.transpose(1, 0, 2).reshape(-1, 2), points[:1]])
-
-
 class _Wing:
     """A right wing, from points round its hinge (x outwards, y downwards).
 
@@ -161,7 +152,11 @@ class _Wing:
     """
 
     def __init__(self, points: list[tuple[float, float]], start: int, end: int) -> None:
-        self.outline = _spline(np.array(points, float))
+        # A closed smooth curve through the points (Catmull and Rom's).
+        t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
+        a, b, c, d = (np.roll(np.array(points, float), k, axis=0) for k in (1, 0, -1, -2))
+        curve = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+        self.outline = np.vstack([curve.transpose(1, 0, 2).reshape(-1, 2), points[:1]])
         self.steps = np.linspace(0, 1, len(self.outline))
         self.start, self.end = start / len(points), end / len(points)
 
@@ -174,12 +169,12 @@ class _Wing:
     def edge(self, kind: str) -> Array:
         """The outline with its scallops or its tail."""
         u = (self.steps - self.start) / (self.end - self.start)
-        grow = np.zeros_like(u)
-        if kind == "scalloped":
-            grow = 0.09 * np.abs(np.sin(np.pi * _CELLS * u)) * ((u > 0) & (u < 1))
-        if kind == "tailed":
-            grow = 0.5 * np.exp(-(((u - 0.66) / 0.055) ** 2))
-        return self.outline * (1 + grow)[:, None]
+        grow = {
+            "smooth": np.zeros_like(u),
+            "scalloped": 0.09 * np.abs(np.sin(np.pi * _CELLS * u)) * ((u > 0) & (u < 1)),
+            "tailed": 0.5 * np.exp(-(((u - 0.66) / 0.055) ** 2)),
+        }
+        return self.outline * (1 + grow[kind])[:, None]
 
 
 _FORE = _Wing([(0, 0), (0.26, -0.36), (0.62, -0.7), (0.95, -0.86), (1.04, -0.74),
@@ -214,18 +209,27 @@ def _wing(pen: _Pen, wing: _Wing, kind: Species, ground: Array, rng: Generator) 
     pen.fill(wing.edge("smooth" if fore else kind.edge), _DARK)
     _scales(pen, wing, 1 - border, ground, rng)
     if kind.band:
-        colour = _PALE if kind.band == "pale" else _mix(_DARK, ground, 0.25)
-        _band(pen, wing, colour, rng)
-    _veins(pen, wing, _mix(_DARK, ground, 0.3))
+        _band(pen, wing, _PALE if kind.band == "pale" else _mix(_DARK, ground, 0.25), rng)
+    # The cell in the middle of the wing and the veins that leave it for the margin.
+    vein = _mix(_DARK, ground, 0.3)
+    pen.line(wing.at(np.linspace(-0.2, 1, 9), 0.42 + 0.03 * np.cos(np.arange(9) * np.pi)), vein)
+    for u in np.linspace(0, 1, _CELLS + 1):
+        pen.line(wing.at([u, u], [0.05 if u in (0, 1) else 0.42, 0.97]), vein)
     for u in (np.arange(_CELLS) + 0.5) / _CELLS:
         if kind.spots:
             pen.disc(wing.at(u, 0.58 + rng.normal(0, 0.02)), rng.uniform(0.03, 0.042), _DARK)
         if kind.pearls:
             pen.disc(wing.at(u, 1 - border / 2), rng.uniform(0.02, 0.028), _PALE)
     if kind.tips and fore:
-        _tip(pen, wing, rng)
+        around = np.r_[np.linspace(-0.3, 0.36, 9), 0.3, 0.1, -0.15]
+        pen.fill(wing.at(around, np.r_[np.ones(9), 0.78, 0.72, 0.76]), _DARK)
+        for u, rho in ((-0.1, 0.82), (0.07, 0.86), (0.24, 0.84)):
+            pen.disc(wing.at(u, rho), rng.uniform(0.035, 0.05), _PALE)
     for u in (0.25,)[: kind.eyes[0]] if fore else (0.62, 0.42, 0.82)[: kind.eyes[1]]:
-        _eye(pen, wing.at(u, 0.76), rng.uniform(0.07, 0.085), ground)
+        centre, radius = wing.at(u, 0.76), rng.uniform(0.07, 0.085)
+        pen.disc(centre, radius, _mix(ground, _PALE, 0.75))
+        pen.disc(centre, radius * 0.74, _DARK * 0.6)
+        pen.disc(centre + radius * np.array([0.2, -0.2]), radius * 0.28, _PALE)
 
 
 def _scales(pen: _Pen, wing: _Wing, reach: float, ground: Array, rng: Generator) -> None:
@@ -246,42 +250,20 @@ def _band(pen: _Pen, wing: _Wing, colour: Array, rng: Generator) -> None:
         pen.fill(wing.at(u, rho), colour)
 
 
-def _veins(pen: _Pen, wing: _Wing, colour: Array) -> None:
-    """The cell in the middle of the wing and the veins that leave it for the margin."""
-    pen.line(wing.at(np.linspace(-0.2, 1, 9), 0.42 + 0.03 * np.cos(np.arange(9) * np.pi)), colour)
-    for u in np.linspace(0, 1, _CELLS + 1):
-        inner = 0.05 if u in (0, 1) else 0.42
-        pen.line(wing.at([u, u], [inner, 0.97]), colour)
-
-
-def _tip(pen: _Pen, wing: _Wing, rng: Generator) -> None:
-    around = np.r_[np.linspace(-0.3, 0.36, 9), 0.3, 0.1, -0.15]
-    pen.fill(wing.at(around, np.r_[np.ones(9), 0.78, 0.72, 0.76]), _DARK)
-    for u, rho in ((-0.1, 0.82), (0.07, 0.86), (0.24, 0.84)):
-        pen.disc(wing.at(u, rho), rng.uniform(0.035, 0.05), _PALE)
-
-
-def _eye(pen: _Pen, centre: Array, radius: float, ground: Array) -> None:
-    for size, colour in ((1, _mix(ground, _PALE, 0.75)), (0.74, _DARK * 0.6)):
-        pen.disc(centre, radius * size, colour)
-    pen.disc(centre + radius * np.array([0.2, -0.2]), radius * 0.28, _PALE)
-
-
 def _body(pen: _Pen, rng: Generator) -> None:
     fur = _mix(_DARK, np.array([120, 92, 64]), rng.uniform(0, 0.5))
     for side in (-1, 1):
         way = np.linspace(0, 1, 10)
-        x = side * (0.02 + rng.uniform(0.26, 0.34) * way - 0.12 * (way - way**2))
-        y = -0.2 + rng.uniform(-0.52, -0.42) * way
-        antenna = _points(x, y)
+        across = side * (0.02 + rng.uniform(0.26, 0.34) * way - 0.12 * (way - way**2))
+        antenna = np.column_stack((across, -0.2 + rng.uniform(-0.52, -0.42) * way))
         pen.line(antenna, _DARK, _FINE)
         pen.disc(antenna[-1], 0.02, _DARK)
     y = np.linspace(-1, 1, 24)
     for middle, length, width in ((0.26, 0.33, 0.05), (-0.04, 0.15, 0.075), (-0.2, 0.055, 0.055)):
         for thin in (1, 0.75, 0.5, 0.25):  # lighter along the back: it looks round
             half = width * thin * np.sqrt(1 - y**2)
-            along = _between(middle + length * y, -half, half)
-            pen.fill(along[:, ::-1], fur * (1.5 - 0.5 * thin))
+            outline = _between(middle + length * y, -half, half)[:, ::-1]
+            pen.fill(outline, fur * (1.5 - 0.5 * thin))
     for height in np.linspace(0.14, 0.5, 7):
         pen.line(np.array([[-0.04, height], [0.04, height]]), fur * 0.7)
 
@@ -295,18 +277,11 @@ def _meadow(rng: Generator) -> Image.Image:
         blobs.ellipse((x - r, y - r, x + r, y + r), fill=_ink(_green(rng)))
     scene = far.filter(ImageFilter.GaussianBlur(1.5)).resize((SIZE[0] * _FINE, SIZE[1] * _FINE))
     near = ImageDraw.Draw(scene)
-    for _ in range(rng.integers(5, 10)):
-        _leaf(_anywhere(near, rng), rng)
-    for _ in range(rng.integers(4, 10)):
-        _blade(_anywhere(near, rng), rng)
-    for _ in range(rng.integers(0, 4)):
-        _blossom(_anywhere(near, rng), rng)
+    for plant, low, high in ((_leaf, 5, 10), (_blade, 4, 10), (_blossom, 0, 4)):
+        for _ in range(rng.integers(low, high)):
+            origin = rng.uniform((0, 0), SIZE) * _FINE
+            plant(_Pen(near, _rotation(rng.uniform(0, 2 * np.pi)) * _FINE, origin), rng)
     return scene.filter(ImageFilter.GaussianBlur(rng.uniform(1, 2.5)))
-
-
-def _anywhere(canvas: ImageDraw.ImageDraw, rng: Generator) -> _Pen:
-    origin = rng.uniform((0, 0), SIZE) * _FINE
-    return _Pen(canvas, _rotation(rng.uniform(0, 2 * np.pi)) * _FINE, origin)
 
 
 def _leaf(pen: _Pen, rng: Generator) -> None:
@@ -315,7 +290,7 @@ def _leaf(pen: _Pen, rng: Generator) -> None:
     rib, half = 6 * x**2, width * np.sin(np.pi * x**0.8)
     pen.fill(_between(length * x, rib - half, rib), colour * 0.85)
     pen.fill(_between(length * x, rib, rib + half), colour * 1.1)
-    pen.line(_points(length * x, rib), colour * 1.3, _FINE)
+    pen.line(np.column_stack((length * x, rib)), colour * 1.3, _FINE)
 
 
 def _blade(pen: _Pen, rng: Generator) -> None:
@@ -334,28 +309,23 @@ def _blossom(pen: _Pen, rng: Generator) -> None:
 
 def _lit(image: Image.Image, rng: Generator) -> Image.Image:
     """The picture under its own light: brightness, warmth, a slope, dark corners, some noise."""
-    width, height = SIZE
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    y, x = np.mgrid[-1 : 1 : SIZE[1] * 1j, -1 : 1 : SIZE[0] * 1j]
     slope = rng.uniform(-0.12, 0.12, 2)
     light = 1 + slope[0] * x + slope[1] * y - rng.uniform(0.05, 0.16) * (x**2 + y**2)
     warmth = rng.normal(0, 0.03)
     tint = rng.uniform(0.95, 1.1) * np.array([1 + warmth, 1, 1 - warmth])
-    noise = rng.normal(0, rng.uniform(1, 4), (height, width, 1))
+    noise = rng.normal(0, rng.uniform(1, 4), (*x.shape, 1))
     return Image.fromarray(_bytes(np.asarray(image) * (light[..., None] * tint) + noise))
-
-
-def _points(x: Array, y: Array) -> Array:
-    return np.stack([x, y], axis=1)
 
 
 def _between(x: Array, low: Array, high: Array) -> Array:
     """The outline of what lies between two curves over `x`."""
-    return np.concatenate([_points(x, low), _points(x, high)[::-1]])
+    return np.column_stack((np.r_[x, x[::-1]], np.r_[low, high[::-1]]))
 
 
 def _circle(steps: int) -> Array:
     turn = np.arange(steps) * 2 * np.pi / steps
-    return _points(np.cos(turn), np.sin(turn))
+    return np.column_stack((np.cos(turn), np.sin(turn)))
 
 
 def _rotation(angle: float) -> Array:
