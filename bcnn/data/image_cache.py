@@ -1,8 +1,4 @@
-"""Large training images kept on disk at the size that training needs.
-
-A core decodes and crops 20 images of 12 megapixels a second, even at a quarter of their size, and 75 of
-the copies kept here (at 448 px, AVX2; benchmarks/data.py).
-"""
+"""Large training images kept on disk at the size that training needs (speeds: benchmarks/data.py)."""
 
 import hashlib
 import math
@@ -26,17 +22,12 @@ def load_reduced(path: str | Path, side: int) -> Image.Image:
     """Load an image as `load_image` does; a large one from a copy of `MARGIN` times the side.
 
     The first call for a file makes the copy. The result is the same if the copy cannot be written.
-
-    Args:
-        path: the file.
-        side: the short side in pixels that the image will be resized to.
-
-    Raises:
-        UserError: the file cannot be decoded.
     """
     copy_side = math.ceil(MARGIN * side)
     with opened(path) as file:
-        copy = _copy_path(path, copy_side)
+        key = repr((os.path.abspath(path), file_state(path), copy_side, VERSION))
+        name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+        copy = cache_dir() / "reduced" / name[:2] / f"{name}.jpg"
         if copy.is_file():
             return load_image(copy)
         is_large = min(file.size) >= WORTH * copy_side
@@ -51,9 +42,3 @@ def load_reduced(path: str | Path, side: int) -> Image.Image:
         part.write_bytes(content.getvalue())
     with open_image(content) as file:
         return decode(file, None)
-
-
-def _copy_path(path: str | Path, copy_side: int) -> Path:
-    key = repr((os.path.abspath(path), file_state(path), copy_side, VERSION))
-    name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
-    return cache_dir() / "reduced" / name[:2] / f"{name}.jpg"

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from bcnn.data.image_io import has_image_suffix
+from bcnn.data.image_io import SUFFIXES
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
@@ -22,9 +22,9 @@ def is_ignored(name: str) -> bool:
 
 
 def is_image(path: str) -> bool:
-    """Return whether the name of a file is that of an image."""
+    """Return whether a file of this name is taken for an image; decoding may need a plug-in."""
     name = os.path.basename(path)
-    return not is_ignored(name) and has_image_suffix(name)
+    return not is_ignored(name) and name.lower().endswith(SUFFIXES)
 
 
 def images_below(folder: str | Path) -> Iterator[str]:
@@ -36,9 +36,6 @@ def files_below(folder: str | Path) -> Iterator[str]:
     """Yield the files of a folder and of those below it, sorted by name, without ignored ones.
 
     A folder is entered once, however many links lead to it.
-
-    Raises:
-        OSError: a folder cannot be read.
     """
     seen = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
@@ -55,9 +52,8 @@ def files_below(folder: str | Path) -> Iterator[str]:
 def find_images(paths: Sequence[str]) -> list[str]:
     """Return the images that paths name, in their order, and sorted by name within each.
 
-    Args:
-        paths: files, whatever their names; folders with all below them; patterns (`*.jpg`,
-            `**/*.png`); "-": standard input, a file a line.
+    A path is a file, whatever its name, a folder with all below it, a pattern (`*.jpg`, `**/*.png`), or
+    "-": standard input, a file a line.
 
     Raises:
         UserError: a path names no image.
@@ -70,7 +66,9 @@ def find_images(paths: Sequence[str]) -> list[str]:
         elif os.path.isfile(path):
             images = [path]
         else:
-            files = _matching(path)
+            matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
+            each = (files_below(match) if os.path.isdir(match) else [match] for match in matches)
+            files = dict.fromkeys(chain(*each))  # "**" matches folders, and the files in them
             images = [file for file in files if is_image(file)]
             left_out |= dict.fromkeys(file for file in files if not is_image(file))
         if not images:
@@ -79,13 +77,6 @@ def find_images(paths: Sequence[str]) -> list[str]:
     if left_out:
         logger.warning(f"{len(left_out)} files left out: {count_suffixes(left_out)}")
     return found
-
-
-def _matching(path: str) -> list[str]:
-    """Return the files below a folder, or the files and those below folders that match a pattern."""
-    matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
-    files = [[*files_below(match)] if os.path.isdir(match) else [match] for match in matches]
-    return list(dict.fromkeys(chain(*files)))  # "**" matches folders, and the files in them
 
 
 def count_suffixes(files: Collection[str]) -> str:

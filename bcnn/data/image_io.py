@@ -4,6 +4,7 @@ import importlib
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,20 +12,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from bcnn.utils.errors import UserError
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this many times the side needed.
-# On 272 images of flowers, at the least that each allows: 1 changes the top-1 of four, 1.5 and 2
-# that of none.
+# Of 272 images of flowers, 1 changes the top-1 of four, 1.5 and 2 that of none.
 MARGIN = 1.5
 
 # Increase with every change of what decoding returns: older caches are then not used.
 VERSION = 3
 
-# The formats that are opened, by Pillow's names. Others are no photographs, are not decoded by Pillow,
-# or are programs: Pillow has Ghostscript run PostScript.
+# Pillow's names. Others are not decoded by Pillow, or are programs: Ghostscript runs PostScript.
 FORMATS = {
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA"),
     *("TIFF", "WEBP"),
@@ -33,44 +32,26 @@ HEIC = (".heic", ".heif")
 
 ORIENTATION = 0x0112  # a tag of EXIF
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
-TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 if find_spec("pillow_heif"):  # at import, so that every process that decodes has it
     importlib.import_module("pillow_heif").register_heif_opener()
-_SUFFIXES = (*HEIC, *(s for s, name in Image.registered_extensions().items() if name in FORMATS))
-
-
-def has_image_suffix(name: str) -> bool:
-    """Return whether a file of this name is taken for an image; decoding may need a plug-in."""
-    return name.lower().endswith(_SUFFIXES)
+SUFFIXES = (*HEIC, *(s for s, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 def file_state(path: str | Path) -> tuple[int, int, int, int]:
     """Return size, modification time, change time and inode, which change with the file.
 
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such file, or it is a pipe, device or folder.
     """
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe may never end
+        raise OSError("not a regular file")
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def open_image(file: str | Path | BinaryIO) -> ImageFile.ImageFile:
-    """Open an image of one of `FORMATS`, whatever the file is named; pixels are not decoded yet.
-
-    Raises:
-        UnidentifiedImageError: the file has none of these formats.
-        OSError: it cannot be opened.
-    """
+    """Open an image of one of `FORMATS`, whatever the file is named; pixels are not decoded yet."""
     image = Image.open(file, "r", [name for name in Image.ID if name in FORMATS])
     image.filename = ""  # or Pillow maps the file into memory and ignores the orientation of a TIFF
     return image
@@ -80,7 +61,6 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
     """Load an image of one of `FORMATS`: see `upright_rgb`.
 
     Args:
-        path: the file.
         side: the short side in pixels that the image will be resized to. A JPEG several times as large
             is decoded at a fraction of its size. None: decode at full size.
 
@@ -93,12 +73,9 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
-    """Open an image as `open_image` does; errors in the block name the file, as decoders' do not.
-
-    Raises:
-        UserError: the file cannot be opened, or the block raises.
-    """
+    """Open an image as `open_image` does; errors here and in the block are UserErrors that name it."""
     try:
+        file_state(path)
         with open_image(path) as file:
             yield file
     except Exception as error:  # decoders raise many types
@@ -111,9 +88,8 @@ def reason(path: str | Path, error: Exception) -> str:
         if str(path).lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
             return "HEIC needs a plug-in: pip install pillow-heif"
         return "not an image, damaged at its beginning, or of a format that is not supported"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    message = getattr(error, "strerror", None) or str(error)
+    return " ".join(message.split()) or type(error).__name__
 
 
 def decode(file: ImageFile.ImageFile, side: int | None) -> Image.Image:
@@ -136,31 +112,27 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     raw_modes = " ".join(str(tile.args) for tile in getattr(image, "tile", []))  # gone once decoded
     image.load()
-    transposition = TRANSPOSITIONS.get(_orientation(image))
+    try:
+        orientation = int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises many types at damaged EXIF data
+        orientation = 1
+    # Bits of a TIFF's channel; 0 in other formats.
+    bits = int(max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (0,))))
     if image.mode.startswith(("I", "F")):
-        image = _eight_bit_grey(image)
+        image = _eight_bit_grey(image, bits)
     elif raw_modes:
-        _validate_bits(image, raw_modes)
-    if transposition is None:
-        image = image.copy()
-    else:
-        image = image.transpose(transposition)
-        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)  # or a second call would turn it again
+        _validate_bits(image, raw_modes, bits)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGB")  # a copy
+    image.info = {}  # or a second call would turn it again
+    image.getexif()[ORIENTATION] = orientation
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # Pillow raises many types at damaged EXIF data
-        return 1
-
-
-def _eight_bit_grey(image: Image.Image) -> Image.Image:
+def _eight_bit_grey(image: Image.Image, bits: int) -> Image.Image:
     values = np.asarray(image, np.float32)
     low, high = float(values.min()), float(values.max())
     is_float = image.mode == "F"
@@ -170,32 +142,19 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
             f"its values run from {low:g} to {high:g} and it is unknown which is white: save it with "
             "8 bits a channel"
         )
-    most = max(high, _stated_maximum(image))
+    stated = 2**bits - 1 if bits < 16 else max(image.tag_v2.get(MAX_SAMPLE_VALUE, (0,)))  # type: ignore[attr-defined]
+    most = max(high, stated if stated <= 65535 else 0)
     unit_range = is_float and high <= 1
     white = 1 if unit_range else next(2**n - 1 for n in (8, 10, 12, 14, 16) if most < 2**n)
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
-def _stated_maximum(image: Image.Image) -> int:
-    """Return the largest pixel value that a TIFF states, 0 where a file states none."""
-    bits = _bits_per_sample(image)
-    if bits < 16:
-        return 2**bits - 1
-    largest = max(getattr(image, "tag_v2", {}).get(MAX_SAMPLE_VALUE, (0,)))
-    return int(largest) if largest <= 65535 else 0
-
-
-def _bits_per_sample(image: Image.Image) -> int:
-    """Return the bits of a TIFF's channel, 0 for other formats."""
-    return int(max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (0,))))
-
-
-def _validate_bits(image: Image.Image, raw_modes: str) -> None:
+def _validate_bits(image: Image.Image, raw_modes: str, bits: int) -> None:
     """Raise ValueError where Pillow drops bits that matter.
 
     Of 16 bits a channel it keeps the upper 8; of 16-bit TIFF planes it reads half.
     """
-    lost = _bits_per_sample(image) > 8
+    lost = bits > 8
     if re.search(";16[BLN]", raw_modes):
         channels = dict(zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True))
         lost = max(high for band, (_, high) in channels.items() if band not in "Aa") < 64

@@ -28,13 +28,11 @@ METADATA = "metadata.csv"  # Hugging Face's list of file_name,label beside the i
 
 @dataclass
 class ImageIndex:
-    """Images by class and split.
+    """Images by class and split: (path, label) pairs.
 
     Args:
         classes: names by label; a class may have no images.
-        train: (path, label) of the images to train on; of all images if no split is given.
-        val: of those to validate on.
-        test: of those to test on.
+        train: images to train on; all images if no split is given.
         divided: whether a folder or a list gives the splits.
         remarks: warnings about what was left out or may be meant otherwise.
     """
@@ -71,11 +69,8 @@ class ImageIndex:
 
     def without(self, paths: Container[str]) -> "ImageIndex":
         """Return the index without these images; their classes stay."""
-        kept = {
-            split: [sample for sample in samples if sample[0] not in paths]
-            for split, samples in self.splits.items()
-        }
-        return replace(self, **kept)  # type: ignore[arg-type]
+        train, val, test = ([s for s in part if s[0] not in paths] for part in self.splits.values())
+        return replace(self, train=train, val=val, test=test)
 
     def counts(self, split: str) -> list[int]:
         """Return the number of images of each class in a split."""
@@ -89,11 +84,10 @@ def read_folder(root: Path) -> ImageIndex:
     Images without class folders are labelled by a `metadata.csv` beside them.
 
     Raises:
-        OSError: the folder cannot be read.
         UserError: two folders are one split, or a folder may be a split and has another name.
     """
-    if lists := _metadata_lists(root):
-        return _read_metadata(lists)
+    if index := _read_metadata(root):
+        return index
     parts = split_folders(root)
     entries, classes, others = [], set(), []
     for split, part in (parts or {"train": root}).items():
@@ -106,14 +100,15 @@ def read_folder(root: Path) -> ImageIndex:
     index = ImageIndex.of(entries, classes, divided=bool(parts))
     if others:
         index.remarks.append(f"{len(others)} files left out, no images: {count_suffixes(others)}")
-    return index if parts else replace(index, remarks=[*index.remarks, *possible_splits(root)])
+    if not parts:
+        index.remarks += possible_splits(root)
+    return index
 
 
 def read_list(file: Path) -> ImageIndex:
     """Read lines of `path,label[,split]`: see `read_rows`. Paths are absolute or relative to the list.
 
     Raises:
-        OSError: the list cannot be read.
         UserError: a line is not understood, or an image does not exist.
     """
     columns, rows = read_rows(file)
@@ -140,11 +135,7 @@ def read_list(file: Path) -> ImageIndex:
 
 
 def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) -> ImageIndex:
-    """Return the images of the `chosen` classes, or of that many drawn by `seed`, in the same order.
-
-    Raises:
-        UserError: there are no such classes, or fewer than are to be drawn.
-    """
+    """Return the images of the `chosen` classes, or of that many drawn by `seed`, in the same order."""
     if isinstance(chosen, int):
         if not 2 <= chosen <= len(index.classes):
             raise UserError(f"data.classes={chosen}: choose from 2 to {len(index.classes)} classes")
@@ -155,22 +146,16 @@ def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) ->
     for name in sorted(names - set(index.classes)):
         nearest = difflib.get_close_matches(name, index.classes) or index.classes[:3]
         raise UserError(f"data.classes: there is no class {name}; there are {', '.join(nearest)}, …")
-    entries = [
-        (path, index.classes[label], split)
-        for split, samples in index.splits.items()
-        for path, label in samples
-        if index.classes[label] in names
-    ]
+    entries = [entry for entry in _entries(index) if entry[1] in names]
     return replace(ImageIndex.of(entries, names, index.divided), remarks=index.remarks)
 
 
 def no_images(index: ImageIndex, source: Path) -> list[str]:
     """Return a sentence if there are no images."""
-    expected = (
-        f"<class>/<images>, {{train,val,test}}/<class>/<images>, a {METADATA} of file_name,label, or a "
-        "list (data.list)"
-    )
-    return [] if index.samples else [f"no images in {source}: expected {expected}"]
+    if index.samples:
+        return []
+    expected = f"<class>/<images>, {{train,val,test}}/<class>/<images>, {METADATA} or data.list"
+    return [f"no images in {source}: expected {expected}"]
 
 
 def mistakes(index: ImageIndex, source: Path) -> list[str]:
@@ -197,8 +182,16 @@ def mistakes(index: ImageIndex, source: Path) -> list[str]:
     return found
 
 
-def _metadata_lists(root: Path) -> dict[str, Path]:
-    """Return Hugging Face's lists of images beside them: one of all (""), or one of each split."""
+def _entries(index: ImageIndex) -> list[tuple[str, str, str]]:
+    return [
+        (path, index.classes[label], split)
+        for split, samples in index.splits.items()
+        for path, label in samples
+    ]
+
+
+def _read_metadata(root: Path) -> ImageIndex | None:
+    """Read Hugging Face's lists of images beside them: one of all, or one of each split."""
     named = ((split_of(folder.name), folder) for folder in subfolders(root))
     parts = {found[0]: folder for found, folder in named if found and not found[1]}
     lists = {
@@ -208,15 +201,10 @@ def _metadata_lists(root: Path) -> dict[str, Path]:
         and holds_images(folder)
         and {"path", "label"} <= {*read_rows(folder / METADATA)[0]}
     }
-    if lists and "" not in lists and (others := parts.keys() - lists):
+    if not lists or "" in lists:
+        return read_list(lists[""]) if lists else None
+    if others := parts.keys() - lists:
         raise UserError(f"{parts[min(others)]} has no {METADATA} beside its images: add it")
-    return lists
-
-
-def _read_metadata(lists: dict[str, Path]) -> ImageIndex:
-    if "" in lists:
-        return read_list(lists[""])
-    read = {split: read_list(file) for split, file in lists.items()}
     return ImageIndex.of(
-        [(path, part.classes[k], split) for split, part in read.items() for path, k in part.samples]
+        [(path, name, split) for split in lists for path, name, _ in _entries(read_list(lists[split]))]
     )

@@ -17,8 +17,7 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     names they are path, label and, if there are three, split.
 
     Raises:
-        OSError: the file cannot be read.
-        UserError: it is empty, is not UTF-8, or a row has another number of cells than the first.
+        UserError: the file is empty, is not UTF-8, or a row has another number of cells than the first.
     """
     rows, line = [], 1
     try:

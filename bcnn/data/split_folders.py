@@ -3,7 +3,6 @@
 import re
 import unicodedata
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 from bcnn.data.image_files import images_below, is_ignored, is_image, listed
@@ -42,8 +41,8 @@ def split_folders(root: Path) -> dict[str, Path]:
     for folder, split, affix in named:
         if affix and affixes[affix] < 2:
             raise UserError(
-                f"{folder} may be a split: call it {split}/, or, if it is a class, put its images into "
-                "it without folders between"
+                f"{folder} may be a split: call it {split}/, or put its images directly into it if it is "
+                "a class"
             )
         if split in parts:
             raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
@@ -53,18 +52,16 @@ def split_folders(root: Path) -> dict[str, Path]:
         if parts and folder not in parts.values() and any(images_below(folder)):
             raise UserError(
                 f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
-                "train, val or test if it is a split, move it into train/ if it is a class, or move it "
-                "away"
+                "train, val or test, move it into train/ if it is a class, or move it away"
             )
         if not parts and folder in folders and _names(folder) & beside:
             raise UserError(
-                f"{folder} holds folders of the same names as those beside it, like a split: call it "
-                f"train, val or test, and move the class folders into {root}/train, or move it away"
+                f"{folder} holds folders of the same names as those beside it: call it train, val or "
+                f"test and move the class folders into {root}/train, or move it away"
             )
     return {split: _class_folders(folder, split) for split, folder in parts.items()}
 
 
-@lru_cache  # a list may have a million lines
 def split_of(name: str) -> tuple[str, str] | None:
     """Return the split that a name means, and the rest of the name ("seg" of seg_train)."""
     words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+|\d+", name.casefold())]
@@ -80,11 +77,10 @@ def split_of(name: str) -> tuple[str, str] | None:
 def _class_folders(folder: Path, split: str) -> Path:
     """Return the folder of a split's classes: archives often hold seg_train/seg_train/<class>."""
     inside = subfolders(folder)
-    if len(inside) == 1 and not holds_images(inside[0]):
-        found = split_of(inside[0].name)
-        if found and found[0] == split:
-            return inside[0]
-    return folder
+    if len(inside) != 1 or holds_images(inside[0]):
+        return folder
+    found = split_of(inside[0].name)
+    return inside[0] if found and found[0] == split else folder
 
 
 def holds_images(folder: Path) -> bool:
