@@ -11,29 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bcnn.data import splits
 from bcnn.data.image_cache import load_reduced
 from bcnn.data.image_io import load_image
-from bcnn.data.index import (
-    ImageIndex,
-    Samples,
-    choose_classes,
-    mistakes,
-    no_images,
-    read_folder,
-    read_list,
-)
+from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import check, without_broken
 from bcnn.data.review import duplicates, flat, imbalance, repeats
 from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
-from bcnn.data.splits import (
-    SplitRecord,
-    draw_sample,
-    draw_splits,
-    follow,
-    fractions_to_draw,
-    too_few,
-    validate_fractions,
-)
+from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from bcnn.utils.console import logger
 from bcnn.utils.environment import default_workers
@@ -49,8 +34,8 @@ class FineGrainedDataModule(L.LightningDataModule):
     """Images in class folders, with or without splits, or named in a list.
 
     `setup` checks every image and draws the splits. After it, `classes` are names by label, `train`,
-    `val` and `test` are (path, label) pairs, `digests` has the digest of the file at each path, and
-    `split` records which images are in which split. `val` and `test` may be empty.
+    `val` and `test` (path, label) pairs, `digests` the digests of files by path, and `split` the record
+    of the splits. `val` and `test` may be empty.
 
     For a data set with files of its own, override `read_index`.
 
@@ -68,14 +53,13 @@ class FineGrainedDataModule(L.LightningDataModule):
         test_fraction: the same for test; None: 0.2 if no splits are given, else 0.
         on_invalid_image: "raise" an error at files that cannot be decoded, or "skip" them.
         sampler: "balanced" draws every class equally often in training; None: every image once.
-        cache: keep large training images on disk at the size needed (`load_reduced`).
+        cache: keep large training images on disk at the size needed.
         batch_size: images a step, over all ranks.
         num_workers: processes that decode images, of each rank; None: see `default_workers`.
         seed: of splits, classes and training draws.
 
     Raises:
-        UserError: from `setup`: an argument is out of range, images are missing or broken, or classes
-            have too few images to train on.
+        UserError: from `setup`.
     """
 
     classes: list[str]
@@ -106,11 +90,9 @@ class FineGrainedDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.sources = [source for source in (root, list) if source is not None]
-        self.list = None if list is None else Path(list).expanduser()
-        self.root = Path(
-            self.sources[0] if self.sources else ""
-        ).expanduser()  # the list, if that is given
+        self.sources = root, list
+        self.list = Path(list).expanduser() if list else None
+        self.root = self.list or Path(root or "").expanduser()
         self.interpolation = interpolation
         self.preprocessing = Preprocessing(size, resize, crop_pct, interpolation or "bilinear")
         self.stride = self.min_size = 1
@@ -132,10 +114,10 @@ class FineGrainedDataModule(L.LightningDataModule):
         self._validate_arguments()
         self._index = index = self.checked_index()
         _raise_first(mistakes(index, self.root))
-        _raise_first(too_few(index, self.digests, self.root, *self.fractions))
-        val, test = fractions_to_draw(index, *self.fractions)
+        _raise_first(splits.too_few(index, self.digests, self.root, *self.fractions))
+        val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
-        self._assign(draw_splits(index, self.digests, *self.fractions, self.seed), recipe)
+        self._assign(splits.draw_splits(index, self.digests, *self.fractions, self.seed), recipe)
         for warning in [] if self.sampler else imbalance(index):
             logger.warning(warning)
 
@@ -144,18 +126,14 @@ class FineGrainedDataModule(L.LightningDataModule):
         return read_list(self.list) if self.list else read_folder(self.root)
 
     def checked_index(self) -> ImageIndex:
-        """Return the intact images of the chosen classes, without splits drawn; set `digests`.
-
-        Raises:
-            UserError: there are no images, or broken ones that are not to be skipped.
-        """
+        """Return the intact images of the chosen classes, without splits drawn; set `digests`."""
         index = self.read_index()
-        _raise_first(no_images(index, self.root))
         if self.chosen_classes is not None:
             index = choose_classes(index, self.chosen_classes, self.seed)
         findings = check(self.root, index.paths)
         index = without_broken(index, findings, self.root, self.on_invalid_image == "skip")
-        _raise_first(no_images(index, self.root))
+        if not index.samples:
+            _raise_first(mistakes(index, self.root))
         self.digests = {path: finding.digest for path, finding in findings.items()}
         found = [warning for kind in (duplicates, repeats, flat) for warning in kind(index, findings)]
         for warning in (*index.remarks, *found):
@@ -165,13 +143,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     def use_preprocessing(
         self, preprocessing: Preprocessing, stride: int = 1, min_size: int = 1
     ) -> None:
-        """Take a network's preprocessing.
-
-        Args:
-            preprocessing: of training and evaluation images.
-            stride: of the network's maps; sides of training crops are multiples of it.
-            min_size: smallest side that the network takes.
-        """
+        """Take a network's preprocessing; the side of training crops is a multiple of its stride."""
         self.preprocessing, self.stride, self.min_size = preprocessing, stride, min_size
 
     def follow(self, record: SplitRecord) -> None:
@@ -184,7 +156,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             UserError: no training images of a class are left.
         """
         if not record.digests.isdisjoint(map(self.digests.get, self._index.paths)):
-            self._assign(follow(self._index, self.digests, record), record.recipe)
+            self._assign(splits.follow(self._index, self.digests, record), record.recipe)
         self.split = self.split.after(record)
 
     def class_weights(self) -> Tensor:
@@ -205,14 +177,13 @@ class FineGrainedDataModule(L.LightningDataModule):
         return SeededSampler(len(self.train), self.seed, weights, epoch, rank, ranks)
 
     def rank_batch(self, trainer: L.Trainer | None) -> int:
-        """Return the number of images that a rank takes of a batch."""
+        """Return the number of images of a batch that a rank takes."""
         return max(1, self.batch_size // rank_and_world_size(trainer)[1])
 
     def train_dataloader(self) -> DataLoader:
         transform = self.preprocessing.training(self.train_scale, self.stride, self.min_size)
-        sampler, batch_size = self.train_sampler(self.trainer), self.rank_batch(self.trainer)
         load = load_reduced if self.cache else load_image
-        return self._loader(self.train, transform, batch_size, load, sampler)
+        return self._loader(self.train, transform, None, load, self.train_sampler(self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(shard(self.val, self.trainer))
@@ -227,37 +198,34 @@ class FineGrainedDataModule(L.LightningDataModule):
         """
         key = images, rank_and_world_size(self.trainer), self.preprocessing
         if key not in self._sample_loaders:
-            sample = shard(draw_sample(self.train, self.digests, images, self.seed), self.trainer)
-            self._sample_loaders[key] = self.evaluation_dataloader(sample, max_workers=SAMPLE_WORKERS)
+            sample = shard(
+                splits.draw_sample(self.train, self.digests, images, self.seed), self.trainer
+            )
+            transform = self.preprocessing.evaluation()
+            self._sample_loaders[key] = self._loader(sample, transform, max_workers=SAMPLE_WORKERS)
         return self._sample_loaders[key]
 
-    def evaluation_dataloader(
-        self,
-        samples: Sequence[tuple[str, int]],
-        batch_size: int | None = None,
-        max_workers: int | None = None,
-    ) -> DataLoader:
+    def evaluation_dataloader(self, samples: Samples, batch_size: int | None = None) -> DataLoader:
         """Return centre crops of these images, in order: batches of (uint8 images, labels)."""
-        batch_size = batch_size or self.rank_batch(self.trainer)
-        transform = self.preprocessing.evaluation()
-        return self._loader(samples, transform, batch_size, max_workers=max_workers)
+        return self._loader(samples, self.preprocessing.evaluation(), batch_size)
 
     def _loader(
         self,
-        samples: Sequence[tuple[str, int]],
+        samples: Samples,
         transform: Callable[[Image.Image], Tensor],
-        batch_size: int,
+        batch_size: int | None = None,
         load: Callable[..., Image.Image] = load_image,
         sampler: SeededSampler | None = None,
         max_workers: int | None = None,
     ) -> DataLoader:
+        batch_size = batch_size or self.rank_batch(self.trainer)
         workers = self.num_workers
         if workers is None:
             workers = default_workers(self.trainer.num_devices if self.trainer else 1)
         workers = min(workers, max_workers or workers)
         return DataLoader(
             ImageList(samples, transform, partial(load, side=self.preprocessing.side)),
-            batch_size=batch_size,
+            batch_size,
             sampler=sampler,
             drop_last=sampler is not None and len(sampler) > batch_size,  # one image has no variance
             num_workers=workers,
@@ -273,7 +241,7 @@ class FineGrainedDataModule(L.LightningDataModule):
 
     def _validate_arguments(self) -> None:
         """Raise UserError at values that would silently mean something else."""
-        if len(self.sources) != 1:
+        if self.sources.count(None) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
         choices = {
             "resize": (self.preprocessing.resize, get_args(Resize)),
@@ -289,7 +257,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"data.{name}={share}: choose from over 0 to 1")
-        validate_fractions(*self.fractions)
+        splits.validate_fractions(*self.fractions)
 
 
 def _raise_first(sentences: Sequence[str]) -> None:

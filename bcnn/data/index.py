@@ -1,6 +1,5 @@
 """From a folder or a list to an index of images: the class and the split of each."""
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -125,8 +124,7 @@ def read_list(file: Path) -> ImageIndex:
         elif path in entries:
             mistake = f"{row['path']:.999} is in the list already"
         elif not os.path.isfile(path):
-            hint = " (write / in place of \\)" if "\\" in path and os.sep != "\\" else ""
-            mistake = f"there is no file {path:.999}{hint}"
+            mistake = f"there is no file {path:.999}"
         else:
             entries[path] = path, class_name(label), found[0]
             continue
@@ -143,28 +141,19 @@ def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) ->
         names = {index.classes[i] for i in order[:chosen].tolist()}
     else:
         names = {class_name(str(name)) for name in chosen}
-    for name in sorted(names - set(index.classes)):
-        nearest = difflib.get_close_matches(name, index.classes) or index.classes[:3]
-        raise UserError(f"data.classes: there is no class {name}; there are {', '.join(nearest)}, …")
+    if unknown := names - set(index.classes):
+        raise UserError(f"data.classes: no class {listed(unknown)}; there are {listed(index.classes)}")
     entries = [entry for entry in _entries(index) if entry[1] in names]
     return replace(ImageIndex.of(entries, names, index.divided), remarks=index.remarks)
-
-
-def no_images(index: ImageIndex, source: Path) -> list[str]:
-    """Return a sentence if there are no images."""
-    if index.samples:
-        return []
-    expected = f"<class>/<images>, {{train,val,test}}/<class>/<images>, {METADATA} or data.list"
-    return [f"no images in {source}: expected {expected}"]
 
 
 def mistakes(index: ImageIndex, source: Path) -> list[str]:
     """Return the reasons why these images cannot be trained on, a sentence each."""
     if not index.samples:
-        return no_images(index, source)
+        expected = f"<class>/<images>, {{train,val,test}}/<class>/<images>, {METADATA} or data.list"
+        return [f"no images in {source}: expected {expected}"]
     if not index.train:
-        held_out = " and ".join(split for split, samples in index.splits.items() if samples)
-        return [f"{source} has images of {held_out} only: add images to train on"]
+        return [f"{source} has images of val or test only: add images to train on"]
     train, val, test = (index.counts(split) for split in index.splits)
     found = []
     empty = [name for name, *n in zip(index.classes, train, val, test, strict=True) if not any(n)]

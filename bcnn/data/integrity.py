@@ -30,7 +30,7 @@ COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
 class Finding(NamedTuple):
-    """What is known of an image file: of an intact one all but `error`, of a broken one `error`."""
+    """What is known of an image file; of a broken one `error` alone."""
 
     format: str = ""  # Pillow's name
     width: int = 0  # px, as stored: before an EXIF rotation
@@ -47,34 +47,27 @@ Findings = Mapping[str, Finding]  # by path
 def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
     """Return what is known of each image; those that are new, changed or were broken are read.
 
-    Processes that start together, such as ranks, wait for the first and read its cache.
-
-    Args:
-        source: the folder or list of the images, which names the cache.
-        paths: the images.
-
-    Raises:
-        UserError: the cache folder cannot be written.
+    Processes that start together, such as ranks, wait for the first and read its cache, which is named
+    by `source`, the folder or list of the images.
     """
     cache = cache_file(source, ".json")
     with FileLock(cache.with_suffix(".lock")):
         cached = _read_cache(cache)
-        keys = {path: os.path.abspath(path) for path in paths}
+        entries = {path: cached.get(os.path.abspath(path)) for path in paths}
         states = {path: _state(path) for path in paths}
-        found = {}
-        for path, key in keys.items():
-            if (entry := cached.get(key)) and entry[0] == states[path]:
-                found[path] = Finding(*entry[1:])
+        found = {
+            p: Finding(*entry[1:]) for p, entry in entries.items() if entry and entry[0] == states[p]
+        }
         missing = [path for path in paths if path not in found]
         try:
             for result, path in zip(_inspect_all(missing), missing, strict=True):
                 found[path] = result
+                if not result.error:  # another version of Pillow may read a broken file
+                    cached[os.path.abspath(path)] = [states[path], *result]
         finally:  # an interrupted check continues where it was
-            # Broken files are not cached: another version of Pillow may read them.
-            new = [path for path in missing if path in found and not found[path].error]
-            if new:
-                cached |= {keys[path]: [states[path], *found[path]] for path in new}
-                _write_cache(cache, cached)
+            if missing:
+                with suppress(UserError), atomic_write(cache) as part:  # no room: checked again
+                    part.write_text(json.dumps({"version": VERSION, "images": cached}))
     return {path: found[path] for path in paths}
 
 
@@ -85,11 +78,12 @@ def inspect(path: str) -> Finding:
     and most arithmetic is left out. An image of one colour is then decoded at full size, to be certain.
     """
     try:
+        file_state(path)  # raises at a pipe
         content = Path(path).read_bytes()
         with open_image(BytesIO(content)) as image:
             kind, (width, height) = str(image.format), image.size
             pixels = decode(image, side=1)
-        flat = _is_flat(pixels) and _is_flat(decode(open_image(BytesIO(content)), None))
+        flat = bool(pixels.getcolors(1) and decode(open_image(BytesIO(content)), None).getcolors(1))
         # 64 bits: two of a million images agree with a probability of 3e-8.
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
         return Finding(kind, width, height, digest, flat, _perceptual_hash(pixels))
@@ -112,11 +106,7 @@ def write_broken(source: Path, reasons: Mapping[str, str]) -> Path:
 
 
 def without_broken(index: ImageIndex, findings: Findings, source: Path, skip: bool) -> ImageIndex:
-    """Return the index without images that cannot be decoded.
-
-    Raises:
-        UserError: there are such images, and they are not to be skipped.
-    """
+    """Return the index without images that cannot be decoded; raise UserError unless `skip`."""
     reasons = broken(findings)
     if not reasons:
         return index
@@ -138,10 +128,6 @@ def cache_file(source: Path, suffix: str) -> Path:
     absolute = os.path.abspath(source)
     key = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
     return cache_folder("checks") / f"{os.path.basename(absolute)}-{key}{suffix}"
-
-
-def _is_flat(pixels: Image.Image) -> bool:
-    return pixels.getcolors(1) is not None
 
 
 def _perceptual_hash(pixels: Image.Image) -> int:
@@ -181,8 +167,3 @@ def _read_cache(file: Path) -> dict[str, list[Any]]:
         return dict(cached["images"]) if cached["version"] == VERSION else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-
-
-def _write_cache(file: Path, images: dict[str, list[Any]]) -> None:
-    with suppress(UserError), atomic_write(file) as part:  # no room: the next run checks again
-        part.write_text(json.dumps({"version": VERSION, "images": images}))

@@ -16,13 +16,7 @@ PADDING = -1  # label of an image that metrics ignore
 
 
 class ImageList(Dataset[tuple[Tensor, int]]):
-    """Images by path, each with its label.
-
-    Args:
-        samples: (path, label) pairs.
-        transform: PIL image → uint8 tensor (3, height, width).
-        load: path → PIL image.
-    """
+    """Images and labels: (path, label) pairs, loaded and transformed to (3, height, width) uint8."""
 
     def __init__(
         self,
@@ -42,8 +36,7 @@ class ImageList(Dataset[tuple[Tensor, int]]):
         if isinstance(draw, tuple):
             index, seed = draw
             with torch.random.fork_rng(devices=[]):
-                # `torch.manual_seed` takes a millisecond, for CUDA.
-                torch.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a millisecond
                 return self[index]
         path, label = self.samples[draw]
         return self.transform(self.load(path)).as_subclass(Tensor), label
@@ -58,11 +51,8 @@ class SeededSampler(Sampler[Draw]):
 
     Args:
         count: number of images, and of draws an epoch over all ranks.
-        seed: of all draws.
         weights: (count,), probabilities of draws with replacement; None: every image once.
         epoch: returns the number of the epoch that begins; None: count passes over the sampler.
-        rank: of this process.
-        ranks: number of processes that train together.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ def split_folders(root: Path) -> dict[str, Path]:
     for folder, split, affix in named:
         if affix and affixes[affix] < 2:
             raise UserError(
-                f"{folder} may be a split: call it {split}/, or put its images directly into it if it is "
-                "a class"
+                f"{folder} may be a split: call it {split}/, or put its images directly into it if "
+                "it is a class"
             )
         if split in parts:
             raise UserError(f"{root} holds {parts[split].name}/ and {folder.name}/: keep one of them")
