@@ -21,13 +21,7 @@ _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
-    """Write a PNG with images of each class in a row under its name, as many as there is room for.
-
-    Args:
-        classes: the first `MOST_CLASSES` are shown.
-        samples: images that can be decoded.
-        picture: the file to write; its folder is made.
-    """
+    """Write a PNG with images of each of the first `MOST_CLASSES` in a row under its name."""
     members: list[list[str]] = [[] for _ in classes]
     for path, label in samples:
         members[label].append(path)
@@ -35,29 +29,23 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
     each = next((n for n in (8, 4, 2) if shown * n <= 20 * COLUMNS), 1)  # images a class
     cells = []
     for name, paths in zip(classes[:shown], members, strict=False):
-        images = [_image(path, THUMB) for path in _spread(paths, each)]
-        cells.append(_cell(printable(name), f" ({len(paths)})", images, each * THUMB, THUMB))
+        # Evenly far apart: neighbours are often of one scene.
+        some = [paths[i * len(paths) // each] for i in range(each)] if len(paths) > each else paths
+        cells.append(_cell(printable(name), f" ({len(paths)})", some, each * THUMB, THUMB))
     _save_grid(cells, picture)
 
 
 def pair_sheet(pairs: Sequence[tuple[str, str]], picture: Path) -> None:
-    """Write a PNG of pairs of images, side by side under the names of their folders and files.
-
-    Args:
-        pairs: the first `MOST_PAIRS` are shown.
-        picture: the file to write; its folder is made.
-    """
-    side = 2 * THUMB
-    paths = [path for pair in pairs[:MOST_PAIRS] for path in pair]
-    names = [printable("/".join(Path(path).parts[-2:])) for path in paths]
+    """Write a PNG of the first `MOST_PAIRS` side by side, under the names of folders and files."""
     cells = [
-        _cell(name, "", [_image(path, side)], side, side)
-        for name, path in zip(names, paths, strict=True)
+        _cell(printable("/".join(Path(path).parts[-2:])), "", [path], 2 * THUMB, 2 * THUMB)
+        for pair in pairs[:MOST_PAIRS]
+        for path in pair
     ]
     _save_grid(cells, picture)
 
 
-def _cell(name: str, count: str, images: list[Image.Image], width: int, side: int) -> Image.Image:
+def _cell(name: str, count: str, paths: list[str], width: int, side: int) -> Image.Image:
     """Draw images side by side under a name and a count; a name that is too long is cut."""
     cell = Image.new("RGB", (width, CAPTION + side), "white")
     font = ImageFont.truetype(_FONT, 12)
@@ -66,13 +54,10 @@ def _cell(name: str, count: str, images: list[Image.Image], width: int, side: in
         name = name[:-1]
         text = f"{name}…{count}"
     ImageDraw.Draw(cell).text((2, 3), text, "black", font)
-    for column, image in enumerate(images):
+    for column, path in enumerate(paths):
+        image = ImageOps.contain(load_image(path, side), (side - 2, side - 2))
         cell.paste(image, (column * side, CAPTION))
     return cell
-
-
-def _image(path: str, side: int) -> Image.Image:
-    return ImageOps.contain(load_image(path, side), (side - 2, side - 2))
 
 
 def _save_grid(cells: list[Image.Image], picture: Path) -> None:
@@ -83,8 +68,3 @@ def _save_grid(cells: list[Image.Image], picture: Path) -> None:
         sheet.paste(cell, (index % across * width, index // across * height))
     with atomic_write(picture) as part:
         sheet.save(part)
-
-
-def _spread(paths: list[str], count: int) -> list[str]:
-    """Return `count` of the paths, evenly far apart: neighbours are often of one scene."""
-    return paths if len(paths) <= count else [paths[i * len(paths) // count] for i in range(count)]

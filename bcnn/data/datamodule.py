@@ -16,7 +16,7 @@ from bcnn.data.image_cache import load_reduced
 from bcnn.data.image_io import load_image
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import check, without_broken
-from bcnn.data.review import duplicates, flat, imbalance, repeats
+from bcnn.data.review import duplicates, imbalance, oddities
 from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
@@ -135,8 +135,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         if not index.samples:
             _raise_first(mistakes(index, self.root))
         self.digests = {path: finding.digest for path, finding in findings.items()}
-        found = [warning for kind in (duplicates, repeats, flat) for warning in kind(index, findings)]
-        for warning in (*index.remarks, *found):
+        for warning in (*index.remarks, *duplicates(index, findings), *oddities(index, findings)):
             logger.warning(warning)
         return index
 

@@ -1,8 +1,6 @@
 """Data sets by name: the public benchmarks with their official splits, and the embedded butterflies."""
 
 import tarfile
-from abc import abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,24 +35,22 @@ class PublicSet(FineGrainedDataModule):
 
     Attributes:
         folder: what the set is unpacked to; torchvision's name if torchvision reads it.
-        inside: what `folder` holds, among others.
         counts: official numbers of images to train, validate and test on.
         files: the published files.
         source: where a person gets them.
+        reader: torchvision's data set.
+        splits: its names of train, val and test, "" for none.
     """
 
     folder: str
-    inside: str
     counts: tuple[int, int, int]
     files: str
     source: str
+    reader: Any
+    splits = ("train", "", "test")
 
     def prepare_data(self) -> None:
-        """Download and unpack the set if it is not there; an unfinished one never has its name.
-
-        Raises:
-            UserError: it cannot be downloaded.
-        """
+        """Download and unpack the set if it is not there; an unfinished one never has its name."""
         home = self._home()
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{self.folder}.lock"):
@@ -63,7 +59,7 @@ class PublicSet(FineGrainedDataModule):
             with TemporaryDirectory(prefix=".unfinished-", dir=home) as scratch:
                 try:
                     self.download(Path(scratch))
-                except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+                except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError) as error:
                     raise UserError(
                         f"cannot download {type(self).__name__} ({error}): get {self.files} from "
                         f"{self.source} and unpack to {home / self.folder}"
@@ -73,11 +69,7 @@ class PublicSet(FineGrainedDataModule):
                 Path(scratch, self.folder).rename(home / self.folder)
 
     def read_index(self) -> ImageIndex:
-        """Return the official split.
-
-        Raises:
-            UserError: images are missing.
-        """
+        """Return the official split; raise UserError if images are missing."""
         folder = self._home() / self.folder
         index = self.read_official(folder)
         absent = [path for path in index.paths if not Path(path).is_file()]
@@ -90,15 +82,21 @@ class PublicSet(FineGrainedDataModule):
         return index
 
     def download(self, home: Path) -> None:
-        """Make `folder` in `home`. By default no program may: a person has to."""
-        raise RuntimeError("its owners publish no address")
+        """Make `folder` in `home`."""
+        self.reader(home, download=True)
 
-    @abstractmethod
     def read_official(self, folder: Path) -> ImageIndex:
         """Return the index that the set's own files in `folder` give."""
+        index = ImageIndex([])
+        for samples, name in zip(index.splits.values(), self.splits, strict=True):
+            if name:
+                dataset = self.reader(folder.parent, name, loader=str)  # leaves images closed
+                index.classes = list(dataset.classes)
+                samples += [(path, int(label)) for path, label in dataset]
+        return index
 
     def _home(self) -> Path:
-        is_set = self.root.name == self.folder and (self.root / self.inside).exists()
+        is_set = self.root.name == self.folder and not (self.root / self.folder).exists()
         return self.root.parent if is_set else self.root
 
 
@@ -106,7 +104,6 @@ class CUB200(PublicSet):
     """Caltech-UCSD Birds-200-2011: Wah et al., technical report CNS-TR-2011-001."""
 
     folder = "CUB_200_2011"
-    inside = "images.txt"
     counts = (5994, 0, 5794)
     files = "CUB_200_2011.tgz"
     source = "https://data.caltech.edu/records/65de6-vp158"
@@ -135,69 +132,51 @@ class NABirds(CUB200):
     counts = (23929, 0, 24633)
     files = "nabirds.tar.gz"
     source = "the Cornell Lab, by agreeing to its terms (dl.allaboutbirds.org/nabirds),"
-    download = PublicSet.download
+
+    def download(self, home: Path) -> None:
+        raise RuntimeError("its owners publish no address")
 
 
 class Aircraft(PublicSet):
     """The 100 variants of FGVC-Aircraft: Maji et al., arXiv:1306.5151. Training: train and val."""
 
     folder = "fgvc-aircraft-2013b"
-    inside = "data"
     counts = (6667, 0, 3333)
     files = "fgvc-aircraft-2013b.tar.gz"
     source = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/"
-
-    def download(self, home: Path) -> None:
-        FGVCAircraft(home, download=True)
-
-    def read_official(self, folder: Path) -> ImageIndex:
-        train, test = (FGVCAircraft(folder.parent, s, loader=str) for s in ("trainval", "test"))
-        return ImageIndex(train.classes, _samples(train), test=_samples(test))
+    reader = FGVCAircraft
+    splits = ("trainval", "", "test")
 
 
 class Cars(PublicSet):
     """Stanford Cars: Krause et al., "3D object representations", 3DRR workshop, ICCV 2013."""
 
     folder = "stanford_cars"
-    inside = "cars_train"
     counts = (8144, 0, 8041)
     files = "cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat"
     source = "a copy (github.com/pytorch/vision/issues/7545), as Stanford's site has them no more,"
-
-    def read_official(self, folder: Path) -> ImageIndex:
-        train, test = (StanfordCars(folder.parent, s, loader=str) for s in ("train", "test"))
-        return ImageIndex(train.classes, _samples(train), test=_samples(test))
+    reader = StanfordCars  # which refuses to download
 
 
 class Flowers(PublicSet):
     """Oxford 102 Flowers: Nilsback & Zisserman, ICVGIP 2008."""
 
     folder = "flowers-102"
-    inside = "jpg"
     counts = (1020, 1020, 6149)
     files = "102flowers.tgz, imagelabels.mat and setid.mat"
     source = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
-
-    def download(self, home: Path) -> None:
-        Flowers102(home, download=True)
-
-    def read_official(self, folder: Path) -> ImageIndex:
-        splits = (Flowers102(folder.parent, s, loader=str) for s in ("train", "val", "test"))
-        train, val, test = map(_samples, splits)
-        return ImageIndex(list(Flowers102.classes), train, val, test)
+    reader = Flowers102
+    splits = ("train", "val", "test")
 
 
 class Pets(PublicSet):
     """Oxford-IIIT Pet: Parkhi et al., "Cats and dogs", CVPR 2012."""
 
     folder = "oxford-iiit-pet"
-    inside = "annotations"
     counts = (3680, 0, 3669)
     files = "images.tar.gz and annotations.tar.gz"
     source = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
-
-    def download(self, home: Path) -> None:
-        OxfordIIITPet(home, download=True)
+    reader = OxfordIIITPet
 
     def read_official(self, folder: Path) -> ImageIndex:
         """Read lists of `name class species breed`: torchvision's reader does not give the paths."""
@@ -213,18 +192,16 @@ class Dogs(PublicSet):
     """Stanford Dogs: Khosla et al., FGVC workshop, CVPR 2011."""
 
     folder = "stanford_dogs"
-    inside = "train_list.mat"
     counts = (12000, 0, 8580)
     files = "images.tar and lists.tar"
     source = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 
     def download(self, home: Path) -> None:
-        md5 = {
-            "images.tar": "1bb1f2a596ae7057f99d7d75860002ef",
-            "lists.tar": "edbb9f16854ec66506b5f09b583e0656",
-        }
-        for name in md5:
-            download_and_extract_archive(self.source + name, home / self.folder, md5=md5[name])
+        for name, md5 in (
+            ("images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
+            ("lists.tar", "edbb9f16854ec66506b5f09b583e0656"),
+        ):
+            download_and_extract_archive(self.source + name, home / self.folder, md5=md5)
 
     def read_official(self, folder: Path) -> ImageIndex:
         from scipy.io import loadmat  # as in torchvision: other sets do without
@@ -245,8 +222,3 @@ def _table(path: Path) -> dict[str, str]:
     """Return the lines `key value` of a file."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return dict(line.strip().split(maxsplit=1) for line in lines if line.strip())
-
-
-def _samples(dataset: Iterable[Any]) -> Samples:
-    """Return the samples of a torchvision data set whose `loader=str` leaves images closed."""
-    return [(path, int(label)) for path, label in dataset]

@@ -20,27 +20,14 @@ Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with
 
 
 def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs) -> list[str]:
-    """Return all warnings about a set, a sentence each.
-
-    Args:
-        index: the intact images.
-        drawn: the same with splits drawn.
-        findings: of the images.
-        near: near duplicates, of `lookalikes`.
-    """
+    """Return all warnings about intact images, without and with splits drawn; `near`: `lookalikes`."""
     similar = [
         f"{len(pairs)} of {len(drawn.splits[split])} images in {split} look the same as one in train, "
         f"which makes the metrics too good: {' = '.join(pairs[0])}"
         for split, pairs in near.items()
         if pairs
     ]
-    return [
-        *duplicates(drawn, findings),
-        *similar,
-        *repeats(index, findings),
-        *flat(index, findings),
-        *imbalance(drawn),
-    ]
+    return duplicates(drawn, findings) + similar + oddities(index, findings) + imbalance(drawn)
 
 
 def duplicates(index: ImageIndex, findings: Findings) -> list[str]:
@@ -59,41 +46,26 @@ def duplicates(index: ImageIndex, findings: Findings) -> list[str]:
     return sentences
 
 
-def repeats(index: ImageIndex, findings: Findings) -> list[str]:
-    """Return warnings about files in two classes, one of them wrong, and several times in one."""
-    copies: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+def oddities(index: ImageIndex, findings: Findings) -> list[str]:
+    """Return warnings about files in two classes or several times in one, and images of one colour."""
+    copies: dict[str, dict[int, str]] = defaultdict(dict)  # the first of each class, by digest
+    again = []
     for path, label in index.samples:
-        copies[findings[path].digest][label].append(path)
-    conflicts = [
-        " = ".join(by_class[label][0] for label in sorted(by_class))
-        for by_class in copies.values()
-        if len(by_class) > 1
+        first = copies[findings[path].digest].setdefault(label, path)
+        if first != path:
+            again.append(f"{path} = {first}")
+    found = {
+        "files in more than one class, of which one is wrong": [
+            " = ".join(by_class.values()) for by_class in copies.values() if len(by_class) > 1
+        ],
+        "files that repeat another of their class": again,
+        "images of one colour": [path for path in index.paths if findings[path].flat],
+    }
+    return [
+        f"{what}: {len(examples)}, for example {'; '.join(examples[:3])}"
+        for what, examples in found.items()
+        if examples
     ]
-    again = [
-        f"{path} = {first}"
-        for by_class in copies.values()
-        for first, *others in by_class.values()
-        for path in others
-    ]
-    sentences = []
-    if conflicts:
-        sentences.append(
-            f"files in more than one class, of which one is wrong: {len(conflicts)}, for example "
-            f"{'; '.join(conflicts[:3])}"
-        )
-    if again:
-        sentences.append(
-            f"files that repeat another of their class: {len(again)}, for example "
-            f"{'; '.join(again[:3])}"
-        )
-    return sentences
-
-
-def flat(index: ImageIndex, findings: Findings) -> list[str]:
-    """Return a warning if images have one colour throughout."""
-    paths = [path for path in index.paths if findings[path].flat]
-    examples = "; ".join(paths[:3])
-    return [f"images of one colour: {len(paths)}, for example {examples}"] if paths else []
 
 
 def imbalance(index: ImageIndex) -> list[str]:
@@ -111,8 +83,7 @@ def imbalance(index: ImageIndex) -> list[str]:
 def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
     """Return the images of val and test that look the same as one of train, each with that one.
 
-    They are copies saved again in another format, size or quality. The same files (`duplicates`) and
-    images of one colour are left out.
+    The same files (`duplicates`) and images of one colour are left out.
     """
     trained = [path for path, _ in index.train if not findings[path].flat]
     if not trained:
@@ -126,8 +97,9 @@ def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
             if not findings[path].flat and findings[path].digest not in digests
         ]
         pairs: list[tuple[str, str]] = []
-        blocks = [held_out[start : start + BLOCK] for start in range(0, len(held_out), BLOCK)]
-        for block in track(blocks, f"comparing {split} with train", unit="blocks"):
+        starts = range(0, len(held_out), BLOCK)
+        for start in track(starts, f"comparing {split} with train", unit="blocks"):
+            block = held_out[start : start + BLOCK]
             distances = (signs.shape[1] - _signs(block, findings) @ signs.T) / 2
             nearest = distances.argmin(axis=1)
             near = distances[range(len(block)), nearest] <= NEAR

@@ -1,7 +1,7 @@
 """Which images validate and test: drawn within each class, or taken from a model's record."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +22,7 @@ class SplitRecord:
 
     Args:
         recipe: seed and fractions that the images were drawn with.
-        train: digests of the images that any stage was trained on.
-        val: of those that the best epoch was chosen by.
-        test: of those used for neither.
+        train: digests of the images that any stage was trained on; none of these is in val or test.
     """
 
     recipe: dict[str, Any]
@@ -48,8 +46,8 @@ class SplitRecord:
 
     def plain(self) -> dict[str, Any]:
         """Return lists, strings and numbers, for a file."""
-        parts = {"train": self.train, "val": self.val, "test": self.test}
-        return {"recipe": self.recipe, **{name: sorted(part) for name, part in parts.items()}}
+        train, val, test = map(sorted, (self.train, self.val, self.test))
+        return {"recipe": self.recipe, "train": train, "val": val, "test": test}
 
     def after(self, earlier: "SplitRecord") -> "SplitRecord":
         """Return the record of a model that was trained by `earlier` and then by this."""
@@ -74,16 +72,7 @@ class SplitRecord:
 def draw_splits(
     index: ImageIndex, digests: Digests, val_fraction: float, test_fraction: float | None, seed: int
 ) -> ImageIndex:
-    """Return the index with the splits that it lacks drawn from its training images: see `hold_out`.
-
-    Args:
-        index: `val` and `test` that hold images stay the same.
-        digests: of the training images.
-        val_fraction: share of each class to validate on; 0: none.
-        test_fraction: share of each class to test on; None: `TEST_FRACTION` where no split is given,
-            else 0.
-        seed: decides which are drawn.
-    """
+    """Return the index with the splits that it lacks drawn from its training images: see `hold_out`."""
     fractions = fractions_to_draw(index, val_fraction, test_fraction)
     val, test = hold_out(index.train, digests, seed, *fractions)
     held_out = val | test
@@ -99,10 +88,7 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
     """Return the index split by a model's record, to train the model further; log what that does.
 
     Splits that folders or a list give stay, without images that the model was trained on; the record
-    gives the others. Images that it lacks are trained on.
-
-    Raises:
-        UserError: no training images of a class are left.
+    gives the others. Images that it lacks are trained on. Raise UserError if a class has none left.
     """
     present = {digests[path] for path in index.paths}
     recipe = ", ".join(f"{name}={value}" for name, value in record.recipe.items())
@@ -110,17 +96,16 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
         f"splits of the checkpoint ({recipe}): {len(present & record.digests)} of its "
         f"{len(record.digests)} images are here and {len(present - record.digests)} new ones"
     )
-    held_out = {}
+    held_out: list[Samples] = []
     for split in ("val", "test"):
-        given = index.splits[split]
-        held_out[split] = kept = record.without_trained(given, digests)
+        given = index.splits[split] or record.select(split, index.train, digests)
+        held_out += [kept := record.without_trained(given, digests)]
         if trained := len(given) - len(kept):
             logger.warning(f"{trained} of {len(given)} images in {split} were trained on: left out")
-        if not given:
-            held_out[split] = record.select(split, index.train, digests)
-    drawn = {path for samples in held_out.values() for path, _ in samples}
+    val, test = held_out
+    drawn = {path for path, _ in (*val, *test)}
     train = [sample for sample in index.train if sample[0] not in drawn]
-    index = replace(index, train=train, val=held_out["val"], test=held_out["test"])
+    index = replace(index, train=train, val=val, test=test)
     counts = zip(index.classes, index.counts("train"), strict=True)
     if without := [name for name, count in counts if not count]:
         raise UserError(
@@ -133,16 +118,10 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
 def choose(
     index: ImageIndex, digests: Digests, record: SplitRecord | None, split: str
 ) -> tuple[Samples, list[str]]:
-    """Return the images of a split that a trained model can be evaluated on, and warnings.
+    """Return the images of train, val, test or all that a model can be evaluated on, and warnings.
 
     Where folders or a list give the split, it is theirs; else the record's. Where neither does, "test"
     is all images. Except in "train" and "all", images that were trained on are left out.
-
-    Args:
-        index: without splits drawn.
-        digests: of its images.
-        record: of the model, if its file has one.
-        split: "test", "val", "train" or "all".
     """
     warnings = []
     recorded = {digests[path] for path in index.paths} & (record.digests if record else set())
@@ -156,9 +135,7 @@ def choose(
     elif not chosen and split == "test" and not index.divided:
         chosen = index.samples
     if record is None:
-        warnings.append(
-            "the checkpoint does not record what it was trained on: maybe some of these images"
-        )
+        warnings.append("the checkpoint does not record what it was trained on: maybe these images")
     elif split != "train" and (trained := record.select("train", chosen, digests)):
         action = "counted all the same" if split == "all" else "left out"
         warnings.append(f"{len(trained)} of {len(chosen)} images were trained on: {action}")
@@ -173,10 +150,7 @@ def validate_fractions(val_fraction: float, test_fraction: float | None) -> None
         if not 0 <= fraction < 1:
             raise UserError(f"data.{name}_fraction={fraction}: choose from 0 to under 1")
     if val_fraction + (test_fraction or 0) >= 1:
-        raise UserError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave nothing "
-            "to train on"
-        )
+        raise UserError("data.val_fraction and data.test_fraction leave nothing to train on")
 
 
 def fractions_to_draw(
@@ -193,19 +167,15 @@ def too_few(
 ) -> list[str]:
     """Return a sentence if classes have fewer images than there are splits to draw."""
     val, test = fractions_to_draw(index, val_fraction, test_fraction)
-    fractions = {"data.val_fraction": val, "data.test_fraction": test}
-    drawn = [f"{name}={fraction:g}" for name, fraction in fractions.items() if fraction]
-    needed = 1 + len(drawn)
-    different: dict[int, set[str]] = defaultdict(set)
-    for path, label in index.train:
-        different[label].add(digests[path])
-    small = [f"{index.classes[k]} ({len(each)})" for k, each in different.items() if len(each) < needed]
-    if not small:
-        return []
-    return [
-        f"{source}: too few images of {listed(small)}: {' and '.join(drawn)} need {needed} different "
-        "ones of each class; add images, or set them to 0"
-    ]
+    needed = 1 + (val > 0) + (test > 0)
+    different = Counter(label for _, label in {(digests[path], label) for path, label in index.train})
+    small = [f"{index.classes[k]} ({n})" for k, n in sorted(different.items()) if n < needed]
+    sentence = (
+        f"{source}: too few images of {listed(small)}: data.val_fraction={val:g} and "
+        f"data.test_fraction={test:g} need {needed} different ones of each class; add images, or set "
+        "them to 0"
+    )
+    return [sentence] if small else []
 
 
 def hold_out(
@@ -218,32 +188,29 @@ def hold_out(
     a file stay together, and a file in two classes is not drawn.
 
     If both are drawn, each counts the images on its own side of a line between them. The shares are
-    then approximate, but an added or removed image moves at most one other image, hardly ever two, in a
-    class of under a dozen on one side of the line. Exact numbers cannot have this property: an image
-    that comes first pushes another out of the first, and makes room among the last.
+    then approximate, but an added or removed image moves at most one other, hardly ever two. Exact
+    numbers cannot have this property: an image that comes first pushes another out of the first, and
+    makes room among the last.
 
     Returns:
         Paths to validate on, and to test on.
     """
-    classes: dict[str, int | None] = {}  # None: several
+    classes: dict[str, set[int]] = defaultdict(set)
     for path, label in samples:
-        if classes.setdefault(digests[path], label) != label:
-            classes[digests[path]] = None
+        classes[digests[path]].add(label)
     ranked: dict[int, list[tuple[float, str]]] = defaultdict(list)
-    for digest, only in classes.items():
-        if only is not None:
-            ranked[only].append((draw_position(digest, seed), digest))
-    tested: set[str] = set()
+    for digest, labels in classes.items():
+        if len(labels) == 1:
+            ranked[labels.pop()].append((draw_position(digest, seed), digest))
     validated: set[str] = set()
+    tested: set[str] = set()
     for members in ranked.values():
-        members.sort()
-        first, last = _counts([position for position, _ in members], val, test)
-        tested.update(digest for _, digest in members[:first])
-        validated.update(digest for _, digest in members[len(members) - last :])
-    return (
-        {path for path, _ in samples if digests[path] in validated},
-        {path for path, _ in samples if digests[path] in tested},
-    )
+        positions, ordered = zip(*sorted(members), strict=True)
+        first, last = _counts(positions, val, test)
+        tested.update(ordered[:first])
+        validated.update(ordered[len(ordered) - last :])
+    paths = [path for path, _ in samples]
+    return {p for p in paths if digests[p] in validated}, {p for p in paths if digests[p] in tested}
 
 
 def _counts(positions: Sequence[float], val: float, test: float) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import Image
 
 Resize = Literal["keep", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -22,7 +24,6 @@ class Preprocessing:
         size: side of the square in pixels.
         resize: "keep" resizes the short side to `side`, "squash" both sides.
         crop_pct: share of the resized side that the square takes, as in timm.
-        interpolation: antialiased, wherever an image is resized.
     """
 
     size: int = 448
@@ -46,13 +47,11 @@ class Preprocessing:
         """Return random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
 
         Args:
-            scale: least share of the image's area that a crop takes, of an aspect from 4:5 to 5:4,
-                before it is resized to nine tenths of `size` (Szegedy et al., "Going deeper with
-                convolutions", CVPR 2015, §6). Crops show objects larger than evaluation does; the
-                smaller side makes up for that (Touvron et al., "Fixing the train-test resolution
-                discrepancy", NeurIPS 2019, §3).
-                None: resize as in evaluation and crop `size`; of an image over 8 times as long as wide,
-                the crop is from the middle (`_ResizeShortSide`).
+            scale: least share of the image's area that a crop takes, of an aspect from 4:5 to 5:4
+                (Szegedy et al., "Going deeper with convolutions", CVPR 2015, §6). It is resized to nine
+                tenths of `size`, as crops show objects larger than evaluation does (Touvron et al.,
+                "Fixing the train-test resolution discrepancy", NeurIPS 2019, §3).
+                None: resize as in evaluation and crop `size`.
             stride: of the network's maps; the smaller side is a multiple of it.
             min_size: smallest side that the network takes.
         """
@@ -62,7 +61,7 @@ class Preprocessing:
         else:
             side = max(min_size, stride * round(0.9 * self.size / stride))
             mode = InterpolationMode(self.interpolation)
-            crop = [v2.RandomResizedCrop(side, (scale, 1.0), (0.8, 1.25), mode, antialias=True)]
+            crop = [v2.RandomResizedCrop(side, (scale, 1.0), (0.8, 1.25), mode)]
             if self.resize == "squash":  # to a side at which the smallest crop is not enlarged
                 crop.insert(0, self._resized(math.ceil(side / math.sqrt(scale))))
         return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
@@ -78,35 +77,26 @@ class Preprocessing:
     def _resized(self, side: int) -> torch.nn.Module:
         mode = InterpolationMode(self.interpolation)
         if self.resize == "squash":
-            return v2.Resize([side, side], mode, antialias=True)
-        return _ResizeShortSide(side, mode)
+            return v2.Resize([side, side], mode)
+        return v2.Lambda(partial(_resize_short_side, side=side, mode=mode), Image)
 
 
-class _ResizeShortSide(torch.nn.Module):
-    """`v2.Resize` that takes of a strip only a central part, 4 to 8 times as long as wide.
+def _resize_short_side(image: Image, side: int, mode: InterpolationMode) -> Image:
+    """Resize the short side of an image; of a strip, take only a central part, 4 to 8 times as long.
 
     A line of 1 × 3,000 pixels would grow to 448 × 1,344,000. The cut is where pixels begin before and
     after resizing, as nearly as possible, so that the middle is the same as that of the whole strip.
     """
-
-    def __init__(self, side: int, mode: InterpolationMode) -> None:
-        super().__init__()
-        self.side = side
-        self.mode = mode
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        height, width = image.shape[-2:]
-        short, long = sorted((height, width))
-        if long <= STRIP * short:
-            return F.resize(image, [self.side], self.mode, antialias=True)
-        resized = int(self.side * long / short)
-        # Pixels cut from each end, before and after; the latter even, for `CenterCrop`'s rounding.
-        least, most = -(-(long - STRIP * short) // 2), (2 * long - STRIP * short) // 4
-        cuts = [(cut, 2 * round(cut * resized / long / 2)) for cut in range(least, most + 1)]
-        before, after = min(cuts, key=lambda pair: abs(pair[0] * resized / long - pair[1]))
-        rest = resized - 2 * after
-        if width == long:
-            part, size = image[..., before : long - before], [self.side, rest]
-        else:
-            part, size = image[..., before : long - before, :], [rest, self.side]
-        return F.resize(part, size, self.mode, antialias=True)
+    height, width = image.shape[-2:]
+    short, long = sorted((height, width))
+    if long <= STRIP * short:
+        return F.resize(image, [side], mode)
+    resized = int(side * long / short)
+    # Pixels cut from each end, before and after; the latter even, for `CenterCrop`'s rounding.
+    least, most = -(-(long - STRIP * short) // 2), (2 * long - STRIP * short) // 4
+    cuts = [(cut, 2 * round(cut * resized / long / 2)) for cut in range(least, most + 1)]
+    before, after = min(cuts, key=lambda pair: abs(pair[0] * resized / long - pair[1]))
+    rest = resized - 2 * after
+    if width == long:
+        return F.resize(image[..., before : long - before], [side, rest], mode)
+    return F.resize(image[..., before : long - before, :], [rest, side], mode)
