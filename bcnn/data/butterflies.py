@@ -72,9 +72,6 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
     """Write the images `root/{train,test}/<species>/0000.jpg ...` unless they are there; return `root`.
 
     The same seed gives the same bytes. `train` and `test` are numbers of images a species.
-
-    Raises:
-        UserError: `root` is another folder, or the set with other arguments.
     """
     record = json.dumps({"seed": seed, "train": train, "test": test})
     if root.exists():
@@ -146,10 +143,7 @@ class _Pen:
 
 
 class _Wing:
-    """A right wing, from points round its hinge (x outwards, y downwards).
-
-    The outer margin reaches from the point number `start` to the point number `end`.
-    """
+    """A right wing, from points round its hinge; its outer margin is from point `start` to `end`."""
 
     def __init__(self, points: list[tuple[float, float]], start: int, end: int) -> None:
         # A closed smooth curve through the points (Catmull and Rom's).
@@ -315,7 +309,8 @@ def _lit(image: Image.Image, rng: Generator) -> Image.Image:
     warmth = rng.normal(0, 0.03)
     tint = rng.uniform(0.95, 1.1) * np.array([1 + warmth, 1, 1 - warmth])
     noise = rng.normal(0, rng.uniform(1, 4), (*x.shape, 1))
-    return Image.fromarray(_bytes(np.asarray(image) * (light[..., None] * tint) + noise))
+    pixels = np.asarray(image) * (light[..., None] * tint) + noise
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def _between(x: Array, low: Array, high: Array) -> Array:
@@ -340,9 +335,5 @@ def _mix(a: Array, b: Array, share: float) -> Array:
     return np.asarray(a + (b - a) * share)
 
 
-def _bytes(values: Array) -> NDArray[np.uint8]:
-    return np.clip(values, 0, 255).astype(np.uint8)
-
-
 def _ink(colour: Array) -> tuple[int, ...]:
-    return tuple(_bytes(colour).tolist())
+    return tuple(np.clip(colour, 0, 255).astype(np.uint8).tolist())

@@ -55,11 +55,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         sampler: "balanced" draws every class equally often in training; None: every image once.
         cache: keep large training images on disk at the size needed.
         batch_size: images a step, over all ranks.
-        num_workers: processes that decode images, of each rank; None: see `default_workers`.
+        num_workers: processes that decode, of each rank; None: `default_workers`.
         seed: of splits, classes and training draws.
-
-    Raises:
-        UserError: from `setup`.
     """
 
     classes: list[str]
@@ -113,8 +110,10 @@ class FineGrainedDataModule(L.LightningDataModule):
             return
         self._validate_arguments()
         self._index = index = self.checked_index()
-        _raise_first(mistakes(index, self.root))
-        _raise_first(splits.too_few(index, self.digests, self.root, *self.fractions))
+        found = mistakes(index, self.root)
+        found += splits.too_few(index, self.digests, self.root, *self.fractions)
+        if found:
+            raise UserError(found[0])
         val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
         self._assign(splits.draw_splits(index, self.digests, *self.fractions, self.seed), recipe)
@@ -133,7 +132,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         findings = check(self.root, index.paths)
         index = without_broken(index, findings, self.root, self.on_invalid_image == "skip")
         if not index.samples:
-            _raise_first(mistakes(index, self.root))
+            raise UserError(mistakes(index, self.root)[0])
         self.digests = {path: finding.digest for path, finding in findings.items()}
         for warning in (*index.remarks, *duplicates(index, findings), *oddities(index, findings)):
             logger.warning(warning)
@@ -150,9 +149,6 @@ class FineGrainedDataModule(L.LightningDataModule):
 
         Images that it was trained on would be too easy to validate or test on. If its record has none
         of these images, the splits stay as drawn.
-
-        Raises:
-            UserError: no training images of a class are left.
         """
         if not record.digests.isdisjoint(map(self.digests.get, self._index.paths)):
             self._assign(splits.follow(self._index, self.digests, record), record.recipe)
@@ -257,8 +253,3 @@ class FineGrainedDataModule(L.LightningDataModule):
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"data.{name}={share}: choose from over 0 to 1")
         splits.validate_fractions(*self.fractions)
-
-
-def _raise_first(sentences: Sequence[str]) -> None:
-    if sentences:
-        raise UserError(sentences[0])

@@ -1,6 +1,7 @@
 """An epoch's training images in seeded random order, and each rank's part of them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import lightning as L
 import numpy as np
@@ -15,18 +16,13 @@ Draw = tuple[int, int]  # index of an image, and the seed of its crop and flip
 PADDING = -1  # label of an image that metrics ignore
 
 
+@dataclass(eq=False)
 class ImageList(Dataset[tuple[Tensor, int]]):
     """Images and labels: (path, label) pairs, loaded and transformed to (3, height, width) uint8."""
 
-    def __init__(
-        self,
-        samples: Sequence[tuple[str, int]],
-        transform: Callable[[Image.Image], Tensor],
-        load: Callable[[str], Image.Image] = load_image,
-    ) -> None:
-        self.samples = samples
-        self.transform = transform
-        self.load = load
+    samples: Sequence[tuple[str, int]]
+    transform: Callable[[Image.Image], Tensor]
+    load: Callable[[str], Image.Image] = load_image
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -42,6 +38,7 @@ class ImageList(Dataset[tuple[Tensor, int]]):
         return self.transform(self.load(path)).as_subclass(Tensor), label
 
 
+@dataclass(eq=False)
 class SeededSampler(Sampler[Draw]):
     """Draws of an epoch's images, a function of seed and epoch alone.
 
@@ -55,22 +52,13 @@ class SeededSampler(Sampler[Draw]):
         epoch: returns the number of the epoch that begins; None: count passes over the sampler.
     """
 
-    def __init__(
-        self,
-        count: int,
-        seed: int,
-        weights: Tensor | None = None,
-        epoch: Callable[[], int] | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.count = count
-        self.seed = seed
-        self.weights = weights
-        self.epoch = epoch
-        self.rank = rank
-        self.ranks = ranks
-        self._passes = 0
+    count: int
+    seed: int
+    weights: Tensor | None = None
+    epoch: Callable[[], int] | None = None
+    rank: int = 0
+    ranks: int = 1
+    _passes: int = field(default=0, init=False)
 
     def __len__(self) -> int:
         return self.count // self.ranks
@@ -101,10 +89,7 @@ def shard(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list
 
 
 def current_epoch(trainer: L.Trainer) -> int:
-    """Return the number of the epoch that a trainer is in or begins.
-
-    `trainer.current_epoch` of a resumed trainer is behind when the iterator is made.
-    """
+    """Return the epoch that a trainer is in or begins; `trainer.current_epoch` is behind on resuming."""
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
