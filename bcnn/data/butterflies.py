@@ -113,7 +113,16 @@ def draw(species: int, rng: Generator) -> Image.Image:
     shadow.paste(insect.getchannel("A").point(lambda a: a * 0.5), (right, down))
     meadow.paste((16, 22, 12), mask=shadow.filter(ImageFilter.BoxBlur(6)))
     meadow.paste(insect, mask=insect)
-    return _lit(meadow.resize(SIZE, Image.Resampling.LANCZOS), rng)
+    image = np.asarray(meadow.resize(SIZE, Image.Resampling.LANCZOS))
+    # Brightness, warmth, a slope, dark corners, some noise.
+    y, x = np.mgrid[-1 : 1 : SIZE[1] * 1j, -1 : 1 : SIZE[0] * 1j]
+    slope = rng.uniform(-0.12, 0.12, 2)
+    light = 1 + slope[0] * x + slope[1] * y - rng.uniform(0.05, 0.16) * (x**2 + y**2)
+    warmth = rng.normal(0, 0.03)
+    tint = rng.uniform(0.95, 1.1) * np.array([1 + warmth, 1, 1 - warmth])
+    noise = rng.normal(0, rng.uniform(1, 4), (*x.shape, 1))
+    lit = image * (light[..., None] * tint) + noise
+    return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -203,7 +212,11 @@ def _wing(pen: _Pen, wing: _Wing, kind: Species, ground: Array, rng: Generator) 
     pen.fill(wing.edge("smooth" if fore else kind.edge), _DARK)
     _scales(pen, wing, 1 - border, ground, rng)
     if kind.band:
-        _band(pen, wing, _PALE if kind.band == "pale" else _mix(_DARK, ground, 0.25), rng)
+        colour = _PALE if kind.band == "pale" else _mix(_DARK, ground, 0.25)
+        for cell in np.linspace(-0.25, 1.0, 8):  # a block between two veins
+            low, high = rng.normal((0.58, 0.72), 0.012)
+            u = cell + np.array([0, 0.09, 0.18, 0.18, 0.09, 0])
+            pen.fill(wing.at(u, [low, low - 0.02, low, high, high + 0.02, high]), colour)
     # The cell in the middle of the wing and the veins that leave it for the margin.
     vein = _mix(_DARK, ground, 0.3)
     pen.line(wing.at(np.linspace(-0.2, 1, 9), 0.42 + 0.03 * np.cos(np.arange(9) * np.pi)), vein)
@@ -233,15 +246,6 @@ def _scales(pen: _Pen, wing: _Wing, reach: float, ground: Array, rng: Generator)
     for u in rng.uniform(-0.4, 1.2, 40):
         stroke = wing.at([u, u], rng.uniform(0.3, reach, 2))
         pen.line(stroke, ground * rng.uniform(0.86, 1.1))
-
-
-def _band(pen: _Pen, wing: _Wing, colour: Array, rng: Generator) -> None:
-    """A band of blocks, one for each space between two veins."""
-    for cell in np.linspace(-0.25, 1.0, 8):
-        low, high = rng.normal((0.58, 0.72), 0.012)
-        u = cell + np.array([0, 0.09, 0.18, 0.18, 0.09, 0])
-        rho = np.array([low, low - 0.02, low, high, high + 0.02, high])
-        pen.fill(wing.at(u, rho), colour)
 
 
 def _body(pen: _Pen, rng: Generator) -> None:
@@ -299,18 +303,6 @@ def _blossom(pen: _Pen, rng: Generator) -> None:
     for petal in _circle(5):
         pen.disc(0.8 * radius * petal, 0.6 * radius, colour * 0.95)
     pen.disc(np.zeros(2), 0.4 * radius, np.array([226, 180, 60]))
-
-
-def _lit(image: Image.Image, rng: Generator) -> Image.Image:
-    """The picture under its own light: brightness, warmth, a slope, dark corners, some noise."""
-    y, x = np.mgrid[-1 : 1 : SIZE[1] * 1j, -1 : 1 : SIZE[0] * 1j]
-    slope = rng.uniform(-0.12, 0.12, 2)
-    light = 1 + slope[0] * x + slope[1] * y - rng.uniform(0.05, 0.16) * (x**2 + y**2)
-    warmth = rng.normal(0, 0.03)
-    tint = rng.uniform(0.95, 1.1) * np.array([1 + warmth, 1, 1 - warmth])
-    noise = rng.normal(0, rng.uniform(1, 4), (*x.shape, 1))
-    pixels = np.asarray(image) * (light[..., None] * tint) + noise
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def _between(x: Array, low: Array, high: Array) -> Array:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 from bcnn.data.image_io import load_image
 from bcnn.data.index import Samples
@@ -61,10 +63,7 @@ def _cell(name: str, count: str, paths: list[str], width: int, side: int) -> Ima
 
 
 def _save_grid(cells: list[Image.Image], picture: Path) -> None:
-    width, height = cells[0].size
-    across = COLUMNS * THUMB // width
-    sheet = Image.new("RGB", (across * width, -(-len(cells) // across) * height), "white")
-    for index, cell in enumerate(cells):
-        sheet.paste(cell, (index % across * width, index // across * height))
+    across = COLUMNS * THUMB // cells[0].width
+    grid = make_grid([pil_to_tensor(cell) for cell in cells], across, padding=0, pad_value=255)
     with atomic_write(picture) as part:
-        sheet.save(part)
+        to_pil_image(grid).save(part)

@@ -39,11 +39,7 @@ SUFFIXES = (*HEIC, *(s for s, name in Image.registered_extensions().items() if n
 
 
 def file_state(path: str | Path) -> tuple[int, int, int, int]:
-    """Return size, modification time, change time and inode, which change with the file.
-
-    Raises:
-        OSError: there is no such file, or it is a pipe, device or folder.
-    """
+    """Return size, modification time, change time and inode; raise OSError if it is no regular file."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe may never end
         raise OSError("not a regular file")
@@ -95,8 +91,7 @@ def reason(path: str | Path, error: Exception) -> str:
 def decode(file: ImageFile.ImageFile, side: int | None) -> Image.Image:
     """Decode an open image: see `load_image`."""
     if side is not None:
-        draft_side = math.ceil(MARGIN * side)
-        file.draft(None, (draft_side, draft_side))  # has an effect on JPEGs only
+        file.draft(None, 2 * (math.ceil(MARGIN * side),))  # has an effect on JPEGs only
     return upright_rgb(file)
 
 

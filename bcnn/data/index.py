@@ -8,16 +8,9 @@ from pathlib import Path
 
 import torch
 
+from bcnn.data import split_folders as folders
 from bcnn.data.image_files import count_suffixes, files_below, is_image, listed
 from bcnn.data.lists import read_rows
-from bcnn.data.split_folders import (
-    class_name,
-    holds_images,
-    possible_splits,
-    split_folders,
-    split_of,
-    subfolders,
-)
 from bcnn.utils.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
@@ -87,11 +80,11 @@ def read_folder(root: Path) -> ImageIndex:
     """
     if index := _read_metadata(root):
         return index
-    parts = split_folders(root)
+    parts = folders.split_folders(root)
     entries, classes, others = [], set(), []
     for split, part in (parts or {"train": root}).items():
-        for folder in subfolders(part):
-            name = class_name(folder.name)
+        for folder in folders.subfolders(part):
+            name = folders.class_name(folder.name)
             classes.add(name)
             files = [*files_below(folder)]
             entries += [(path, name, split) for path in files if is_image(path)]
@@ -100,7 +93,7 @@ def read_folder(root: Path) -> ImageIndex:
     if others:
         index.remarks.append(f"{len(others)} files left out, no images: {count_suffixes(others)}")
     if not parts:
-        index.remarks += possible_splits(root)
+        index.remarks += folders.possible_splits(root)
     return index
 
 
@@ -114,7 +107,7 @@ def read_list(file: Path) -> ImageIndex:
     entries: dict[str, tuple[str, str, str]] = {}
     for line, row in rows:
         path, label = str(file.parent / row["path"]), row.get("label", "")
-        found = split_of(row.get("split", "train"))
+        found = folders.split_of(row.get("split", "train"))
         if not label:
             mistake = "no label: expected path,label or path,label,split"
         elif len(label.splitlines()) > 1:
@@ -126,7 +119,7 @@ def read_list(file: Path) -> ImageIndex:
         elif not os.path.isfile(path):
             mistake = f"there is no file {path:.999}"
         else:
-            entries[path] = path, class_name(label), found[0]
+            entries[path] = path, folders.class_name(label), found[0]
             continue
         raise UserError(f"{file}, line {line}: {mistake}")
     return ImageIndex.of([*entries.values()], divided="split" in columns)
@@ -140,7 +133,7 @@ def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) ->
         order = torch.randperm(len(index.classes), generator=torch.Generator().manual_seed(seed))
         names = {index.classes[i] for i in order[:chosen].tolist()}
     else:
-        names = {class_name(str(name)) for name in chosen}
+        names = {folders.class_name(str(name)) for name in chosen}
     if unknown := names - set(index.classes):
         raise UserError(f"data.classes: no class {listed(unknown)}; there are {listed(index.classes)}")
     entries = [entry for entry in _entries(index) if entry[1] in names]
@@ -181,13 +174,13 @@ def _entries(index: ImageIndex) -> list[tuple[str, str, str]]:
 
 def _read_metadata(root: Path) -> ImageIndex | None:
     """Read Hugging Face's lists of images beside them: one of all, or one of each split."""
-    named = ((split_of(folder.name), folder) for folder in subfolders(root))
+    named = ((folders.split_of(folder.name), folder) for folder in folders.subfolders(root))
     parts = {found[0]: folder for found, folder in named if found and not found[1]}
     lists = {
         split: folder / METADATA
         for split, folder in {"": root, **parts}.items()
         if (folder / METADATA).is_file()
-        and holds_images(folder)
+        and folders.holds_images(folder)
         and {"path", "label"} <= {*read_rows(folder / METADATA)[0]}
     }
     if not lists or "" in lists:

@@ -32,22 +32,14 @@ class PublicSet(FineGrainedDataModule):
     """A published set with its official split; downloaded on first use.
 
     `root` is the folder that holds `folder`, or `folder` itself.
-
-    Attributes:
-        folder: what the set is unpacked to; torchvision's name if torchvision reads it.
-        counts: official numbers of images to train, validate and test on.
-        files: the published files.
-        source: where a person gets them.
-        reader: torchvision's data set.
-        splits: its names of train, val and test, "" for none.
     """
 
-    folder: str
-    counts: tuple[int, int, int]
+    folder: str  # that the set is unpacked to; torchvision's name if torchvision reads it
+    counts: tuple[int, int, int]  # of images to train, validate and test on
     files: str
-    source: str
-    reader: Any
-    splits = ("train", "", "test")
+    source: str  # where a person gets them
+    reader: Any  # torchvision's data set
+    splits = ("train", "", "test")  # names that it has for train, val and test
 
     def prepare_data(self) -> None:
         """Download and unpack the set if it is not there; an unfinished one never has its name."""
@@ -120,8 +112,7 @@ class CUB200(PublicSet):
         label = {key: index for index, key in enumerate(used)}
         splits: dict[str, Samples] = {"1": [], "0": []}
         for image, path in paths.items():
-            sample = (str(folder / "images" / path), label[labels[image]])
-            splits[is_training[image]].append(sample)
+            splits[is_training[image]].append((str(folder / "images" / path), label[labels[image]]))
         return ImageIndex([classes[key] for key in used], train=splits["1"], test=splits["0"])
 
 

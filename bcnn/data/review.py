@@ -21,29 +21,27 @@ Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with
 
 def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs) -> list[str]:
     """Return all warnings about intact images, without and with splits drawn; `near`: `lookalikes`."""
-    similar = [
-        f"{len(pairs)} of {len(drawn.splits[split])} images in {split} look the same as one in train, "
-        f"which makes the metrics too good: {' = '.join(pairs[0])}"
-        for split, pairs in near.items()
-        if pairs
-    ]
+    similar = _leaks(drawn, near, "look the same as one in train")
     return duplicates(drawn, findings) + similar + oddities(index, findings) + imbalance(drawn)
 
 
 def duplicates(index: ImageIndex, findings: Findings) -> list[str]:
     """Return a warning for each of val and test that holds files of train."""
     trained = {findings[path].digest: path for path, _ in index.train}
-    sentences = []
-    for split in ("val", "test"):
-        held_out = [path for path, _ in index.splits[split]]
-        same = [path for path in held_out if findings[path].digest in trained]
-        if same:
-            examples = "; ".join(f"{path} = {trained[findings[path].digest]}" for path in same[:3])
-            sentences.append(
-                f"{len(same)} of {len(held_out)} images in {split} are in train too, which makes the "
-                f"metrics too good: {examples}"
-            )
-    return sentences
+    pairs = {
+        split: [(p, trained[d]) for p, _ in index.splits[split] if (d := findings[p].digest) in trained]
+        for split in ("val", "test")
+    }
+    return _leaks(index, pairs, "are in train too")
+
+
+def _leaks(index: ImageIndex, pairs: Pairs, what: str) -> list[str]:
+    return [
+        f"{len(same)} of {len(index.splits[split])} images in {split} {what}, which makes the metrics "
+        f"too good: {'; '.join(map(' = '.join, same[:3]))}"
+        for split, same in pairs.items()
+        if same
+    ]
 
 
 def oddities(index: ImageIndex, findings: Findings) -> list[str]:
@@ -91,12 +89,9 @@ def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
     signs, digests = _signs(trained, findings), {findings[path].digest for path in trained}
     found = {}
     for split in ("val", "test"):
-        held_out = [
-            path
-            for path, _ in index.splits[split]
-            if not findings[path].flat and findings[path].digest not in digests
-        ]
-        pairs: list[tuple[str, str]] = []
+        paths = [path for path, _ in index.splits[split] if not findings[path].flat]
+        held_out = [path for path in paths if findings[path].digest not in digests]
+        found[split] = pairs = list[tuple[str, str]]()
         starts = range(0, len(held_out), BLOCK)
         for start in track(starts, f"comparing {split} with train", unit="blocks"):
             block = held_out[start : start + BLOCK]
@@ -104,7 +99,6 @@ def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
             nearest = distances.argmin(axis=1)
             near = distances[range(len(block)), nearest] <= NEAR
             pairs += [(block[i], trained[nearest[i]]) for i in near.nonzero()[0]]
-        found[split] = pairs
     return found
 
 

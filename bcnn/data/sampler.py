@@ -89,7 +89,7 @@ def shard(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list
 
 
 def current_epoch(trainer: L.Trainer) -> int:
-    """Return the epoch that a trainer is in or begins; `trainer.current_epoch` is behind on resuming."""
+    """Return the epoch that a trainer is in or begins; its `current_epoch` is behind on resuming."""
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 

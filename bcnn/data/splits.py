@@ -75,10 +75,8 @@ def draw_splits(
     """Return the index with the splits that it lacks drawn from its training images: see `hold_out`."""
     fractions = fractions_to_draw(index, val_fraction, test_fraction)
     val, test = hold_out(index.train, digests, seed, *fractions)
-    held_out = val | test
     return replace(
-        index,
-        train=[sample for sample in index.train if sample[0] not in held_out],
+        index.without(val | test),
         val=index.val or [sample for sample in index.train if sample[0] in val],
         test=index.test or [sample for sample in index.train if sample[0] in test],
     )
@@ -96,16 +94,14 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
         f"splits of the checkpoint ({recipe}): {len(present & record.digests)} of its "
         f"{len(record.digests)} images are here and {len(present - record.digests)} new ones"
     )
-    held_out: list[Samples] = []
+    held_out = []
     for split in ("val", "test"):
         given = index.splits[split] or record.select(split, index.train, digests)
-        held_out += [kept := record.without_trained(given, digests)]
+        held_out.append(kept := record.without_trained(given, digests))
         if trained := len(given) - len(kept):
             logger.warning(f"{trained} of {len(given)} images in {split} were trained on: left out")
     val, test = held_out
-    drawn = {path for path, _ in (*val, *test)}
-    train = [sample for sample in index.train if sample[0] not in drawn]
-    index = replace(index, train=train, val=val, test=test)
+    index = replace(index.without({path for path, _ in (*val, *test)}), val=val, test=test)
     counts = zip(index.classes, index.counts("train"), strict=True)
     if without := [name for name, count in counts if not count]:
         raise UserError(
