@@ -1,6 +1,7 @@
 """Files of every format that people have become upright RGB images of the right brightness."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -103,19 +104,8 @@ def test_a_format_is_decoded_upright_in_its_colours(name: str, tmp_path: Path) -
 
 
 def test_suffixes_of_all_formats_are_known() -> None:
-    names = {
-        "a.jpg",
-        "a.JPEG",
-        "a.png",
-        "a.webp",
-        "a.tif",
-        "a.heic",
-        "a.avif",
-        "a.jp2",
-        "a.bmp",
-        "a.gif",
-    }
-    assert {name for name in names if is_image(name)} == names
+    names = "a.jpg a.JPEG a.png a.webp a.tif a.heic a.avif a.jp2 a.bmp a.gif"
+    assert all(is_image(name) for name in names.split())
     assert not any(is_image(name) for name in ("a.eps", "a.txt", "a.CR2", "._a.jpg", "jpg"))
 
 
@@ -125,11 +115,11 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [0, 8, 10, 12, 14, 16])
 def test_grey_of_16_bits_keeps_its_brightness(tmp_path: Path, suffix: str, bits: int) -> None:
     values = (RAMP * ((2**bits - 1) / 255)).astype(np.uint16)
     pixels = np.asarray(load_image(save(values, tmp_path / f"a.{suffix}")))
-    assert abs(pixels - RAMP[..., None]).max() <= 1
+    assert abs(pixels - RAMP[..., None] * (bits > 0)).max() <= 1
 
 
 @pytest.mark.parametrize("white", [1, 255, 4095, 65535])
@@ -141,11 +131,6 @@ def test_grey_in_floats_keeps_its_brightness(tmp_path: Path, white: int) -> None
 def test_a_tiff_may_state_its_white(tmp_path: Path) -> None:
     path = save((RAMP * 4).astype(np.uint16), tmp_path / "dim.tif", tiffinfo={281: 4095})
     assert np.asarray(load_image(path)).max() == round(1020 * 255 / 4095)
-
-
-@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
-def test_black_stays_black(tmp_path: Path, kind: type) -> None:
-    assert not np.asarray(load_image(save((RAMP * 0).astype(kind), tmp_path / "a.tif"))).any()
 
 
 @pytest.mark.parametrize(
@@ -239,13 +224,11 @@ def test_a_file_that_cannot_be_decoded_is_named(
         load_image(tmp_path / "a.jpg", side)
 
 
-def test_heic_without_its_plugin_names_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.heic").write_bytes(content_of("HEIF"))
-    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
-    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
-    assert "pip install pillow-heif" in inspect(str(tmp_path / "a.heic")).error
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg: not a regular file"):
+        load_image(tmp_path / "a.jpg")
+    assert inspect(str(tmp_path / "a.jpg")).error == "not a regular file"
 
 
 def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

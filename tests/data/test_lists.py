@@ -64,19 +64,6 @@ def test_a_mistake_in_a_list_is_told_by_its_line(text: str, sentence: str, tmp_p
         read_list(tmp_path / "labels.csv")
 
 
-def test_a_list_in_another_encoding_is_named(tmp_path: Path) -> None:
-    for encoding in ("latin-1", "utf-16"):
-        (tmp_path / "labels.csv").write_bytes("a,b\né,è".encode(encoding))
-        with pytest.raises(UserError, match=r"labels\.csv.*expected UTF-8"):
-            read_list(tmp_path / "labels.csv")
-
-
-def test_a_name_with_a_line_break(tmp_path: Path) -> None:
-    write(tmp_path / "a\nb.png")
-    (tmp_path / "labels.csv").write_text('"a\nb.png",cat\n')
-    assert read_list(tmp_path / "labels.csv").paths == [str(tmp_path / "a\nb.png")]
-
-
 def describe(folder: Path, **labels: str) -> None:
     """Images in a folder, and Hugging Face's list of them."""
     for name in labels:

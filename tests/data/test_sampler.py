@@ -10,7 +10,6 @@ from torch.utils.data import SequentialSampler
 
 from bcnn.data.datamodule import FineGrainedDataModule, Sampling
 from bcnn.data.sampler import PADDING, SeededSampler
-from bcnn.utils.errors import UserError
 
 
 @pytest.fixture
@@ -72,11 +71,6 @@ def test_a_set_smaller_than_a_batch_is_one_batch_on_any_number_of_ranks(
     for ranks, share in ((1, 33), (2, 16), (8, 4), (32, 1)):
         for rank in range(ranks):
             assert [len(batch) for batch in drawn(uneven, rank, ranks)] == [share]
-
-
-def test_fewer_images_than_devices_are_a_sentence(uneven: FineGrainedDataModule) -> None:
-    with pytest.raises(UserError, match="33 training images are too few for 64 devices"):
-        drawn(uneven, 0, 64)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
