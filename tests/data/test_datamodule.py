@@ -3,13 +3,11 @@
 import shutil
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from conftest import quiet_trainer, set_up, write_classes, write_images
+from conftest import set_up, write_classes, write_images
 from PIL import Image
-from torch import Tensor, nn
 
 from bcnn.data.datamodule import SAMPLE_WORKERS, FineGrainedDataModule
 from bcnn.data.index import ImageIndex
@@ -70,28 +68,6 @@ def test_a_data_set_of_one_s_own_overrides_read_index(images: Path) -> None:
     data = Red(images, size=32, num_workers=0, val_fraction=0)
     data.setup()
     assert (data.classes, lengths(data)) == (["other", "red"], (18, 0, 0))
-
-
-def test_it_works_with_a_plain_trainer(images: Path) -> None:
-    class Linear(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            pixels, labels = batch
-            return nn.functional.cross_entropy(self.layer(pixels.float().mean((2, 3)) / 255), labels)
-
-        def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-            self.log("val_loss", self.training_step(batch))
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=0.1)
-
-    trainer = quiet_trainer(max_epochs=20)
-    data = FineGrainedDataModule(images, size=32, num_workers=0, val_fraction=0.34)
-    trainer.fit(Linear(), datamodule=data)
-    assert trainer.callback_metrics["val_loss"] < 0.5  # log 3 is 1.1
 
 
 @pytest.mark.parametrize(

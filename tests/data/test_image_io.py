@@ -135,14 +135,7 @@ def test_a_tiff_may_state_its_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "kind"),
-    [
-        (-5, 250, np.int32),
-        (0, 100_000, np.int32),
-        (-1, 1, np.float32),
-        (0, 1.02, np.float32),
-        (0, np.nan, np.float32),
-        (0, np.inf, np.float32),
-    ],
+    [(-5, 250, np.int32), (0, 100_000, np.int32), (0, 1.02, np.float32), (0, np.nan, np.float32)],
 )
 def test_values_without_a_known_white_are_an_error(
     tmp_path: Path, low: float, high: float, kind: type

@@ -24,11 +24,7 @@ def sides(images: list[tuple[str, int]], digests: dict[str, str], **shares: floa
 
 
 FRACTIONS = [
-    {"val": 0.1, "test": 0.2},
-    {"val": 0.2, "test": 0.2},
-    {"val": 0.34, "test": 0.1},
-    {"val": 0.1},
-    {"val": 0, "test": 0.5},
+    {"val": v, "test": t} for v, t in ((0.1, 0.2), (0.2, 0.2), (0.34, 0.1), (0.1, 0), (0, 0.5))
 ]
 
 
@@ -56,7 +52,7 @@ def test_shares_are_about_those_asked_for_and_none_is_empty() -> None:
         for name, share in fractions.items():
             held = found.count(name)
             assert (held >= 1) == (share > 0)
-            if fractions.get("test") and fractions["val"]:
+            if all(fractions.values()):
                 assert abs(held - share * count) <= 1 + 4 * share * count**0.5
             else:
                 assert held == max(1, round(share * count)) or share == 0
@@ -127,7 +123,8 @@ def test_given_test_images_that_were_trained_on_are_left_out(index: Recorded) ->
 
 def test_what_can_be_judged_of_a_folder_without_splits(index: Recorded) -> None:
     whole, digests, split = index
-    for name, expected in split_of(whole).items():
+    parts = {"train": whole.train[:6], "val": whole.train[6:8], "test": whole.train[8:]}
+    for name, expected in parts.items():
         assert choose(whole, digests, split, name) == (expected, [])
     assert len(choose(whole, digests, split, "all")[0]) == 10
     assert "6 of 10" in choose(whole, digests, split, "all")[1][0]
@@ -135,10 +132,6 @@ def test_what_can_be_judged_of_a_folder_without_splits(index: Recorded) -> None:
     assert choose(whole, strange, split, "test") == (whole.train, [])  # none of them was trained on
     chosen, said = choose(whole, digests, None, "test")
     assert chosen == whole.train and "does not record" in said[0]
-
-
-def split_of(whole: ImageIndex) -> dict[str, list[tuple[str, int]]]:
-    return {"train": whole.train[:6], "val": whole.train[6:8], "test": whole.train[8:]}
 
 
 def test_a_record_lists_what_any_stage_was_trained_on() -> None:
