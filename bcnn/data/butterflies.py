@@ -78,10 +78,7 @@ def write(root: Path, seed: int = 0, train: int = 40, test: int = 20) -> Path:
         file = root / _RECORD
         if file.is_file() and file.read_text() == record:
             return root
-        raise UserError(
-            f"{root} exists and is not the butterfly set {record}: name another folder, or train on "
-            "your own images with data=folder"
-        )
+        raise UserError(f"{root} is not the butterfly set {record}: train on it with data=folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         made = Path(scratch) / root.name

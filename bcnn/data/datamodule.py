@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bcnn.data import splits
-from bcnn.data.image_cache import load_reduced
-from bcnn.data.image_io import load_image
+from bcnn.data.image_io import load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import check, without_broken
 from bcnn.data.review import duplicates, imbalance, oddities
@@ -110,9 +109,8 @@ class FineGrainedDataModule(L.LightningDataModule):
             return
         self._validate_arguments()
         self._index = index = self.checked_index()
-        found = mistakes(index, self.root)
-        found += splits.too_few(index, self.digests, self.root, *self.fractions)
-        if found:
+        too_few = splits.too_few(index, self.digests, self.root, *self.fractions)
+        if found := mistakes(index, self.root) + too_few:
             raise UserError(found[0])
         val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
@@ -187,10 +185,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         return self.evaluation_dataloader(shard(self.test, self.trainer))
 
     def sample_dataloader(self, images: int = 256) -> DataLoader:
-        """Return centre crops of at most so many training images, drawn by `seed` within each class.
-
-        The loader is made once and keeps its workers, as every validation uses it.
-        """
+        """Return centre crops of at most so many training images, drawn by `seed` within each class."""
+        # Made once, with workers that stay: every validation uses it.
         key = images, rank_and_world_size(self.trainer), self.preprocessing
         if key not in self._sample_loaders:
             sample = shard(
@@ -200,13 +196,15 @@ class FineGrainedDataModule(L.LightningDataModule):
             self._sample_loaders[key] = self._loader(sample, transform, max_workers=SAMPLE_WORKERS)
         return self._sample_loaders[key]
 
-    def evaluation_dataloader(self, samples: Samples, batch_size: int | None = None) -> DataLoader:
+    def evaluation_dataloader(
+        self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
+    ) -> DataLoader:
         """Return centre crops of these images, in order: batches of (uint8 images, labels)."""
         return self._loader(samples, self.preprocessing.evaluation(), batch_size)
 
     def _loader(
         self,
-        samples: Samples,
+        samples: Sequence[tuple[str, int]],
         transform: Callable[[Image.Image], Tensor],
         batch_size: int | None = None,
         load: Callable[..., Image.Image] = load_image,

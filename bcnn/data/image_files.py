@@ -54,9 +54,6 @@ def find_images(paths: Sequence[str]) -> list[str]:
 
     A path is a file, whatever its name, a folder with all below it, a pattern (`*.jpg`, `**/*.png`), or
     "-": standard input, a file a line.
-
-    Raises:
-        UserError: a path names no image.
     """
     found: list[str] = []
     left_out: dict[str, None] = {}  # a set in order

@@ -1,13 +1,15 @@
 """From a file to an upright RGB image with values 0..255."""
 
+import hashlib
 import importlib
 import math
 import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,10 +17,15 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from bcnn.utils.errors import UserError
+from bcnn.utils.files import atomic_write, cache_dir
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this many times the side needed.
 # Of 272 images of flowers, 1 changes the top-1 of four, 1.5 and 2 that of none.
 MARGIN = 1.5
+
+WORTH = 2  # a reduced copy is kept if its short side is this many times that of the copy
+QUALITY = 95  # of the copies, which are JPEGs
+LONGEST = 65_500  # px, the longest side of a JPEG
 
 # Increase with every change of what decoding returns: older caches are then not used.
 VERSION = 3
@@ -54,17 +61,39 @@ def open_image(file: str | Path | BinaryIO) -> ImageFile.ImageFile:
 
 
 def load_image(path: str | Path, side: int | None = None) -> Image.Image:
-    """Load an image of one of `FORMATS`: see `upright_rgb`.
+    """Load an image of one of `FORMATS`: see `upright_rgb`; raise UserError if it cannot be decoded.
 
-    Args:
-        side: the short side in pixels that the image will be resized to. A JPEG several times as large
-            is decoded at a fraction of its size. None: decode at full size.
-
-    Raises:
-        UserError: the file cannot be decoded.
+    A JPEG several times as large as `side`, the short side in pixels that the image will be resized to,
+    is decoded at a fraction of its size.
     """
     with opened(path) as file:
         return decode(file, side)
+
+
+def load_reduced(path: str | Path, side: int) -> Image.Image:
+    """Load an image as `load_image` does; a large one from a copy of `MARGIN` times the side.
+
+    The first call for a file makes the copy. The result is the same if the copy cannot be written.
+    """
+    copy_side = math.ceil(MARGIN * side)
+    with opened(path) as file:
+        key = repr((os.path.abspath(path), file_state(path), copy_side, VERSION))
+        name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+        copy = cache_dir() / "reduced" / name[:2] / f"{name}.jpg"
+        if copy.is_file():
+            return load_image(copy)
+        is_large = min(file.size) >= WORTH * copy_side
+        image = decode(file, side)
+    scale = copy_side / min(image.size)
+    size = [round(scale * edge) for edge in image.size]
+    if not is_large or max(size) > LONGEST:
+        return image
+    content = BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY, subsampling=0)
+    with suppress(UserError), atomic_write(copy) as part:  # no room: the next call makes it again
+        part.write_bytes(content.getvalue())
+    with open_image(content) as file:
+        return decode(file, None)
 
 
 @contextmanager
@@ -100,10 +129,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Grey of more than 8 bits or in floats is scaled so that white becomes 255. White is 1 where floats
     do not exceed it, else the largest number of 8, 10, 12, 14 or 16 bits: the fewest that hold the
-    values, and the largest value that the file states.
-
-    Raises:
-        ValueError: white is unknown, or Pillow does not read all bits.
+    values, and the largest value that the file states. ValueError: white is unknown, or Pillow does not
+    read all bits.
     """
     raw_modes = " ".join(str(tile.args) for tile in getattr(image, "tile", []))  # gone once decoded
     image.load()

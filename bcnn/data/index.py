@@ -1,5 +1,7 @@
 """From a folder or a list to an index of images: the class and the split of each."""
 
+import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -10,31 +12,24 @@ import torch
 
 from bcnn.data import split_folders as folders
 from bcnn.data.image_files import count_suffixes, files_below, is_image, listed
-from bcnn.data.lists import read_rows
 from bcnn.utils.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
 
+COLUMNS = ("path", "label", "split")  # of a list
 METADATA = "metadata.csv"  # Hugging Face's list of file_name,label beside the images
 
 
 @dataclass
 class ImageIndex:
-    """Images by class and split: (path, label) pairs.
+    """Images by class and split."""
 
-    Args:
-        classes: names by label; a class may have no images.
-        train: images to train on; all images if no split is given.
-        divided: whether a folder or a list gives the splits.
-        remarks: warnings about what was left out or may be meant otherwise.
-    """
-
-    classes: list[str]
-    train: Samples = field(default_factory=list)
+    classes: list[str]  # by label; a class may have no images
+    train: Samples = field(default_factory=list)  # all images, if no split is given
     val: Samples = field(default_factory=list)
     test: Samples = field(default_factory=list)
-    divided: bool = True
-    remarks: list[str] = field(default_factory=list)
+    divided: bool = True  # whether a folder or a list gives the splits
+    remarks: list[str] = field(default_factory=list)  # warnings about what was left out or is unclear
 
     @classmethod
     def of(
@@ -74,9 +69,6 @@ def read_folder(root: Path) -> ImageIndex:
     """Read `root/{train,val,test}/<class>/*`, by any of their usual names, or `root/<class>/*`.
 
     Images without class folders are labelled by a `metadata.csv` beside them.
-
-    Raises:
-        UserError: two folders are one split, or a folder may be a split and has another name.
     """
     if index := _read_metadata(root):
         return index
@@ -98,11 +90,7 @@ def read_folder(root: Path) -> ImageIndex:
 
 
 def read_list(file: Path) -> ImageIndex:
-    """Read lines of `path,label[,split]`: see `read_rows`. Paths are absolute or relative to the list.
-
-    Raises:
-        UserError: a line is not understood, or an image does not exist.
-    """
+    """Read lines of `path,label[,split]`: see `read_rows`. Paths may be relative to the list."""
     columns, rows = read_rows(file)
     entries: dict[str, tuple[str, str, str]] = {}
     for line, row in rows:
@@ -190,3 +178,43 @@ def _read_metadata(root: Path) -> ImageIndex | None:
     return ImageIndex.of(
         [(path, name, split) for split in lists for path, name, _ in _entries(read_list(lists[split]))]
     )
+
+
+def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the columns of a list, and (line number, cell by column) of each row.
+
+    Tabs, commas, semicolons or blanks separate the columns: the first of these that divides the
+    first line, which may name the columns, among them `path` (or `file_name`) and `label`; without
+    names they are path, label and, if there are three, split.
+    """
+    rows, line = [], 1
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # of spreadsheets, which begin with a mark
+        delimiter = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        for cells in reader:
+            if any(cells := [cell.strip() for cell in cells]):
+                rows.append((line, cells))
+            line = reader.line_num + 1
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{file}, line {line}: {error}: expected UTF-8 text, quotes in pairs"
+        ) from error
+    if not rows:
+        raise UserError(f"{file} is empty: expected lines of path,label or path,label,split")
+    names = ["path" if cell.lower() == "file_name" else cell.lower() for cell in rows[0][1]]
+    if {"path", "label"} <= set(names):
+        rows = rows[1:]
+    else:
+        names = [*COLUMNS[: len(rows[0][1])]]
+    for line, cells in rows:
+        if len(cells) != len(names):
+            raise UserError(
+                f"{file}, line {line}: {len(cells)} columns where {len(names)} are expected "
+                f"({','.join(names)}); put a path with blanks or commas in double quotes"
+            )
+    return names, [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
+
+
+def _first_row(text: str, delimiter: str) -> list[str]:
+    return next(filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), [])

@@ -55,9 +55,8 @@ def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
         cached = _read_cache(cache)
         entries = {path: cached.get(os.path.abspath(path)) for path in paths}
         states = {path: _state(path) for path in paths}
-        found = {
-            p: Finding(*entry[1:]) for p, entry in entries.items() if entry and entry[0] == states[p]
-        }
+        known = {path: entry for path, entry in entries.items() if entry and entry[0] == states[path]}
+        found = {path: Finding(*entry[1:]) for path, entry in known.items()}
         missing = [path for path in paths if path not in found]
         try:
             for result, path in zip(_inspect_all(missing), missing, strict=True):

@@ -45,17 +45,12 @@ class SeededSampler(Sampler[Draw]):
     Workers, random numbers drawn before, and interruptions do not change them. Ranks take the draws in
     turn, so that a batch of all ranks together is the same for any number of ranks; the last few draws,
     fewer than there are ranks, are left out.
-
-    Args:
-        count: number of images, and of draws an epoch over all ranks.
-        weights: (count,), probabilities of draws with replacement; None: every image once.
-        epoch: returns the number of the epoch that begins; None: count passes over the sampler.
     """
 
-    count: int
+    count: int  # of images, and of draws an epoch over all ranks
     seed: int
-    weights: Tensor | None = None
-    epoch: Callable[[], int] | None = None
+    weights: Tensor | None = None  # (count,), of draws with replacement; None: every image once
+    epoch: Callable[[], int] | None = None  # gives the epoch that begins; None: passes are counted
     rank: int = 0
     ranks: int = 1
     _passes: int = field(default=0, init=False)

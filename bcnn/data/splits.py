@@ -18,15 +18,10 @@ Digests = Mapping[str, str]  # of each image's file, by path
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """The images that a model was trained, validated and tested on, wherever they are now.
+    """Digests of the images that a model was trained, validated and tested on."""
 
-    Args:
-        recipe: seed and fractions that the images were drawn with.
-        train: digests of the images that any stage was trained on; none of these is in val or test.
-    """
-
-    recipe: dict[str, Any]
-    train: frozenset[str]
+    recipe: dict[str, Any]  # seed and fractions that the images were drawn with
+    train: frozenset[str]  # by any stage; none of these is in val or test
     val: frozenset[str]
     test: frozenset[str]
 
@@ -141,12 +136,13 @@ def choose(
 
 
 def validate_fractions(val_fraction: float, test_fraction: float | None) -> None:
-    """Raise UserError if a fraction is out of range, or nothing is left to train on."""
-    for name, fraction in (("val", val_fraction), ("test", test_fraction or 0)):
-        if not 0 <= fraction < 1:
-            raise UserError(f"data.{name}_fraction={fraction}: choose from 0 to under 1")
-    if val_fraction + (test_fraction or 0) >= 1:
-        raise UserError("data.val_fraction and data.test_fraction leave nothing to train on")
+    """Raise UserError if a fraction is negative, or nothing is left to train on."""
+    test = test_fraction or 0
+    if val_fraction < 0 or test < 0 or val_fraction + test >= 1:
+        raise UserError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test}: choose from 0, together "
+            "under 1"
+        )
 
 
 def fractions_to_draw(
@@ -177,7 +173,7 @@ def too_few(
 def hold_out(
     samples: Sequence[tuple[str, int]], digests: Digests, seed: int, val: float, test: float = 0.0
 ) -> tuple[set[str], set[str]]:
-    """Draw about these shares of each class, at least one image for each share and never all.
+    """Return paths of about these shares of each class, at least one image for each and never all.
 
     Digest and seed give every image a position from 0 to 1. Positions are ranked within a class; test
     takes the first and validation the last. So names, order and other classes do not matter, copies of
@@ -187,9 +183,6 @@ def hold_out(
     then approximate, but an added or removed image moves at most one other, hardly ever two. Exact
     numbers cannot have this property: an image that comes first pushes another out of the first, and
     makes room among the last.
-
-    Returns:
-        Paths to validate on, and to test on.
     """
     classes: dict[str, set[int]] = defaultdict(set)
     for path, label in samples:

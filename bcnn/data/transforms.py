@@ -18,17 +18,11 @@ STRIP = 8  # an image over this many times as long as wide is cut before it is r
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the square that the network takes.
+    """How an image becomes the square that the network takes."""
 
-    Args:
-        size: side of the square in pixels.
-        resize: "keep" resizes the short side to `side`, "squash" both sides.
-        crop_pct: share of the resized side that the square takes, as in timm.
-    """
-
-    size: int = 448
-    resize: Resize = "keep"
-    crop_pct: float = 1.0
+    size: int = 448  # px, side of the square
+    resize: Resize = "keep"  # the short side to `side`; "squash": both sides
+    crop_pct: float = 1.0  # share of the resized side that the square takes, as in timm
     interpolation: Interpolation = "bilinear"
 
     def __str__(self) -> str:

@@ -57,7 +57,7 @@ def test_a_second_call_writes_nothing(tmp_path: Path) -> None:
 def test_a_folder_of_another_origin_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("keep me")
-    with pytest.raises(UserError, match=r"mine .*train on your own images with data=folder"):
+    with pytest.raises(UserError, match=r"mine .*train on it with data=folder"):
         write(tmp_path / "mine", train=1, test=1)
     assert contents(tmp_path) == {f"mine/{name}": b"keep me"}
 

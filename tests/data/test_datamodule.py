@@ -77,7 +77,7 @@ def test_a_data_set_of_one_s_own_overrides_read_index(images: Path) -> None:
         ({"root": None}, "either"),
         ({"val_fraction": 1}, "val_fraction=1"),
         ({"test_fraction": -0.1}, "test_fraction=-0.1"),
-        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "together under 1"),
         ({"crop_pct": 1.5}, "crop_pct=1.5"),
         ({"train_scale": 1.5}, "train_scale=1.5"),
         ({"resize": "kep"}, "data.resize=kep: choose from keep, squash"),

@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
-from bcnn.data.image_cache import load_reduced
-from bcnn.data.image_io import MARGIN, load_image
+from bcnn.data.image_io import MARGIN, load_image, load_reduced
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from benchmarks.photographs import photograph
 
