@@ -53,12 +53,6 @@ def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
     assert lengths(set_up(tmp_path, val_fraction=0)) == (48, 0, 12)
 
 
-def test_test_images_are_drawn_from_train_only_if_asked_for(tmp_path: Path) -> None:
-    write_classes(tmp_path / "train", cat=10, dog=10)
-    assert lengths(set_up(tmp_path)) == (18, 2, 0)
-    assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0.5)) == (10, 0, 10)
-
-
 def test_a_data_set_of_one_s_own_overrides_read_index(images: Path) -> None:
     class Red(FineGrainedDataModule):
         def read_index(self) -> ImageIndex:
@@ -222,12 +216,3 @@ def test_a_record_of_other_images_changes_no_split(images: Path) -> None:
     data.follow(SplitRecord({"seed": 1}, frozenset({"a"}), frozenset({"b"}), frozenset()))
     assert (data.train, data.val, data.test) == before
     assert data.split.train == {"a", *(data.digests[path] for path, _ in data.train)}
-
-
-def test_a_class_of_which_nothing_is_left_to_train_on_is_an_error(images: Path) -> None:
-    data = set_up(images / "train", val_fraction=0, test_fraction=0)
-    red = [sample for sample in data.train if data.classes[sample[1]] == "red"]
-    rest = [sample for sample in data.train if sample not in red]
-    record = SplitRecord.of(ImageIndex(data.classes, rest, red, []), data.digests, {"seed": 0})
-    with pytest.raises(UserError, match=r"no images to train on are left of red: .*; add others"):
-        data.follow(record)

@@ -125,14 +125,6 @@ def test_a_class_is_one_however_its_name_is_spelled_in_unicode(tmp_path: Path) -
     assert {label for _, label in index.test} == {0} and lengths(tmp_path) == (7, 0, 2)
 
 
-@pytest.mark.parametrize("folders", [(), ("cat", "dog"), ("train",), ("train/cat", "test/cat")])
-def test_no_images(folders: tuple[str, ...], tmp_path: Path) -> None:
-    for folder in folders:
-        (tmp_path / folder).mkdir(parents=True)
-    (sentence,) = mistakes(read_folder(tmp_path), tmp_path)
-    assert sentence.startswith(f"no images in {tmp_path}: expected <class>/<images>")
-
-
 def test_all_mistakes_are_named_at_once() -> None:
     index = ImageIndex(["a", "b", "c", "d"], [("0", 0)], [("1", 1)], [("2", 1), ("3", 3)])
     empty, val, test = mistakes(index, Path("set"))
@@ -144,6 +136,7 @@ def test_all_mistakes_are_named_at_once() -> None:
     (one,) = mistakes(ImageIndex(["only"], [("0", 0)]), Path("set"))
     assert "one class only (only)" in one
     assert mistakes(ImageIndex(["a", "b"], [("0", 0), ("1", 1)]), Path("set")) == []
+    assert mistakes(ImageIndex(["a"]), Path("set"))[0].startswith("no images in set: expected <class>/")
 
 
 def test_chosen_classes_keep_their_images_and_splits(images: Path) -> None:

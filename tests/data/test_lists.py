@@ -91,9 +91,3 @@ def test_a_metadata_file_of_each_split(tmp_path: Path) -> None:
     write_images(tmp_path / "test", 1)
     with pytest.raises(UserError, match=r"test has no metadata\.csv"):
         read_folder(tmp_path)
-
-
-def test_class_folders_count_where_images_are_in_them(images: Path) -> None:
-    for folder in (images, images / "train"):
-        (folder / "metadata.csv").write_text("file_name,label\nred/0.png,blue\n")
-    assert read_folder(images).classes == ["blue", "green", "red"]

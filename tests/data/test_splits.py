@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bcnn.data.index import ImageIndex
-from bcnn.data.splits import SplitRecord, choose, draw_splits, follow, hold_out, too_few
+from bcnn.data.splits import SplitRecord, choose, follow, hold_out, too_few
 
 
 def samples(count: int, seed: int = 0) -> tuple[list[tuple[str, int]], dict[str, str]]:
@@ -139,14 +139,6 @@ def test_a_record_lists_what_any_stage_was_trained_on() -> None:
     second = SplitRecord({}, frozenset("ae"), frozenset("b"), frozenset("f"))
     assert second.after(first) == SplitRecord({}, frozenset("abce"), frozenset(), frozenset("f"))
     assert SplitRecord.from_plain(second.plain()) == second
-
-
-def test_given_splits_stay_and_the_others_are_drawn(index: Recorded) -> None:
-    whole, digests, _ = index
-    given = ImageIndex(["a"], whole.train[:8], test=whole.train[8:])
-    drawn = draw_splits(given, digests, 0.25, None, seed=0)
-    assert drawn.test == given.test and len(drawn.val) == 2
-    assert sorted([*drawn.train, *drawn.val]) == sorted(given.train)
 
 
 def test_copies_do_not_make_a_class_large_enough() -> None:
