@@ -71,10 +71,7 @@ def load_image(path: str | Path, side: int | None = None) -> Image.Image:
 
 
 def load_reduced(path: str | Path, side: int) -> Image.Image:
-    """Load an image as `load_image` does; a large one from a copy of `MARGIN` times the side.
-
-    The first call for a file makes the copy. The result is the same if the copy cannot be written.
-    """
+    """Load an image as `load_image` does; a large one from a copy that the first call makes."""
     copy_side = math.ceil(MARGIN * side)
     with opened(path) as file:
         key = repr((os.path.abspath(path), file_state(path), copy_side, VERSION))

@@ -60,7 +60,6 @@ class SplitRecord:
 
     @property
     def digests(self) -> frozenset[str]:
-        """Digests of all images in the record."""
         return self.train | self.val | self.test
 
 
@@ -99,10 +98,7 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
     index = replace(index.without({path for path, _ in (*val, *test)}), val=val, test=test)
     counts = zip(index.classes, index.counts("train"), strict=True)
     if without := [name for name, count in counts if not count]:
-        raise UserError(
-            f"no images to train on are left of {listed(without)}: the checkpoint was validated or "
-            "tested on all of them; add others"
-        )
+        raise UserError(f"the checkpoint held out all images of {listed(without)}: add others")
     return index
 
 

@@ -17,14 +17,6 @@ def lengths(root: Path) -> tuple[int, ...]:
     return tuple(len(samples) for samples in read_folder(root).splits.values())
 
 
-def test_class_folders_without_splits(tmp_path: Path) -> None:
-    write_classes(tmp_path, cat=3, dog=2)
-    index = read_folder(tmp_path)
-    assert (index.classes, index.divided, lengths(tmp_path)) == (["cat", "dog"], False, (5, 0, 0))
-    assert index.train[3] == (str(tmp_path / "dog" / "0.png"), 1)
-    assert (index.counts("train"), index.remarks) == ([3, 2], [])
-
-
 @pytest.mark.parametrize(
     ("train", "val", "test"),
     [
