@@ -79,7 +79,8 @@ def fit(
         logger=CSVLogger(folder, name="", version=""),
         **options,
     )
-    module = Scripted(model, "finetune", partial(torch.optim.SGD, lr=1e-2, momentum=0.9), halving)
+    scheduler = halving if data.val else None
+    module = Scripted(model, "finetune", partial(torch.optim.SGD, lr=1e-2, momentum=0.9), scheduler)
     if losses:
         module.losses = iter(losses)
     state = checkpoint.state if checkpoint.state.is_file() else None
@@ -160,6 +161,15 @@ def test_a_finetune_as_good_as_its_best_epoch_keeps_the_last(
     assert torch.equal(load_model(tmp_path / "last.ckpt").head.weight, tiny.head.weight)
     assert "optimizer_states" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert (tmp_path / "best.ckpt").is_file()
+
+
+def test_without_validation_images_the_last_epoch_is_kept(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    checkpoint = fit(tiny, tmp_path, folder_data(images, val_fraction=0, batch_size=4))
+    assert checkpoint.kept == tmp_path / "last.ckpt" and checkpoint.metrics == {}
+    assert torch.equal(load_model(checkpoint.kept).head.weight, tiny.head.weight)
+    assert not (tmp_path / "best.ckpt").exists()
 
 
 @pytest.mark.parametrize(
