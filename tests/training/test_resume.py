@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import torch
 from conftest import ROOT, Run, configure, register_tiny, toy, write
 
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.run import train
 from bcnn.training.run_state import RunState
 from bcnn.utils.errors import Interruption, UserError, raise_interruptions
@@ -240,47 +238,3 @@ def test_a_run_is_resumed_where_it_was_moved_to_and_not_with_other_images(
 
 def interrupted(*_: Any) -> None:
     raise Interruption(signal.SIGTERM)
-
-
-def test_no_room_is_said_before_an_epoch(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
-        train(configure(*toy(images, f"output={tmp_path}/file/run")))
-    free = shutil._ntuple_diskusage(10**9, 0, 5 * 10**6)
-    monkeypatch.setattr("bcnn.training.checkpointing.shutil.disk_usage", lambda _: free)
-    words = toy(images, "stage=last", "last=sgd", "last.store=false", f"output={tmp_path}/run")
-    with pytest.raises(UserError, match=r"no room for checkpoints: 0.\d\d GB are needed"):
-        train(configure(*words))
-
-
-@pytest.mark.usefixtures("tiny")
-def test_weights_of_an_epoch_after_the_state_are_forgotten(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A state is of a minute ago at most; what is gone on with keeps figures with their weights."""
-    words = toy(images, f"output={tmp_path / 'run'}", SMALL, "stage=last", *SGD, "last.epochs=4")
-    save, states = BestOrLastCheckpoint.on_train_epoch_end, []
-
-    def end(self: BestOrLastCheckpoint, trainer: Any, module: Any) -> None:
-        save(self, trainer, module)
-        states.append(self.state.read_bytes() if self.state.is_file() else b"")
-        if len(states) == 2:
-            self.state.write_bytes(states[0])  # as if none had been due since
-            raise Interruption(signal.SIGTERM)
-
-    monkeypatch.setattr(BestOrLastCheckpoint, "on_train_epoch_end", end)
-    with pytest.raises(Interruption):
-        train(configure(*words), words)
-    monkeypatch.setattr(BestOrLastCheckpoint, "on_train_epoch_end", save)
-    seen: list[dict[str, float]] = []
-    load = BestOrLastCheckpoint.load_state_dict
-
-    def loaded(self: BestOrLastCheckpoint, state: dict[str, Any]) -> None:
-        load(self, state)
-        seen.append(self.metrics)
-
-    monkeypatch.setattr(BestOrLastCheckpoint, "load_state_dict", loaded)
-    assert 0 <= train(configure(*words), words, resume=True) <= 1
-    assert seen == [{}]

@@ -229,7 +229,10 @@ def test_a_loss_that_is_no_number_ends_training_and_leaves_no_such_weights(
 
 
 @pytest.mark.usefixtures("tiny")
-def test_without_validation_the_last_finite_weights_are_kept(images: Path, tmp_path: Path) -> None:
+def test_without_validation_the_last_finite_weights_are_kept(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bcnn.training.checkpointing.EVERY", 0)
     ruin = "+callbacks.ruin._target_=test_run.Ruin"
     options = [SMALL, "stage=last", "last=sgd", "last.epochs=4", "data.val_fraction=0", ruin]
     with pytest.raises(UserError, match="not finite"):
