@@ -32,20 +32,17 @@ LIMITS: dict[str, tuple[float, float]] = {
     "finetune.polyak": (1e-9, 1e9),
 }
 
-# Trainer options that a stage sets itself, and what to use in their place.
+# Trainer options that a stage sets itself, some from options of its own.
 OF_THE_STAGE = {
-    "accumulate_grad_batches": "finetune.accumulate, or last.accumulate with last=sgd",
+    "accumulate_grad_batches": "finetune.accumulate",
     "callbacks": "callbacks=NAME or +callbacks.NAME._target_=…",
-    "check_val_every_n_epoch": "nothing: every epoch is validated, to choose the best one",
     "default_root_dir": "output",
-    "enable_checkpointing": "nothing: a stage keeps its best weights",
     "logger": "logger=NAME",
-    "max_epochs": "finetune.epochs, or last.epochs with last=sgd",
-    "max_steps": "finetune.epochs, or last.epochs with last=sgd",
-    "min_epochs": "finetune.epochs, or last.epochs with last=sgd",
-    "num_sanity_val_steps": "nothing: a fine-tune validates the weights it starts from",
+    "max_epochs": "finetune.epochs",
+    **dict.fromkeys(("max_steps", "min_epochs", "min_steps"), "finetune.epochs"),
+    **dict.fromkeys(("check_val_every_n_epoch", "val_check_interval"), "nothing: each epoch counts"),
+    **dict.fromkeys(("enable_checkpointing", "num_sanity_val_steps"), "nothing"),
     "use_distributed_sampler": "nothing: ranks share every batch",
-    "val_check_interval": "nothing: every epoch is validated, to choose the best one",
 }
 # Trainer options that only steps along gradients use.
 OF_GRADIENT_STEPS = {"gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"}

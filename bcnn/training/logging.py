@@ -3,8 +3,7 @@
 import logging
 import shlex
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,12 @@ THUMBNAIL = 256  # px, the longer side there
 COLUMNS = ["image", "class", "predicted", "confidence", "probability_of_class", "path"]
 
 
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> None:
     """Silence Lightning's remarks on the machine, and on how a stage uses its Trainer."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for module in ("lightning", "torch.utils.data"):
-                warnings.filterwarnings("ignore", module=module)
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for module in ("lightning", "torch.utils.data"):
+        warnings.filterwarnings("ignore", module=module)
 
 
 def make_loggers(cfg: DictConfig, folder: Path, identity: str) -> list[Logger]:

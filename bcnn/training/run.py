@@ -27,7 +27,6 @@ from bcnn.utils.environment import software
 from bcnn.utils.errors import Interruption, UserError
 
 
-@quiet_lightning()
 def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = False) -> float:
     """Train the stages one after the other, each from the best weights of the one before.
 
@@ -45,6 +44,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
             written, a stage that diverged or ended worse than it started.
     """
     setup_logging()
+    quiet_lightning()
     validate(cfg)
     cfg = absolute_paths(cfg, _directory(cfg, resume))
     precision = chosen_precision(cfg.trainer)

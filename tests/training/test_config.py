@@ -44,7 +44,7 @@ TIMER = "{_target_:lightning.pytorch.callbacks.Timer}"
         (["data.size=9000"], "data.size=9000: choose a number from 1 to 8192"),
         ([f"+trainer.callbacks=[{TIMER}]"], r"trainer\.callbacks is set by the stage: use callbacks="),
         (["+trainer.max_epochs=3"], r"trainer\.max_epochs .*finetune\.epochs"),
-        (["+trainer.check_val_every_n_epoch=2"], r"trainer\.check_val_every_n_epoch .*every epoch"),
+        (["+trainer.check_val_every_n_epoch=2"], r"trainer\.check_val_every_n_epoch .*each epoch"),
         (["+trainer.accumulate_grad_batches=2"], r"finetune\.accumulate"),
         (["+trainer.logger=false"], r"use logger=NAME"),
         (
