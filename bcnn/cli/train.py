@@ -40,7 +40,7 @@ def main(words: list[str], task: Task = _main) -> int:
         words: Hydra's overrides and flags, or `resume=FOLDER`.
         task: a function that `hydra.main` decorates, and that calls `train`.
     """
-    return exit_code_of(lambda: _main_of(words, task))
+    return exit_code_of(lambda: _main_of([word for word in words if word != "--debug"], task))
 
 
 def _main_of(words: list[str], task: Task) -> None:
