@@ -36,12 +36,10 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         resume: continue the interrupted run in `cfg.output`, to the same weights.
 
     Returns:
-        Validation top-1 of the weights that the last stage ends with, for sweeps to maximise; nan
-        without validation images.
+        Validation top-1 of the weights that the run ends with; nan without validation images.
 
     Raises:
-        UserError: a mistake in the configuration, the images or the weights; or, after all is
-            written, a stage that diverged or ended worse than it started.
+        UserError: a mistake of the user's; or, after all is written, a stage that failed.
     """
     setup_logging()
     quiet_lightning()
