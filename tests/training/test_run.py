@@ -121,23 +121,6 @@ def test_finetune_after_last_alone_is_the_second_half_of_both(
 
 
 @pytest.mark.usefixtures("tiny")
-def test_the_same_run_twice_gives_the_same_bits(images: Path, tmp_path: Path) -> None:
-    runs = []
-    for name in ("one", "two"):
-        short = [*SHORT, SMALL, "data.num_workers=2", "last=sgd", "last.store=false", "last.epochs=1"]
-        train(configure(*toy(images, *short, f"output={tmp_path / name}")))
-        runs.append(weights(tmp_path / name / "finetune" / "best.ckpt"))
-    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
-
-
-@pytest.mark.usefixtures("tiny")
-def test_experiment_original(images: Path, tmp_path: Path) -> None:
-    short = [*SHORT, SMALL, "experiment=original", "last.epochs=1"]
-    train(configure(*toy(images, *short, f"output={tmp_path}")))
-    assert (tmp_path / "finetune" / "result.json").is_file()
-
-
-@pytest.mark.usefixtures("tiny")
 def test_without_validation_the_last_λ_is_kept(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
