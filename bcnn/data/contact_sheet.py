@@ -23,7 +23,7 @@ _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
-    """Write a PNG with images of each of the first `MOST_CLASSES` in a row under its name."""
+    """Write a PNG with images of each of the first `MOST_CLASSES` in a row under count and name."""
     members: list[list[str]] = [[] for _ in classes]
     for path, label in samples:
         members[label].append(path)
@@ -33,29 +33,24 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
     for name, paths in zip(classes[:shown], members, strict=False):
         # Evenly far apart: neighbours are often of one scene.
         some = [paths[i * len(paths) // each] for i in range(each)] if len(paths) > each else paths
-        cells.append(_cell(printable(name), f" ({len(paths)})", some, each * THUMB, THUMB))
+        cells.append(_cell(f"{len(paths)} {name}", some, each * THUMB, THUMB))
     _save_grid(cells, picture)
 
 
 def pair_sheet(pairs: Sequence[tuple[str, str]], picture: Path) -> None:
     """Write a PNG of the first `MOST_PAIRS` side by side, under the names of folders and files."""
     cells = [
-        _cell(printable("/".join(Path(path).parts[-2:])), "", [path], 2 * THUMB, 2 * THUMB)
+        _cell("/".join(Path(path).parts[-2:]), [path], 2 * THUMB, 2 * THUMB)
         for pair in pairs[:MOST_PAIRS]
         for path in pair
     ]
     _save_grid(cells, picture)
 
 
-def _cell(name: str, count: str, paths: list[str], width: int, side: int) -> Image.Image:
-    """Draw images side by side under a name and a count; a name that is too long is cut."""
+def _cell(caption: str, paths: list[str], width: int, side: int) -> Image.Image:
+    """Draw images side by side under a caption; one that is too long ends at the cell's edge."""
     cell = Image.new("RGB", (width, CAPTION + side), "white")
-    font = ImageFont.truetype(_FONT, 12)
-    text = name + count
-    while name and font.getlength(text) > width - 6:
-        name = name[:-1]
-        text = f"{name}…{count}"
-    ImageDraw.Draw(cell).text((2, 3), text, "black", font)
+    ImageDraw.Draw(cell).text((2, 3), printable(caption), "black", ImageFont.truetype(_FONT, 12))
     for column, path in enumerate(paths):
         image = ImageOps.contain(load_image(path, side), (side - 2, side - 2))
         cell.paste(image, (column * side, CAPTION))

@@ -41,9 +41,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     Args:
         root: `root/{train,val,test}/<class>/*`, val and test being optional, or `root/<class>/*`.
         list: instead of `root`, a CSV or text file of `path,label[,split]`.
-        size: side of the square crops in pixels.
-        resize: the short side ("keep") or both sides ("squash"), to `size / crop_pct` pixels.
-        crop_pct: share of the resized side that a crop takes, as in timm.
+        size, resize, crop_pct: see `Preprocessing`.
         interpolation: wherever an image is resized; None: the network's own, "bilinear" without one.
         train_scale: least share of an image's area that a training crop takes before it is resized to
             nine tenths of `size`; None: training crops have evaluation's scale and size.
@@ -145,8 +143,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     def follow(self, record: SplitRecord) -> None:
         """Take the splits of a model that is trained further.
 
-        Images that it was trained on would be too easy to validate or test on. If its record has none
-        of these images, the splits stay as drawn.
+        If its record has none of these images, the splits stay as drawn.
         """
         if not record.digests.isdisjoint(map(self.digests.get, self._index.paths)):
             self._assign(splits.follow(self._index, self.digests, record), record.recipe)
@@ -189,11 +186,10 @@ class FineGrainedDataModule(L.LightningDataModule):
         # Made once, with workers that stay: every validation uses it.
         key = images, rank_and_world_size(self.trainer), self.preprocessing
         if key not in self._sample_loaders:
-            sample = shard(
-                splits.draw_sample(self.train, self.digests, images, self.seed), self.trainer
+            drawn = splits.draw_sample(self.train, self.digests, images, self.seed)
+            self._sample_loaders[key] = self._loader(
+                shard(drawn, self.trainer), self.preprocessing.evaluation(), max_workers=SAMPLE_WORKERS
             )
-            transform = self.preprocessing.evaluation()
-            self._sample_loaders[key] = self._loader(sample, transform, max_workers=SAMPLE_WORKERS)
         return self._sample_loaders[key]
 
     def evaluation_dataloader(

@@ -47,8 +47,7 @@ Findings = Mapping[str, Finding]  # by path
 def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
     """Return what is known of each image; those that are new, changed or were broken are read.
 
-    Processes that start together, such as ranks, wait for the first and read its cache, which is named
-    by `source`, the folder or list of the images.
+    Ranks that start together wait for the first and read its cache, named by the images' `source`.
     """
     cache = cache_file(source, ".json")
     with FileLock(cache.with_suffix(".lock")):
@@ -95,21 +94,16 @@ def broken(findings: Findings) -> dict[str, str]:
     return {path: finding.error for path, finding in findings.items() if finding.error}
 
 
-def write_broken(source: Path, reasons: Mapping[str, str]) -> Path:
-    """Write a line `path<TAB>reason` for each broken image; return the file."""
-    file = cache_file(source, "-broken.txt")
-    lines = (f"{os.path.abspath(path)}\t{reason}\n" for path, reason in reasons.items())
-    with atomic_write(file) as part:
-        part.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-    return file
-
-
 def without_broken(index: ImageIndex, findings: Findings, source: Path, skip: bool) -> ImageIndex:
-    """Return the index without images that cannot be decoded; raise UserError unless `skip`."""
-    reasons = broken(findings)
-    if not reasons:
+    """Return the index without images that cannot be decoded; raise UserError unless `skip`.
+
+    A file in the cache lists them, a line `path<TAB>reason` each.
+    """
+    if not (reasons := broken(findings)):
         return index
-    file = write_broken(source, reasons)
+    lines = (f"{os.path.abspath(path)}\t{reason}\n" for path, reason in reasons.items())
+    with atomic_write(file := cache_file(source, "-broken.txt")) as part:
+        part.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     if not skip:
         examples = listed((f"{path} ({reason})" for path, reason in reasons.items()), 3)
         raise UserError(

@@ -197,16 +197,12 @@ class Dogs(PublicSet):
     def read_official(self, folder: Path) -> ImageIndex:
         from scipy.io import loadmat  # as in torchvision: other sets do without
 
-        names: dict[int, str] = {}
-        splits: list[Samples] = []
-        for split in ("train", "test"):
-            lists = loadmat(folder / f"{split}_list.mat", squeeze_me=True)
-            labels = [int(label) - 1 for label in lists["labels"]]
-            files = [str(file) for file in lists["file_list"]]  # n02085620-Chihuahua/…jpg
-            names |= {k: Path(file).parent.name for file, k in zip(files, labels, strict=True)}
-            paths = [str(folder / "Images" / file) for file in files]
-            splits.append([*zip(paths, labels, strict=True)])
-        return ImageIndex([names[label] for label in range(len(names))], splits[0], test=splits[1])
+        entries = []
+        for split in ("train", "test"):  # files n02085620-Chihuahua/…jpg; labels are in this order
+            files = loadmat(folder / f"{split}_list.mat", squeeze_me=True)["file_list"]
+            paths = [folder / "Images" / file for file in files]
+            entries += [(str(path), path.parent.name, split) for path in paths]
+        return ImageIndex.of(entries)
 
 
 def _table(path: Path) -> dict[str, str]:

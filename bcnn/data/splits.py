@@ -171,14 +171,11 @@ def hold_out(
 ) -> tuple[set[str], set[str]]:
     """Return paths of about these shares of each class, at least one image for each and never all.
 
-    Digest and seed give every image a position from 0 to 1. Positions are ranked within a class; test
-    takes the first and validation the last. So names, order and other classes do not matter, copies of
-    a file stay together, and a file in two classes is not drawn.
-
-    If both are drawn, each counts the images on its own side of a line between them. The shares are
-    then approximate, but an added or removed image moves at most one other, hardly ever two. Exact
-    numbers cannot have this property: an image that comes first pushes another out of the first, and
-    makes room among the last.
+    Digest and seed give every image a position from 0 to 1. Within a class, test takes the first and
+    validation the last. So names, order and other classes do not matter, copies of a file stay
+    together, and a file in two classes is not drawn. If both are drawn, each counts the images on its
+    own side of a line between them. Shares are then approximate, but an added or removed image moves at
+    most one other, hardly ever two; exact numbers cannot have this property.
     """
     classes: dict[str, set[int]] = defaultdict(set)
     for path, label in samples:

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import set_up, write_classes, write_images
@@ -139,7 +138,6 @@ def test_a_network_s_preprocessing_is_used(images: Path) -> None:
 def test_images_are_loaded_at_the_side_that_they_are_resized_to(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is not the crop's: a third more than it here."""
     sides: list[int] = []
     picture = Image.new("RGB", (80, 80))
     monkeypatch.setattr(
@@ -148,7 +146,7 @@ def test_images_are_loaded_at_the_side_that_they_are_resized_to(
     data = set_up(images, size=48, crop_pct=0.75)
     for loader in (data.train_dataloader(), data.test_dataloader()):
         next(iter(loader))
-    assert {*sides} == {64}
+    assert {*sides} == {64}  # the crop's is 48
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -156,11 +154,9 @@ def test_training_images_are_cached_and_those_to_evaluate_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for number, name in enumerate(("train/a", "train/b", "val/a", "val/b")):
-        (tmp_path / "set" / name).mkdir(parents=True)
-        pixels = np.random.default_rng(number).integers(0, 255, (150, 200, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "set" / name / "0.jpg")
-    data = set_up(tmp_path / "set", cache=cache)
+    for split in ("train", "val"):
+        write_classes(tmp_path / "set" / split, a=1, b=1)
+    data = set_up(tmp_path / "set", cache=cache, size=12)
     for loader in (data.val_dataloader(), data.sample_dataloader(), data.train_dataloader()):
         assert not list(tmp_path.glob("cache/bcnn/reduced/*/*"))
         for _ in loader:

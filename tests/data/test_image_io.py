@@ -107,18 +107,16 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     assert np.asarray(load_image(tmp_path / "clear.png")).min() == 255
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-@pytest.mark.parametrize("bits", [0, 8, 10, 12, 14, 16])
-def test_grey_of_16_bits_keeps_its_brightness(tmp_path: Path, suffix: str, bits: int) -> None:
-    values = (RAMP * ((2**bits - 1) / 255)).astype(np.uint16)
-    pixels = np.asarray(load_image(save(values, tmp_path / f"a.{suffix}")))
-    assert abs(pixels - RAMP[..., None] * (bits > 0)).max() <= 1
+INTEGERS = [(s, "u2", 2**bits - 1) for s in ("png", "tif") for bits in (0, 8, 10, 12, 14, 16)]
+FLOATS = [("tif", "f4", white) for white in (1, 255, 4095, 65535)]
 
 
-@pytest.mark.parametrize("white", [1, 255, 4095, 65535])
-def test_grey_in_floats_keeps_its_brightness(tmp_path: Path, white: int) -> None:
-    path = save((RAMP * (white / 255)).astype(np.float32), tmp_path / "a.tif")
-    assert abs(np.asarray(load_image(path)) - RAMP[..., None]).max() <= 1
+@pytest.mark.parametrize(("suffix", "kind", "white"), INTEGERS + FLOATS)
+def test_grey_of_many_bits_keeps_its_brightness(
+    tmp_path: Path, suffix: str, kind: str, white: int
+) -> None:
+    pixels = np.asarray(load_image(save((RAMP * (white / 255)).astype(kind), tmp_path / f"a.{suffix}")))
+    assert abs(pixels - RAMP[..., None] * (white > 0)).max() <= 1
 
 
 def test_a_tiff_may_state_its_white(tmp_path: Path) -> None:

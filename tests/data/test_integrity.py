@@ -3,15 +3,14 @@
 import json
 import os
 import struct
-import subprocess
-import sys
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 from test_image_io import content_of, encoded
 
@@ -104,11 +103,15 @@ def jpegs(folder: Path, count: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-def test_intact_files_are_read_again_only_if_they_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inspected: list[str] = []
-    monkeypatch.setattr(integrity, "inspect", lambda path: inspected.append(path) or inspect(path))
+@pytest.fixture
+def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read from here on."""
+    paths: list[str] = []
+    monkeypatch.setattr(integrity, "inspect", lambda path: paths.append(path) or inspect(path))
+    return paths
+
+
+def test_intact_files_are_read_again_only_if_they_change(tmp_path: Path, inspected: list[str]) -> None:
     good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
     good.write_bytes(encoded("JPEG"))
     bad.write_bytes(b"")
@@ -123,29 +126,19 @@ def test_intact_files_are_read_again_only_if_they_change(
     assert check(tmp_path, paths)[str(good)].error
 
 
-RANK = """
-import os, sys, time
-from pathlib import Path
-from bcnn.data import integrity
+def test_of_two_ranks_that_start_together_one_reads_the_images(
+    tmp_path: Path, inspected: list[str]
+) -> None:
+    paths = jpegs(tmp_path, 3)
+    started = threading.Barrier(2)  # threads: the lock tells them apart as it does processes
 
-folder, paths, inspect = Path(sys.argv[1]), sys.argv[2:], integrity.inspect
+    def rank(number: int) -> dict[str, Finding]:
+        started.wait()
+        return check(tmp_path, paths)
 
-def read(path):
-    while len(list(folder.glob("ready-*"))) < 2:
-        time.sleep(0.2)  # which leaves the other rank the time to begin its check
-    print("read")
-    return inspect(path)
-
-integrity.inspect = read
-(folder / f"ready-{os.getpid()}").touch()
-integrity.check(folder, paths)
-"""
-
-
-def test_of_two_ranks_that_start_together_one_reads_the_images(tmp_path: Path) -> None:
-    start = [sys.executable, "-c", RANK, str(tmp_path), *jpegs(tmp_path, 3)]
-    ranks = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
-    assert sorted(rank.communicate()[0].count("read") for rank in ranks) == [0, 3]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2))
+    assert first == second and sorted(inspected) == paths
 
 
 def test_the_cache_survives_a_check_of_fewer_and_an_interrupted_one(

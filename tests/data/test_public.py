@@ -1,7 +1,6 @@
 """Public sets: small archives in each one's layout, downloaded through the code that users run."""
 
 import io
-import itertools
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,15 +12,15 @@ import numpy as np
 import pytest
 from conftest import configure
 from hydra.utils import instantiate
-from PIL import Image
 from scipy.io import savemat
+from test_image_io import encoded
 from torchvision.datasets import Flowers102
 
 from bcnn.data import public
 from bcnn.data.public import PublicSet
 from bcnn.utils.errors import UserError
 
-NUMBERS = itertools.count()  # no two images are the same
+JPEG = encoded("JPEG")
 Files = dict[str, bytes]
 Splits = dict[str, dict[str, str]]  # split → name of the image's file → class
 
@@ -32,13 +31,6 @@ class Toy(NamedTuple):
     kind: type[PublicSet]
     files: Files
     expected: Splits
-
-
-def jpeg() -> bytes:
-    pixels = np.random.default_rng(next(NUMBERS)).integers(0, 255, (36, 44, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def tar(members: Files, mode: str = "w:gz") -> bytes:
@@ -69,7 +61,7 @@ def birds(kind: type[PublicSet], classes: dict[int, str], folder: str, groups: l
         f"{folder}/images.txt": lines(f"{i} {path}" for i, path, _, _ in images),
         f"{folder}/image_class_labels.txt": lines(f"{i} {k}" for i, _, k, _ in images),
         f"{folder}/train_test_split.txt": lines(f"{i} {int(train)}" for i, _, _, train in images),
-        **{f"{folder}/images/{path}": jpeg() for _, path, _, _ in images},
+        **{f"{folder}/images/{path}": JPEG for _, path, _, _ in images},
     }
     expected: Splits = {"train": {}, "val": {}, "test": {}}
     for _, path, k, train in images:
@@ -91,7 +83,7 @@ def flowers102() -> Toy:
     ids = {"train": [3, 1, 5], "val": [2, 4, 9], "test": [6, 7, 8, 10, 11, 12]}
     labels = [1, 2, 3] * 4
     files = {
-        "102flowers.tgz": tar({f"jpg/image_{i:05d}.jpg": jpeg() for i in range(1, 13)}),
+        "102flowers.tgz": tar({f"jpg/image_{i:05d}.jpg": JPEG for i in range(1, 13)}),
         "imagelabels.mat": mat(labels=np.array([labels], np.uint8)),
         "setid.mat": mat(trnid=[ids["train"]], valid=[ids["val"]], tstid=[ids["test"]]),
     }
@@ -109,7 +101,7 @@ def pets() -> Toy:
             split = "trainval" if number < 4 else "test"
             rows[split].append(f"{file}_{number} {label} 1 1")
             expected["train" if number < 4 else "test"][f"{file}_{number}.jpg"] = breed
-    images = {f"images/{name}": jpeg() for split in expected.values() for name in split}
+    images = {f"images/{name}": JPEG for split in expected.values() for name in split}
     annotations = {f"annotations/{split}.txt": lines(rows[split]) for split in rows}
     files = {"images.tar.gz": tar(images), "annotations.tar.gz": tar(annotations)}
     return Toy(public.Pets, files, expected)
@@ -122,7 +114,7 @@ def dogs() -> Toy:
     lists: Files = {}
     for split, numbers in (("train", range(4)), ("test", range(4, 6))):
         rows = [(f"{name}/{name[:9]}_{n}.jpg", k) for k, name in enumerate(names, 1) for n in numbers]
-        images |= {f"Images/{path}": jpeg() for path, _ in rows}
+        images |= {f"Images/{path}": JPEG for path, _ in rows}
         expected[split] = {Path(path).name: names[k - 1] for path, k in rows}
         paths = np.array([[path] for path, _ in rows], object)
         lists[f"{split}_list.mat"] = mat(file_list=paths, labels=np.array([[k] for _, k in rows]))
