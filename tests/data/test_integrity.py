@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,13 @@ def jpegs(folder: Path, count: int) -> list[str]:
 def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read from here on."""
     paths: list[str] = []
-    monkeypatch.setattr(integrity, "inspect", lambda path: paths.append(path) or inspect(path))
+
+    def read(path: str) -> Finding:
+        paths.append(path)
+        time.sleep(0.1)  # in which another rank would begin
+        return inspect(path)
+
+    monkeypatch.setattr(integrity, "inspect", read)
     return paths
 
 
