@@ -160,11 +160,13 @@ class FineGrainedDataModule(L.LightningDataModule):
         weights = None
         if self.sampler == "balanced":
             weights = self.class_weights()[[label for _, label in self.train]]
-        epoch = partial(current_epoch, trainer) if trainer else None
         rank, ranks = rank_and_world_size(trainer)
         if len(self.train) < ranks:
             raise UserError(f"{len(self.train)} training images are too few for {ranks} devices")
-        return SeededSampler(len(self.train), self.seed, weights, epoch, rank, ranks)
+        sampler = SeededSampler(len(self.train), self.seed, weights, rank=rank, ranks=ranks)
+        if trainer:
+            sampler.epoch = partial(current_epoch, trainer)
+        return sampler
 
     def rank_batch(self, trainer: L.Trainer | None) -> int:
         """Return the number of images of a batch that a rank takes."""

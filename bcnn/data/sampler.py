@@ -1,5 +1,6 @@
 """An epoch's training images in seeded random order, and each rank's part of them."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -42,26 +43,23 @@ class ImageList(Dataset[tuple[Tensor, int]]):
 class SeededSampler(Sampler[Draw]):
     """Draws of an epoch's images, a function of seed and epoch alone.
 
-    Workers, random numbers drawn before, and interruptions do not change them. Ranks take the draws in
-    turn, so that a batch of all ranks together is the same for any number of ranks; the last few draws,
-    fewer than there are ranks, are left out.
+    Ranks take the draws in turn, so that a batch of all ranks together is the same for any number of
+    ranks; the last few draws, fewer than there are ranks, are left out.
     """
 
     count: int  # of images, and of draws an epoch over all ranks
     seed: int
     weights: Tensor | None = None  # (count,), of draws with replacement; None: every image once
-    epoch: Callable[[], int] | None = None  # gives the epoch that begins; None: passes are counted
+    # Gives the epoch that begins; by default, passes are counted.
+    epoch: Callable[[], int] = field(default_factory=lambda: itertools.count().__next__)
     rank: int = 0
     ranks: int = 1
-    _passes: int = field(default=0, init=False)
 
     def __len__(self) -> int:
         return self.count // self.ranks
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch = self._passes if self.epoch is None else self.epoch()
-        self._passes += 1
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch()))
         if self.weights is None:
             order = torch.randperm(self.count, generator=generator)
         else:

@@ -28,16 +28,14 @@ class SplitRecord:
     @classmethod
     def of(cls, index: ImageIndex, digests: Digests, recipe: Mapping[str, Any]) -> "SplitRecord":
         """Return the record of an index with splits drawn."""
-        train, val, test = (
-            frozenset(digests[path] for path, _ in samples) for samples in index.splits.values()
-        )
+        parts = index.splits.values()
+        train, val, test = (frozenset(digests[path] for path, _ in samples) for samples in parts)
         return cls(dict(recipe), train, val - train, test - train)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "SplitRecord":
         """Return the record that `plain` was called on."""
-        train, val, test = (frozenset(plain[name]) for name in ("train", "val", "test"))
-        return cls(dict(plain["recipe"]), train, val, test)
+        return cls(dict(plain["recipe"]), *(frozenset(plain[s]) for s in ("train", "val", "test")))
 
     def plain(self) -> dict[str, Any]:
         """Return lists, strings and numbers, for a file."""

@@ -42,9 +42,8 @@ class Preprocessing:
 
         Args:
             scale: least share of the image's area that a crop takes, of an aspect from 4:5 to 5:4
-                (Szegedy et al., "Going deeper with convolutions", CVPR 2015, §6). It is resized to nine
-                tenths of `size`, as crops show objects larger than evaluation does (Touvron et al.,
-                "Fixing the train-test resolution discrepancy", NeurIPS 2019, §3).
+                (Szegedy et al., CVPR 2015, §6). It is resized to nine tenths of `size`, as crops show
+                objects larger than evaluation does (Touvron et al., NeurIPS 2019, §3).
                 None: resize as in evaluation and crop `size`.
             stride: of the network's maps; the smaller side is a multiple of it.
             min_size: smallest side that the network takes.

@@ -9,7 +9,6 @@ from conftest import set_up, write_classes, write_images
 from PIL import Image
 
 from bcnn.data.datamodule import SAMPLE_WORKERS, FineGrainedDataModule
-from bcnn.data.index import ImageIndex
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Preprocessing
 from bcnn.utils.console import logger
@@ -50,17 +49,6 @@ def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
     assert set_up(tmp_path, seed=1).test != data.test
     assert lengths(set_up(tmp_path, val_fraction=0, test_fraction=0)) == (60, 0, 0)
     assert lengths(set_up(tmp_path, val_fraction=0)) == (48, 0, 12)
-
-
-def test_a_data_set_of_one_s_own_overrides_read_index(images: Path) -> None:
-    class Red(FineGrainedDataModule):
-        def read_index(self) -> ImageIndex:
-            paths = sorted(map(str, self.root.glob("train/*/*.png")))
-            return ImageIndex.of([(p, "red" if "/red/" in p else "other", "train") for p in paths])
-
-    data = Red(images, size=32, num_workers=0, val_fraction=0)
-    data.setup()
-    assert (data.classes, lengths(data)) == (["other", "red"], (18, 0, 0))
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,10 @@ def dogs() -> Toy:
     images: Files = {}
     lists: Files = {}
     for split, numbers in (("train", range(4)), ("test", range(4, 6))):
-        rows = [(f"{name}/{name[:9]}_{n}.jpg", k) for k, name in enumerate(names, 1) for n in numbers]
-        images |= {f"Images/{path}": JPEG for path, _ in rows}
-        expected[split] = {Path(path).name: names[k - 1] for path, k in rows}
-        paths = np.array([[path] for path, _ in rows], object)
-        lists[f"{split}_list.mat"] = mat(file_list=paths, labels=np.array([[k] for _, k in rows]))
+        paths = [f"{name}/{name[:9]}_{n}.jpg" for name in names for n in numbers]
+        images |= dict.fromkeys((f"Images/{path}" for path in paths), JPEG)
+        expected[split] = {Path(path).name: Path(path).parent.name for path in paths}
+        lists[f"{split}_list.mat"] = mat(file_list=np.array([[path] for path in paths], object))
     return Toy(public.Dogs, {"images.tar": tar(images, "w"), "lists.tar": tar(lists, "w")}, expected)
 
 
