@@ -1,5 +1,6 @@
 """Contact sheets: some images of every class in one picture, and pairs that look the same."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,12 +40,9 @@ def contact_sheet(classes: list[str], samples: Samples, picture: Path) -> None:
 
 def pair_sheet(pairs: Sequence[tuple[str, str]], picture: Path) -> None:
     """Write a PNG of the first `MOST_PAIRS` side by side, under the names of folders and files."""
-    cells = [
-        _cell("/".join(Path(path).parts[-2:]), [path], 2 * THUMB, 2 * THUMB)
-        for pair in pairs[:MOST_PAIRS]
-        for path in pair
-    ]
-    _save_grid(cells, picture)
+    paths = itertools.chain(*pairs[:MOST_PAIRS])
+    side = 2 * THUMB
+    _save_grid([_cell("/".join(Path(p).parts[-2:]), [p], side, side) for p in paths], picture)
 
 
 def _cell(caption: str, paths: list[str], width: int, side: int) -> Image.Image:

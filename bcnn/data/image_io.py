@@ -157,10 +157,8 @@ def _eight_bit_grey(image: Image.Image, bits: int) -> Image.Image:
     is_float = image.mode == "F"
     # Floats a little above 1 may be glare in an image of 0..1, which would be black if 255 were white.
     if not 0 <= low <= high <= 65535 or (is_float and 1 < high < 16):
-        raise ValueError(
-            f"its values run from {low:g} to {high:g} and it is unknown which is white: save it with "
-            "8 bits a channel"
-        )
+        values_run = f"its values run from {low:g} to {high:g} and it is unknown which is white"
+        raise ValueError(f"{values_run}: save it with 8 bits a channel")
     stated = 2**bits - 1 if bits < 16 else max(image.tag_v2.get(MAX_SAMPLE_VALUE, (0,)))  # type: ignore[attr-defined]
     most = max(high, stated if stated <= 65535 else 0)
     unit_range = is_float and high <= 1

@@ -137,8 +137,8 @@ def mistakes(index: ImageIndex, source: Path) -> list[str]:
         return [f"{source} has images of val or test only: add images to train on"]
     train, val, test = (index.counts(split) for split in index.splits)
     found = []
-    empty = [name for name, *n in zip(index.classes, train, val, test, strict=True) if not any(n)]
-    if empty:
+    counted = zip(index.classes, train, val, test, strict=True)
+    if empty := [name for name, *n in counted if not any(n)]:
         found.append(f"{source}: no images of the class {listed(empty)}; add some, or remove the class")
     for split, counts in (("val", val), ("test", test)):
         unknown = [index.classes[label] for label, n in enumerate(counts) if n and not train[label]]
@@ -197,9 +197,8 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
                 rows.append((line, cells))
             line = reader.line_num + 1
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{file}, line {line}: {error}: expected UTF-8 text, quotes in pairs"
-        ) from error
+        sentence = f"{file}, line {line}: {error}: expected UTF-8 text, quotes in pairs"
+        raise UserError(sentence) from error
     if not rows:
         raise UserError(f"{file} is empty: expected lines of path,label or path,label,split")
     names = ["path" if cell.lower() == "file_name" else cell.lower() for cell in rows[0][1]]

@@ -133,10 +133,8 @@ def validate_fractions(val_fraction: float, test_fraction: float | None) -> None
     """Raise UserError if a fraction is negative, or nothing is left to train on."""
     test = test_fraction or 0
     if val_fraction < 0 or test < 0 or val_fraction + test >= 1:
-        raise UserError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test}: choose from 0, together "
-            "under 1"
-        )
+        given = f"data.val_fraction={val_fraction} and data.test_fraction={test}"
+        raise UserError(f"{given}: choose from 0, together under 1")
 
 
 def fractions_to_draw(
