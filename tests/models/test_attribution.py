@@ -15,8 +15,8 @@ def model() -> BCNN:
     """In float64, with weights, biases and centering mean drawn at random."""
     torch.manual_seed(0)
     model = BCNN(list("abcd"), Preprocessing(64)).double()
-    for tensor in (model.head.weight, model.head.bias):
-        nn.init.normal_(tensor)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.head.bias)
     model.head.mean.normal_(std=0.003)
     return model
 
@@ -34,12 +34,9 @@ def test_shares_sum_to_the_logit_and_to_the_difference_of_two(model: BCNN, image
     one = evidence(model, images, TARGET)
     assert one.shape == (3, 4, 5) and not one.requires_grad
     torch.testing.assert_close(one.sum((1, 2)), logits[each, TARGET], rtol=0, atol=5e-6)
-    torch.testing.assert_close(
-        evidence(model, images, TARGET, AGAINST).sum((1, 2)),
-        logits[each, TARGET] - logits[each, AGAINST],
-        rtol=0,
-        atol=5e-6,
-    )
+    two = evidence(model, images, TARGET, AGAINST).sum((1, 2))
+    expected = logits[each, TARGET] - logits[each, AGAINST]
+    torch.testing.assert_close(two, expected, rtol=0, atol=5e-6)
 
 
 def test_a_share_is_a_part_of_the_logit_and_twice_the_gradient(model: BCNN, images: Tensor) -> None:

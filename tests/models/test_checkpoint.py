@@ -88,10 +88,9 @@ def described(model: BCNN, changes: dict[str, Any]) -> dict[str, Any]:
     about["split"] = {"recipe": {"seed": 0}, "train": ["a"], "val": [], "test": []}
     for place, value in changes.items():
         first, _, second = place.partition(".")
-        if second and isinstance(about.get(first), dict):
-            about[first][second] = value
-        elif not second:
-            about[first] = value
+        inside = about[first] if second else about
+        if isinstance(inside, dict):  # not changed before
+            inside[second or first] = value
     return about
 
 

@@ -14,18 +14,10 @@ SHAPES = [(1, 4, 2, 2), (3, 7, 5, 3), (2, 16, 1, 6)]
 
 
 def plain_full_descriptor(features: Tensor) -> Tensor:
-    """The original's formula, an outer product at a time: (batch, channels²)."""
-    channels, height, width = features.shape[1:]
-    rows = []
-    for image in features:
-        pooled = torch.zeros(channels, channels, dtype=features.dtype)
-        for y in range(height):
-            for x in range(width):
-                pooled = pooled + torch.outer(image[:, y, x], image[:, y, x])
-        flat = (pooled / (height * width)).flatten()
-        flat = torch.sign(flat) * torch.sqrt(flat.abs() + 1e-10)
-        rows.append(flat / max(flat.norm().item(), 1e-12))
-    return torch.stack(rows)
+    """The original's formula: (batch, channels, channels)."""
+    mean = torch.einsum("bihw,bjhw->bij", features, features) / features[0, 0].numel()
+    rooted = torch.sign(mean) * torch.sqrt(mean.abs() + 1e-10)
+    return rooted / torch.linalg.matrix_norm(rooted, keepdim=True)
 
 
 def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -36,8 +28,7 @@ def features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_descriptor_is_the_packed_form_of_the_original_formula(shape: tuple[int, ...]) -> None:
     x = features(shape)
-    full = plain_full_descriptor(x).view(shape[0], shape[1], shape[1])
-    packed = Bilinear(shape[1])(x)
+    full, packed = plain_full_descriptor(x), Bilinear(shape[1])(x)
     assert packed.shape == (shape[0], packed_size(shape[1]))
     torch.testing.assert_close(unpack(packed), full, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(packed, pack(full), rtol=1e-13, atol=1e-15)
@@ -170,35 +161,20 @@ def test_a_sketch_is_the_tensor_sketch_of_every_location() -> None:
     rows = torch.zeros(2, 16, dtype=torch.float64)
     for row, image in zip(rows, x.flatten(2), strict=True):
         for location in image.T:
-            spectra = torch.ones(16, dtype=torch.complex128)
-            for hashes, signs in zip(pool.hashes, pool.signs, strict=True):
-                count = torch.zeros(16, dtype=torch.float64)
-                for entry, sign, value in zip(hashes, signs, location, strict=True):
-                    count[entry] += sign * value
-                spectra = spectra * torch.fft.fft(count)
-            row += torch.fft.ifft(spectra).real / 6
+            signed = pool.signs * location
+            counts = [torch.bincount(h, v, 16) for h, v in zip(pool.hashes, signed, strict=True)]
+            row += torch.fft.ifft(torch.fft.fft(torch.stack(counts)).prod(dim=0)).real / 6
     torch.testing.assert_close(pool.pool(x), rows, rtol=1e-12, atol=1e-14)
 
 
-def test_a_sketch_keeps_inner_products() -> None:
-    x = features((8, 32, 4, 4)).relu()
-    full, sketched = (make_pooling(32, n, root=None)(x) for n in ("bilinear", "compact"))
-    assert (sketched @ sketched.mT - full @ full.mT).abs().max() < 0.05
-
-
-def test_a_sketch_is_drawn_by_its_own_seed_and_saved() -> None:
+def test_a_sketch_is_drawn_by_its_own_seed() -> None:
     state = torch.get_rng_state()
     pool = make_pooling(6, "compact")
     assert torch.equal(torch.get_rng_state(), state)
     # Frozen: stored weights rely on them.
-    assert pool.hashes[0].tolist() == [2732, 2607, 1653, 3264, 4931, 4859] and pool.signs[
-        1
-    ].tolist() == [-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]
-    other = make_pooling(6, "compact", seed=1)
-    x = features((1, 6, 2, 2))
-    assert not torch.allclose(other(x), pool(x))
-    other.load_state_dict(pool.state_dict())
-    assert torch.equal(other(x), pool(x))
+    assert pool.hashes[0].tolist() == [2732, 2607, 1653, 3264, 4931, 4859]
+    assert pool.signs[1].tolist() == [-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]
+    assert not torch.equal(make_pooling(6, "compact", seed=1).hashes, pool.hashes)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
@@ -212,9 +188,7 @@ def test_democratic_weights_equalise_contributions(gamma: float) -> None:
         weights = np.ones(6)
         for _ in range(10):
             contribution = weights * (kernel @ weights)
-            weights = weights * np.sqrt(
-                np.divide(alone**gamma, contribution, where=contribution > 0, out=0 * contribution)
-            )
+            weights = weights * np.sqrt(alone**gamma / np.where(alone > 0, contribution, 1))
         plain = sum(w * np.outer(f, f) for w, f in zip(weights, image.T, strict=True)) / 6
         np.testing.assert_allclose(matrix, plain, rtol=1e-10, atol=1e-14)
         contribution = weights * (kernel @ weights)

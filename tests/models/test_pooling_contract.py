@@ -80,16 +80,6 @@ def test_gradients_are_right(pool: Pooling, grid: tuple[int, int]) -> None:
     assert torch.autograd.gradcheck(lambda x: pool(x) @ direction, maps(2, grid).requires_grad_())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_descriptors_are_float32_under_autocast(pool: Pooling, dtype: torch.dtype) -> None:
-    x = (1e3 * maps()).to(dtype)  # whose squares float16 does not hold
-    single = pool.float()
-    with torch.autocast("cpu", dtype=dtype):
-        descriptors = single(x)
-    assert descriptors.dtype == torch.float32
-    torch.testing.assert_close(descriptors.double(), pool.double()(x.double()), rtol=0, atol=2e-5)
-
-
 @pytest.mark.fuzz
 @given(
     st.sampled_from(CHOICES),

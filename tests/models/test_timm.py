@@ -1,7 +1,6 @@
 """timm's networks as backbones."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +17,7 @@ from bcnn.utils.errors import UserError
 
 timm = pytest.importorskip("timm")
 
-# Families: a name, and the stride of the last maps.
-FAMILIES = {
+FAMILIES = {  # a name of each, and the stride of the last maps
     "resnet10t": 32,
     "convnext_atto": 32,
     "densenet121": 32,
@@ -33,12 +31,6 @@ def bilinear(name: str, size: int = 64) -> BCNN:
     torch.manual_seed(0)
     pooling = {"name": "compact", "width": 64}
     return BCNN(["a", "b"], Preprocessing(size), {"name": "timm", "model": name}, pooling)
-
-
-def original(name: str, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    network: nn.Module = timm.create_model(name, **options)
-    return network
 
 
 @pytest.mark.parametrize(("name", "stride"), FAMILIES.items())
@@ -62,7 +54,7 @@ def test_families_train_and_come_back(name: str, stride: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["densenet121", "vit_tiny_patch16_224"])
 def test_files_with_timms_names_give_timms_maps(name: str, tmp_path: Path) -> None:
-    theirs, model = original(name, num_classes=7).eval(), bilinear(name, 224)
+    theirs, model = timm.create_model(name, num_classes=7).eval(), bilinear(name, 224)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     initialise_backbone(model, str(tmp_path / "theirs.pth"))
     images = torch.rand(1, 3, 224, 224)
@@ -109,7 +101,7 @@ def test_unknown_names_are_refused(model: str, message: str) -> None:
 
 def test_published_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     hub, model = "timm.models._builder.load_state_dict_from_hf", bilinear("resnet10t.c3_in1k")
-    state = original("resnet10t").state_dict()
+    state = timm.create_model("resnet10t").state_dict()
     monkeypatch.setattr(hub, lambda *_, **__: dict(state))
     initialise_backbone(model, "pretrained")
     torch.testing.assert_close(model.backbone.network.conv1[0].weight, state["conv1.0.weight"])

@@ -21,9 +21,8 @@ IMAGENET = torch.tensor([0.485, 0.456, 0.406])
 @pytest.fixture(scope="module")
 def features() -> dict[str, Tensor]:
     """Weights under torchvision's names."""
-    backbone = network(seed=1).backbone
-    state = {f"features.{name}": value for name, value in backbone.features.state_dict().items()}
-    return {name: value.contiguous() for name, value in state.items()}
+    state = network(seed=1).backbone.features.state_dict()
+    return {f"features.{name}": value.contiguous() for name, value in state.items()}
 
 
 def weights(model: BCNN) -> Tensor:
