@@ -24,13 +24,8 @@ from bcnn.models.bilinear_cnn import BCNN
 def evidence(model: BCNN, images: Tensor, target: Tensor, against: Tensor | None = None) -> Tensor:
     """Return each location's share of a logit, or of the difference of two: (batch, h, w).
 
-    Each image's shares sum to logits[target] - logits[against], in float32 at least; locations above
-    zero are evidence for `target`.
-
-    Args:
-        images: (batch, 3, height, width), as the model takes them.
-        target: (batch,), the class of each image whose logit is decomposed.
-        against: (batch,), the class whose logit is subtracted: "why this and not that".
+    Each image's shares sum to logits[target] - logits[against], in float32 at least, with classes
+    `target` and `against` (batch,); locations above zero are evidence for `target`.
     """
     with torch.no_grad():
         maps = model.backbone(images)
@@ -57,5 +52,4 @@ def shares(model: BCNN, maps: Tensor, target: Tensor, against: Tensor | None = N
         total = gradient / model.pooling.degree
         logit = (weight * r).sum(dim=1) / norm[:, 0] + constant
         rest = (logit - total.sum(dim=1)) / total.shape[1]
-        total = total + (rest * r.any(dim=1))[:, None]
-    return total.unflatten(1, maps.shape[2:])
+        return (total + (rest * r.any(dim=1))[:, None]).unflatten(1, maps.shape[2:])

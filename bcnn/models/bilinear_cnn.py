@@ -53,13 +53,11 @@ class BCNN(nn.Module):
         self.classes = list(classes)
         self.preprocessing = preprocessing
         self.split = split
-        self.chosen: dict[str, Any] = {
-            "backbone": dict(backbone or DEFAULT["backbone"]),
-            "pooling": dict(pooling or DEFAULT["pooling"]),
-            "project": project,
-        }
-        self.backbone = make_backbone(**self.chosen["backbone"], project=project)
-        self.pooling = make_pooling(self.backbone.channels, **self.chosen["pooling"])
+        backbone, pooling = dict(backbone or DEFAULT["backbone"]), dict(pooling or DEFAULT["pooling"])
+        chosen: dict[str, Any] = {"backbone": backbone, "pooling": pooling, "project": project}
+        self.chosen = chosen
+        self.backbone = make_backbone(**backbone, project=project)
+        self.pooling = make_pooling(self.backbone.channels, **pooling)
         self.head = Head(self.pooling.width, len(self.classes))
         self.backbone.initialise()  # after the head, whose draws come first for a seed
         self.to(memory_format=torch.channels_last)
@@ -89,7 +87,6 @@ class BCNN(nn.Module):
             images: a path, a PIL image or an array (height, width, 3) of uint8, or a list of them,
                 preprocessed as in evaluation; or a tensor (batch, 3, height, width), uint8 in 0..255 or
                 floating point in 0..1, taken without preprocessing.
-            batch_size: images in memory at a time.
         """
         if isinstance(images, str | Path | Image.Image):
             images = [images]

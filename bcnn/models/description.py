@@ -14,8 +14,7 @@ LARGEST = 8192  # px, of the short side of a resized image: a larger one takes g
 def build(description: Mapping[str, Any]) -> BCNN:
     """Build the network that `BCNN.description` describes, with new weights.
 
-    Raises:
-        UserError: a value would silently give another network, or take any amount of memory.
+    A value that would silently give another network, or take any amount of memory, is a UserError.
     """
     classes, split = description["classes"], description["split"]
     preprocessing = Preprocessing(**description["preprocessing"])
@@ -30,13 +29,9 @@ def build(description: Mapping[str, Any]) -> BCNN:
     }
     if wrong := [name for name, is_valid in valid.items() if not is_valid]:
         raise UserError(f"its description has no valid {', '.join(wrong)}")
+    network = {name: description[name] for name in ("backbone", "pooling", "project")}
     return BCNN(
-        classes,
-        preprocessing,
-        description["backbone"],
-        description["pooling"],
-        description["project"],
-        SplitRecord.from_plain(split) if split else None,
+        classes, preprocessing, **network, split=SplitRecord.from_plain(split) if split else None
     )
 
 

@@ -34,15 +34,14 @@ def export_model(
 ) -> tuple[float, float]:
     """Write a model to a file, load it again, and compare the outputs of both.
 
+    Returns the largest difference between the outputs, and the largest output. A file that does not
+    agree with the model never gets the name `path`.
+
     Args:
         model: on the CPU, in evaluation mode.
-        path: a file that does not agree with the model never gets this name.
         softmax: give probabilities instead of logits (onnx and pt2).
         images: files to compare the outputs on; none: random images.
         progress: wraps the batches of the comparison, as to show a bar.
-
-    Returns:
-        The largest difference between the outputs, and the largest output.
     """
     write, read = FORMATS[format]
     path = Path(path)
@@ -53,8 +52,13 @@ def export_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters', about their own code
             write(model, file, softmax)
+        network = nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
         batches = progress(_comparison_images(model, images))
-        difference, largest = compare(_network(model, softmax), read(file), batches)
+        loaded = read(file)
+        with torch.no_grad():
+            outputs = torch.cat([torch.stack([network(x), loaded(x)], dim=1) for x in batches])
+        # torch's max keeps a nan
+        difference, largest = (float(t.abs().max()) for t in (outputs.diff(dim=1), outputs[:, 0]))
         if not difference <= TOLERANCE * largest:  # nor nan
             raise UserError(
                 f"{path} would differ from the model by {difference:.1e}, where outputs are up to "
@@ -64,18 +68,6 @@ def export_model(
             with atomic_write(path.with_name(written.name)) as part:
                 written.replace(part)
     return difference, largest
-
-
-@torch.no_grad()
-def compare(a: Network, b: Network, batches: Iterable[Tensor]) -> tuple[float, float]:
-    """Return the largest difference between two networks' outputs, and the largest output."""
-    outputs = torch.cat([torch.stack([a(images), b(images)], dim=1) for images in batches])
-    largest = outputs[:, 0].abs().max()
-    return float(outputs.diff(dim=1).abs().max()), float(largest)  # torch's max keeps a nan
-
-
-def _network(model: nn.Module, softmax: bool) -> nn.Module:
-    return nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
 
 
 def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:
@@ -130,8 +122,8 @@ def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
 
 def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    batch = ({0: Dim("batch")},)
-    return torch.export.export(_network(model, softmax), (example,), dynamic_shapes=batch)
+    network = nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
+    return torch.export.export(network, (example,), dynamic_shapes=({0: Dim("batch")},))
 
 
 # How to write each format, and how to load it as a network.

@@ -19,11 +19,7 @@ PREFIXES = ("module.", "model.")  # put before the names by DataParallel, and by
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file by name, and the description or the metadata beside them.
-
-    Raises:
-        UserError: it is damaged, compressed, or holds more than tensors and plain values.
-    """
+    """Return the tensors of a file by name, and the description or the metadata beside them."""
     path = Path(path).expanduser()
     path.open("rb").close()
     try:

@@ -13,9 +13,7 @@ from bcnn.models.pooling.bilinear import pack, unpack
 from bcnn.utils.errors import UserError
 
 CHANNELS = 512  # of VGG-16's relu5_3
-
-# Names of their classifiers, and the square root that each is trained on.
-CLASSIFIERS = {"classifiers.0": "signed", "fc": "plain"}
+CLASSIFIERS = {"classifiers.0": "signed", "fc": "plain"}  # with the root that each is trained on
 
 
 def is_original(tensors: dict[str, Tensor]) -> bool:
@@ -65,7 +63,7 @@ def to_original(model: BCNN) -> dict[str, Tensor]:
     chosen = {**model.chosen, "pooling": {"root": "signed", **model.chosen["pooling"]}}
     if chosen != {**DEFAULT, "pooling": {"name": "bilinear", "root": "signed"}, "project": None}:
         raise UserError(
-            "the original's layout is for backbone vgg16 with pooling bilinear and signed roots alone"
+            "the original's layout is for vgg16 with bilinear pooling and signed roots alone"
         )
     backbone, head = model.backbone, model.head
     state = {key: value for key, value in backbone.state_dict().items() if key.startswith("features.")}

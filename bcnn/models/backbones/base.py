@@ -50,10 +50,9 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the maps (batch, channels, height // stride, width // stride).
+        """Images (batch, 3, height, width) → maps (batch, channels, height // stride, width // stride).
 
-        Args:
-            images: (batch, 3, height, width), RGB, uint8 in 0..255 or floating point in 0..1.
+        Images are RGB, uint8 in 0..255 or floating point in 0..1.
         """
         return self.projection(self.unprojected(images))
 

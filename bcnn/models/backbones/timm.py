@@ -25,7 +25,7 @@ class Timm(Backbone):
         super().__init__()
         self.model = model
         self.network = _create(model)
-        self.published: dict[str, Any] = self.network.pretrained_cfg
+        published: dict[str, Any] = self.network.pretrained_cfg
         self.levels = self.network.prune_intermediate_layers([level], prune_norm=False)
         info = self.network.feature_info
         chosen = (info if isinstance(info, list) else info.info)[self.levels[-1]]
@@ -35,13 +35,12 @@ class Timm(Backbone):
         with suppress(AssertionError):  # raised by networks without gradient checkpointing
             self.network.set_grad_checkpointing(True)
             self.supports_grad_checkpointing = True
-        self.licence = self.published.get("license") or ""
-        if self.published.get("interpolation") != "bilinear":
+        self.licence = published.get("license") or ""
+        if published.get("interpolation") != "bilinear":
             self.interpolation = "bicubic"  # timm's default
-        self.set_normalization(self.published["mean"], self.published["std"])
+        self.set_normalization(published["mean"], published["std"])
 
     def download(self, weights: str) -> dict[str, Tensor]:
-        """Return the weights that timm publishes under the network's name."""
         network = _create(self.model, pretrained=True)
         network.prune_intermediate_layers(self.levels, prune_norm=False)
         return self.convert(network.state_dict())

@@ -78,8 +78,9 @@ class VGG16(Backbone):
         the activations (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
         """
         channels_last = self.features[0].weight.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x = x.contiguous(memory_format=layout)
+        x = x.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
         recomputing = self.grad_checkpointing or (channels_last and x.device.type == "cpu")
         if not (recomputing and torch.is_grad_enabled()):
             return self.features(x)

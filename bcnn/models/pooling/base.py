@@ -19,11 +19,9 @@ class Pooling(nn.Module):
         self.channels = channels
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
-        """Return descriptors (batch, width) before normalisation.
+        """Maps (batch, channels, h, w), float32 at least → descriptors before normalisation.
 
-        Args:
-            maps: (batch, channels, h, w), in float32 at least.
-            mass: (batch, h · w), how much each location counts; None: 1.
+        `mass` (batch, h · w) is how much each location counts; None: 1.
         """
         raise NotImplementedError
 

@@ -15,13 +15,10 @@ from bcnn.models.pooling.bilinear import ROOTS, Bilinear
 
 
 class Compact(Bilinear):
-    """A sketch of `width` entries of the pooled matrix, and a root (of `ROOTS`) of its entries.
+    """A sketch of `width` entries of the pooled matrix, and a root (of `ROOTS`) of its entries."""
 
-    `seed` is that of the hashes, which are saved with the weights.
-    """
-
-    hashes: Tensor  # (2, channels): h and k
-    signs: Tensor  # (2, channels): s and t
+    hashes: Tensor  # (2, channels): h and k, drawn with `seed`, saved with the weights
+    signs: Tensor  # (2, channels): s and t, likewise
 
     def __init__(
         self, channels: int, width: int = 8192, root: str | None = "signed", seed: int = 0

@@ -41,4 +41,4 @@ class Democratic(Bilinear):
         for _ in range(STEPS):
             others = (kernel @ (mass * weights)[..., None]).squeeze(-1).masked_fill(silent, 1)
             weights = (weights * target / others).sqrt()
-        return (x * (mass * weights)[:, None]) @ x.mT / x.shape[2]
+        return super().matrix(maps, mass * weights)

@@ -37,18 +37,13 @@ class NewtonSchulz(Bilinear):
         gram = b.mT @ b if thin else b @ b.mT
         # The trace keeps the result homogeneous; clamped, its root has a finite gradient at zero.
         trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None].clamp_min(1e-24)
-        root, inverse = newton_schulz(gram / trace)
-        return b @ inverse @ b.mT * trace.rsqrt() if thin else root * trace.sqrt()
-
-
-def newton_schulz(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return roots of symmetric matrices (n, c, c) with eigenvalues in 0..1, and their inverses."""
-    eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-    y, z = a, eye.expand_as(a)
-    low = SMALLEST  # roots that began in `SMALLEST`..1 are in low..1
-    while low < 1 - 1e-4:
-        scale = (3 / (1 + low + low**2)) ** 0.5
-        t = 1.5 * scale * eye - 0.5 * scale**3 * (z @ y)
-        y, z = y @ t, t @ z
-        low = scale * low * (3 - (scale * low) ** 2) / 2
-    return y, z
+        y = gram / trace
+        eye = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+        z = eye.expand_as(y)
+        low = SMALLEST  # roots that began in `SMALLEST`..1 are in low..1
+        while low < 1 - 1e-4:
+            scale = (3 / (1 + low + low**2)) ** 0.5
+            t = 1.5 * scale * eye - 0.5 * scale**3 * (z @ y)
+            y, z = y @ t, t @ z
+            low = scale * low * (3 - (scale * low) ** 2) / 2
+        return b @ z @ b.mT * trace.rsqrt() if thin else y * trace.sqrt()
