@@ -48,7 +48,7 @@ class ReportContent:
 def write_report(page: Path, content: ReportContent, attributions: Attributions | None = None) -> None:
     """Write the report, with attributions of its `confident_mistakes(MISTAKES)` by their index."""
     predictions, held_out = content.predictions, content.held_out
-    pairs = confused_pairs(predictions, PAIRS)
+    order = confusion_order(predictions)
     write_page(
         page,
         "report.html",
@@ -58,13 +58,19 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         metrics=displayed(predictions),
         change=_change(content.before, predictions),
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(content.stages, metric))],
-        matrix=_matrix(predictions),
-        pairs=[(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs],
-        mistakes=_examples(predictions, predictions.confident_mistakes(MISTAKES)),
+        names=[predictions.classes[index] for index in order],
+        confusion=predictions.confusion[order][:, order],
+        pairs=[
+            (_side(predictions, a, b), _side(predictions, b, a))
+            for a, b in confused_pairs(predictions, PAIRS)
+        ],
+        mistakes=predictions.confident_mistakes(MISTAKES),
         attributions=attributions or {},
-        doubts=held_out and _examples(held_out, held_out.confident_mistakes(DOUBTS)),
+        doubts=held_out and held_out.confident_mistakes(DOUBTS),
         classes=per_class(predictions),
         calibration=Markup(calibration_svg(*calibration(predictions))),
+        changes=CHANGES,
+        changed=CHANGED,
         small=SMALL,
     )
 
@@ -94,26 +100,6 @@ def thumbnail(picture: Image.Image | str, side: int = THUMBNAIL) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _examples(
-    predictions: Predictions, indices: Sequence[int], side: int = THUMBNAIL
-) -> list[dict[str, Any]]:
-    """Return a picture and the prediction of each of these images."""
-    names = predictions.classes
-    return [
-        {
-            "index": index,
-            "path": predictions.paths[index],
-            "picture": thumbnail(predictions.paths[index], side),
-            "truth": names[predictions.labels[index]],
-            "predicted": names[predictions.predicted[index]],
-            "confidence": float(predictions.confidence[index]),
-            "true_probability": float(predictions.true_probability[index]),
-            "wrong": not predictions.correct[index],
-        }
-        for index in indices
-    ]
-
-
 def _change(before: Before | None, after: Predictions) -> dict[str, Any] | None:
     """Return the metrics of the stage before, and images that only one stage classified correctly."""
     if before is None:
@@ -123,16 +109,11 @@ def _change(before: Before | None, after: Predictions) -> dict[str, Any] | None:
     if images != others:
         return None
 
-    def examples(right: Predictions, wrong: Predictions) -> tuple[int, list[dict[str, Any]]]:
-        changed = [i for i in wrong.confident_mistakes(len(wrong.paths)) if right.correct[i]]
-        return len(changed), _examples(wrong, changed[:CHANGES], CHANGED)
+    def mistakes(right: Predictions, wrong: Predictions) -> list[int]:
+        return [i for i in wrong.confident_mistakes(len(wrong.paths)) if right.correct[i]]
 
-    return {
-        "before": name,
-        "metrics": displayed(earlier),
-        "corrected": examples(after, earlier),
-        "lost": examples(earlier, after),
-    }
+    corrected, lost = (earlier, mistakes(after, earlier)), (after, mistakes(earlier, after))
+    return {"before": name, "metrics": displayed(earlier), "corrected": corrected, "lost": lost}
 
 
 def _side(predictions: Predictions, one: int, other: int) -> dict[str, Any]:
@@ -145,18 +126,7 @@ def _side(predictions: Predictions, one: int, other: int) -> dict[str, Any]:
         "name": predictions.classes[one],
         "images": len(members),
         "mistaken": int(mistaken.sum()),
-        "examples": _examples(predictions, closest.tolist()),
-    }
-
-
-def _matrix(predictions: Predictions) -> dict[str, Any]:
-    """Return the confusion matrix: names, images of each row, and its cells (row, column, images)."""
-    order = confusion_order(predictions)
-    confusion = predictions.confusion[order][:, order]
-    return {
-        "names": [predictions.classes[index] for index in order],
-        "images": confusion.sum(dim=1).tolist(),
-        "cells": [(i, j, int(confusion[i, j])) for i, j in confusion.nonzero().tolist()],
+        "examples": closest.tolist(),
     }
 
 
