@@ -101,10 +101,8 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
     axes = figure.subplots(1, 3)
     axes[0].imshow(crop)
     axes[0].set_title("input crop", fontsize=10)
-    for panel, words, values in (
-        (axes[1], "", explanation.evidence),
-        (axes[2], against, explanation.contrast),
-    ):
+    maps = (explanation.evidence, explanation.contrast)
+    for panel, words, values in zip(axes[1:], ("", against), maps, strict=True):
         limit = float(values.abs().max()) or 1.0
         panel.imshow(explanation.drawn(SIDE, values, limit))
         title = printable_lines(f"{target}\n{words}{values.sum():+.2f} logits")
@@ -119,10 +117,7 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
 def explain_mistakes(
     model: BCNN, predictions: Predictions, mistakes: Sequence[int], side: int
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
-    """Draw the attributions of the predicted and of the true class of images, by their indices.
-
-    The long side has `side` px; both pictures of an image have one colour scale.
-    """
+    """Draw the attributions of the predicted and of the true class, in one colour scale per image."""
     pictures = {}
     for index in track(mistakes, "explaining mistakes"):
         image = load_image(predictions.paths[index], model.preprocessing.side)

@@ -12,12 +12,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of
 
 
 def overlay(image: Image.Image, box: Box, shares: np.ndarray, limit: float) -> Image.Image:
-    """Return the image in grey, coloured by the attribution: orange for a class, purple against it.
+    """Return the image in grey, coloured by the shares (height, width) of the locations in a box.
 
-    Args:
-        box: part of the image that the shares cover.
-        shares: (height, width), a number per location.
-        limit: share with the full colour; weaker ones let more of the image through.
+    A share of `limit` has the full colour; weaker ones let more of the image through.
     """
     left, top, right, bottom = (round(edge) for edge in box)
     right, bottom = max(right, left + 1), max(bottom, top + 1)  # of an image a pixel wide, too

@@ -38,9 +38,7 @@ def open_model(path: Path, classes: list[str] | None = None) -> BCNN:
 def probabilities(
     model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False
 ) -> Tensor:
-    """Return class probabilities (batch, classes) of images or stored descriptors.
-
-    They are in float32, on the CPU; nan for an image whose logits are not all finite.
+    """Return class probabilities (batch, classes) by `softmax`, of images or stored descriptors.
 
     Args:
         inputs: images (batch, 3, height, width), or descriptors (batch, width).
@@ -71,14 +69,10 @@ def predict_paths(
     workers: int | None = None,
     mirror: bool = False,
 ) -> Iterator[Prediction]:
-    """Yield predictions of image files in their order, holding a few batches in memory at a time.
+    """Yield the `top` classes of image files in their order, holding a few batches in memory at a time.
 
-    An image that cannot be read yields a `Prediction` with an error, and the others follow.
-
-    Args:
-        top: classes per image, at most all.
-        batch: images per forward pass; None: what is fastest.
-        workers: processes that decode; None: see `default_workers`.
+    An image that cannot be read yields a `Prediction` with an error, and the others follow. None for
+    `batch` and `workers` is what suits the machine.
     """
     device = model.head.bias.device.type
     workers = default_workers() if workers is None else workers
@@ -109,12 +103,9 @@ def predict_split(
     precision: str | None = None,
     mirror: bool = False,
 ) -> Predictions:
-    """Return the model's class probabilities for labelled images.
+    """Return the class probabilities of labelled images; the model is left in evaluation mode.
 
-    Args:
-        model: left in evaluation mode.
-        samples: (path, label) of the images, in the order of `batches`.
-        batches: of (inputs, labels); inputs, precision and mirror as for `probabilities`.
+    Samples are (path, label), in the order of the batches (inputs, labels); see `probabilities`.
     """
     model.eval()
     parts = []

@@ -90,10 +90,9 @@ def per_class(predictions: Predictions) -> list[ClassMetrics]:
     """Return the metrics of every class, in the order of the classes."""
     confusion, names = predictions.confusion, predictions.classes
     mistakes, others = (confusion - confusion.diag().diag()).max(dim=1)
-    counts = (confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag(), mistakes, others)
-    found = []
-    for name, *row in zip(names, *(count.tolist() for count in counts), strict=True):
-        images, predicted, hits, mistaken, other = row
+    counts = [confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag(), mistakes, others]
+    table, found = torch.stack(counts, dim=1).tolist(), []
+    for name, (images, predicted, hits, mistaken, other) in zip(names, table, strict=True):
         recall, precision = proportion(hits, images), proportion(hits, predicted)
         mistaken_for = f"{names[other]} ({mistaken})" if mistaken else ""
         found.append(ClassMetrics(name, images, predicted, recall, precision, mistaken_for))

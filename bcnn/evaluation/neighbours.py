@@ -17,9 +17,7 @@ def descriptors(
 ) -> Iterator[Tensor]:
     """Yield the descriptors (batch, width) of each batch, in float32, on the model's device.
 
-    Args:
-        batches: of (inputs, labels); inputs are images, or stored descriptors.
-        precision: Lightning's name; None: the fastest of the model's device.
+    Batches are (inputs, labels); inputs and precision as for `bcnn.evaluation.inference.probabilities`.
     """
     device = model.head.bias.device
     for inputs, _ in batches:
@@ -30,14 +28,10 @@ def descriptors(
 
 
 def nearest(queries: Tensor, others: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` nearest of other descriptors for each query, at most all.
+    """Return distances and indices (n, count) of the nearest descriptors, at most all, on the CPU.
 
-    Args:
-        queries: (n, width), of unit length.
-        others: batches (m, width) of the same, one of which is in memory at a time.
-
-    Returns:
-        Distances, 0 (equal) to √2 (orthogonal), and indices, (n, count), nearest first, on the CPU.
+    Queries (n, width) and batches of others (m, width) have unit length. Distances lie between 0
+    (equal) and √2 (orthogonal), the nearest first. One batch is in memory at a time.
     """
     distances, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     seen = 0
@@ -62,9 +56,7 @@ def nearest_images(
 ) -> list[list[Neighbour]]:
     """Return path, class and distance of the `count` nearest images of each image, nearest first.
 
-    Args:
-        queries, others: batches as for `descriptors`.
-        samples: (path, label) of the images in `others`, in the same order.
+    Batches are as for `descriptors`; `samples` are (path, label) of the images in `others`.
     """
     asked = torch.cat([*descriptors(model, queries, precision)])
     shown = track(descriptors(model, others, precision), "nearest images", unit="batches")

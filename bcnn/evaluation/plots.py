@@ -58,17 +58,16 @@ def calibration_svg(images: Array, confidence: Array, accuracy: Array) -> str:
 def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
     """Plot validation top-1 over the values of an option, a dot per job, the best of which comes first.
 
-    An axis of numbers is logarithmic where they span a decade. Where values repeat, a line connects the
-    means.
+    An axis of numbers is logarithmic where they span a decade. A line connects the means of a value.
     """
-    texts = sorted(set(values))
+    texts, places = np.unique(values, return_inverse=True)
     try:
         x = np.array(values, float)
         numeric = np.isfinite(x).all()
     except ValueError:
         numeric = False
     if not numeric:
-        x = np.array([texts.index(value) for value in values], float)
+        x = places.astype(float)
     distinct, jobs = np.unique(x, return_inverse=True)
     with rc_context(fname=STYLE):
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
@@ -81,8 +80,7 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
                 axes.set_xticks(distinct, [f"{number:g}" for number in distinct])
                 axes.minorticks_off()
         else:
-            names = [text if len(text) <= 14 else f"{text[:13]}…" for text in texts]
-            axes.set_xticks(distinct, names)
+            axes.set_xticks(distinct, [text if len(text) <= 14 else f"{text[:13]}…" for text in texts])
             axes.set_xlim(-0.5, len(texts) - 0.5)
         if len(distinct) < len(values):
             means = np.bincount(jobs, top1) / np.bincount(jobs)
@@ -113,9 +111,8 @@ def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figu
                 axes.plot(*zip(*curve, strict=True), "o-", ms=3, lw=1.6, color=colour, label=split)
         if weights := columns.get("l2", []):
             labelled = weights[:: -(-len(weights) // 5)]  # more labels would overlap
-            axes.set_xticks(
-                [epoch for epoch, _ in labelled], [f"{weight:.2g}" for _, weight in labelled]
-            )
+            ticks = [(epoch, f"{weight:.2g}") for epoch, weight in labelled]
+            axes.set_xticks(*zip(*ticks, strict=True))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set(title=title, xlabel="λ, weight of ‖W‖²/2" if weights else "epoch")
@@ -130,13 +127,12 @@ def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figu
 def _columns(metrics_csv: Path) -> dict[str, list[tuple[int, float]]]:
     """Return (epoch, number) of what was logged, by column; epoch 0 is before the first step."""
     columns: dict[str, list[tuple[int, float]]] = {}
-    if metrics_csv.is_file():  # there may be no CSV logger
-        with metrics_csv.open() as file:
-            for row in csv.DictReader(file):
-                epoch = int(row["epoch"]) + 1 if row.get("epoch") else 0
-                for name, number in row.items():
-                    if number:
-                        columns.setdefault(name, []).append((epoch, float(number)))
+    lines = metrics_csv.read_text().splitlines() if metrics_csv.is_file() else []  # of a CSV logger
+    for row in csv.DictReader(lines):
+        epoch = int(row["epoch"]) + 1 if row.get("epoch") else 0
+        for name, number in row.items():
+            if number:
+                columns.setdefault(name, []).append((epoch, float(number)))
     return columns
 
 

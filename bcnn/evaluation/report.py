@@ -48,7 +48,7 @@ class ReportContent:
 def write_report(page: Path, content: ReportContent, attributions: Attributions | None = None) -> None:
     """Write the report, with attributions of its `confident_mistakes(MISTAKES)` by their index."""
     predictions, held_out = content.predictions, content.held_out
-    order = confusion_order(predictions)
+    order, pairs = confusion_order(predictions), confused_pairs(predictions, PAIRS)
     write_page(
         page,
         "report.html",
@@ -56,14 +56,11 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         mistaken=int((~predictions.correct).sum()),
         now=datetime.now().astimezone(),
         metrics=displayed(predictions),
-        change=_change(content.before, predictions),
+        change=content.before and _change(*content.before, predictions),
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(content.stages, metric))],
         names=[predictions.classes[index] for index in order],
         confusion=predictions.confusion[order][:, order],
-        pairs=[
-            (_side(predictions, a, b), _side(predictions, b, a))
-            for a, b in confused_pairs(predictions, PAIRS)
-        ],
+        pairs=[(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs],
         mistakes=predictions.confident_mistakes(MISTAKES),
         attributions=attributions or {},
         doubts=held_out and held_out.confident_mistakes(DOUBTS),
@@ -100,11 +97,8 @@ def thumbnail(picture: Image.Image | str, side: int = THUMBNAIL) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _change(before: Before | None, after: Predictions) -> dict[str, Any] | None:
+def _change(name: str, earlier: Predictions, after: Predictions) -> dict[str, Any] | None:
     """Return the metrics of the stage before, and images that only one stage classified correctly."""
-    if before is None:
-        return None
-    name, earlier = before
     images, others = ((x.classes, x.paths, x.labels.tolist()) for x in (after, earlier))
     if images != others:
         return None

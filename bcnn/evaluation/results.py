@@ -29,14 +29,10 @@ PREDICTIONS = "predictions.npz"  # in the folder of a stage
 def open_split(
     ckpt: Path, images: Path, split: str
 ) -> tuple[FineGrainedDataModule, list[tuple[str, int]], BCNN]:
-    """Open a checkpoint and a split of images, matching classes by name.
+    """Open a checkpoint and a split of an image folder or list, matching classes by name.
 
-    Args:
-        images: an image folder, or a list of images.
-        split: "test", "val", "train" or "all"; see `bcnn.data.splits.choose`.
-
-    Returns:
-        The data module, (path, label of the model) of the split's images, and the model.
+    Return the data module, (path, label of the model) of the images, and the model. The split is one of
+    `bcnn.data.splits.choose`.
     """
     source: dict[str, Any] = {"list" if images.is_file() else "root": images}
     data = FineGrainedDataModule(**source, on_invalid_image="skip")
@@ -68,8 +64,8 @@ def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
     _write_classes(folder / "classes.csv", predictions)
     write_images(folder / "predictions.csv", predictions)
     predictions.save(folder / PREDICTIONS)
-    mistakes = predictions.confident_mistakes(MISTAKES)
-    write_report(report, content, explain_mistakes(model, predictions, mistakes, THUMBNAIL))
+    pictures = explain_mistakes(model, predictions, predictions.confident_mistakes(MISTAKES), THUMBNAIL)
+    write_report(report, content, pictures)
     return report
 
 
