@@ -42,9 +42,7 @@ class OptunaSweeper(BasicSweeper):
         space = {name: _distribution(each) for name, each in given.items() if each.is_sweep_override()}
         fixed = [f"{k}={v.get_value_element_as_str()}" for k, v in given.items() if k not in space]
         if not space:
-            raise UserError(
-                "hparams_search=optuna has nothing to search: give an option several values"
-            )
+            raise UserError("hparams_search=optuna has nothing to search: vary an option")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         folder = Path(self.config.hydra.sweep.dir)
         OmegaConf.save(self.config, folder / COMMAND)

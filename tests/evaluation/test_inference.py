@@ -41,16 +41,6 @@ def test_predictions_come_before_the_list_is_read_to_its_end(tiny: BCNN, paths: 
     assert first.pairs[0][1] == pytest.approx(tiny.predict(paths[0]).max().item(), abs=0.01)
 
 
-@pytest.mark.parametrize(("fastest", "sizes"), [("32-true", [2, 2, 2]), ("bf16-mixed", [6])])
-def test_a_cpu_in_float32_takes_few_images_at_a_time(
-    tiny: BCNN, paths: list[Path], monkeypatch: pytest.MonkeyPatch, fastest: str, sizes: list[int]
-) -> None:
-    found: list[int] = []
-    tiny.register_forward_pre_hook(lambda _, inputs: found.append(len(inputs[0])))
-    monkeypatch.setattr("bcnn.evaluation.inference.fastest_precision", lambda _: fastest)
-    assert len(list(predict_paths(tiny, [*map(str, paths)], workers=0))) == 6 and found == sizes
-
-
 def test_descriptors_and_mirrored_images_of_a_split(tiny: BCNN, images: Path) -> None:
     data = folder_data(images)
     batches = [*data.test_dataloader()]

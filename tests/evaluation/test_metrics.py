@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest, ttest_1samp
-from sklearn.metrics import (
-    balanced_accuracy_score,
-    log_loss,
-    precision_recall_fscore_support,
-    top_k_accuracy_score,
-)
+from sklearn import metrics as sklearn
 
 from bcnn.evaluation.metrics import (
     as_text,
@@ -44,11 +39,11 @@ def test_headline_metrics_equal_those_of_scikit_learn() -> None:
     confidence, part = probabilities.max(1), np.ceil(15 * probabilities.max(1))
     gaps = [((called == labels) - confidence)[part == k].sum() for k in range(1, 16)]
     expected = {
-        "top1": top_k_accuracy_score(labels, probabilities, k=1),
-        "top5": top_k_accuracy_score(labels, probabilities, k=5),
-        "macro_top1": balanced_accuracy_score(labels, called),
+        "top1": sklearn.top_k_accuracy_score(labels, probabilities, k=1),
+        "top5": sklearn.top_k_accuracy_score(labels, probabilities, k=5),
+        "macro_top1": sklearn.balanced_accuracy_score(labels, called),
         "ece": np.abs(gaps).sum() / 301,
-        "nll": log_loss(labels, probabilities),
+        "nll": sklearn.log_loss(labels, probabilities),
     }
     metrics = headline(made)
     assert {key: each.value for key, each in metrics.items()} == pytest.approx(expected, abs=1e-6)
@@ -60,17 +55,16 @@ def test_headline_metrics_equal_those_of_scikit_learn() -> None:
 
 def test_precision_and_recall_of_every_class() -> None:
     made = predictions(classes=7, images=90)
-    precision, recall, _, images = precision_recall_fscore_support(
-        made.labels, made.predicted, labels=range(7)
-    )
+    expected = sklearn.precision_recall_fscore_support(made.labels, made.predicted, labels=range(7))
+    precision, recall, _, images = expected
     rows = per_class(made)
     assert [row.precision.value for row in rows] == pytest.approx(precision.tolist())
     assert [row.recall.value for row in rows] == pytest.approx(recall.tolist())
     assert [row.images for row in rows] == images.tolist()
     confusion = made.confusion.fill_diagonal_(0)
     mistakes, others = confusion.max(dim=1)
-    expected = [f"class {k} ({n})" for k, n in zip(others.tolist(), mistakes.tolist(), strict=True)]
-    assert [row.mistaken_for for row in rows] == expected
+    named = [f"class {k} ({n})" for k, n in zip(others.tolist(), mistakes.tolist(), strict=True)]
+    assert [row.mistaken_for for row in rows] == named
 
 
 def test_macro_top1_of_classes_of_one_size_has_wilsons_interval_as_top1_has() -> None:

@@ -61,8 +61,7 @@ def test_most_confused_pairs_by_count_in_both_directions() -> None:
     probabilities = torch.full((9, 4), 0.1)
     probabilities[torch.arange(9), torch.tensor(called)] = 0.7
     made = Predictions(list("abcd"), ["x"] * 9, labels, probabilities)
-    assert confused_pairs(made, 5) == [(0, 1), (1, 2)]
-    assert confused_pairs(made, 1) == [(0, 1)]
+    assert confused_pairs(made, 5) == [(0, 1), (1, 2)] and confused_pairs(made, 1) == [(0, 1)]
 
 
 def test_each_stage_has_a_panel_over_its_epochs_or_lambdas(tmp_path: Path) -> None:
@@ -82,15 +81,12 @@ def test_each_stage_has_a_panel_over_its_epochs_or_lambdas(tmp_path: Path) -> No
     "log", [None, "", "epoch,step,train_loss\n0,0,1.5\n", "epoch,step,test_top1\n,3,0.9\n"]
 )
 def test_curves_of_what_was_logged(log: str | None, mistaken: Predictions, tmp_path: Path) -> None:
-    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    first, page = tmp_path / "first.csv", tmp_path / "report.html"
     if log is not None:
         first.write_text(log)
-    second.write_text(LOG)
-    trained = bool(log) and "train_loss" in str(log)
+    trained = "train_loss" in str(log)
     assert bool(curves_svg([("last", first)], "loss")) == trained
     assert curves_svg([("last", first)], "top1") == ""
-    assert ("last" in curves_svg([("last", first), ("finetune", second)], "loss")) == trained
-    page = tmp_path / "report.html"
     write_report(page, ReportContent(mistaken, "Title", [("last", first)]))
     assert ("<h2>Training</h2>" in page.read_text()) == trained
     plot_curves(first, tmp_path / "curves.png")
@@ -118,25 +114,12 @@ def text_of(page: Path) -> str:
 
 def test_names_act_on_nothing(mistaken: Predictions, tmp_path: Path) -> None:
     names = ["<img src=x>", "evil\x1b[2J\x1b]0;title\a", "right\u202eto left\u2066\n\udcff"]
-    page = tmp_path / "report.html"
-    write_report(
-        page, ReportContent(replace(mistaken, classes=names), names[2], configuration="a: 1\nb: 2")
-    )
+    made, page = replace(mistaken, classes=names), tmp_path / "report.html"
+    write_report(page, ReportContent(made, names[2], configuration="a: 1\nb: 2"))
     text = page.read_text()
     assert not set("\x1b\a\u202e\u2066") & set(text) and r"evil\x1b[2J\x1b]0;title\x07" in text
     assert "<h1>right\\u202eto left\\u2066\n\\xff</h1>" in text and "<pre>a: 1\nb: 2" in text
     assert "<img src=x>" not in text and "&lt;img src=x&gt;" in text
-
-
-def test_facts_and_figures(mistaken: Predictions, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    facts = {"command": "bcnn <b>train</b>", "training took": ""}
-    write_report(page, ReportContent(mistaken, "A", facts=facts))
-    text, wrong = text_of(page), int((~mistaken.correct).sum())
-    assert f"24 images, 3 classes, {wrong} images misclassified" in text
-    assert "command bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
-    assert re.search(r"report written 20\d\d-\d\d-\d\d \d\d:\d\d", text)
-    assert f"top-1 {(24 - wrong) / 24:.1%}" in text and "top-5" not in text  # of three classes
 
 
 def test_two_stages_are_compared(mistaken: Predictions, tmp_path: Path) -> None:
@@ -173,7 +156,7 @@ def page(mistaken: Predictions, tmp_path: Path) -> Path:
         [("last", log), ("finetune", log)],
         "seed: 0",
         held_out=replace(mistaken, probabilities=mistaken.probabilities.roll(2, 0)),
-        facts={"command": f"bcnn train data.root={'folder/' * 30}", "numbers": "3 to train on"},
+        facts={"command": f"bcnn <b>train</b> data.root={'folder/' * 30}", "training took": ""},
         before=("last", replace(mistaken, probabilities=mistaken.probabilities.roll(1, 0))),
         nearest={index: [(mistaken.paths[0], "green", 0.25)] for index in wrong},
     )
@@ -182,7 +165,8 @@ def page(mistaken: Predictions, tmp_path: Path) -> Path:
 
 
 def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions) -> None:
-    html, mistakes = page.read_text(), min(MISTAKES, int((~mistaken.correct).sum()))
+    html, wrong = page.read_text(), int((~mistaken.correct).sum())
+    text, mistakes = text_of(page), min(MISTAKES, wrong)
     addresses = re.findall(r'\b(?:src|href)="([^"]*)"', html)
     assert all(re.match("data:|#", address) for address in addresses)
     assert 4 * mistakes < sum(address.startswith("data:image/jpeg") for address in addresses) <= 100
@@ -190,19 +174,18 @@ def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions)
         "From last to finetune, Training, Confusion, Most confused pairs, Most confident mistakes, "
         "Possibly wrong labels, Classes, Calibration, Configuration"
     )
-    assert html.count('<div class="near">') == text_of(page).count("green 0.25") == mistakes
-    assert "Of the 24 training images" in text_of(page)
+    assert html.count('<div class="near">') == text.count("green 0.25") == mistakes
+    assert f"24 images, 3 classes, {wrong} images misclassified" in text
+    assert "Of the 24 training images" in text
+    assert "command bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
+    assert f"top-1 {(24 - wrong) / 24:.1%}" in text and "top-5" not in text  # of three classes
 
 
 def test_a_page_without_mistakes(mistaken: Predictions, tmp_path: Path) -> None:
-    made, page = (
-        replace(mistaken, probabilities=torch.eye(3)[mistaken.labels]),
-        tmp_path / "report.html",
-    )
-    write_report(page, ReportContent(made, "All correct", held_out=made))
-    text = text_of(page)
-    assert "No image was mistaken for another class" in text
-    assert "every image was classified correctly" in text
+    made = replace(mistaken, probabilities=torch.eye(3)[mistaken.labels])
+    write_report(tmp_path / "report.html", ReportContent(made, "All correct", held_out=made))
+    text = text_of(tmp_path / "report.html")
+    assert "No image was mistaken for another class" in text and "classified correctly" in text
     assert "every image is predicted as it is labelled" in text
 
 
@@ -238,10 +221,8 @@ def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) 
     assert re.fullmatch(r".+ predicted as .+: \d+ of 8", tab.inner_text("#cell"))
 
     light = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    ink = tab.evaluate("getComputedStyle(document.body).color")
     tab.emulate_media(color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != light
-    assert tab.evaluate("getComputedStyle(document.body).color") != ink
 
     tab.set_viewport_size({"width": 390, "height": 844})
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
@@ -267,9 +248,5 @@ def test_a_large_matrix_zooms_to_where_one_clicks(
     frame, shown = box.bounding_box(), cell.bounding_box()
     assert frame["x"] < shown["x"] < frame["x"] + frame["width"]
     assert frame["y"] < shown["y"] < frame["y"] + frame["height"]
-    # the names stay in sight: the first column of the box holds the rows' names
     names = tab.locator("#rows rect").bounding_box()
-    assert names["x"] == pytest.approx(frame["x"], abs=2)
-    tab.click("#zoom")
-    assert box.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
-    assert tab.locator("#rows rect").bounding_box()["x"] == pytest.approx(frame["x"], abs=2)
+    assert names["x"] == pytest.approx(frame["x"], abs=2)  # the names of the rows stay in sight
