@@ -145,19 +145,6 @@ def test_jobs_that_fail_are_named_and_the_others_ranked(
     assert "nowhere" in rows(tmp_path / "s")[1]["failure"]
 
 
-def interrupt_job(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C when that job has trained."""
-    test, tested = Stage._test, []
-
-    def interrupted(stage: Stage, result: StageResult) -> None:
-        tested.append(result)
-        if len(tested) == number + 1:
-            raise Interruption(signal.SIGINT)
-        test(stage, result)
-
-    monkeypatch.setattr(Stage, "_test", interrupted)
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -174,16 +161,23 @@ def test_the_same_command_continues_an_interrupted_sweep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert main(*words, "hydra.sweep.dir=whole") == 0
+    test, tested = Stage._test, []
+
+    def interrupted(stage: Stage, result: StageResult) -> None:
+        tested.append(result)
+        if len(tested) == 2:  # Ctrl-C when the second job has trained
+            raise Interruption(signal.SIGINT)
+        test(stage, result)
+
     with monkeypatch.context() as patch:
-        interrupt_job(1, patch)
+        patch.setattr(Stage, "_test", interrupted)
         assert main(*words, "hydra.sweep.dir=parts") == 130
-    printed = capsys.readouterr()
+    printed, first = capsys.readouterr(), tmp_path / "parts" / "0" / "last" / "best.ckpt"
     assert re.search(r"continue the sweep: bcnn train .*hydra\.sweep\.dir=parts", printed.out)
     assert "parts/1 has not finished" in printed.err
     assert [row["job"] for row in rows(tmp_path / "parts")] == ["0", "1"]
-    first = (tmp_path / "parts" / "0" / "last" / "best.ckpt").stat().st_mtime_ns
-    assert main(*words, "hydra.sweep.dir=parts") == 0
-    assert (tmp_path / "parts" / "0" / "last" / "best.ckpt").stat().st_mtime_ns == first
+    written = first.stat().st_mtime_ns
+    assert main(*words, "hydra.sweep.dir=parts") == 0 and first.stat().st_mtime_ns == written
     whole, parts = (rows(tmp_path / folder) for folder in ("whole", "parts"))
     for row in (*whole, *parts):
         del row["seconds"], row["checkpoint"]
