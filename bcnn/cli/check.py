@@ -68,10 +68,9 @@ def check(
     if pairs := [pair for found in near.values() for pair in found]:
         pair_sheet(pairs, folder / "near_duplicates.png")
         console.print(f"near duplicates: {folder / 'near_duplicates.png'}")
-    for warning in intact.remarks + review(intact, drawn, findings, near):
-        console.print(printable(f"warning: {warning}"))
-    for sentence in errors:
-        console.print(printable(f"error: {sentence}"))
+    warnings = intact.remarks + review(intact, drawn, findings, near)
+    for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
+        console.print(printable(line))
     return 1 if errors else 0
 
 

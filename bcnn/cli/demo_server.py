@@ -104,28 +104,16 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
     small.thumbnail((SIDE, SIDE))
     box = scaled(seen.box, small.width / seen.image.width)
     drawn = [overlay(small, box, m.numpy(), float(m.abs().max()) or 1.0) for m in maps]
-    classes = [
-        {
-            "name": model.classes[label],
-            "probability": probability,
-            "logits": float(evidence.sum()),
-            "picture": thumbnail(picture, SIDE),
-        }
-        for probability, label, evidence, picture in zip(
-            *map(Tensor.tolist, top), maps, drawn, strict=True
-        )
-    ]
+    classes = []
+    for p, label, evidence, picture in zip(*map(Tensor.tolist, top), maps, drawn, strict=True):
+        numbers = {"probability": p, "logits": float(evidence.sum())}
+        classes.append({"name": model.classes[label], "picture": thumbnail(picture, SIDE), **numbers})
+    neighbours = []
     distances, indices = nearest(seen.descriptor, gallery[1], SHOWN)
-    near = [gallery[0][index] for index in indices[0]]
-    neighbours = [
-        {
-            "name": model.classes[label],
-            "file": Path(path).name,
-            "distance": distance,
-            "picture": thumbnail(path),
-        }
-        for (path, label), distance in zip(near, distances[0].tolist(), strict=True)
-    ]
+    for index, distance in zip(indices[0], distances[0].tolist(), strict=True):
+        path, label = gallery[0][index]
+        facts = {"file": Path(path).name, "distance": distance}
+        neighbours.append({"name": model.classes[label], "picture": thumbnail(path), **facts})
     return {
         "image": thumbnail(small, SIDE),
         "ratio": seen.image.width / seen.image.height,

@@ -23,7 +23,11 @@ def exit_code_of(act: Callable[[], int | None]) -> int:
 
     An expected error is printed as one sentence; others, and all with `--debug`, are raised.
     """
-    _print_any_text()
+    for stream in (sys.stdout, sys.stderr):  # any text, as UTF-8 or escapes, and each line at once
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            errors = "surrogateescape" if utf8 else "backslashreplace"
+            stream.reconfigure(errors=errors, line_buffering=True)
     setup_logging()
     raise_interruptions()
     try:
@@ -48,12 +52,3 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = error.format_message() if hasattr(error, "format_message") else str(error)  # typer's
     return text.strip().partition("\n")[0]
-
-
-def _print_any_text() -> None:
-    """Print any text in any encoding, and each line at once: UTF-8 or escapes such as `\\u03bb`."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
-            errors = "surrogateescape" if utf8 else "backslashreplace"
-            stream.reconfigure(errors=errors, line_buffering=True)

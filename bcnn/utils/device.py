@@ -66,8 +66,8 @@ def training_layout(device: torch.device, precision: str) -> torch.memory_format
 
     There a step of VGG-16 at 448 px would take 1.3 to 1.4 times as long (two AVX2 cores).
     """
-    on_cpu = device.type == "cpu" and precision not in AUTOCAST
-    return torch.contiguous_format if on_cpu else torch.channels_last
+    slow = device.type == "cpu" and precision not in AUTOCAST
+    return torch.contiguous_format if slow else torch.channels_last
 
 
 def about_device(device: torch.device, precision: str, ranks: int) -> str:
@@ -83,12 +83,12 @@ def about_device(device: torch.device, precision: str, ranks: int) -> str:
 def validate_accelerator(accelerator: str) -> None:
     """Raise UserError if a GPU is asked for and this torch finds none, before images are read."""
     if accelerator in ("gpu", "cuda") and best_device().type == "cpu":
-        version = f"torch {torch.__version__}"
-        raise UserError(f"trainer.accelerator={accelerator}: {version} finds no GPU; use trainer=auto")
+        raise UserError(f"trainer.accelerator={accelerator}: torch finds no GPU; use trainer=auto")
 
 
 def no_memory(stage: str) -> str:
     """Return what to do if a device has too little memory for a stage."""
     advice = f"set a smaller {stage}.batch_size and raise {stage}.accumulate"
-    more = ", or set finetune.grad_checkpointing=true" if stage == "finetune" else ""
-    return f"the device has too little memory for stage {stage}: {advice}{more}"
+    if stage == "finetune":
+        advice += ", or set finetune.grad_checkpointing=true"
+    return f"the device has too little memory for stage {stage}: {advice}"

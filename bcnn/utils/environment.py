@@ -10,7 +10,6 @@ from pathlib import Path
 
 MAX_WORKERS = 16  # each takes memory, and a moment to start
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU per period, or "max"
-LIBRARIES = ("bcnn", "torch", "torchvision", "lightning", "torchmetrics")
 CLONE = Path(__file__).parents[2]
 
 
@@ -37,7 +36,7 @@ def default_workers(ranks: int = 1) -> int:
 def software() -> dict[str, str]:
     """Return the versions of the libraries, and the commit if this is a clone."""
     versions = [f"Python {platform.python_version()}"]
-    for name in LIBRARIES:
+    for name in ("bcnn", "torch", "torchvision", "lightning", "torchmetrics"):
         with suppress(PackageNotFoundError):  # `python train.py` in a clone needs no installation
             versions.append(f"{name} {version(name)}")
     return {"commit": commit(CLONE), "versions": ", ".join(versions)}

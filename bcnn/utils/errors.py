@@ -10,15 +10,10 @@ from typing import Any, NoReturn
 from bcnn.utils.console import printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-RETRY = 0.1  # seconds until a signal that was lost is sent again
-SHOW_CURSOR = b"\x1b[?25h\n"  # progress bars hide it
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one sentence that names the file or option and the way out.
-
-    The commands print it without a traceback and exit with code 1.
-    """
+    """A mistake in what was asked for: one sentence that names the file or option and the way out."""
 
     def __str__(self) -> str:
         # A data-loading worker prepends its traceback.
@@ -47,7 +42,8 @@ def raise_interruptions() -> None:
         if os.getpid() != owner:  # a forked worker, whose parent ends it
             raise KeyboardInterrupt
         if os.isatty(2):
-            os.write(2, SHOW_CURSOR + b"stopping; Ctrl-C again stops at once\n")
+            # Progress bars hide the cursor.
+            os.write(2, b"\x1b[?25h\nstopping; Ctrl-C again stops at once\n")
         while frame:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
                 os._exit(128 + number)  # numpy and others crash when their import is broken off
@@ -58,7 +54,7 @@ def raise_interruptions() -> None:
         """Send the signal again if it was raised in a destructor, where Python drops exceptions."""
         if isinstance(unraisable.exc_value, Interruption):
             listen()
-            threading.Timer(RETRY, os.kill, (owner, unraisable.exc_value.number)).start()
+            threading.Timer(0.1, os.kill, (owner, unraisable.exc_value.number)).start()
         else:
             sys.__unraisablehook__(unraisable)
 

@@ -20,10 +20,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary file beside `path`, of the same suffix, that replaces `path` at the end.
 
     The folder is made if necessary. The content is on the disk before the file is renamed. If the block
-    raises, `path` is unchanged. A process that is killed leaves at most a file `.part-…`.
-
-    Raises:
-        UserError: the file cannot be written; it names `path`, not the temporary file.
+    raises, `path` is unchanged, and an OSError becomes a UserError that names `path`. A process that is
+    killed leaves at most a file `.part-…`.
     """
     # An unguessable name, made with O_EXCL: in a shared folder nobody can put a link there first.
     part = path.with_name(f"{PART}{secrets.token_hex(8)}-{path.name[-50:]}")  # at most 255 bytes
@@ -73,8 +71,5 @@ def cache_dir() -> Path:
 def cache_folder(kind: str) -> Path:
     """Make and return the folder `kind` in `cache_dir`."""
     folder = cache_dir() / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME") from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
