@@ -22,13 +22,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import bcnn.training.schema  # the types of the options
 from bcnn.cli.app import main
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.transforms import Preprocessing
-from bcnn.models.backbones import BACKBONES
+from bcnn.models.backbones import BACKBONES, Backbone
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_data import CachedFeatureDataModule
 
@@ -43,25 +43,24 @@ settings.register_profile("default", ANY, max_examples=60, derandomize=True)
 settings.register_profile("torture", ANY, max_examples=20_000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# A backbone of a few hundred weights, for whatever writes or reads many files of them.
-TINY = """
-from torch import nn
-from bcnn.models.backbones import Backbone
 
 class Tiny(Backbone):
+    """A few hundred weights, for whatever writes or reads many files of them."""
+
     stride, min_size, layers = 4, 8, ("features",)
 
-    def __init__(self, channels=4):
+    def __init__(self, channels: int = 4) -> None:
         super().__init__()
         self.channels = channels
         self.features = nn.Conv2d(3, channels, 4, stride=4)
 
-    def forward_features(self, x):
+    def forward_features(self, x: Tensor) -> Tensor:
         return self.features(x).relu()
 
-    def unfreeze_from(self, name):
+    def unfreeze_from(self, name: str) -> None:
         self.requires_grad_(True)
-"""
+
+
 FEW = settings(max_examples=settings.default.max_examples // 5)  # of what is dear, or of many kinds
 
 
@@ -97,7 +96,7 @@ def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] 
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             noise = np.random.default_rng([seed, label, index]).normal(0, 40, (*size[::-1], 3))
-            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            pixels = (noise + colour).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
@@ -178,17 +177,14 @@ def junk() -> st.SearchStrategy:
 
 
 def register_tiny() -> None:
-    """Add the backbone `TINY` to the backbones, in a process of a test's own."""
-    namespace: dict[str, Any] = {}
-    exec(TINY, namespace)
-    BACKBONES["tiny"] = namespace["Tiny"]
+    """Add `Tiny` to the backbones, in a process of a test's own."""
+    BACKBONES["tiny"] = Tiny
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
-    """Of `TINY`, which is among the backbones, in evaluation mode and of random weights."""
-    monkeypatch.setitem(BACKBONES, "tiny", None)  # taken out after the test
-    register_tiny()
+    """Of `Tiny`, which is among the backbones, in evaluation mode and of random weights."""
+    monkeypatch.setitem(BACKBONES, "tiny", Tiny)
     torch.manual_seed(0)
     model = BCNN(["blue", "green", "red"], Preprocessing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)
@@ -263,13 +259,18 @@ def configure(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Run:
-    """Run `python *arguments` in an empty folder, as a user would; no GPU, no account, no colours."""
+    """Run `python *arguments` in an empty folder, as a user would; no account, no colours."""
+    quiet = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(tmp_path), "COLUMNS": "200"}
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        quiet = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(tmp_path), "COLUMNS": "200"}
-        variables = {**os.environ, **quiet, **environment}
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
-        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=variables, **options)
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        options: dict[str, Any] = {
+            "capture_output": True,
+            "text": True,
+            "timeout": 300,
+            "cwd": tmp_path,
+        }
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env={**os.environ, **quiet, **variables}, **options)
 
     return run
 

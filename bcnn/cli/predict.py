@@ -1,9 +1,9 @@
 """`bcnn predict`: the likeliest classes of images."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,14 +46,13 @@ def predict(
     model = open_model(ckpt).to(best_device())
     top_k = min(top_k, len(model.classes))
     failed = 0
-    with ExitStack() as stack:
-        out: TextIO = sys.stdout
-        if output:
-            part = stack.enter_context(atomic_write(output))
-            # A file name that is no valid Unicode is written as its bytes.
-            file = part.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-            out = stack.enter_context(file)
-        write = stack.enter_context(FORMATS[format](out, model.classes, paths, top_k))
+    # A file name that is no valid Unicode is written as its bytes.
+    options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with (
+        atomic_write(output) if output else nullcontext() as part,
+        part.open("w", **options) if part else nullcontext(sys.stdout) as out,
+        FORMATS[format](out, model.classes, paths, top_k) as write,
+    ):
         found = predict_paths(model, paths, top_k, batch_size, workers, mirror)
         for prediction in track(found, "predicting", len(paths)):
             write(prediction)

@@ -83,7 +83,8 @@ def about_device(device: torch.device, precision: str, ranks: int) -> str:
 def validate_accelerator(accelerator: str) -> None:
     """Raise UserError if a GPU is asked for and this torch finds none, before images are read."""
     if accelerator in ("gpu", "cuda") and best_device().type == "cpu":
-        raise UserError(f"trainer.accelerator={accelerator}: torch finds no GPU; use trainer=auto")
+        version = f"torch {torch.__version__}"
+        raise UserError(f"trainer.accelerator={accelerator}: {version} finds no GPU; use trainer=auto")
 
 
 def no_memory(stage: str) -> str:

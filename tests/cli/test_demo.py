@@ -30,6 +30,7 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 from bcnn.utils.errors import UserError
 
+BLACK = Image.new("RGB", (60, 50))
 HOSTILE = ["<img src=x onerror=alert(1)>", "b\u202elue", "red"]
 
 
@@ -68,7 +69,7 @@ def ask(
     return response.status, json.loads(text) if is_json else text, dict(response.getheaders())
 
 
-def saved(image: Image.Image, kind: str) -> bytes:
+def encoded(kind: str, image: Image.Image = BLACK) -> bytes:
     content = io.BytesIO()
     image.save(content, kind)
     return content.getvalue()
@@ -76,11 +77,7 @@ def saved(image: Image.Image, kind: str) -> bytes:
 
 def jpeg(colour: tuple[int, int, int] = (40, 60, 200), size: tuple[int, int] = (300, 200)) -> bytes:
     noise = np.random.default_rng(0).normal(0, 40, (*size[::-1], 3))
-    return saved(Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)), "JPEG")
-
-
-def encoded(kind: str, size: tuple[int, int] = (60, 50), mode: str = "RGB") -> bytes:
-    return saved(Image.new(mode, size), kind)
+    return encoded("JPEG", Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)))
 
 
 def test_classes_and_what_tells_them_apart(port: int, tiny: BCNN, tmp_path: Path) -> None:
@@ -119,7 +116,7 @@ def test_the_nearest_images_are_those_of_the_descriptors(
 
 def test_images_of_any_shape(tiny: BCNN) -> None:
     for size in ((1, 1), (3000, 1), (1, 700)):
-        assert answer(tiny, ([], []), encoded("PNG", size))["nearest"] == []
+        assert answer(tiny, ([], []), encoded("PNG", BLACK.resize(size)))["nearest"] == []
 
 
 @pytest.mark.fuzz
@@ -134,11 +131,12 @@ def test_any_upload_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> N
 
 
 def test_a_file_that_cannot_be_decoded_is_a_sentence(port: int, tiny: BCNN) -> None:
+    large = Image.new("L", (8_000, 8_000))
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # Pillow would run Ghostscript
-    for content in (b"", postscript, jpeg()[:300], encoded("PNG", (8_000, 8_000), "1")):
+    for content in (b"", postscript, jpeg()[:300], encoded("PNG", large)):
         status, found, _ = ask(port, content)
         assert status == 422 and "choose another image" in found["error"]
-    assert ask(port, encoded("JPEG", (8_000, 8_000)))[0] == 200  # decoded at a fraction of its size
+    assert ask(port, encoded("JPEG", large))[0] == 200  # decoded at a fraction of its size
     tiny.backbone.features.weight.data.fill_(1e30)
     status, found, _ = ask(port, jpeg())
     assert status == 422 and "not finite" in found["error"]

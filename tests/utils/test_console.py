@@ -65,10 +65,8 @@ def test_warnings_go_to_standard_error_and_everything_to_the_file(
     assert shown.out == "stage last\nafter the run\n"
     assert shown.err == "warning: one image is left out\n"
     command, *log = (tmp_path / "run" / "train.log").read_text().splitlines()
-    assert command.endswith(shlex.join(sys.argv)) and log == [
-        "stage last",
-        "warning: one image is left out",
-    ]
+    assert command.endswith(shlex.join(sys.argv))
+    assert log == ["stage last", "warning: one image is left out"]
 
 
 @pytest.mark.usefixtures("logging_on")

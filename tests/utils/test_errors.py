@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -37,13 +38,13 @@ except Interruption as error:
 """
 
 
-def start(body: str, ending: float = 0, path: Path = ROOT) -> subprocess.Popen[str]:
+def start(body: str, ending: float = 0, path: Path = ROOT) -> Any:
     """A process that listens to signals; it is about to do, or doing, what `body` says."""
     command = [sys.executable, "-c", START.format(body, ending)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process: Any = subprocess.Popen(command, text=True, env=environment, **pipes)
+    assert process.stdout.readline() == "ready\n"
     return process
 
 
@@ -51,7 +52,7 @@ def start(body: str, ending: float = 0, path: Path = ROOT) -> subprocess.Popen[s
 def test_the_first_signal_raises_and_the_second_ends_at_once(first: signal.Signals) -> None:
     process = start("print('ready', flush=True)", ending=60)
     process.send_signal(first)
-    assert process.stdout is not None and process.stdout.readline() == f"ending {first.name}\n"
+    assert process.stdout.readline() == f"ending {first.name}\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == -signal.SIGINT
 
