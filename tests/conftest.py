@@ -202,8 +202,9 @@ Bcnn = Callable[..., Outcome]
 
 @pytest.fixture
 def bcnn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bcnn:
-    """Run `bcnn *words` in this process, on a terminal of 200 columns."""
+    """Run `bcnn *words` in this process, in float32, on a terminal of 200 columns."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("bcnn.utils.device.fastest_precision", lambda *_: "32-true")
 
     def run(*words: object) -> Outcome:
         capsys.readouterr()
@@ -285,8 +286,7 @@ def watched(browser: Any) -> tuple[Any, list[str], list[str]]:
     """A tab of a desktop's size, what it complains of, and the addresses that it asks for."""
     tab = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
     said, fetched = [], []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("dialog", lambda dialog: said.append(dialog.message))
+    for event in ("console", "pageerror", "dialog"):
+        tab.on(event, lambda each: said.append(str(each)))
     tab.on("request", lambda request: fetched.append(request.url))
     return tab, said, fetched

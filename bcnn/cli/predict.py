@@ -3,7 +3,7 @@
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,7 +47,7 @@ def predict(
     top_k = min(top_k, len(model.classes))
     failed = 0
     # A file name that is no valid Unicode is written as its bytes.
-    options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with (
         atomic_write(output) if output else nullcontext() as part,
         part.open("w", **options) if part else nullcontext(sys.stdout) as out,

@@ -26,21 +26,11 @@ def model(tiny: BCNN) -> BCNN:
 @pytest.fixture
 def ckpt(model: BCNN, tmp_path: Path) -> Path:
     """As Lightning writes it."""
-    return write_checkpoint(model, tmp_path / "run" / "last" / "best.ckpt")
-
-
-def write_checkpoint(model: BCNN, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = tmp_path / "run" / "last" / "best.ckpt"
+    path.parent.mkdir(parents=True)
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    torch.save(
-        {"state_dict": state, "hyper_parameters": {**model.description(), "stage": "last"}}, path
-    )
+    torch.save({"state_dict": state, "hyper_parameters": model.description()}, path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bcnn.utils.device.fastest_precision", lambda *_: "32-true")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -91,12 +81,10 @@ def test_images_that_nobody_could_train_on_can_be_evaluated(
 def test_a_second_evaluation_overwrites_nothing(
     bcnn: Bcnn, ckpt: Path, images: Path, tmp_path: Path
 ) -> None:
-    words = ("evaluate", ckpt, images, "--output", tmp_path / "out")
-    assert bcnn(*words).code == 0
-    (tmp_path / "out" / "report.html").write_text("precious")
-    outcome = bcnn(*words)
+    (tmp_path / "figures.json").write_text("precious")
+    outcome = bcnn("evaluate", ckpt, images, "--output", tmp_path)
     assert outcome.code == 1 and "holds an evaluation: name another folder" in outcome.err
-    assert (tmp_path / "out" / "report.html").read_text() == "precious"
+    assert (tmp_path / "figures.json").read_text() == "precious"
 
 
 def test_no_images_and_unknown_classes_are_errors(bcnn: Bcnn, ckpt: Path, images: Path) -> None:
