@@ -20,7 +20,7 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
 
     from bcnn.training.feature_store import ABOUT, KEY, read_about, stores_dir
 
-    folders = [path.parent for path in sorted(stores_dir().glob(f"*/{ABOUT}"))]
+    folders = sorted(path.parent for path in stores_dir().glob(f"*/{ABOUT}"))
     caches = {folder.name: folder for folder in folders if KEY.fullmatch(folder.name)}
     if remove is None:
         console.print(f"{len(caches)} caches in {stores_dir()}")

@@ -125,10 +125,9 @@ class Task:
 def progress(
     what: str, total: int | None = None, unit: str = "images", show: bool = True
 ) -> Iterator[Task]:
-    """Show the progress of a task until the block ends; the block calls `advance`.
+    """Show, on rank zero, the progress of a task of `total` parts; the block calls `advance`.
 
-    A bar on a terminal; lines on standard error where it or standard output is none. Ranks other than
-    zero show nothing. `total` is the number of parts, if it is known, and `unit` their name.
+    A bar on a terminal; lines on standard error where it or standard output is none.
     """
     show = show and is_rank_zero()
     terminal = sys.stdout.isatty() and sys.stderr.isatty()

@@ -14,10 +14,7 @@ T = TypeVar("T")
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Return the mean of `x`, of any shape, over the ranks.
-
-    Differentiable, for a loss that is the mean of the ranks' losses, as in DistributedDataParallel.
-    """
+    """Return the mean of `x` over the ranks, differentiable for a loss that is the mean of theirs."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     return _Mean.apply(x)  # type: ignore[no-any-return]
@@ -26,8 +23,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 def on_rank_zero(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T]) -> T:
     """Call `act` on rank 0 and return its result, or raise its exception, on every rank.
 
-    Without the exception the other ranks would wait for rank 0. `broadcast` returns rank 0's object on
-    every rank: `trainer.strategy.broadcast`.
+    Without the exception the other ranks would wait. `broadcast` is `trainer.strategy.broadcast`.
     """
     result: Any = None
     error: Exception | None = None

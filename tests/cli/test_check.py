@@ -59,7 +59,6 @@ def test_names_that_act_on_a_terminal_are_escaped(bcnn: Bcnn) -> None:
     write_classes(Path("photos"), **{"evil\x1b[2J": 10, "two\nlines\u202e \udcff": 10})
     Path("photos", "evil\x1b[2J", "\x1b]0;x.png").write_bytes(b"")
     outcome = bcnn("check", "photos")
-    assert outcome.code == 1
     assert row(outcome.out, r"evil\x1b[2J")[0] == r"evil\x1b[2J"
     assert row(outcome.out, "lines")[0] == r"two\nlines\u202e \xff"
     assert r"\x1b]0;x.png (" in outcome.out

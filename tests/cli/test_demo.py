@@ -195,11 +195,10 @@ def test_uploads_at_once_and_their_time_are_bounded(port: int, monkeypatch: pyte
 def test_a_process_serves_the_page_until_sigterm(tmp_path: Path) -> None:
     save_model(network(), tmp_path / "best.safetensors")
     write_images(tmp_path / "photos" / "train", 2)
-    words = [tmp_path / "best.safetensors", "--port", "0", "--images", tmp_path / "photos"]
-    command = [sys.executable, "-m", "bcnn", "demo", *map(str, words)]
+    words = ["demo", tmp_path / "best.safetensors", "--port", "0", "--images", tmp_path / "photos"]
+    command = [sys.executable, "-m", "bcnn", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
-    assert process.stdout is not None
+    process: Any = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     address = next(line.split()[3] for line in process.stdout if line.startswith("drop images on "))
     page = urllib.request.urlopen(address).read()
     assert b"Drop an image here" in page and b"Of 6 training images" in page

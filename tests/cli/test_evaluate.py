@@ -1,7 +1,6 @@
 """`bcnn evaluate`: from a checkpoint and labelled images to metrics and files."""
 
 import csv
-import json
 import shutil
 from pathlib import Path
 
@@ -47,21 +46,16 @@ def test_files_agree_with_each_other_and_with_the_model(
     outcome = bcnn("evaluate", ckpt, images, "--output", out, *["--mirror"] * mirror)
     assert outcome.code == 0, outcome.err
     table = rows(out / "predictions.csv")
-    figures = json.loads((out / "figures.json").read_text())
     saved = np.load(out / "predictions.npz")
-    assert len(table) == figures["images"] == len(saved["paths"]) == 12
+    assert len(table) == len(saved["paths"]) == 12 and saved["classes"].tolist() == model.classes
     assert all(Path(row["path"]).parent.name == row["class"] for row in table)
     correct = [row["class"] == row["predicted"] for row in table]
     assert 0 < sum(correct) < 12
-    assert figures["top1"]["value"] == pytest.approx(np.mean(correct))
-    assert saved["classes"].tolist() == model.classes
     assert (saved["probabilities"].argmax(1) == saved["labels"]).tolist() == correct
-    recall = {row["class"]: float(row["recall"]) for row in rows(out / "classes.csv")}
-    assert np.mean(list(recall.values())) == pytest.approx(figures["macro_top1"]["value"], abs=1e-4)
     assert f"{np.mean(correct):.1%}" in outcome.out and "95 % interval" in outcome.out
     assert "32 px (keep, crop_pct 1, bilinear)" in (out / "report.html").read_text()
-    loader = set_up(images).evaluation_dataloader([(path, 0) for path in saved["paths"].tolist()])
-    ((pixels, _),) = loader
+    samples = [(path, 0) for path in saved["paths"].tolist()]
+    ((pixels, _),) = set_up(images).evaluation_dataloader(samples)
     with torch.no_grad():
         logits = (model(pixels) + model(pixels.flip(-1))) / 2 if mirror else model(pixels)
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), logits.softmax(1))
