@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, Bcnn, Run
@@ -84,10 +85,7 @@ ERRORS = [
 def test_an_expected_error_is_one_sentence(
     error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def act() -> None:
-        raise error
-
-    assert exit_code_of(act) == 1
+    assert exit_code_of(Mock(side_effect=error)) == 1
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
 
 

@@ -14,17 +14,19 @@ from bcnn.utils.files import atomic_write, remove_parts, validate_writable
 
 
 def test_the_old_content_stays_until_the_new_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "file.txt"
+    path = tmp_path / "folder" / f"{'x' * 251}.txt"  # the longest name
     with atomic_write(path) as part:
         assert part.suffix == ".txt"
         part.write_text("first")
         assert not path.exists()
-    message = r"file\.txt cannot be written: No space left"
+    message = r"x\.txt cannot be written: No space left"
     with pytest.raises(UserError, match=message), atomic_write(path) as part:
         part.write_text("half of the sec")
         raise OSError(errno.ENOSPC, "No space left")
     assert path.read_text() == "first"
-    assert os.listdir(path.parent) == ["file.txt"]
+    assert os.listdir(path.parent) == [path.name]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_killed_process_leaves_the_old_content(tmp_path: Path) -> None:
@@ -54,15 +56,6 @@ def test_nobody_can_guess_where_a_file_is_written(
     with pytest.raises(UserError, match="exists"), atomic_write(tmp_path / "file") as part:
         part.write_text("theirs")
     assert (tmp_path / "private").read_text() == "mine"
-
-
-def test_the_longest_file_name_and_usual_permissions(tmp_path: Path) -> None:
-    path = tmp_path / f"{'x' * 251}.csv"
-    with atomic_write(path) as part:
-        part.write_text("content")
-    (tmp_path / "plain").touch()
-    assert path.read_text() == "content"
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_an_unwritable_folder_is_found_beforehand_and_not_made(
