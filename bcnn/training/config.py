@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.models.bilinear_cnn import BCNN, DEFAULT
 from bcnn.models.description import LARGEST
-from bcnn.utils.device import AUTOCAST, validate_accelerator
+from bcnn.utils.device import AUTOCAST
 from bcnn.utils.errors import UserError
 
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
@@ -175,7 +175,6 @@ def _validate_trainer(cfg: DictConfig) -> None:
     if precision not in ("auto", "32-true", *AUTOCAST):
         choices = ", ".join(("auto", "32-true", *AUTOCAST))
         raise UserError(f"trainer.precision={precision}: choose from {choices}")
-    validate_accelerator(cfg.trainer.accelerator)
 
 
 def _validate_callbacks(cfg: DictConfig) -> None:

@@ -37,7 +37,7 @@ from bcnn.training.network import load_weights
 from bcnn.training.pca import fit_principal_axes
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.utils.console import logger
-from bcnn.utils.device import about_device, no_memory
+from bcnn.utils.device import about_device
 from bcnn.utils.errors import UserError
 
 Data = FineGrainedDataModule | CachedFeatureDataModule
@@ -45,23 +45,14 @@ Data = FineGrainedDataModule | CachedFeatureDataModule
 
 @dataclass
 class Stage:
-    """A stage of a run.
+    """A stage of a run."""
 
-    Args:
-        name: "last" or "finetune"; its options are at `cfg[name]`.
-        cfg: the whole configuration.
-        state: of the run.
-        model: the weights to start from; changed in place.
-        data: set up already.
-        start: the file that holds these weights, if any.
-    """
-
-    name: str
+    name: str  # "last" or "finetune"; its options are at `cfg[name]`
     cfg: DictConfig
     state: RunState
-    model: BCNN
-    data: FineGrainedDataModule
-    start: Path | None
+    model: BCNN  # the weights to start from; changed in place
+    data: FineGrainedDataModule  # set up already
+    start: Path | None  # the file that holds these weights, if any
 
     def run(self) -> StageResult:
         """Train the stage, or resume it, leave its best weights in `model`, and test them."""
@@ -138,7 +129,8 @@ class Stage:
         except TrainingDiverged as error:
             failure = f"stage {self.name}: {error}"
         except torch.OutOfMemoryError as error:
-            raise UserError(no_memory(self.name)) from error
+            advice = f"set a smaller {self.name}.batch_size, or finetune.grad_checkpointing=true"
+            raise UserError(f"stage {self.name}: too little memory: {advice}") from error
         return self._kept(checkpoint, failure, advice)
 
     def _make_trainer(self, callbacks: list[L.Callback], **limits: Any) -> L.Trainer:

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import torch
 from omegaconf import DictConfig
 
-from bcnn.utils.errors import UserError
-
 # Lightning's precisions that need autocast, and the type that it computes convolutions in.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -78,18 +76,3 @@ def about_device(device: torch.device, precision: str, ranks: int) -> str:
         name = torch.cuda.get_device_name(device)
     processes = f", {ranks} processes" if ranks > 1 else ""
     return f"{name}, {precision}, torch {torch.__version__}{processes}"
-
-
-def validate_accelerator(accelerator: str) -> None:
-    """Raise UserError if a GPU is asked for and this torch finds none, before images are read."""
-    if accelerator in ("gpu", "cuda") and best_device().type == "cpu":
-        version = f"torch {torch.__version__}"
-        raise UserError(f"trainer.accelerator={accelerator}: {version} finds no GPU; use trainer=auto")
-
-
-def no_memory(stage: str) -> str:
-    """Return what to do if a device has too little memory for a stage."""
-    advice = f"set a smaller {stage}.batch_size and raise {stage}.accumulate"
-    if stage == "finetune":
-        advice += ", or set finetune.grad_checkpointing=true"
-    return f"the device has too little memory for stage {stage}: {advice}"
