@@ -26,8 +26,6 @@ LOW_LOSS = 0.01  # validation loss below which a weaker λ has nothing left to g
 
 
 class ConvexResult(NamedTuple):
-    """What the stage ended with."""
-
     checkpoint: Path
     metrics: dict[str, float]  # of validation or cross-validation, if any
     held_out: Predictions | None  # of training images, by solutions that have not seen their fold
@@ -50,8 +48,6 @@ def run_convex_stage(
 
     Args:
         trainer: its ranks, device and loggers are used; every rank solves the same problem.
-        model: its head is trained.
-        features: of the images to train and validate on; missing descriptors are computed.
         l2: the λ, from strong to weak: each solution starts the next.
         folder: gets best.ckpt, or last.ckpt where nothing chooses λ.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
@@ -103,11 +99,9 @@ def _solve_path(
         improved = metrics.get("val_loss", 0.0) < min(losses, default=torch.inf)
         if improved or number == 0:
             best = strength, solution, metrics
-        train = _figures("train", solution.logits, problem.labels)
-        took = span(time.monotonic() - start)
-        cells = (f"{train['train_loss']:.3g}", *validation_cells(metrics), took)
-        mark = "  best so far" if improved and metrics else ""
-        logger.info(table_row(f"{strength:.3g}", *cells) + mark)
+        train, took = _figures("train", solution.logits, problem.labels), span(time.monotonic() - start)
+        row = (f"{strength:.3g}", f"{train['train_loss']:.3g}", *validation_cells(metrics), took)
+        logger.info(table_row(*row) + "  best so far" * bool(improved and metrics))
         solver = {"l2": strength, "gradient_norm": float(solution.gradient_norm)}
         for each in loggers:
             each.log_metrics({"epoch": number, **solver, **train, **metrics}, step=number)
@@ -120,12 +114,10 @@ def _solve_path(
     return strength, metrics
 
 
-@torch.no_grad()
 def set_head(head: Head, mean: Tensor, solution: Solution) -> None:
     """Copy a solution into a head."""
-    head.mean.copy_(mean)
-    head.weight.copy_(solution.weight)
-    head.bias.copy_(solution.bias)
+    state = {"mean": mean, "weight": solution.weight, "bias": solution.bias}
+    head.load_state_dict(state)
 
 
 def comparable(labels: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,8 +34,6 @@ class CachedFeatureDataModule(L.LightningDataModule):
     image. Training draws one of the two, or takes their mean; evaluation reads the first.
 
     Args:
-        data: its splits, labels and batch size are used.
-        model: computes the descriptors.
         precision: of the computation, by Lightning's name.
         dtype: of the descriptors on disk.
     """
@@ -68,7 +65,10 @@ class CachedFeatureDataModule(L.LightningDataModule):
         strategy, lock = self.trainer.strategy, self.store.lock()
         rank, ranks = rank_and_world_size(self.trainer)
         try:
-            self._acquire(lock, rank, strategy)
+            if not on_rank_zero(rank, strategy.broadcast, lambda: _acquire(lock, 0)):
+                logger.info("another run is building the same descriptors: waiting for it")
+                while not on_rank_zero(rank, strategy.broadcast, lambda: _acquire(lock, WAIT)):
+                    pass
             missing = on_rank_zero(rank, strategy.broadcast, self.store.open)
             if missing:
                 self._compute(missing[rank::ranks], strategy.root_device)
@@ -93,8 +93,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         return self.evaluation_dataloader(shard(self.data.test, self.trainer))
 
     def predict_dataloader(self) -> list[DataLoader]:
-        """Return nothing: `Trainer.predict` starts the ranks and has the store built, no more."""
-        return []
+        return []  # `Trainer.predict` starts the ranks and has the store built, no more
 
     def evaluation_dataloader(
         self, samples: Sequence[tuple[str, int]], sampler: SeededSampler | None = None
@@ -120,19 +119,6 @@ class CachedFeatureDataModule(L.LightningDataModule):
         """
         stored = StoredDescriptors(self.store, self.numbers(samples), samples, views)
         return stored, stored.labels
-
-    def _acquire(self, lock: FileLock, rank: int, strategy: Strategy) -> None:
-        """Have rank 0 hold the lock, once no other run does."""
-
-        def acquire(seconds: float) -> bool:
-            with suppress(Timeout):
-                lock.acquire(seconds)
-            return lock.is_locked
-
-        if not on_rank_zero(rank, strategy.broadcast, lambda: acquire(0)):
-            logger.info("another run is building the same descriptors: waiting for it")
-            while not on_rank_zero(rank, strategy.broadcast, lambda: acquire(WAIT)):
-                pass
 
     def _compute(self, shards: list[int], device: torch.device) -> None:
         # Only the very last shard has fewer images, so a batch of SHARD images is one shard.
@@ -166,6 +152,12 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 task.advance(len(images))
             for each in written:
                 each.result()
+
+
+def _acquire(lock: FileLock, seconds: float) -> bool:
+    with suppress(Timeout):
+        lock.acquire(seconds)
+    return lock.is_locked
 
 
 class StoredDescriptors(Dataset[tuple[Tensor, Tensor]]):

@@ -35,7 +35,6 @@ Progress = Callable[..., Iterable[Any]]  # (parts, what, unit=…) → parts, as
 
 
 def no_progress(parts: Iterable[Any], what: str, *, unit: str) -> Iterable[Any]:
-    """Return the parts."""
     return parts
 
 
@@ -63,8 +62,6 @@ class ConvexProblem:
     Args:
         descriptors: (n, width), of any floating type; read in blocks, several times, or once where a
             GPU has room for them.
-        labels: (n,).
-        classes: their number.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
         device: that multiplies descriptors; float64 is computed there or on the CPU.
         progress: shows how far a pass over the descriptors, or over folds, is.
@@ -103,10 +100,11 @@ class ConvexProblem:
         """Return the optimum for λ = `l2`, found from the previous one: go from strong to weak."""
         self._minimise(self.theta, self.bias, l2, slice(None), STEPS)
         norm = nn.utils.get_total_norm([p.grad for p in (self.theta, self.bias) if p.grad is not None])
-        with torch.no_grad():
-            weight, bias = self._weight(), self.bias.float()
+        with torch.no_grad(), without_tf32():
+            weight, bias, x = self._weight(), self.bias.float(), self.descriptors
             # Not factor @ θ: what `cholesky` adds to the diagonal would tell equal descriptors apart.
-            logits = self._logits(weight, bias)
+            blocks = [_centred(x, i, self.mean) @ weight.mT for i in range(0, len(x), BLOCK)]
+            logits = torch.cat(blocks) + bias.to(weight.device)
             loss = self.loss(logits.to(self.labels.device).double(), self.labels)
         return Solution(weight, bias, loss, norm, logits)
 
@@ -151,7 +149,6 @@ class ConvexProblem:
         optimizer.step(closure)
         closure()
 
-    @without_tf32()
     def _weight(self) -> Tensor:
         """Return W = αᵀX."""
         if self.primal:
@@ -162,12 +159,6 @@ class ConvexProblem:
         for i in range(0, len(alpha), BLOCK):
             weight.addmm_(alpha[i : i + BLOCK].mT, _centred(self.descriptors, i, self.mean))
         return weight
-
-    @without_tf32()
-    def _logits(self, weight: Tensor, bias: Tensor) -> Tensor:
-        starts = range(0, len(self.descriptors), BLOCK)
-        products = [_centred(self.descriptors, i, self.mean) @ weight.mT for i in starts]
-        return torch.cat(products) + bias.to(weight.device)
 
 
 def _resident(descriptors: Descriptors, device: torch.device, progress: Progress) -> Descriptors:
@@ -187,7 +178,7 @@ def _room(device: torch.device) -> int:
 def cholesky(gram: Tensor) -> Tensor:
     """Return the lower factor, in float64, of a positive semi-definite matrix (n, n) in float32.
 
-    Repeated descriptors, and float32's rounding of the products, leave eigenvalues about or below zero:
+    Repeated descriptors and float32's rounding of the products, leave eigenvalues about or below zero:
     a millionth of the diagonal's mean is added to it, or as little more as lifts them above zero.
     """
     mean = gram.diagonal().double().mean()

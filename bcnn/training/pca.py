@@ -29,13 +29,8 @@ def fit_principal_axes(
 ) -> None:
     """Set a backbone's projection to the first principal axes of a sample of the training images.
 
-    They are cached: others, if only by rounding, would lead to another store of descriptors.
-
-    Args:
-        backbone: on the CPU, with a projection.
-        data: set up.
-        device: computes the maps.
-        precision: of the maps, by Lightning's name.
+    They are cached: others, if only by rounding, would lead to another store of descriptors. The
+    backbone is on the CPU; `device` computes the maps, in a `precision` by Lightning's name.
     """
     loader = data.sample_dataloader()
     unprojected = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
