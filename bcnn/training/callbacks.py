@@ -60,16 +60,12 @@ class TrainingDiverged(Exception):
 class DivergenceMonitor(L.Callback):
     """Watches a stage's loss, weights and validation; raises TrainingDiverged where one is not finite.
 
-    Args:
-        classes: their number: guessing has a cross-entropy of ln(classes).
-        checkpoint: holds the validation top-1 of the weights that the stage starts from, if any.
-        advice: what to try; ends each message.
+    Messages end with `advice`, what to try.
     """
 
     def __init__(self, classes: int, checkpoint: BestOrLastCheckpoint, advice: str) -> None:
-        self.guessing = math.log(classes)
-        self.checkpoint = checkpoint
-        self.advice = advice
+        self.guessing = math.log(classes)  # the cross-entropy of it
+        self.checkpoint, self.advice = checkpoint, advice
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -111,8 +107,7 @@ class EpochTable(L.Callback):
     """Logs a row an epoch: losses, validation top-1, rate, time; a bar may show the running epoch."""
 
     def __init__(self, checkpoint: BestOrLastCheckpoint, show: bool = True) -> None:
-        self.checkpoint = checkpoint
-        self.show = show
+        self.checkpoint, self.show = checkpoint, show
         self._bar = ExitStack()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -128,8 +123,8 @@ class EpochTable(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self._start = time.monotonic()
-            batches = trainer.num_training_batches + sum(trainer.num_val_batches)
             self._epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+            batches = trainer.num_training_batches + sum(trainer.num_val_batches)
             self._begin(f"epoch {self._epoch}", batches)
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 

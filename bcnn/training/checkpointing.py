@@ -44,12 +44,6 @@ class BestOrLastCheckpoint(ModelCheckpoint):
     just changed sides, the loss sees them all. Without validation `images` there is no best.ckpt.
     last.ckpt is the full state after an epoch `EVERY` seconds ago at most. A stage resumed from it
     (`Trainer.fit(ckpt_path=…)`) ends with the same weights.
-
-    Attributes:
-        start, last, metrics: validation figures before the first step (of a trainer with
-            `num_sanity_val_steps=-1`), of the latest epoch, and of the epoch that `kept` holds.
-        state: folder/last.ckpt.
-        resumed: whether the stage began from it.
     """
 
     def __init__(self, folder: Path, images: int) -> None:
@@ -61,12 +55,11 @@ class BestOrLastCheckpoint(ModelCheckpoint):
             save_weights_only=True,
             enable_version_counter=False,
         )
-        self.state = folder / "last.ckpt"
-        self.images = images
-        self.start: dict[str, float] = {}
+        self.state, self.images = folder / "last.ckpt", images
+        self.start: dict[str, float] = {}  # validated before step 1, with `num_sanity_val_steps=-1`
         self.train: dict[str, float] = {}  # training figures of the latest epoch
-        self.last: dict[str, float] = {}
-        self.metrics: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # its validation figures
+        self.metrics: dict[str, float] = {}  # those of the epoch that `kept` holds
         self.stopped = False  # another callback ended the stage with this epoch
         self.rows: list[dict[str, str]] = []  # of metrics.csv
         self.resumed = False

@@ -17,7 +17,7 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.head import Head
 from bcnn.training.callbacks import table_row, validation_cells
 from bcnn.training.feature_data import CachedFeatureDataModule
-from bcnn.training.logistic_regression import BLOCK, ConvexProblem, Descriptors, Solution
+from bcnn.training.logistic_regression import BLOCK, ConvexProblem, Descriptors
 from bcnn.training.module import BCNNModule, in_top_k
 from bcnn.utils.console import logger, span, track
 
@@ -94,11 +94,12 @@ def _solve_path(
     for number, strength in enumerate(path):
         start = time.monotonic()
         solution = problem.solve(strength)
-        set_head(head, problem.mean, solution)
+        state = {"mean": problem.mean, "weight": solution.weight, "bias": solution.bias}
+        head.load_state_dict(state)
         metrics = validate(strength)
         improved = metrics.get("val_loss", 0.0) < min(losses, default=torch.inf)
         if improved or number == 0:
-            best = strength, solution, metrics
+            best = strength, state, metrics
         train, took = _figures("train", solution.logits, problem.labels), span(time.monotonic() - start)
         row = (f"{strength:.3g}", f"{train['train_loss']:.3g}", *validation_cells(metrics), took)
         logger.info(table_row(*row) + "  best so far" * bool(improved and metrics))
@@ -109,15 +110,9 @@ def _solve_path(
         if metrics:
             losses.append(metrics["val_loss"])
             path += _weaker(path, losses)
-    strength, solution, metrics = best
-    set_head(head, problem.mean, solution)
-    return strength, metrics
-
-
-def set_head(head: Head, mean: Tensor, solution: Solution) -> None:
-    """Copy a solution into a head."""
-    state = {"mean": mean, "weight": solution.weight, "bias": solution.bias}
+    strength, state, metrics = best
     head.load_state_dict(state)
+    return strength, metrics
 
 
 def comparable(labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,12 @@ class FeatureStore:
         self._found = {}
         for shard in range(self.shards):
             for views in range(self.views(shard), VIEWS + 1):
-                path = self._path(shard, views)
-                try:  # numpy compares the header with the size of the file
+                path, images = self._path(shard, views), len(self.shard_images(shard))
+                # numpy compares the header with the size of the file
+                with suppress(FileNotFoundError, ValueError, EOFError):
                     array = np.load(path, mmap_mode="r")
-                except (FileNotFoundError, ValueError, EOFError):
-                    continue
-                expected = (len(self.shard_images(shard)), views, self.width)
-                if array.shape == expected and array.dtype == self.dtype:
-                    self._found[shard] = (str(path), array.offset, views)
+                    if array.shape == (images, views, self.width) and array.dtype == self.dtype:
+                        self._found[shard] = (str(path), array.offset, views)
         return [shard for shard in range(self.shards) if shard not in self._found]
 
     def views(self, shard: int) -> int:

@@ -165,10 +165,13 @@ class BCNNModule(L.LightningModule):
             self.model.head.mean.copy_(self._mean_descriptor())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._measure(self.val_metrics, batch)
+        inputs, labels = batch
+        counted = labels != PADDING
+        metrics = self.test_metrics if self.trainer.testing else self.val_metrics
+        metrics.update(self(inputs)[counted], labels[counted])
+        self.log_dict(metrics)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._measure(self.test_metrics, batch)
+    test_step = validation_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have callbacks put what was validated, such as an average, into weights-only files too."""
@@ -202,9 +205,3 @@ class BCNNModule(L.LightningModule):
             total += descriptors[labels != PADDING].sum(dim=0)
             count += (labels != PADDING).sum()
         return mean_over_ranks(total) / mean_over_ranks(count)
-
-    def _measure(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> None:
-        inputs, labels = batch
-        counted = labels != PADDING
-        metrics.update(self(inputs)[counted], labels[counted])
-        self.log_dict(metrics)

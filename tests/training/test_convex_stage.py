@@ -4,7 +4,6 @@ import csv
 from itertools import pairwise
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -23,17 +22,14 @@ from bcnn.training.module import BCNNModule
 PATH = [1e-2, 1e-3, 1e-4]
 
 
-def csv_trainer(folder: Path) -> L.Trainer:
-    return quiet_trainer(logger=CSVLogger(folder, name="", version=""))
-
-
 def solve(
     images: Path, folder: Path, model: BCNN, *, val: float = 0.34, **options: object
 ) -> tuple[ConvexResult, list[dict[str, str]], CachedFeatureDataModule]:
     """Run the stage; its result, the rows of metrics.csv, and the data."""
     data = CachedFeatureDataModule(folder_data(images, val_fraction=val), model, "32-true")
     options = {"l2": PATH, "folder": folder, **options}
-    result = run_convex_stage(csv_trainer(folder), model, data, **options)  # type: ignore[arg-type]
+    trainer = quiet_trainer(logger=CSVLogger(folder, name="", version=""))
+    result = run_convex_stage(trainer, model, data, **options)  # type: ignore[arg-type]
     with (folder / "metrics.csv").open() as lines:
         return result, [*csv.DictReader(lines)], data
 

@@ -37,14 +37,6 @@ def scikit_learn(x: Tensor, labels: Tensor) -> LogisticRegression:
     return reference.fit(x.double().numpy(), labels.numpy())
 
 
-def test_gram_matrix_in_blocks(descriptors: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logistic_regression, "BLOCK", 7)
-    half = descriptors.half()
-    centred = half.double() - half.double().mean(0)
-    gram = gram_matrix(half, half.float().mean(0))
-    torch.testing.assert_close(gram.double(), centred @ centred.mT, rtol=1e-5, atol=1e-6)
-
-
 class Counted:
     """Descriptors that count how many of them were read, and at which precision TF32 was allowed."""
 
@@ -131,6 +123,7 @@ def test_figures_are_those_of_the_weights_returned(descriptors: Tensor, width: i
 def test_solution_is_that_of_scikit_learn(
     descriptors: Tensor, width: int, remembered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logistic_regression, "BLOCK", 7)
     x = descriptors[:, :width]
     bytes_ = remembered * 2 * min(40, width) * CLASSES * 8
     monkeypatch.setattr(logistic_regression, "HISTORY_BYTES", bytes_)
@@ -164,21 +157,15 @@ def test_held_out_logits_are_those_of_scikit_learn_without_the_fold(
     torch.testing.assert_close(problem.solve(L2).weight, before.weight, rtol=1e-3, atol=1e-4)
 
 
-def test_solution_is_that_of_many_small_steps(descriptors: Tensor) -> None:
-    """In float64, of a loss with options, whose module the solver leaves unchanged."""
+def test_the_solution_of_a_loss_with_options_has_no_gradient(descriptors: Tensor) -> None:
+    """In float64; the solver leaves the module of the loss unchanged."""
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
     solution = ConvexProblem(descriptors, LABELS, CLASSES, loss).solve(L2)
     assert loss.weight is not None and loss.weight.dtype == torch.float32
     x = descriptors.double() - descriptors.double().mean(0)
-    weight = torch.zeros(CLASSES, x.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
+    weight, bias = (p.double().requires_grad_() for p in (solution.weight, solution.bias))
     loss.double()
-    sgd = torch.optim.SGD([weight, bias], lr=8.0, momentum=0.95)
-    for _ in range(500):
-        sgd.zero_grad()
-        objective(x, weight, bias, loss).backward()
-        sgd.step()
-    assert (solution.weight - weight).norm() / weight.norm() < 1e-3
+    objective(x, weight, bias, loss).backward()
+    assert weight.norm() > 1 and max(p.grad.abs().max() for p in (weight, bias)) < 1e-6
     logits = x @ weight.mT + bias
-    torch.testing.assert_close(solution.logits.double(), logits, rtol=0, atol=1e-3)
-    torch.testing.assert_close(solution.loss, loss(logits, LABELS), rtol=1e-4, atol=0)
+    torch.testing.assert_close(solution.loss, loss(logits, LABELS), rtol=1e-5, atol=0)
