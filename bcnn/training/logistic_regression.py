@@ -64,7 +64,6 @@ class ConvexProblem:
             GPU has room for them.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
         device: that multiplies descriptors; float64 is computed there or on the CPU.
-        progress: shows how far a pass over the descriptors, or over folds, is.
     """
 
     def __init__(

@@ -193,11 +193,8 @@ class BCNNModule(L.LightningModule):
 
     @torch.no_grad()
     def _mean_descriptor(self) -> Tensor:
-        """Return the mean descriptor (width,) of a sample of the training images.
-
-        A running mean would lag behind the weights: Wu & Johnson, "Rethinking 'Batch' in BatchNorm",
-        2021, §3 ("precise BN").
-        """
+        """Return the mean descriptor (width,) of a sample of the training images."""
+        # A running mean lags behind the weights: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021.
         total, count = torch.zeros_like(self.model.head.mean), torch.zeros((), device=self.device)
         for images, labels in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():

@@ -8,7 +8,6 @@ import torch
 from conftest import folder_data
 from torch import nn
 
-from bcnn.models.backbones import Backbone
 from bcnn.models.bilinear_cnn import BCNN, make_backbone
 from bcnn.training.pca import fit_principal_axes, principal_axes
 
@@ -18,11 +17,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def backbone(tiny: BCNN) -> Backbone:
-    return make_backbone("tiny", project=3)
 
 
 def test_axes_are_those_of_a_singular_value_decomposition() -> None:
@@ -37,32 +31,25 @@ def test_axes_are_those_of_a_singular_value_decomposition() -> None:
 
 
 def test_axes_are_of_the_images_and_found_once(
-    images: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    images: Path, tiny: BCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = folder_data(images)
+    """Batch normalisation uses its constants, in whatever mode the backbone was."""
+    data, backbone = folder_data(images), make_backbone("tiny", project=3)
+    backbone.features = nn.Sequential(backbone.features, nn.BatchNorm2d(4))
+    backbone.features[1].running_mean.fill_(0.5)
+    before = {name: tensor.clone() for name, tensor in backbone.named_buffers()}
+    nn.Module.train(backbone, True)
     fit_principal_axes(backbone, data, CPU, "32-true")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.named_buffers())
     weight = backbone.projection.weight[:, :, 0, 0]
     torch.testing.assert_close(weight @ weight.mT, torch.eye(3))
     with torch.no_grad():
-        maps = torch.cat([backbone.unprojected(batch) for batch, _ in data.sample_dataloader()])
+        maps = torch.cat([backbone.eval().unprojected(x) for x, _ in data.sample_dataloader()])
         torch.testing.assert_close(weight, principal_axes([maps])[:3])
     monkeypatch.setattr("bcnn.training.pca.principal_axes", None)
     again = make_backbone("tiny", project=4)
-    again.features.load_state_dict(backbone.features.state_dict())
+    again.features = backbone.features
     fit_principal_axes(again, data, CPU, "32-true")
     torch.testing.assert_close(again.projection.weight[:3, :, 0, 0], weight)
     with pytest.raises(TypeError):  # other pixels have other axes
         fit_principal_axes(again, folder_data(images, interpolation="bicubic"), CPU, "32-true")
-
-
-def test_batch_normalisation_is_constant(images: Path, backbone: Backbone) -> None:
-    backbone.features = nn.Sequential(backbone.features, nn.BatchNorm2d(4))
-    backbone.features[1].running_mean.fill_(0.5)
-    before = {name: tensor.clone() for name, tensor in backbone.named_buffers()}
-    data = folder_data(images)
-    nn.Module.train(backbone, True)
-    fit_principal_axes(backbone, data, CPU, "32-true")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.named_buffers())
-    with torch.no_grad():
-        maps = torch.cat([backbone.eval().unprojected(batch) for batch, _ in data.sample_dataloader()])
-    torch.testing.assert_close(backbone.projection.weight[:, :, 0, 0], principal_axes([maps])[:3])
