@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import configure, toy
-from torch import Tensor
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
@@ -24,11 +23,6 @@ pytestmark = [
 ]
 
 
-def logits(path: Path, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return load_model(path)(images)
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("solver", ["convex", "sgd"])
 def test_both_stages_train_and_agree_with_float32(
@@ -41,23 +35,20 @@ def test_both_stages_train_and_agree_with_float32(
         "finetune.batch_size=6",
         "trainer=gpu",
     ]
-    finals = {}
-    for name in ("32-true", precision):
-        overrides = [*short, f"trainer.precision={name}", f"output={tmp_path / name}"]
+    folders = [tmp_path / name for name in ("32-true", precision)]
+    for folder in folders:
+        overrides = [*short, f"trainer.precision={folder.name}", f"output={folder}"]
         assert train(configure(*toy(images, *overrides))) >= 0.8
-        finals[name] = tmp_path / name
-    start = load_model(finals["32-true"] / "last" / "best.ckpt").backbone.features.state_dict()
-    mixed = load_model(finals[precision] / "last" / "best.ckpt").backbone.features.state_dict()
-    assert all(torch.equal(start[key], mixed[key]) for key in start)  # frozen, in both
-    for name in finals:
-        tuned = load_model(finals[name] / "finetune" / "best.ckpt").backbone.features.state_dict()
-        still = [key for key in start if torch.equal(start[key], tuned[key])]
-        assert not [key for key in still if key.endswith("weight")]
+    exact, mixed = (load_model(folder / "last" / "best.ckpt") for folder in folders)
+    start, frozen = (model.backbone.features.state_dict() for model in (exact, mixed))
+    assert all(torch.equal(start[key], frozen[key]) for key in start)
+    for folder in folders:
+        tuned = load_model(folder / "finetune" / "best.ckpt").backbone.features.state_dict()
+        assert not any(torch.equal(start[key], tuned[key]) for key in start if key.endswith("weight"))
     batch = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    exact = logits(finals["32-true"] / "last" / "best.ckpt", batch)
-    close = logits(finals[precision] / "last" / "best.ckpt", batch)
-    assert torch.isfinite(close).all()
-    torch.testing.assert_close(close.softmax(1), exact.softmax(1), rtol=0, atol=0.1)
+    with torch.no_grad():
+        expected, close = (model(batch).softmax(1) for model in (exact, mixed))
+    torch.testing.assert_close(close, expected, rtol=0, atol=0.1)
 
 
 def test_autocast_on_the_gpu_keeps_the_head_in_float32() -> None:
