@@ -1,8 +1,9 @@
 """`bcnn check`: what training on a set of images would meet."""
 
 from collections import Counter
+from collections.abc import Container
 from statistics import median
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +12,9 @@ from bcnn.cli.arguments import LabelledImages, OutputFolder
 from bcnn.utils.console import console, printable, progress
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import new_output
+
+if TYPE_CHECKING:
+    from bcnn.data.index import ImageIndex
 
 VAL = typer.Option(help="Share of each class, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
@@ -36,7 +40,6 @@ def check(
         from bcnn.data.index import mistakes, read_folder, read_list
         from bcnn.data.review import lookalikes, review
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
-
     validate_fractions(val_fraction, test_fraction)
     index = read_list(images) if images.is_file() else read_folder(images)
     findings = integrity.check(images, index.paths)
@@ -48,18 +51,14 @@ def check(
     )
     drawn = draw_splits(intact, digests, val_fraction, test_fraction, seed)
     folder = output or new_output("check")
-
-    columns = {split: drawn.counts(split) for split in drawn.splits}
-    if lost := [label for path, label in index.samples if path in reasons]:
-        columns["broken"] = [lost.count(label) for label in range(len(index.classes))]
-    console.print(_table(index.classes, columns))
+    console.print(_table(index, drawn, reasons))
     if intact.samples:
         formats = Counter(findings[path].format for path in intact.paths).most_common()
         sides = sorted(min(findings[path].width, findings[path].height) for path in intact.paths)
         console.print(f"formats: {', '.join(f'{count} {name}' for name, count in formats)}")
         console.print(f"short sides: {sides[0]} to {sides[-1]} px, median {median(sides):.0f} px")
         contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
-        console.print(f"contact sheet: {folder / 'contact_sheet.png'}")
+        console.print(f"pictures: {folder}")
     try:
         integrity.without_broken(index, findings, images, skip=False)
     except UserError as error:
@@ -67,19 +66,21 @@ def check(
     near = lookalikes(drawn, findings)
     if pairs := [pair for found in near.values() for pair in found]:
         pair_sheet(pairs, folder / "near_duplicates.png")
-        console.print(f"near duplicates: {folder / 'near_duplicates.png'}")
     warnings = intact.remarks + review(intact, drawn, findings, near)
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
     return 1 if errors else 0
 
 
-def _table(classes: list[str], columns: dict[str, list[int]]) -> Table:
+def _table(index: "ImageIndex", drawn: "ImageIndex", broken: Container[str]) -> Table:
     """Return a table with a row per class and a column of numbers per split."""
+    columns = {split: drawn.counts(split) for split in drawn.splits}
+    if lost := [label for path, label in index.samples if path in broken]:
+        columns["broken"] = [lost.count(label) for label in range(len(index.classes))]
     table = Table(show_footer=True)
-    table.add_column("class", footer=f"classes: {len(classes)}")
+    table.add_column("class", footer=f"classes: {len(index.classes)}")
     for name, counts in columns.items():
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
-    for name, *counts in zip(map(printable, classes), *columns.values(), strict=True):
+    for name, *counts in zip(map(printable, index.classes), *columns.values(), strict=True):
         table.add_row(name, *map(str, counts))
     return table

@@ -10,7 +10,7 @@ import typer
 from bcnn.cli.arguments import Checkpoint, Images, OutputFolder
 from bcnn.utils.console import console, error_console, logger, printable, progress, track
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, new_output, validate_writable
+from bcnn.utils.files import atomic_write, new_output
 
 TARGET = typer.Option(metavar="CLASS", help="Class to explain. Default: the likeliest.")
 VERSUS = typer.Option(metavar="CLASS", help="Class to compare with. Default: the likeliest other one.")
@@ -29,17 +29,14 @@ def explain(
     of the class (orange) or takes from it (purple). Right: the same for the difference to the other
     class. The locations sum to the number over each map.
     """
-    from bcnn.data.image_files import find_images
-
-    paths = find_images(images)
-    folder = output or new_output("explain")
-    validate_writable(folder)
     with progress("loading PyTorch"):
+        from bcnn.data.image_files import find_images
         from bcnn.data.image_io import load_image
         from bcnn.evaluation import explain as attribution
         from bcnn.evaluation.inference import open_model, validate_finite
         from bcnn.utils.device import best_device
 
+    paths, folder = find_images(images), output or new_output("explain")
     model = open_model(ckpt).to(best_device())
     for name in filter(None, (target, versus)):
         if name not in model.classes:

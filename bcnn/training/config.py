@@ -98,14 +98,14 @@ def validate_batches(cfg: DictConfig, ranks: int) -> None:
             )
 
 
-def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
+def absolute_paths(cfg: DictConfig, folder: str | Path) -> DictConfig:
     """Return a copy of a configuration, its relative paths taken as relative to a folder."""
     options: Any = OmegaConf.to_container(cfg, resolve=True)
     copy: DictConfig = OmegaConf.create(options)
-    copy.output = str(folder / Path(copy.output).expanduser())
+    copy.output = str(Path(folder) / Path(copy.output).expanduser())
     for key in ("ckpt", "data.root", "data.list", "model.weights"):
         value = OmegaConf.select(copy, key)
-        path = folder / Path(str(value)).expanduser()
+        path = Path(folder) / Path(str(value)).expanduser()
         if value is not None and (key != "model.weights" or path.is_file()):
             OmegaConf.update(copy, key, str(path))
     return copy

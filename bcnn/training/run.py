@@ -21,7 +21,6 @@ from bcnn.training.network import build_model, load_weights
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.training.stage import Stage
 from bcnn.utils.console import log_file, logger, setup_logging, span
-from bcnn.utils.device import chosen_precision
 from bcnn.utils.distributed import explain_lost_ranks
 from bcnn.utils.environment import software
 from bcnn.utils.errors import Interruption, UserError
@@ -32,7 +31,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
 
     Args:
         cfg: the whole configuration; it is not changed.
-        overrides: what it was composed from, for the commands that are shown at the end.
+        overrides: what it was composed from, for the commands that the log shows.
         resume: continue the interrupted run in `cfg.output`, to the same weights.
 
     Returns:
@@ -44,9 +43,8 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
     setup_logging()
     quiet_lightning()
     validate(cfg)
-    cfg = absolute_paths(cfg, _directory(cfg, resume))
-    precision = chosen_precision(cfg.trainer)
-    state = RunState.resume(cfg) if resume else RunState.create(cfg, overrides, precision)
+    cfg = absolute_paths(cfg, RunState.read(Path(cfg.output)).directory if resume else Path.cwd())
+    state = RunState.resume(cfg) if resume else RunState.create(cfg, overrides)
     if state.finished:
         logger.info(f"{state.folder}: this run has finished already")
         return _outcome([result for stage in STAGES[cfg.stage] if (result := state.result(stage))])
@@ -71,9 +69,9 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
             if result.failure:
                 break
         log_figures(results, data)
-        circumstances = {"training took": span(time.monotonic() - began), **versions}
-        if resume:
-            circumstances = {k: v and f"{v} (since it was resumed)" for k, v in circumstances.items()}
+        since = " (since it was resumed)" if resume else ""
+        known = {"training took": span(time.monotonic() - began), **versions}
+        circumstances = {name: value and value + since for name, value in known.items()}
         report = _write_report(cfg, state, results, data, model, circumstances)
         state.finish()
         log_where(cfg, state, results, report)
@@ -85,11 +83,6 @@ def _outcome(results: list[StageResult]) -> float:
     if results[-1].failure:
         raise UserError(results[-1].failure)
     return results[-1].metrics.get("val_top1", math.nan)
-
-
-def _directory(cfg: DictConfig, resume: bool) -> Path:
-    """Return the folder that relative paths are relative to."""
-    return Path(RunState.read(Path(cfg.output)).directory) if resume else Path.cwd()
 
 
 @contextmanager

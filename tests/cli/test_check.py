@@ -29,7 +29,7 @@ def test_counts_sizes_formats_and_a_contact_sheet(bcnn: Bcnn) -> None:
     assert row(outcome.out, ":dog:") == [":dog:", "8", "1", "2"]
     assert row(outcome.out, "classes: 2") == ["classes: 2", "22", "3", "6"]
     assert "formats: 30 PNG, 1 BMP\nshort sides: 40 to 40 px, median 40 px\n" in outcome.out
-    assert "contact sheet: sheets/contact_sheet.png" in outcome.out
+    assert "pictures: sheets" in outcome.out
     assert [path.name for path in Path("sheets").iterdir()] == ["contact_sheet.png"]
     assert np.asarray(Image.open("sheets/contact_sheet.png")).std() > 20
 

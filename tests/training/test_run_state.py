@@ -18,7 +18,7 @@ CALLBACK = "+callbacks.mine._target_=lightning.pytorch.callbacks.Timer"
 def state(folder: Path, *words: str) -> RunState:
     """The state of a new run, written down."""
     cfg = absolute_paths(configure(*words, f"output={folder}"), folder.parent)
-    made = RunState.create(cfg, list(words), "32-true")
+    made = RunState.create(cfg, list(words))
     made.write()
     return made
 
