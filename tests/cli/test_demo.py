@@ -114,11 +114,6 @@ def test_the_nearest_images_are_those_of_the_descriptors(
     assert [each["distance"] for each in nearest] == pytest.approx(distances.tolist(), abs=0.002)
 
 
-def test_images_of_any_shape(tiny: BCNN) -> None:
-    for size in ((1, 1), (3000, 1), (1, 700)):
-        assert answer(tiny, ([], []), encoded("PNG", BLACK.resize(size)))["nearest"] == []
-
-
 @pytest.mark.fuzz
 @given(content=mutated([jpeg(), *map(encoded, ("PNG", "GIF", "TIFF", "WEBP"))]))
 def test_any_upload_has_an_answer_or_a_sentence(tiny: BCNN, content: bytes) -> None:

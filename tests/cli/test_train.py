@@ -78,14 +78,6 @@ def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, st
 
 
 @pytest.mark.slow
-def test_mistakes_end_in_one_sentence_and_exit_code_1(train: Run, tmp_path: Path) -> None:
-    run = train("last.optimiser.lr=1")  # Hydra's; one of ours is below
-    assert run.returncode == 1
-    assert "Traceback" not in run.stderr
-    assert not list(tmp_path.glob("**/*.ckpt"))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
@@ -143,13 +135,6 @@ def test_processes_that_were_started_together_need_one_folder(
     assert train("stage=last", **{**launched, **other}).stderr == ""  # said once
     named = train("last.optimiser.lr=1", "output=out", **launched)  # Hydra's mistake comes later
     assert "optimiser" in named.stderr
-
-
-def test_help_names_the_groups_and_their_choices(train: Run) -> None:
-    run = train("--help")
-    assert run.returncode == 0
-    assert "last: convex, original, sgd" in run.stdout
-    assert "data: aircraft, butterflies, cars" in run.stdout
 
 
 def test_train_takes_text_and_prints_on_any_terminal(train: Run) -> None:

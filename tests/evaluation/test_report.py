@@ -14,7 +14,7 @@ from conftest import COLOURS, watched, write_images
 from PIL import Image
 
 from bcnn.evaluation.plots import curves_svg, plot_curves
-from bcnn.evaluation.predictions import Predictions, confused_pairs, confusion_order
+from bcnn.evaluation.predictions import Predictions, confusion_order
 from bcnn.evaluation.report import MISTAKES, ReportContent, write_report
 
 LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
@@ -53,15 +53,6 @@ def test_confused_classes_stand_side_by_side(classes: int, group: int) -> None:
     assert sorted(order) == list(range(classes))
     changes = sum(groups[a] != groups[b] for a, b in pairwise(order))
     assert changes == len(set(groups)) - 1
-
-
-def test_most_confused_pairs_by_count_in_both_directions() -> None:
-    called = [1, 1, 0, 0, 0, 2, 1, 3, 3]  # of 0: two called 1; of 1: three called 0; of 2: one called 1
-    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
-    probabilities = torch.full((9, 4), 0.1)
-    probabilities[torch.arange(9), torch.tensor(called)] = 0.7
-    made = Predictions(list("abcd"), ["x"] * 9, labels, probabilities)
-    assert confused_pairs(made, 5) == [(0, 1), (1, 2)] and confused_pairs(made, 1) == [(0, 1)]
 
 
 def test_each_stage_has_a_panel_over_its_epochs_or_lambdas(tmp_path: Path) -> None:
@@ -179,14 +170,6 @@ def test_the_page_is_one_file_with_every_part(page: Path, mistaken: Predictions)
     assert "Of the 24 training images" in text
     assert "command bcnn &lt;b&gt;train&lt;/b&gt;" in text and "training took" not in text
     assert f"top-1 {(24 - wrong) / 24:.1%}" in text and "top-5" not in text  # of three classes
-
-
-def test_a_page_without_mistakes(mistaken: Predictions, tmp_path: Path) -> None:
-    made = replace(mistaken, probabilities=torch.eye(3)[mistaken.labels])
-    write_report(tmp_path / "report.html", ReportContent(made, "All correct", held_out=made))
-    text = text_of(tmp_path / "report.html")
-    assert "No image was mistaken for another class" in text and "classified correctly" in text
-    assert "every image is predicted as it is labelled" in text
 
 
 def test_the_page_in_a_browser(browser: Any, page: Path, mistaken: Predictions) -> None:

@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from conftest import COLOURS, configure, toy, write_images
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
@@ -100,17 +97,6 @@ def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> 
     kept = logger.experiment.config
     assert (kept["stage"], kept["last"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
     assert kept["data"]["size"] == 32 and kept["data"]["seed"] == 0  # an interpolation, resolved
-
-
-def test_the_checkpoint_on_request(logger: WandbLogger, tmp_path: Path, staged: Path) -> None:
-    best = ModelCheckpoint(tmp_path / "out", filename="best")
-    trainer = L.Trainer(
-        max_epochs=1, limit_train_batches=1, limit_val_batches=0, logger=logger, callbacks=[best],
-        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-    )  # fmt: skip
-    trainer.fit(BoringModel())
-    content = Path(best.best_model_path).read_bytes()
-    assert content in [path.read_bytes() for path in staged.rglob("*") if path.is_file()]
 
 
 def test_other_loggers_are_told_the_configuration_alone(

@@ -1,7 +1,6 @@
 """Both stages from a configuration, in this process, at toy size."""
 
 import csv
-import logging
 import math
 import re
 from pathlib import Path
@@ -65,20 +64,6 @@ def test_both_stages_train_test_and_hand_over(
         assert (tmp_path / "out" / stage / "curves.png").stat().st_size > 5_000
         assert (tmp_path / "out" / stage / "metrics.csv").is_file()
     assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
-
-
-@pytest.mark.usefixtures("tiny")
-def test_lightning_does_not_join_in(
-    images: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    heard: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = heard.append  # type: ignore[method-assign]
-    logging.getLogger("lightning.pytorch").addHandler(handler)
-    train(configure(*toy(images, SMALL, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'out'}")))
-    logging.getLogger("lightning.pytorch").removeHandler(handler)
-    assert [record.getMessage() for record in heard] == []
-    assert [str(each.message) for each in recwarn if "lightning" in each.filename] == []
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from conftest import Run, toy
 from filelock import FileLock
 
 from bcnn.cli import train as command
-from bcnn.evaluation.plots import option_svg
 from bcnn.evaluation.sweep_page import Job, print_ranking, rank, shown, write_sweep
 from bcnn.training.run_state import StageResult
 from bcnn.training.stage import Stage
@@ -89,17 +88,6 @@ def test_the_page_shows_markup_as_text(tmp_path: Path) -> None:
     found = [(row["job"], row["a"], row["failure"]) for row in rows(tmp_path)]
     assert found == [("1", "<script>", ""), ("0", "a,b", ""), ("2", "c", "<b>")]
     assert "options of all jobs: stage=last" in page
-
-
-@pytest.mark.parametrize(
-    ("values", "even"),
-    [(["1e-3", "1e-2", "1e-1"], True), (["0", "1e-5", "1e-4"], True), (["1", "2", "4"], False)],
-)
-def test_values_that_span_decades_are_on_a_logarithmic_axis(values: list[str], even: bool) -> None:
-    svg = option_svg("lr", values, [0.5, 0.6, 0.7])
-    ticks = [float(x) for x in re.findall(r'id="xtick_\d+".*?<use [^>]*x="([\d.]+)"', svg, re.DOTALL)]
-    low, middle, high = ticks
-    assert (middle - low == pytest.approx(high - middle, rel=0.2)) == even
 
 
 def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
