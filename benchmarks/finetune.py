@@ -28,7 +28,7 @@ def project_step(
     precision = fastest_precision(device.type)
     classes = list(map(str, range(options.classes)))
     model = BCNN(classes, Preprocessing(options.size), None, {"name": pooling}, project).to(device)
-    model.to(memory_format=training_layout(device, precision))
+    model.to(memory_format=training_layout(device))
     model.backbone.grad_checkpointing = grad_checkpointing
     model.backbone.compiling = compiling
     module = BCNNModule(model, "finetune", centering=True).train()

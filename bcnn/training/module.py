@@ -104,7 +104,7 @@ class BCNNModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.stage == "finetune":
-            layout = training_layout(self.trainer.strategy.root_device, self.trainer.precision)
+            layout = training_layout(self.trainer.strategy.root_device)
             self.model.backbone.to(memory_format=layout)
 
     def forward(self, inputs: Tensor) -> Tensor:
