@@ -1,6 +1,7 @@
 """Images by class as a LightningDataModule."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,6 +47,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         train_scale: least share of an image's area that a training crop takes before it is resized to
             nine tenths of `size`; None: training crops have evaluation's scale and size.
         classes: names of classes to use, or how many to draw by `seed`; None: all.
+        train_fraction: share of each class's training images to train on, drawn by `seed`; the images of
+            a smaller share are among those of a larger one.
         val_fraction: share of each class to draw for validation if no image is in val; 0: train on all.
         test_fraction: the same for test; None: 0.2 if no splits are given, else 0.
         on_invalid_image: "raise" an error at files that cannot be decoded, or "skip" them.
@@ -74,6 +77,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         interpolation: Interpolation | None = None,
         train_scale: float | None = 0.5,
         classes: Sequence[str] | int | None = None,
+        train_fraction: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float | None = None,
         on_invalid_image: OnInvalidImage = "raise",
@@ -92,6 +96,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.stride = self.min_size = 1
         self.train_scale = train_scale
         self.chosen_classes = classes
+        self.train_fraction = train_fraction
         self.fractions = val_fraction, test_fraction
         self.on_invalid_image = on_invalid_image
         self.sampler = sampler
@@ -225,6 +230,10 @@ class FineGrainedDataModule(L.LightningDataModule):
         )
 
     def _assign(self, index: ImageIndex, recipe: Mapping[str, Any]) -> None:
+        recipe = {**recipe, "train_fraction": self.train_fraction}
+        seed = recipe.get("seed", self.seed)
+        train = splits.draw_fraction(index.train, self.digests, self.train_fraction, seed)
+        index = replace(index, train=train)
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()
         self.split = SplitRecord.of(index, self.digests, recipe)
@@ -244,7 +253,11 @@ class FineGrainedDataModule(L.LightningDataModule):
             if value not in allowed:
                 names = ", ".join(each or "null" for each in allowed)
                 raise UserError(f"data.{name}={value}: choose from {names}")
-        shares = {"crop_pct": self.preprocessing.crop_pct, "train_scale": self.train_scale}
+        shares = {
+            "crop_pct": self.preprocessing.crop_pct,
+            "train_scale": self.train_scale,
+            "train_fraction": self.train_fraction,
+        }
         for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"data.{name}={share}: choose from over 0 to 1")

@@ -208,6 +208,21 @@ def draw_sample(samples: Samples, digests: Digests, count: int, seed: int) -> Sa
     return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
 
 
+def draw_fraction(samples: Samples, digests: Digests, fraction: float, seed: int) -> Samples:
+    """Return this share of each class's images, at least one, those first in the order of `seed`.
+
+    A smaller share is part of a larger one, and copies of a file stay together.
+    """
+    classes: dict[int, set[str]] = defaultdict(set)
+    for path, label in samples:
+        classes[label].add(digests[path])
+    drawn: set[tuple[int, str]] = set()
+    for label, members in classes.items():
+        ordered = sorted(members, key=lambda digest: draw_position(digest, seed))
+        drawn.update((label, digest) for digest in ordered[: max(1, round(fraction * len(ordered)))])
+    return [(path, label) for path, label in samples if (label, digests[path]) in drawn]
+
+
 def draw_position(digest: str, seed: int) -> float:
     """Return a number from 0 to 1 that the digest and the seed alone decide."""
     mixed = hashlib.blake2b(f"{seed} {digest}".encode(), digest_size=8).digest()

@@ -33,6 +33,7 @@ class DataOptions:
     interpolation: str | None
     train_scale: float | None
     classes: Any  # names, or how many
+    train_fraction: float
     val_fraction: float
     test_fraction: float | None
     on_invalid_image: str

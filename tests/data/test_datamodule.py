@@ -1,6 +1,8 @@
 """The data module: from a folder or a list to batches, with what it warns of and refuses."""
 
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,7 @@ def test_class_folders_alone_are_split_by_the_seed(tmp_path: Path) -> None:
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "together under 1"),
         ({"crop_pct": 1.5}, "crop_pct=1.5"),
         ({"train_scale": 1.5}, "train_scale=1.5"),
+        ({"train_fraction": 0}, "train_fraction=0: choose from over 0 to 1"),
         ({"resize": "kep"}, "data.resize=kep: choose from keep, squash"),
         ({"interpolation": "nearest"}, "interpolation=nearest: choose from null, bilinear, bicubic"),
         ({"on_invalid_image": "ignore"}, "data.on_invalid_image=ignore: choose from raise, skip"),
@@ -181,12 +184,34 @@ def test_the_splits_of_a_checkpoint_are_followed(
     write_images(tmp_path, 1, seed=7)  # over 0.png of each class: one image gone, one new
     data = set_up(tmp_path, seed=2)
     data.follow(record)
-    assert "splits of the checkpoint (seed=1, val_fraction=0.1, test_fraction=0.2)" in logged.text
+    assert "splits of the checkpoint (seed=1, val_fraction=0.1, test_fraction=0.2, " in logged.text
     assert "33 of its 36 images are here and 3 new ones" in logged.text
     assert record.train < data.split.train and len(data.split.train - record.train) == 3
     assert data.split.val <= record.val and data.split.test <= record.test
     assert data.split.recipe == record.recipe
     assert {data.digests[path] for path, _ in data.test} == data.split.test
+
+
+def test_a_share_of_the_training_images_is_drawn_of_each_class(tmp_path: Path) -> None:
+    write_classes(tmp_path, a=40, b=20, c=3)
+    whole = set_up(tmp_path)
+    parts = {share: set_up(tmp_path, train_fraction=share) for share in (0.1, 0.25, 0.5, 1.0)}
+    trained = [set(data.train) for data in parts.values()]
+    assert all(less < more for less, more in pairwise(trained)) and parts[1.0].train == whole.train
+    for share, data in parts.items():
+        assert (data.val, data.test) == (whole.val, whole.test)
+        assert data.split.recipe["train_fraction"] == share
+        assert data.split.train == {data.digests[path] for path, _ in data.train}
+        of_class = [Counter(label for _, label in each.train) for each in (data, whole)]
+        assert all(of_class[0][k] == max(1, round(share * of_class[1][k])) for k in range(3))
+    assert {path for path, _ in set_up(tmp_path, train_fraction=0.5, seed=1).train} != trained[2]
+
+
+def test_a_fine_tune_with_the_same_share_trains_on_the_same_images(tmp_path: Path) -> None:
+    write_classes(tmp_path, a=20, b=20)
+    first, then = set_up(tmp_path, train_fraction=0.5), set_up(tmp_path, train_fraction=0.5, seed=1)
+    then.follow(first.split)
+    assert (then.train, then.val, then.split) == (first.train, first.val, first.split)
 
 
 def test_a_record_of_other_images_changes_no_split(images: Path) -> None:
