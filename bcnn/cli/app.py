@@ -7,6 +7,7 @@ import typer
 
 from bcnn.cli.cache import cache
 from bcnn.cli.check import check
+from bcnn.cli.compare import compare
 from bcnn.cli.demo import demo
 from bcnn.cli.errors import exit_code_of
 from bcnn.cli.evaluate import evaluate
@@ -36,7 +37,7 @@ def train(context: typer.Context) -> int:
     return train_main(context.args)
 
 
-for command in (check, evaluate, predict, explain, export, demo, cache):
+for command in (check, evaluate, compare, predict, explain, export, demo, cache):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
@@ -46,6 +47,8 @@ def evaluate(
     device = best_device()
     loader = data.evaluation_dataloader(samples)
     predictions = predict_split(model.to(device), samples, loader, mirror=mirror)
+    digests = [data.digests[path] for path in predictions.paths]
+    predictions = replace(predictions, digests=digests, split=split)
     console.print(results.headline_table(predictions, f"{images}, {split}"))
     console.print(results.weakest_table(predictions))
     facts = {

@@ -2,6 +2,7 @@
 
 - Proportions: Wilson's interval (JASA 1927), which has a width even where all images are correct.
 - Macro top-1: Wilson's interval for an effective number of images, see `weighted_proportion`.
+- Difference of two models' top-1 on the same images: Bonett and Price's, see `paired_difference`.
 - Negative log-likelihood: Student's interval for the mean over the images. It is too narrow where a
   small set happens to hold none of the rare mistakes that make up most of the mean.
 - Expected calibration error: none. On few images its own noise makes it too large (Roelofs et al.,
@@ -114,6 +115,28 @@ def proportion(hits: int, total: int) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan)
     low, high = stats.binomtest(hits, total).proportion_ci(method="wilson")
     return Estimate(hits / total, float(low), float(high))
+
+
+def paired_difference(only_first: int, only_second: int, images: int) -> Estimate:
+    """Return the second model's top-1 minus the first's, with Bonett and Price's interval.
+
+    Args:
+        only_first, only_second: numbers of images that one model alone classifies correctly.
+
+    Wald's interval after an image is added to either number (Journal of Educational and Behavioral
+    Statistics 37, 2012; among those that Fagerland et al. recommend, Statistics in Medicine 33, 2014).
+    """
+    more, less = (only_second + 1) / (images + 2), (only_first + 1) / (images + 2)
+    centre, z = more - less, stats.norm.ppf(0.975)
+    half = z * math.sqrt((more + less - centre**2) / (images + 2))
+    value = (only_second - only_first) / images
+    return Estimate(value, max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Return the p-value of McNemar's exact test that both numbers are equal but for chance."""
+    images = only_first + only_second
+    return float(stats.binomtest(only_first, images).pvalue) if images else 1.0
 
 
 def weighted_proportion(correct: Array, weights: Array) -> Estimate:

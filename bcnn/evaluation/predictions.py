@@ -1,8 +1,12 @@
 """Class probabilities of labelled images, and which classes they confuse."""
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +26,8 @@ class Predictions:
     paths: list[str]
     labels: Tensor  # (images,) indices of the true classes
     probabilities: Tensor  # (images, classes) in float32, rows sum to 1
+    digests: list[str] = field(default_factory=list)  # of the image files; empty: not recorded
+    split: str = ""  # that the images are of
 
     @property
     def predicted(self) -> Tensor:
@@ -53,6 +59,21 @@ class Predictions:
         order = self.confidence.argsort(descending=True, stable=True)
         return order[~self.correct[order]][:count].tolist()
 
+    def corrected_by(self, other: "Predictions") -> list[int]:
+        """Return the `confident_mistakes` that `other` classifies correctly."""
+        return [i for i in self.confident_mistakes(len(self.paths)) if other.correct[i]]
+
+    def select(self, indices: Sequence[int]) -> "Predictions":
+        """Return the predictions of these images, in this order."""
+        rows = torch.tensor(indices, dtype=torch.long)
+        return replace(
+            self,
+            paths=[self.paths[i] for i in indices],
+            labels=self.labels[rows],
+            probabilities=self.probabilities[rows],
+            digests=self.digests and [self.digests[i] for i in indices],
+        )
+
     def save(self, path: Path) -> None:
         """Write an .npz file with these fields, which `numpy.load` opens."""
         with atomic_write(path) as part:
@@ -62,8 +83,24 @@ class Predictions:
     def load(cls, path: Path) -> "Predictions":
         """Read what `save` wrote."""
         with np.load(path) as file:
-            names = (file[name].tolist() for name in ("classes", "paths"))
-            return cls(*names, *(torch.from_numpy(file[name]) for name in ("labels", "probabilities")))
+            tensors: Any = {name: torch.from_numpy(file[name]) for name in ("labels", "probabilities")}
+            return cls(**tensors, **{n: file[n].tolist() for n in file.files if n not in tensors})
+
+
+def on_common_images(runs: Sequence[Predictions]) -> list[Predictions]:
+    """Return the predictions of the images that all runs have, in the order of the first.
+
+    An image is known by its content and class; by path and class where a run records no content.
+    """
+    names = [run.digests if all(each.digests for each in runs) else run.paths for run in runs]
+    positions: list[dict[tuple[str, str, int], int]] = []
+    for run, images in zip(runs, names, strict=True):
+        named = [run.classes[label] for label in run.labels.tolist()]
+        copies: dict[tuple[str, str], Iterator[int]] = defaultdict(count)  # each has its number
+        keys = enumerate(zip(images, named, strict=True))
+        positions.append({(*key, next(copies[key])): position for position, key in keys})
+    common = [key for key in positions[0] if all(key in each for each in positions)]
+    return [run.select([of[key] for key in common]) for run, of in zip(runs, positions, strict=True)]
 
 
 def softmax(logits: Tensor) -> Tensor:

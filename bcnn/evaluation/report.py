@@ -102,11 +102,7 @@ def _change(name: str, earlier: Predictions, after: Predictions) -> dict[str, An
     images, others = ((x.classes, x.paths, x.labels.tolist()) for x in (after, earlier))
     if images != others:
         return None
-
-    def mistakes(right: Predictions, wrong: Predictions) -> list[int]:
-        return [i for i in wrong.confident_mistakes(len(wrong.paths)) if right.correct[i]]
-
-    corrected, lost = (earlier, mistakes(after, earlier)), (after, mistakes(earlier, after))
+    corrected, lost = (earlier, earlier.corrected_by(after)), (after, after.corrected_by(earlier))
     return {"before": name, "metrics": displayed(earlier), "corrected": corrected, "lost": lost}
 
 

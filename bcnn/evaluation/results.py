@@ -1,9 +1,7 @@
 """An evaluation: the split to evaluate, and the files and tables of its results."""
 
-import csv
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from bcnn.evaluation.inference import open_model
 from bcnn.evaluation.metrics import NAMES, as_text, displayed, headline, per_class
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import MISTAKES, THUMBNAIL, Before, ReportContent, write_report
+from bcnn.evaluation.tables import write_csv
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
@@ -81,15 +80,6 @@ def write_images(path: Path, predictions: Predictions) -> None:
         predictions.correct.int().tolist(),
     )
     write_csv(path, heading, zip(*columns, strict=True))
-
-
-def write_csv(path: Path, heading: list[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file; file names that are no valid Unicode are written as their bytes."""
-    with (
-        atomic_write(path) as part,
-        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        csv.writer(file).writerows([heading, *rows])
 
 
 def headline_table(predictions: Predictions, title: str) -> Table:

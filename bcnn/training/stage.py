@@ -1,7 +1,7 @@
 """One stage: fit it, keep its best weights, test them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +217,24 @@ class Stage:
 
     def _test(self, result: StageResult) -> None:
         """Add predictions of the test images to a result, or of the validation images without any."""
+        validated = self.data.val or (result.held_out.paths if result.held_out else [])
+        limit = self.trainer.limit_val_batches
+        if "val_top1" in result.metrics and isinstance(limit, float) and limit == 1:  # all of them
+            result.metrics["images_val"] = len(validated)
         samples = self._limited(self.data.test or self.data.val)
         if not samples:
             return
         model = self.model.to(self.trainer.strategy.root_device)
         precision = self.state.precision
-        result.predictions = predict_split(model, samples, self._batches(samples), precision)
+        predictions = predict_split(model, samples, self._batches(samples), precision)
+        digests = [self.data.digests[path] for path in predictions.paths]
+        split = "test" if self.data.test else "val"
+        result.predictions = replace(predictions, digests=digests, split=split)
         if self.data.test:
             figures = headline(result.predictions)
             names = {"test_top1": "top1", "test_top5": "top5", "test_loss": "nll"}
             result.metrics |= {key: figures[name].value for key, name in names.items()}
+            result.metrics["images_test"] = len(samples)
         is_last = result.failure or self.name == STAGES[self.cfg.stage][-1]
         mistakes = result.predictions.confident_mistakes(MISTAKES)
         if mistakes and is_last and self.trainer.world_size == 1:  # other ranks would wait too long

@@ -22,7 +22,7 @@ from bcnn.cli.app import main
 from bcnn.cli.errors import exit_code_of
 from bcnn.utils.errors import UserError
 
-COMMANDS = ["check", "evaluate", "predict", "explain", "export", "demo", "cache"]
+COMMANDS = ["check", "evaluate", "compare", "predict", "explain", "export", "demo", "cache"]
 
 HELP = """
 import sys

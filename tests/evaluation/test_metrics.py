@@ -14,6 +14,8 @@ from bcnn.evaluation.metrics import (
     calibration,
     displayed,
     headline,
+    mcnemar,
+    paired_difference,
     per_class,
     proportion,
     weighted_proportion,
@@ -94,6 +96,34 @@ def test_interval_of_macro_top1_covers_the_truth(sizes: list[int], recalls: list
         found = weighted_proportion(correct, weights)
         covered += bool(found.low <= np.mean(recalls) <= found.high)
     assert covered > 930
+
+
+def test_interval_of_a_paired_difference_is_bonett_and_price_s() -> None:
+    found = paired_difference(4, 26, images=48)  # the example of R's statpsych::ci.prop.ps
+    assert astuple(found) == pytest.approx((22 / 48, 0.2548067, 0.6251933))
+    assert astuple(paired_difference(0, 3, images=3))[::2] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("images", [20, 50, 200, 1000])
+@pytest.mark.parametrize(
+    "shares",  # both right, only the first, only the second, both wrong
+    [(0.8, 0.1, 0.05, 0.05), (0.95, 0.04, 0.005, 0.005), (0.5, 0.2, 0.1, 0.2), (0.3, 0.05, 0.6, 0.05)],
+)
+def test_interval_of_a_paired_difference_covers_the_truth(
+    images: int, shares: tuple[float, ...]
+) -> None:
+    tables = np.random.default_rng(0).multinomial(images, shares, 4000)
+    tables, times = np.unique(tables[:, 1:3], axis=0, return_counts=True)
+    found = [paired_difference(int(first), int(second), images) for first, second in tables]
+    covered = [each.low <= shares[2] - shares[1] <= each.high for each in found]
+    assert np.average(covered, weights=times) > 0.94
+
+
+def test_mcnemar_s_exact_test() -> None:
+    assert mcnemar(0, 0) == mcnemar(5, 5) == 1 and mcnemar(0, 10) == 2 / 2**10 == mcnemar(10, 0)
+    assert mcnemar(2, 5) == 2 * (1 + 7 + 21) / 2**7
+    chance = np.random.default_rng(0).binomial(30, 0.5, 4000)  # models that are equally accurate
+    assert np.mean([mcnemar(int(only), 30 - int(only)) < 0.05 for only in chance]) <= 0.05
 
 
 def test_what_the_images_cannot_support_is_unknown() -> None:
