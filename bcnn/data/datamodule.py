@@ -47,8 +47,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         train_scale: least share of an image's area that a training crop takes before it is resized to
             nine tenths of `size`; None: training crops have evaluation's scale and size.
         classes: names of classes to use, or how many to draw by `seed`; None: all.
-        train_fraction: share of each class's training images to train on, drawn by `seed`; the images of
-            a smaller share are among those of a larger one.
+        train_fraction: share of each class's training images to train on, drawn by `seed`; those of a
+            smaller share are among those of a larger one.
         val_fraction: share of each class to draw for validation if no image is in val; 0: train on all.
         test_fraction: the same for test; None: 0.2 if no splits are given, else 0.
         on_invalid_image: "raise" an error at files that cannot be decoded, or "skip" them.

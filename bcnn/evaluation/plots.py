@@ -3,11 +3,13 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -56,9 +58,9 @@ def calibration_svg(images: Array, confidence: Array, accuracy: Array) -> str:
 
 
 def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
-    """Plot validation top-1 over the values of an option, a dot per job, the best of which comes first.
+    """Plot validation top-1 over the values of an option, a dot per configuration, the best one first.
 
-    An axis of numbers is logarithmic where they span a decade. A line connects the means of a value.
+    A line connects the means of numbers that repeat; other values have no order.
     """
     texts, places = np.unique(values, return_inverse=True)
     try:
@@ -73,16 +75,11 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.subplots()
         if numeric:
-            above = distinct[distinct > 0]
-            if distinct[0] >= 0 and len(above) and above[-1] >= 10 * above[0]:  # they span a decade
-                axes.set_xscale("symlog", linthresh=above[0])  # 0 is a decade below the least
-            if len(distinct) <= 6:
-                axes.set_xticks(distinct, [f"{number:g}" for number in distinct])
-                axes.minorticks_off()
+            _numeric_axis(axes, distinct)
         else:
             axes.set_xticks(distinct, [text if len(text) <= 14 else f"{text[:13]}…" for text in texts])
             axes.set_xlim(-0.5, len(texts) - 0.5)
-        if len(distinct) < len(values):
+        if numeric and len(distinct) < len(values):
             means = np.bincount(jobs, top1) / np.bincount(jobs)
             axes.plot(distinct, means, color=SOFT, lw=1.2, zorder=1)
         axes.scatter(x[1:], top1[1:], 30, color=HIT, alpha=0.7, lw=0, zorder=2, clip_on=False)
@@ -92,6 +89,35 @@ def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")
         return _svg(figure)
+
+
+def learning_svg(title: str, curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
+    """Plot named curves of (share of the training images, top-1, its low end, its high end)."""
+    with rc_context(fname=STYLE):
+        figure = Figure(figsize=(4.4, 2.8 + 0.2 * len(curves)), layout="constrained")
+        axes = figure.subplots()
+        looks = cycle(product(("-", "--", ":"), (HIT, MISS, SOFT)))
+        for (name, points), (line, colour) in zip(curves.items(), looks, strict=False):
+            x, y, low, high = np.array(sorted(points)).T
+            axes.plot(x, y, color=colour, ls=line, marker="o", ms=4, lw=1.4, label=name)
+            axes.vlines(x, low, high, color=colour, lw=1)
+        _numeric_axis(axes, np.unique([share for each in curves.values() for share, *_ in each]))
+        axes.set(xlabel="share of the training images", ylabel=title)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(axis="y")
+        if len(curves) > 1:
+            figure.legend(loc="outside lower left")
+        return _svg(figure)
+
+
+def _numeric_axis(axes: Axes, distinct: Array) -> None:
+    """Mark up to six sorted numbers on the x axis, which is logarithmic where they span a decade."""
+    above = distinct[distinct > 0]
+    if distinct[0] >= 0 and len(above) and above[-1] >= 10 * above[0]:
+        axes.set_xscale("symlog", linthresh=above[0])  # 0 is a decade below the least
+    if len(distinct) <= 6:
+        axes.set_xticks(distinct, [f"{number:g}" for number in distinct])
+        axes.minorticks_off()
 
 
 def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figure | None:

@@ -17,7 +17,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from bcnn.evaluation.sweep_page import Job, print_ranking, write_sweep
+from bcnn.evaluation.ranking import Job
+from bcnn.evaluation.sweep_page import print_ranking, write_sweep
 from bcnn.utils.console import console, logger, setup_logging
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
@@ -128,8 +129,7 @@ def _report(folder: Path) -> list[Job]:
     jobs = [_read(file) for file in files]
     if jobs:
         print_ranking(jobs)
-        table, page = write_sweep(folder, jobs)
-        console.print(f"table: {table}\npage: {page}")
+        console.print(f"tables: {folder}\npage: {write_sweep(folder, jobs)}")
     for job in jobs:
         if job.failure:
             logger.error(f"{job.folder} failed ({shlex.join(job.overrides)}): {job.failure}")

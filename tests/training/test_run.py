@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import configure, folder_data, quiet_trainer, toy, write_images
+from conftest import configure, quiet_trainer, toy, write_images
 from hydra.utils import instantiate
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from bcnn.models.third_party import to_original
 from bcnn.training.module import BCNNModule
 from bcnn.training.network import build_model
 from bcnn.training.run import train
-from bcnn.training.run_state import StageResult
 from bcnn.utils.errors import UserError
 
 SHORT = ["finetune.epochs=1", "finetune.batch_size=6"]
@@ -116,21 +115,6 @@ def test_without_validation_the_last_λ_is_kept(
     printed = capsys.readouterr().out
     assert "test top-1" in printed
     assert re.search(r"1e-07 +\S+ +– +– +\d", printed) and "best so far" not in printed
-
-
-@pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize(("val_fraction", "validated"), [(0.34, 6), (0, 18)])
-def test_a_result_tells_which_images_its_figures_are_of(
-    images: Path, tmp_path: Path, val_fraction: float, validated: int
-) -> None:
-    """Without validation images, its validation figures are of the training images, in folds."""
-    options = [SMALL, "stage=last", "last.folds=3", f"output={tmp_path / 'out'}"]
-    train(configure(*toy(images, *options, f"data.val_fraction={val_fraction}")))
-    result = StageResult.read(tmp_path / "out", "last")
-    assert result and result.predictions
-    assert (result.metrics["images_val"], result.metrics["images_test"]) == (validated, 6)
-    assert {*result.predictions.digests} == folder_data(images).split.test
-    assert result.predictions.split == "test"
 
 
 @pytest.mark.usefixtures("tiny")

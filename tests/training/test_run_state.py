@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import configure, set_up, toy
+from conftest import configure, folder_data, set_up, toy
 from hydra.errors import HydraException
 
 from bcnn.cli.train import resume
@@ -111,3 +111,18 @@ def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(images: Path, tmp
     weights = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
     assert train(cfg, words, resume=True) == figure
     assert (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns == weights
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("val_fraction", "validated"), [(0.34, 6), (0, 18)])
+def test_a_result_tells_which_images_its_figures_are_of(
+    images: Path, tmp_path: Path, val_fraction: float, validated: int
+) -> None:
+    """Without validation images, its validation figures are of the training images, in folds."""
+    options = ["model.backbone.name=tiny", "stage=last", "last.folds=3", f"output={tmp_path / 'out'}"]
+    train(configure(*toy(images, *options, f"data.val_fraction={val_fraction}")))
+    result = StageResult.read(tmp_path / "out", "last")
+    assert result and result.predictions
+    assert (result.metrics["images_val"], result.metrics["images_test"]) == (validated, 6)
+    assert {*result.predictions.digests} == folder_data(images).split.test
+    assert result.predictions.split == "test"

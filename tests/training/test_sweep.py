@@ -14,7 +14,6 @@ from conftest import Run, toy
 from filelock import FileLock
 
 from bcnn.cli import train as command
-from bcnn.evaluation.sweep_page import Job, print_ranking, rank, shown, write_sweep
 from bcnn.training.run_state import StageResult
 from bcnn.training.stage import Stage
 from bcnn.utils.errors import Interruption
@@ -44,50 +43,9 @@ def main(tiny: object, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "sweep.csv").open() as file:
+    """What `jobs.csv` says of each job."""
+    with (folder / "jobs.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def job(name: str, top1: float | None, loss: float = 1.0, failure: str = "", **options: str) -> Job:
-    overrides = ["stage=last", *(f"{key}={value}" for key, value in options.items())]
-    metrics = {} if top1 is None else {"val_top1": top1, "val_loss": loss}
-    return Job(Path(name), overrides, metrics, "best.ckpt", 1.0, failure)
-
-
-def test_jobs_are_ranked_by_validation_top1_then_by_its_loss() -> None:
-    figures = {"2": (0.5, 0.3), "3": (None,), "5": (0.5, 0.2), "6": (0.7, 9.0), "10": (0.5, 0.3)}
-    jobs = [job(name, *metrics, lr=name) for name, metrics in figures.items()]
-    jobs.append(job("4", 0.9, failure="the disk is full", lr="4"))
-    assert [each.folder.name for (each,) in rank(jobs)] == ["6", "5", "2", "10", "3"]
-
-
-def test_one_lucky_seed_does_not_make_an_option_the_best(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figures = [(0.95, "1", "0"), (0.65, "1", "1"), (0.92, "2", "0"), (0.88, "2", "1")]
-    jobs = [job(str(k), top1, lr=lr, seed=seed) for k, (top1, lr, seed) in enumerate(figures)]
-    best, other = rank(jobs)
-    assert shown("val_top1", best) == "90.0% ± 2.8%"  # sample standard deviation: 0.04 / √2
-    assert shown("val_top1", other) == "80.0% ± 21.2%" and shown("test_top1", best) == "–"
-    print_ranking(jobs)
-    printed = capsys.readouterr().out
-    assert printed.index("90.0% ± 2.8%") < printed.index("80.0% ± 21.2%") and "95.0%" not in printed
-    assert "train it again: bcnn train stage=last lr=2 seed=0" in printed
-    write_sweep(tmp_path, jobs)
-    page = (tmp_path / "sweep.html").read_text()
-    assert "mean of 2 seeds" in page and "<td>90.0% ± 2.8%</td>" in page and "95.0%" not in page
-    assert [row["job"] for row in rows(tmp_path)] == ["2", "3", "0", "1"]
-
-
-def test_the_page_shows_markup_as_text(tmp_path: Path) -> None:
-    jobs = [job("0", 0.5, a="a,b"), job("1", 0.75, a="<script>"), job("2", None, failure="<b>", a="c")]
-    write_sweep(tmp_path, jobs)
-    page = (tmp_path / "sweep.html").read_text()
-    assert "<script" not in page and "<b>" not in page and "75.0%" in page
-    assert page.index("&lt;script&gt;") < page.index("a,b</td>")
-    found = [(row["job"], row["a"], row["failure"]) for row in rows(tmp_path)]
-    assert found == [("1", "<script>", ""), ("0", "a,b", ""), ("2", "c", "<b>")]
-    assert "options of all jobs: stage=last" in page
 
 
 def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
@@ -95,13 +53,17 @@ def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
 ) -> None:
     assert main("last.optimizer.lr=1e-6,1e-2,1", "hydra.sweep.dir=s", "data.crop_pct=1.0") == 0
     printed = capsys.readouterr().out
-    table = rows(tmp_path / "s")
-    order = [(-float(row["val_top1"]), float(row["val_loss"])) for row in table]
-    assert len(table) == 3 and order == sorted(order)
+    table = sorted(
+        rows(tmp_path / "s"), key=lambda row: (-float(row["val_top1"]), float(row["val_loss"]))
+    )
+    assert len(table) == 3
     assert all(float(row["test_top1"]) >= 0 and float(row["seconds"]) > 0 for row in table)
+    assert all((row["images_val"], row["images_test"]) == ("6", "6") for row in table)
     ranking = printed[printed.index("jobs, best validation top-1 first:") :]
-    lines = [line.split() for line in ranking.splitlines() if "%" in line]
-    assert [line[:3:2] for line in lines] == [[row["job"], row["last.optimizer.lr"]] for row in table]
+    lines = [line.split() for line in ranking.splitlines() if "–" in line]
+    assert [[line[0], line[3]] for line in lines] == [
+        [row["job"], row["last.optimizer.lr"]] for row in table
+    ]
     best = Path(table[0]["checkpoint"])
     assert f"best checkpoint: {best}" in ranking and best.is_file()
     assert (tmp_path / "s" / "sweep.html").is_file()
@@ -113,15 +75,10 @@ def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
     assert once and again and once.metrics == again.metrics
 
 
-def test_without_validation_images_no_job_is_the_best(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    jobs = [job("0", None, lr="1"), job("1", None, lr="2")]
-    print_ranking(jobs)
-    write_sweep(tmp_path, jobs)
-    printed, page = capsys.readouterr().out, (tmp_path / "sweep.html").read_text()
-    assert "no validation images to rank them by" in printed and "train it again" not in printed
-    assert "no validation images" in page and "Train the best again" not in page
+def test_a_validation_of_some_images_has_no_interval(main: Main, tmp_path: Path) -> None:
+    words = ["last.optimizer.lr=1e-2,1", "last.batch_size=3", "+trainer.limit_val_batches=1"]
+    assert main(*words, "hydra.sweep.dir=s") == 0
+    assert [row["images_val"] for row in rows(tmp_path / "s")] == ["", ""]
 
 
 def test_jobs_that_fail_are_named_and_the_others_ranked(
@@ -129,8 +86,8 @@ def test_jobs_that_fail_are_named_and_the_others_ranked(
 ) -> None:
     assert main(f"data.root=nowhere,{images}", "hydra.sweep.dir=s") == 1
     assert re.search(r"error: s/0 failed \(.*data\.root=nowhere", capsys.readouterr().err)
-    assert [row["data.root"] for row in rows(tmp_path / "s")] == [str(images), "nowhere"]
-    assert "nowhere" in rows(tmp_path / "s")[1]["failure"]
+    assert [row["data.root"] for row in rows(tmp_path / "s")] == ["nowhere", str(images)]
+    assert "nowhere" in rows(tmp_path / "s")[0]["failure"]
 
 
 @pytest.mark.parametrize(
