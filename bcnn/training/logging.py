@@ -177,7 +177,7 @@ def _hardest(predictions: Predictions) -> list[list[Any]]:
     """Return a row of `COLUMNS` for the images whose class got the least probability."""
     names, rows = predictions.classes, []
     for index in predictions.true_probability.argsort(stable=True)[:TABLE_IMAGES].tolist():
-        thumbnail = load_image(predictions.paths[index])
+        thumbnail = load_image(predictions.paths[index], THUMBNAIL)
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
         rows.append(
             [

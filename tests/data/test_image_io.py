@@ -137,17 +137,66 @@ def test_values_without_a_known_white_are_an_error(
     assert "8 bits a channel" in inspect(str(path)).error
 
 
+def chunk(kind: bytes, data: bytes, damage: int = 0) -> bytes:
+    """A chunk of a PNG, with a wrong checksum if `damage`."""
+    checksum = zlib.crc32(kind + data) ^ damage
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of an RGB PNG of 16 bits a channel."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+
+
 def png_of_16_bits(pixels: np.ndarray) -> bytes:
     """(height, width, 3), which Pillow reads but does not write."""
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return png_header(width, height) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+LONG = zlib.compress(bytes(2_000_000))
+EXTRAS = {
+    "a profile": chunk(b"iCCP", b"ICC\0\0" + LONG),
+    "a text": chunk(b"zTXt", b"workflow\0\0" + LONG),
+    "70 texts": 70 * chunk(b"tEXt", b"workflow\0" + bytes(1_000_000)),
+    "an international text": chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+    "a text with a wrong checksum": chunk(b"tEXt", b"Comment\0hello", damage=1),
+    "a time with a wrong checksum": chunk(b"tIME", bytes(7), damage=1),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+def test_a_png_s_pixels_do_not_depend_on_its_texts(tmp_path: Path, name: str, place: bytes) -> None:
+    content, path = encoded("PNG", "P", transparency=3), tmp_path / "a.png"
+    path.write_bytes(content)
+    pixels = load_image(path).tobytes()
+    start = content.index(place) - 4
+    path.write_bytes(content[:start] + EXTRAS[name] + content[start:])
+    assert not inspect(str(path)).error
+    assert load_image(path).tobytes() == pixels
+
+
+def test_a_text_that_turns_a_png_is_heeded(tmp_path: Path) -> None:
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="6"/>'
+    content = encoded("PNG")
+    start = content.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(content[:start] + chunk(b"iTXt", xmp) + content[start:])
+    assert load_image(tmp_path / "a.png").size == (48, 64)
+
+
+def test_photographs_of_200_megapixels_are_reduced_and_all_others_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("L", (16_000, 12_000), 90).save(path)
+    assert load_image(path, 448).size == (2000, 1500)
+    assert inspect(str(path))[:3] == ("JPEG", 16_000, 12_000)
+    monkeypatch.setattr("bcnn.data.image_io.JPEG_PIXELS", 190e6)
+    assert inspect(str(path)).error == "it has more than 190 megapixels"
+    path.write_bytes(png_header(16_000, 12_000) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    assert "192000000 pixels" in inspect(str(path)).error
 
 
 def test_colour_whose_lower_bits_are_lost_is_an_error(tmp_path: Path) -> None:
