@@ -36,7 +36,13 @@ def fit_principal_axes(
     unprojected = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
     paths = [path for path, _ in loader.dataset.samples]  # type: ignore[attr-defined]
     file = cache_folder("axes") / f"{key_of(identify_maps(unprojected, data, paths, precision))}.npy"
-    if not file.is_file():
+    weight = backbone.projection.weight
+    assert isinstance(weight, Tensor)
+    try:
+        axes = torch.from_numpy(np.load(file))
+    except (OSError, EOFError, TypeError, ValueError):  # no file, or a damaged one
+        axes = torch.empty(0)
+    if axes.shape != (weight.shape[1], weight.shape[1]):
         backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
         batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):
@@ -44,9 +50,7 @@ def fit_principal_axes(
         with atomic_write(file) as part:
             np.save(part, axes)
         backbone.to("cpu")
-    weight = backbone.projection.weight
-    assert isinstance(weight, Tensor)
-    weight.copy_(torch.from_numpy(np.load(file))[: len(weight), :, None, None])
+    weight.copy_(axes[: len(weight), :, None, None])
 
 
 def principal_axes(batches: Iterable[Tensor]) -> Tensor:
