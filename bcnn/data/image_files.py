@@ -13,7 +13,10 @@ from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 # What systems, network drives and archivers add; .DS_Store, ._* and .ipynb_checkpoints are hidden.
-SYSTEM_FILES = {"@eadir", "__macosx", "desktop.ini", "thumbs.db"}
+SYSTEM_FILES = {
+    *("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recycle", "__macosx", "desktop.ini"),
+    *("lost+found", "recycler", "system volume information", "thumbs.db"),
+}
 
 
 def is_ignored(name: str) -> bool:

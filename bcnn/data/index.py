@@ -73,19 +73,20 @@ def read_folder(root: Path) -> ImageIndex:
     if index := _read_metadata(root):
         return index
     parts = folders.split_folders(root)
-    entries, classes, others = [], set(), []
+    entries, inside, others = [], {}, []
     for split, part in (parts or {"train": root}).items():
         for folder in folders.subfolders(part):
             name = folders.class_name(folder.name)
-            classes.add(name)
             files = [*files_below(folder)]
-            entries += [(path, name, split) for path in files if is_image(path)]
+            images = [path for path in files if is_image(path)]
+            entries += [(path, name, split) for path in images]
+            inside[name] = {os.path.dirname(path)[len(str(folder)) + 1 :] for path in images} - {""}
             others += [path for path in files if not is_image(path)]
-    index = ImageIndex.of(entries, classes, divided=bool(parts))
+    if not parts:
+        folders.validate_class_folders(root, inside)
+    index = ImageIndex.of(entries, inside, divided=bool(parts))
     if others:
         index.remarks.append(f"{len(others)} files left out, no images: {count_suffixes(others)}")
-    if not parts:
-        index.remarks += folders.possible_splits(root)
     return index
 
 
@@ -137,6 +138,10 @@ def mistakes(index: ImageIndex, source: Path) -> list[str]:
         return [f"{source} has images of val or test only: add images to train on"]
     train, val, test = (index.counts(split) for split in index.splits)
     found = []
+    if alike := folders.lookalikes(index.classes):
+        found.append(
+            f"{source}: names of classes look the same: {listed(alike, 3)}; rename one of each"
+        )
     counted = zip(index.classes, train, val, test, strict=True)
     if empty := [name for name, *n in counted if not any(n)]:
         found.append(f"{source}: no images of the class {listed(empty)}; add some, or remove the class")
@@ -203,6 +208,10 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         raise UserError(f"{file} is empty: expected lines of path,label or path,label,split")
     names = ["path" if cell.lower() == "file_name" else cell.lower() for cell in rows[0][1]]
     if {"path", "label"} <= set(names):
+        if twice := [name for name in COLUMNS if names.count(name) > 1]:
+            raise UserError(
+                f"{file}: two columns are read as {twice[0]} ({', '.join(rows[0][1])}); rename one"
+            )
         rows = rows[1:]
     else:
         names = [*COLUMNS[: len(rows[0][1])]]

@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bcnn.data.image_files import images_below, is_ignored, is_image, listed
@@ -18,16 +19,23 @@ FILLERS = {"set", "data", "images", "photos", "split"}  # words without meaning 
 OUTPUTS = ("outputs", "multirun")  # folders that a run in a folder of images makes
 
 
-def possible_splits(root: Path) -> list[str]:
-    """Return a warning if all class folders hold the same folders: splits of unknown names do."""
-    inside = [_names(folder) for folder in subfolders(root) if not holds_images(folder)]
-    if len(inside) < 2 or len(inside[0]) < 2 or any(names != inside[0] for names in inside):
-        return []
-    folders = listed([f"{folder.name}/" for folder in subfolders(root)], 3)
-    return [
-        f"{folders} hold folders of the same names ({listed(sorted(inside[0]), 3)}) and were taken for "
-        "classes: splits are called train, val and test"
-    ]
+def validate_class_folders(root: Path, inside: Mapping[str, set[str]]) -> None:
+    """Raise UserError if two folders that were taken for classes hold the same folders, as splits do.
+
+    `inside` has the folders with images below each. Classes often share one name, as photos/.
+    """
+    holders: dict[str, list[str]] = defaultdict(list)
+    for folder, names in inside.items():
+        looks = {_look(name): name for name in names}
+        shared = Counter(other for look in looks for other in holders[look])
+        if alike := [other for other, count in shared.items() if count > 1]:
+            same = sorted(name for look, name in looks.items() if alike[0] in holders[look])
+            raise UserError(
+                f"{root}: {alike[0]}/ and {folder}/ hold the same folders ({listed(same, 3)}): "
+                f"call splits train/, val/ and test/, or move classes into {root}/train"
+            )
+        for look in looks if len(looks) > 1 else ():
+            holders[look].append(folder)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -94,6 +102,21 @@ def _names(folder: Path) -> set[str]:
 def class_name(text: str) -> str:
     """Return a class's name in one spelling: macOS writes an é as two code points, others as one."""
     return unicodedata.normalize("NFC", text)
+
+
+def lookalikes(names: Iterable[str]) -> list[str]:
+    """Return the names that look the same as another on a screen: `'iris' = 'iris\\u200b'`."""
+    alike = defaultdict(list)
+    for name in names:
+        alike[_look(name)].append(name)
+    return [" = ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+
+
+def _look(name: str) -> str:
+    """Return what is seen of a name, without regard to case, width and blanks."""
+    visible = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    text = " ".join("".join(visible).split())
+    return text if len(text) == 1 else text.lower()  # a and A are classes of handwriting
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -71,12 +71,46 @@ def test_a_class_may_have_a_split_s_word_in_its_name(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
-def test_class_folders_that_may_be_splits_are_a_remark(tmp_path: Path) -> None:
-    for name in ("lernen", "prüfen"):
-        write_images(tmp_path / name, 4)
-    index = read_folder(tmp_path)
-    assert index.classes == ["lernen", "prüfen"]
-    assert "lernen/, prüfen/ hold folders of the same names (blue, green, red)" in index.remarks[0]
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("TrainImages", "TestImages"), ("trn", "tst"), ("lernen", "prüfen"), ("a/images", "b/images")],
+)
+def test_folders_of_the_same_classes_are_no_classes(tmp_path: Path, train: str, test: str) -> None:
+    """Nor where one lacks a class, spells it otherwise, or has images beside its folders."""
+    write_images(tmp_path / train, 4)
+    write_images(tmp_path / test, 4)
+    shutil.rmtree(tmp_path / test / "green")
+    (tmp_path / test / "red").rename(tmp_path / test / "Red")
+    write(tmp_path / test / "overview.png")
+    message = "hold the same folders .*blue.*: call splits train/, val/ and test/, or move"
+    with pytest.raises(UserError, match=message):
+        read_folder(tmp_path)
+
+
+def test_classes_with_equal_folders_are_read_in_a_split(tmp_path: Path) -> None:
+    names = "iris", "rose", "tulip"
+    for name in names:
+        write(tmp_path / name / "photos" / "front" / "0.png")
+    assert read_folder(tmp_path).classes == [*names]  # one folder in all of them is usual
+    for name in names:
+        write(tmp_path / name / "photos" / "back" / "0.png")
+    with pytest.raises(UserError, match=r"iris/ and rose/.* or move classes into .*/train$"):
+        read_folder(tmp_path)
+    for name in names:
+        shutil.move(tmp_path / name, tmp_path / "train" / name)
+    assert read_folder(tmp_path).classes == [*names] and lengths(tmp_path) == (6, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "other", ["Rose", "rose\u200b", "ｒｏｓｅ", "ro\u00adse", " rose ", "\ufeffROSE"]
+)
+def test_classes_that_look_the_same_are_named(other: str) -> None:
+    images = [("0", 0), ("1", 1), ("2", 2)]
+    (sentence,) = mistakes(ImageIndex(["iris", "rose", other], images), Path("set"))
+    assert f"names of classes look the same: 'rose' = {other!r}; rename one" in sentence
+    names = ["A", "a", "rose L.", "rose\u2003l.", "rosé"]
+    (sentence,) = mistakes(ImageIndex(names, [(name, i) for i, name in enumerate(names)]), Path("set"))
+    assert sentence.count("=") == 1 and r"'rose L.' = 'rose\u2003l.'" in sentence
 
 
 def test_files_without_an_image_s_suffix_are_a_remark(images: Path) -> None:
@@ -91,8 +125,15 @@ def test_files_of_the_system_and_of_runs_are_ignored(images: Path) -> None:
     red = images / "train" / "red"
     for name in (".DS_Store", "._0.png", "Thumbs.db"):
         (red / name).write_bytes(b"nothing")
-    for folder in (images / "train", red):
-        for name in ("@eaDir", ".ipynb_checkpoints", "__MACOSX"):
+    recycled = "#recycle", "#Recycle", "$RECYCLE.BIN", "$Recycle.Bin", "lost+found"
+    for folder in (images, images / "train", red):
+        for name in (
+            "@eaDir",
+            ".ipynb_checkpoints",
+            "__MACOSX",
+            "System Volume Information",
+            *recycled,
+        ):
             write(folder / name / "0.png")
     write(images / "outputs" / "2026-01-01" / "sheet.png")
     index = read_folder(images)

@@ -48,6 +48,11 @@ def test_list(kind: str, tmp_path: Path) -> None:
         ("a.png,cat,train\nb.png,dog,spare", "line 2: split 'spare'"),
         ("a.png,cat\na.png,dog", "line 2: a.png is in the list already"),
         ("a.png,cat\nb.png,", "line 2: no label"),
+        (
+            "path,Label,label\na.png,cat,x\nb.png,dog,y",
+            r"two columns are read as label \(path, Label, label",
+        ),
+        ("path,file_name,label\na.png,b.png,cat", "two columns are read as path"),
         ("file,class\na.png,cat\nb.png,dog", "line 1: there is no file .*file"),
         ("a.png,cat\nc.png,dog", "line 2: there is no file .*c.png"),
         ('a.png,cat\n"b.png,dog\n' + "c.png,dog\n" * 20_000, "line 2: field larger than field limit"),
