@@ -30,7 +30,7 @@ class Seen:
     descriptor: Tensor  # (1, width), of unit length
     logits: Tensor  # (classes,)
     crop: Box  # what the network sees, in pixels of the image
-    box: Box  # what the maps cover: the crop without the pixels beyond the last whole location
+    box: Box  # what the locations cover, each a square of a stride around its middle
 
     @property
     def probabilities(self) -> Tensor:
@@ -66,9 +66,12 @@ def see(model: BCNN, image: Image.Image) -> Seen:
         descriptor = model.pooling(maps)
         logits = model.head(descriptor)[0]
     left, top, right, bottom = crop = model.preprocessing.crop(*image.size)
+    # Where the locations begin and end in the crop, as shares of its side.
     stride, size = model.backbone.stride, model.preprocessing.size
-    across, down = (stride * count / size for count in (maps.shape[3], maps.shape[2]))
-    box = (left, top, left + (right - left) * across, top + (bottom - top) * down)
+    start = (model.backbone.offset - stride / 2) / size
+    width, height = (start + stride * count / size for count in (maps.shape[3], maps.shape[2]))
+    across, down = right - left, bottom - top
+    box = left + across * start, top + down * start, left + across * width, top + down * height
     return Seen(image, maps, descriptor, logits, crop, box)
 
 

@@ -20,8 +20,9 @@ def overlay(image: Image.Image, box: Box, shares: np.ndarray, limit: float) -> I
     right, bottom = max(right, left + 1), max(bottom, top + 1)  # of an image a pixel wide, too
     small = Image.fromarray(shares.astype(np.float32) / limit)
     large = small.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-    unit = np.zeros((image.height, image.width), np.float32)
-    unit[top:bottom, left:right] = np.asarray(large).clip(-1, 1)
+    whole = Image.new("F", image.size)
+    whole.paste(large, (left, top))  # a box may end beyond the image
+    unit = np.asarray(whole).clip(-1, 1)
     grey = np.asarray(ImageOps.grayscale(image), np.float32)[..., None] / 255
     colour = COLOURS(unit / 2 + 0.5)[..., :3]
     opacity = 0.9 * np.abs(unit)[..., None] ** 0.7

@@ -1,5 +1,6 @@
 """`bcnn explain`: the figures, the locations that they point at, its errors."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,28 @@ def marked(size: tuple[int, int], box: Box, colour: tuple[int, ...]) -> Image.Im
     ("size", "mark", "target"),
     [((300, 150), (142, 34, 208, 100), 0), ((150, 300), (34, 142, 100, 208), 1)],
 )
+@pytest.mark.parametrize("unpadded", [False, True])
 def test_the_mark_is_coloured_on_the_image(
-    model: BCNN, size: tuple[int, int], mark: Box, target: int
+    model: BCNN,
+    size: tuple[int, int],
+    mark: Box,
+    target: int,
+    unpadded: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if unpadded:  # as a network without padding, whose maps lack the margin
+        model = copy.deepcopy(model)
+        vars(model.backbone).pop("offset", None)  # as measured before
+        padded = model.backbone.forward_features
+        monkeypatch.setattr(model.backbone, "forward_features", lambda x: padded(x)[..., 1:-1, 1:-1])
+        monkeypatch.setattr(model.backbone, "min_size", 64)
     image = marked(size, mark, (RED, BLUE)[target])
     found = explain.explain(model, image, None, 1 - target)
     assert found.target == target
     picture = overlay(image, found.box, found.contrast.numpy(), float(found.contrast.max()))
     pixels = np.asarray(picture).astype(float)
     orange = pixels[..., 0] - pixels[..., 2]
-    y, x = np.unravel_index(orange.argmax(), orange.shape)
+    y, x = np.argwhere(orange > 0.9 * orange.max()).mean(axis=0)
     assert mark[0] <= x < mark[2] and mark[1] <= y < mark[3]
 
 
@@ -110,3 +123,11 @@ def test_an_answer_that_is_not_finite_has_no_figure(bcnn: Bcnn, tiny: BCNN, tmp_
     assert outcome.code == 1 and "nan" not in outcome.out
     assert "red.png: the network's answer has values that are not finite" in outcome.err
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["black.png"]
+
+
+def test_a_map_may_end_beyond_its_image() -> None:
+    image, shares = Image.new("RGB", (40, 20), GREY), np.array([[0, 1], [0, 0]], np.float32)
+    pixels = np.asarray(overlay(image, (-20, -10, 60, 30), shares, 1)).astype(int)
+    orange = pixels[..., 0] - pixels[..., 2]
+    assert orange.shape == (20, 40)
+    assert orange[0, -1] > 90 and abs(orange[[0, -1, -1], [0, 0, -1]]).max() < 10

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from bcnn.models.backbones import BACKBONES, Backbone, make_backbone
 from bcnn.utils.errors import UserError
@@ -85,3 +86,30 @@ def test_neither_checkpointing_nor_compiling_changes_a_gradient(
 def test_a_projection_to_another_number_of_channels_is_refused(project: Any) -> None:
     with pytest.raises(UserError, match=rf"model\.project={project}: .* from 1 to 512"):
         make_backbone("vgg16", project=project)
+
+
+class Bare(Backbone):
+    """Two convolutions of stride 4 with padding of a choice."""
+
+    channels, stride, min_size = 1, 16, 48
+
+    def __init__(self, kernels: tuple[int, int], padding: tuple[int, int]) -> None:
+        super().__init__()
+        inputs = zip((3, 1), kernels, padding, strict=True)
+        self.features = nn.Sequential(*(nn.Conv2d(n, 1, k, 4, p) for n, k, p in inputs))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+@pytest.mark.parametrize("kernels", [(5, 5), (4, 4), (7, 3)])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 1), (3, 3), (1, 0)])
+def test_the_middle_of_the_first_location_follows_from_kernels_and_padding(
+    kernels: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    backbone = Bare(kernels, padding)
+    (first, second), (one, two) = kernels, padding
+    expected = first / 2 - one + 4 * ((second - 1) / 2 - two)
+    as_many = backbone.locations(48) == 3
+    assert backbone.offset == (8 if as_many else expected)
+    assert abs(backbone.offset - expected) <= 8

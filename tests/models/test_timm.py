@@ -1,9 +1,11 @@
 """timm's networks as backbones."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcnn.data.transforms import Preprocessing
@@ -69,6 +71,42 @@ def test_files_with_timms_names_give_timms_maps(name: str, tmp_path: Path) -> No
 def test_the_level_before_is_twice_as_fine() -> None:
     maps = Timm("resnet10t", level=-2)(torch.rand(1, 3, 64, 64))
     assert maps.shape == (1, 256, 4, 4)
+
+
+def seen_by(backbone: Timm, location: int, side: int) -> float:
+    """Where the pixels lie on average that a location depends on, if filters pass their middle only."""
+    for layer in [*backbone.modules()]:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight)
+            middle = layer.weight[..., layer.kernel_size[0] // 2, layer.kernel_size[1] // 2]
+            nn.init.constant_(middle, 1 / layer.in_channels)
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    maps = backbone.forward_features(image)
+    (gradient,) = torch.autograd.grad(maps[:, :, location, location].sum(), image)
+    mass = gradient.abs().sum(dim=(0, 1, 2))
+    return float((mass * (torch.arange(side) + 0.5)).sum() / mass.sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "min_size", "offset"), [("inception_v3", 128, 37.5), ("resnet10t", 64, 16)]
+)
+def test_maps_lie_where_their_locations_look(
+    name: str, min_size: int, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inception v3 begins without padding: its maps lack two locations a row."""
+
+    def mean(x: Tensor, kernel_size: int, stride: int, padding: int = 0, *_: Any, **__: Any) -> Tensor:
+        return F.avg_pool2d(x, kernel_size, stride, padding)
+
+    backbone = Timm(name)
+    assert (backbone.min_size, backbone.offset) == (min_size, offset)
+    assert backbone(torch.rand(1, 3, min_size, min_size)).shape[2:] == (2, 2)
+    with pytest.raises(ValueError, match=f"at least {min_size} px"):
+        backbone(torch.rand(1, 3, min_size - 32, min_size - 32))
+    monkeypatch.setattr(F, "max_pool2d", mean)
+    side = 320
+    location = backbone.locations(side) // 2
+    assert seen_by(backbone, location, side) == pytest.approx(offset + 32 * location, abs=4)
 
 
 def test_layers_are_blocks() -> None:

@@ -1,5 +1,6 @@
 """The interface of a backbone."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Self
@@ -52,7 +53,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, 3, height, width) → maps (batch, channels, height // stride, width // stride).
 
-        Images are RGB, uint8 in 0..255 or floating point in 0..1.
+        Maps are smaller where convolutions have no padding: see `offset`. Images are RGB, uint8 in
+        0..255 or floating point in 0..1.
         """
         return self.projection(self.unprojected(images))
 
@@ -74,6 +76,27 @@ class Backbone(nn.Module):
     @cached_property
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         return torch.compile(self.forward_features)
+
+    @cached_property
+    def offset(self) -> float:
+        """Pixels from an image's edge to the middle of its first location.
+
+        It is half a stride where maps have a location for each stride. Fewer or more of them lie in the
+        middle of the smallest image that has as many, as padding is the same on all sides.
+        """
+        count = self.locations(self.min_size)
+        if count * self.stride == self.min_size:
+            return self.stride / 2
+        smallest = bisect_left(range(self.min_size), count, key=self.locations)
+        return (smallest - (count - 1) * self.stride) / 2
+
+    @torch.no_grad()
+    def locations(self, side: int) -> int:
+        """Return how many locations a row of a square image has: 0 if it is too small."""
+        try:
+            return self.forward_features(self.mean.new_zeros(1, 3, side, side)).shape[3]
+        except Exception:  # networks raise many types
+            return 0
 
     def project(self, channels: int) -> None:
         """Append a 1 × 1 convolution to `channels`, which at first selects the first of its input."""

@@ -30,7 +30,7 @@ class Timm(Backbone):
         info = self.network.feature_info
         chosen = (info if isinstance(info, list) else info.info)[self.levels[-1]]
         self.channels, self.stride = chosen["num_chs"], chosen["reduction"]
-        self.min_size, self.size_divisor = 2 * self.stride, self.stride
+        self.size_divisor = self.stride
         self.layers = tuple(dict.fromkeys(map(_layer, dict(self.network.named_parameters()))))
         with suppress(AssertionError):  # raised by networks without gradient checkpointing
             self.network.set_grad_checkpointing(True)
@@ -39,6 +39,10 @@ class Timm(Backbone):
         if published.get("interpolation") != "bilinear":
             self.interpolation = "bicubic"  # timm's default
         self.set_normalization(published["mean"], published["std"])
+        self.eval()
+        largest = published["input_size"][-1]  # which all networks take
+        sides = range(2 * self.stride, largest, self.stride)
+        self.min_size = next((side for side in sides if self.locations(side) >= 2), largest)
 
     def download(self, weights: str) -> dict[str, Tensor]:
         network = _create(self.model, pretrained=True)
