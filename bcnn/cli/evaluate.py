@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ import typer
 from bcnn.cli.arguments import Checkpoint, LabelledImages, Mirror, OutputFolder
 from bcnn.utils.console import console, progress
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import new_output, validate_writable
+from bcnn.utils.files import atomic_folder, new_output, validate_writable
 
 CHOICE = "As the folder or list has it, else as the checkpoint records it, else (test) all images."
 SPLIT = typer.Option(help=CHOICE)
@@ -25,15 +26,18 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled images, with 95 % intervals, and write a report.
 
-    Classes are matched by name. Broken files are left out and counted; test and val leave out the
-    images that the model was trained on.
+    Classes are matched by name. Broken files are left out and counted. test and val leave out the
+    images that the model was trained on, and test also those that it was validated on.
 
     Writes report.html, figures.json, classes.csv (precision and recall of each class),
     predictions.csv and predictions.npz (every probability).
     """
     folder = output or new_output("evaluate")
-    if (folder / "figures.json").exists():
-        raise UserError(f"--output {folder} holds an evaluation: name another folder")
+    try:
+        with suppress(FileNotFoundError):
+            folder.rmdir()  # an empty one makes way
+    except OSError as error:
+        raise UserError(f"--output {folder} exists: name a new folder") from error
     validate_writable(folder)
     with progress("loading PyTorch"):
         from bcnn.evaluation import results
@@ -64,5 +68,6 @@ def evaluate(
     before = results.kept_predictions(last) if ckpt.parent.name == "finetune" else None
     title, stages = f"{images.resolve().name}, {split}", results.logged_stages(ckpt)
     content = ReportContent(predictions, title, stages, facts=facts, before=before)
-    report = results.write_results(folder, model, content)
-    console.print(f"figures and predictions: {folder}\nreport: {report}")
+    with atomic_folder(folder) as part:
+        report = results.write_results(part, model, content)
+    console.print(f"figures and predictions: {folder}\nreport: {folder / report.name}")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from bcnn.data import splits
 from bcnn.data.image_io import load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
-from bcnn.data.integrity import check, without_broken
+from bcnn.data.integrity import Finding, check, without_broken
 from bcnn.data.review import duplicates, imbalance, oddities
 from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
@@ -34,8 +34,8 @@ class FineGrainedDataModule(L.LightningDataModule):
     """Images in class folders, with or without splits, or named in a list.
 
     `setup` checks every image and draws the splits. After it, `classes` are names by label, `train`,
-    `val` and `test` (path, label) pairs, `digests` the digests of files by path, and `split` the record
-    of the splits. `val` and `test` may be empty.
+    `val` and `test` (path, label) pairs, `findings` what the check found by path, `digests` the digests
+    among it, and `split` the record of the splits. `val` and `test` may be empty.
 
     For a data set with files of its own, override `read_index`.
 
@@ -64,6 +64,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     val: Samples
     test: Samples
     split: SplitRecord
+    findings: dict[str, Finding]
     digests: dict[str, str]
     _sample_loaders: dict[Any, DataLoader]
 
@@ -117,7 +118,8 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError(found[0])
         val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
-        self._assign(splits.draw_splits(index, self.digests, *self.fractions, self.seed), recipe)
+        self._drawn = splits.draw_splits(index, self.digests, *self.fractions, self.seed)
+        self._assign(self._drawn, recipe)
         for warning in [] if self.sampler else imbalance(index):
             logger.warning(warning)
 
@@ -126,7 +128,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         return read_list(self.list) if self.list else read_folder(self.root)
 
     def checked_index(self) -> ImageIndex:
-        """Return the intact images of the chosen classes, without splits drawn; set `digests`."""
+        """Return the intact images of the chosen classes, without splits drawn; set `findings`."""
         index = self.read_index()
         if self.chosen_classes is not None:
             index = choose_classes(index, self.chosen_classes, self.seed)
@@ -134,7 +136,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         index = without_broken(index, findings, self.root, self.on_invalid_image == "skip")
         if not index.samples:
             raise UserError(mistakes(index, self.root)[0])
-        self.digests = {path: finding.digest for path, finding in findings.items()}
+        self.findings = {path: findings[path] for path in index.paths}
+        self.digests = {path: finding.digest for path, finding in self.findings.items()}
         for warning in (*index.remarks, *duplicates(index, findings), *oddities(index, findings)):
             logger.warning(warning)
         return index
@@ -146,12 +149,10 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.preprocessing, self.stride, self.min_size = preprocessing, stride, min_size
 
     def follow(self, record: SplitRecord) -> None:
-        """Take the splits of a model that is trained further.
-
-        If its record has none of these images, the splits stay as drawn.
-        """
-        if not record.digests.isdisjoint(map(self.digests.get, self._index.paths)):
-            self._assign(splits.follow(self._index, self.digests, record), record.recipe)
+        """Take the splits of a model whose weights are trained further, if it records these images."""
+        digests = record.recognise(self.findings)
+        if not record.digests.isdisjoint(digests.values()):
+            self._assign(splits.follow(self._index, self._drawn, digests, record), record.recipe)
         self.split = self.split.after(record)
 
     def class_weights(self) -> Tensor:
@@ -236,7 +237,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         index = replace(index, train=train)
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()
-        self.split = SplitRecord.of(index, self.digests, recipe)
+        self.split = SplitRecord.of(index, self.findings, recipe)
         self._sample_loaders = {}
 
     def _validate_arguments(self) -> None:

@@ -34,7 +34,7 @@ QUALITY = 95  # of the copies, which are JPEGs
 LONGEST = 65_500  # px, the longest side of a JPEG
 
 # Increase with every change of what decoding returns: older caches are then not used.
-VERSION = 3
+VERSION = 4
 
 # Pillow's names. Others are not decoded by Pillow, or are programs: Ghostscript runs PostScript.
 FORMATS = {

@@ -13,20 +13,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from bcnn.data.image_io import VERSION, decode, file_state, open_image, reason
+from bcnn.data.image_io import VERSION, decode, file_state, open_image, reason, upright_rgb
 from bcnn.data.index import ImageIndex, listed
+from bcnn.data.lookalikes import SIDE, perceptual_hash
 from bcnn.utils.console import logger, track
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, cache_folder
 
 CHUNK = 32  # images that a thread takes at a time
-# The lowest frequencies of a discrete cosine transform of 32 × 32 pixels.
-COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
 class Finding(NamedTuple):
@@ -37,7 +35,7 @@ class Finding(NamedTuple):
     height: int = 0
     digest: str = ""  # of the file's bytes
     flat: bool = False  # all pixels have the same colour
-    perceptual_hash: int = 0  # 63 bits, of which images that look the same share nearly all
+    perceptual_hash: int | None = None  # 63 bits, nearly all shared by images that look the same
     error: str = ""
 
 
@@ -72,20 +70,26 @@ def check(source: Path, paths: Sequence[str]) -> dict[str, Finding]:
 def inspect(path: str) -> Finding:
     """Read a file once and decode it to its last byte.
 
-    JPEGs are decoded at an eighth of their size: every coefficient is read, so that truncation shows,
-    and most arithmetic is left out. An image of one colour is then decoded at 1,536 px or more.
+    JPEGs are decoded at an eighth of their size (small ones at `SIDE` px or more): every coefficient is
+    read, so that truncation shows, and most arithmetic is left out. An image of one colour is then
+    decoded at 1,536 px or more.
     """
     try:
         file_state(path)  # raises at a pipe
         content = Path(path).read_bytes()
         with open_image(BytesIO(content)) as image:
             kind, (width, height) = str(image.format), image.size
-            pixels = decode(image, side=1)
+            reduced = image.draft(None, (SIDE, SIDE))  # of a JPEG: mode, and box of the image
+            pixels = decode(image, None)
+        # Without the box, the last pixels of a reduced JPEG, which are partly empty, would stretch it.
+        is_decoded = not image.tile  # or without its end marker, at full size
+        whole, box = (image, reduced[1]) if reduced and is_decoded else (pixels, None)
+        small = upright_rgb(whole.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box))
         if flat := bool(pixels.getcolors(1)):
             flat = bool(decode(open_image(BytesIO(content)), side=1024).getcolors(1))
         # 64 bits: two of a million images agree with a probability of 3e-8.
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        return Finding(kind, width, height, digest, flat, _perceptual_hash(pixels))
+        return Finding(kind, width, height, digest, flat, perceptual_hash(small))
     except Exception as error:  # decoders raise many types
         return Finding(error=reason(path, error))
 
@@ -122,16 +126,6 @@ def cache_file(source: Path, suffix: str) -> Path:
     absolute = os.path.abspath(source)
     key = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:8]
     return cache_folder("checks") / f"{os.path.basename(absolute)}-{key}{suffix}"
-
-
-def _perceptual_hash(pixels: Image.Image) -> int:
-    """Return whether each of the lowest frequencies but the mean is above their median ("pHash").
-
-    Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, §3.2.1.
-    """
-    small = pixels.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
-    low = (COSINES @ np.asarray(small, np.float32) @ COSINES.T).ravel()[1:]
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
 def _inspect_all(paths: Sequence[str]) -> Iterator[Finding]:

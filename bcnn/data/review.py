@@ -1,20 +1,12 @@
 """Warnings about an image set, from what its check found."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
 
 from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Findings
-from bcnn.utils.console import track
+from bcnn.data.lookalikes import near_duplicates
 
 IMBALANCE = 20  # images of the largest class for one of the smallest that cause a warning
-# Bits of 63 in which hashes of near duplicates differ at most. Of flowers17's 272 test images 22 have
-# a near duplicate in training, the same photograph each; of 2,485 groceries and 200 butterflies none.
-NEAR = 6
-BLOCK = 1024  # images compared with all others at a time
 
 Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with one to train on
 
@@ -81,28 +73,13 @@ def imbalance(index: ImageIndex) -> list[str]:
 def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
     """Return the images of val and test that look the same as one of train, each with that one.
 
-    The same files (`duplicates`) and images of one colour are left out.
+    The same files (`duplicates`) and images that are nearly flat are left out.
     """
-    trained = [path for path, _ in index.train if not findings[path].flat]
-    if not trained:
-        return {}
-    signs, digests = _signs(trained, findings), {findings[path].digest for path in trained}
+    digests = {findings[path].digest for path, _ in index.train}
+    trained = {path: findings[path].perceptual_hash for path, _ in index.train}
     found = {}
     for split in ("val", "test"):
-        paths = [path for path, _ in index.splits[split] if not findings[path].flat]
-        held_out = [path for path in paths if findings[path].digest not in digests]
-        found[split] = pairs = list[tuple[str, str]]()
-        starts = range(0, len(held_out), BLOCK)
-        for start in track(starts, f"comparing {split} with train", unit="blocks"):
-            block = held_out[start : start + BLOCK]
-            distances = (signs.shape[1] - _signs(block, findings) @ signs.T) / 2
-            nearest = distances.argmin(axis=1)
-            near = distances[range(len(block)), nearest] <= NEAR
-            pairs += [(block[i], trained[nearest[i]]) for i in near.nonzero()[0]]
+        paths = [path for path, _ in index.splits[split] if findings[path].digest not in digests]
+        held_out = {path: findings[path].perceptual_hash for path in paths}
+        found[split] = [*near_duplicates(held_out, trained).items()]
     return found
-
-
-def _signs(paths: Sequence[str], findings: Findings) -> NDArray[np.float32]:
-    """Return (images, 64), 1 or -1 a bit: a product of two rows gives the bits that differ."""
-    hashes = np.array([findings[path].perceptual_hash for path in paths], ">u8")
-    return 2 * np.unpackbits(hashes.view(np.uint8)).reshape(-1, 64).astype(np.float32) - 1

@@ -3,58 +3,105 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bcnn.data.index import ImageIndex, Samples, listed
+from bcnn.data.integrity import Findings
+from bcnn.data.lookalikes import near_duplicates
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 TEST_FRACTION = 0.2  # of images that come without any split
+
+SPLITS = ("train", "val", "test")
 
 Digests = Mapping[str, str]  # of each image's file, by path
 
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """Digests of the images that a model was trained, validated and tested on."""
+    """Digests and perceptual hashes of the images that a model was trained, validated and tested on.
 
-    recipe: dict[str, Any]  # seed and fractions that the images were drawn with
-    train: frozenset[str]  # by any stage; none of these is in val or test
-    val: frozenset[str]
-    test: frozenset[str]
+    They are of all stages, also of those that trained the weights that it began with. An image is in
+    one split: the first that has it.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)  # seed and fractions of the draw
+    train: frozenset[str] = frozenset()
+    val: frozenset[str] = frozenset()  # these chose the epoch
+    test: frozenset[str] = frozenset()
+    hashes: Mapping[str, int] = field(default_factory=dict)  # by digest; nearly flat images have none
 
     @classmethod
-    def of(cls, index: ImageIndex, digests: Digests, recipe: Mapping[str, Any]) -> "SplitRecord":
+    def of(cls, index: ImageIndex, findings: Findings, recipe: Mapping[str, Any]) -> "SplitRecord":
         """Return the record of an index with splits drawn."""
-        parts = index.splits.values()
-        train, val, test = (frozenset(digests[path] for path, _ in samples) for samples in parts)
-        return cls(dict(recipe), train, val - train, test - train)
+        parts = [[findings[path] for path, _ in samples] for samples in index.splits.values()]
+        hashes = {f.digest: f.perceptual_hash for part in parts for f in part}
+        known = {digest: value for digest, value in hashes.items() if value is not None}
+        digests = (frozenset(finding.digest for finding in part) for part in parts)
+        return cls(dict(recipe), *_disjoint(*digests), known)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "SplitRecord":
         """Return the record that `plain` was called on."""
-        return cls(dict(plain["recipe"]), *(frozenset(plain[s]) for s in ("train", "val", "test")))
+        parts = [[text.partition(" ") for text in plain[split]] for split in SPLITS]
+        hashes = {digest: int(value, 16) for part in parts for digest, _, value in part if value}
+        train, val, test = (frozenset(digest for digest, *_ in part) for part in parts)
+        return cls(dict(plain["recipe"]), train, val, test, hashes)
 
     def plain(self) -> dict[str, Any]:
-        """Return lists, strings and numbers, for a file."""
-        train, val, test = map(sorted, (self.train, self.val, self.test))
-        return {"recipe": self.recipe, "train": train, "val": val, "test": test}
+        """Return lists, strings and numbers, for a file: of each image `digest hash`."""
+        texts = {d: f"{d} {self.hashes[d]:016x}" if d in self.hashes else d for d in self.digests}
+        parts = {split: sorted(texts[d] for d in getattr(self, split)) for split in SPLITS}
+        return {"recipe": self.recipe, **parts}
 
     def after(self, earlier: "SplitRecord") -> "SplitRecord":
         """Return the record of a model that was trained by `earlier` and then by this."""
-        train = self.train | earlier.train
-        return replace(self, train=train, val=self.val - train, test=self.test - train)
+        parts = (getattr(self, split) | getattr(earlier, split) for split in SPLITS)
+        return SplitRecord(self.recipe, *_disjoint(*parts), {**earlier.hashes, **self.hashes})
+
+    def recognise(self, findings: Findings) -> dict[str, str]:
+        """Return each image's digest, or that of a recorded image which looks the same; log how many.
+
+        Digests decide where they are recorded. Of recorded images that look the same, one that was
+        trained on comes before one that was validated on.
+        """
+        recorded, digests = self.digests, {path: f.digest for path, f in findings.items()}
+        new = {f.digest: f.perceptual_hash for f in findings.values() if f.digest not in recorded}
+        same: dict[str, str] = {}
+        for split in reversed(SPLITS):  # the last one decides
+            members = {digest: self.hashes.get(digest) for digest in sorted(getattr(self, split))}
+            same |= near_duplicates(new, members)
+        if alike := sum(digest in same for digest in digests.values()):
+            logger.info(
+                f"{alike} of {len(digests)} images look the same as some that the checkpoint records, "
+                "and count as those"
+            )
+        elif recorded.isdisjoint(digests.values()):
+            logger.warning(
+                "the checkpoint records none of these images: if it was trained on some of them, the "
+                "metrics are too good"
+            )
+        return {path: same.get(digest, digest) for path, digest in digests.items()}
 
     def select(self, split: str, samples: Samples, digests: Digests) -> Samples:
         """Return those of the images that the record has in a split."""
         recorded = getattr(self, split)
         return [(path, label) for path, label in samples if digests[path] in recorded]
 
-    def without_trained(self, samples: Samples, digests: Digests) -> Samples:
-        """Return the images that the model was not trained on."""
-        return [(path, label) for path, label in samples if digests[path] not in self.train]
+    def unused(self, split: str, samples: Samples, digests: Digests) -> tuple[Samples, list[str]]:
+        """Return the images that can measure the model, and a sentence on each kind that is left out.
+
+        Left out are images that were trained on and, of test, those that chose the epoch.
+        """
+        kept, remarks = samples, []
+        for name, use in (("train", "trained on"), ("val", "validated on")):
+            if name != split and (used := {*self.select(name, kept, digests)}):
+                kept = [sample for sample in kept if sample not in used]
+                remarks.append(f"{len(used)} of {len(samples)} images in {split} were {use}: left out")
+        return kept, remarks
 
     @property
     def digests(self) -> frozenset[str]:
@@ -74,11 +121,12 @@ def draw_splits(
     )
 
 
-def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageIndex:
+def follow(index: ImageIndex, drawn: ImageIndex, digests: Digests, record: SplitRecord) -> ImageIndex:
     """Return the index split by a model's record, to train the model further; log what that does.
 
-    Splits that folders or a list give stay, without images that the model was trained on; the record
-    gives the others. Images that it lacks are trained on. Raise UserError if a class has none left.
+    Splits that folders or a list give stay, without images that the model has used (see `unused`); the
+    record gives the others. Images that it lacks are trained on, but a class of which it has no image
+    is split as `drawn`. Digests are those of `recognise`. Raise UserError if a class has none left.
     """
     present = {digests[path] for path in index.paths}
     recipe = ", ".join(f"{name}={value}" for name, value in record.recipe.items())
@@ -86,12 +134,15 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
         f"splits of the checkpoint ({recipe}): {len(present & record.digests)} of its "
         f"{len(record.digests)} images are here and {len(present - record.digests)} new ones"
     )
+    known = {label for path, label in index.samples if digests[path] in record.digests}
     held_out = []
     for split in ("val", "test"):
-        given = index.splits[split] or record.select(split, index.train, digests)
-        held_out.append(kept := record.without_trained(given, digests))
-        if trained := len(given) - len(kept):
-            logger.warning(f"{trained} of {len(given)} images in {split} were trained on: left out")
+        new = [sample for sample in drawn.splits[split] if sample[1] not in known]
+        given = index.splits[split] or record.select(split, index.train, digests) + new
+        kept, remarks = record.unused(split, given, digests)
+        held_out.append(kept)
+        for remark in remarks:
+            logger.warning(remark)
     val, test = held_out
     index = replace(index.without({path for path, _ in (*val, *test)}), val=val, test=test)
     counts = zip(index.classes, index.counts("train"), strict=True)
@@ -101,32 +152,32 @@ def follow(index: ImageIndex, digests: Digests, record: SplitRecord) -> ImageInd
 
 
 def choose(
-    index: ImageIndex, digests: Digests, record: SplitRecord | None, split: str
+    index: ImageIndex, digests: Digests, record: SplitRecord, split: str
 ) -> tuple[Samples, list[str]]:
-    """Return the images of train, val, test or all that a model can be evaluated on, and warnings.
+    """Return the images of train, val, test or all that a model can be evaluated on, and remarks.
 
     Where folders or a list give the split, it is theirs; else the record's. Where neither does, "test"
-    is all images. Except in "train" and "all", images that were trained on are left out.
+    is all images. Except in "train" and "all", images that the model has used are left out: see
+    `SplitRecord.unused`. Digests are those of `SplitRecord.recognise`.
     """
-    warnings = []
-    recorded = {digests[path] for path in index.paths} & (record.digests if record else set())
+    remarks = []
+    recorded = {digests[path] for path in index.paths} & record.digests
     chosen = index.samples if split == "all" else index.splits[split] if index.divided else []
     if split == "train" and recorded:
         chosen = []  # some images of train/ may have been drawn to validate
-    if not chosen and record and recorded:
+    if not chosen and recorded:
         chosen = record.select(split, index.samples, digests)
         if unknown := sum(digests[path] not in record.digests for path in index.paths):
-            warnings.append(f"{unknown} images that the checkpoint does not record are left out")
+            remarks.append(f"{unknown} images that the checkpoint does not record are left out")
     elif not chosen and split == "test" and not index.divided:
         chosen = index.samples
-    if record is None:
-        warnings.append("the checkpoint does not record what it was trained on: maybe these images")
-    elif split != "train" and (trained := record.select("train", chosen, digests)):
-        action = "counted all the same" if split == "all" else "left out"
-        warnings.append(f"{len(trained)} of {len(chosen)} images were trained on: {action}")
-        if split != "all":
-            chosen = record.without_trained(chosen, digests)
-    return chosen, warnings
+    if split == "all":
+        if trained := len(record.select("train", chosen, digests)):
+            remarks.append(f"{trained} of {len(chosen)} images were trained on: counted all the same")
+    elif split != "train":
+        chosen, left_out = record.unused(split, chosen, digests)
+        remarks += left_out
+    return chosen, remarks
 
 
 def validate_fractions(val_fraction: float, test_fraction: float | None) -> None:
@@ -189,6 +240,12 @@ def hold_out(
         validated.update(ordered[len(ordered) - last :])
     paths = [path for path, _ in samples]
     return {p for p in paths if digests[p] in validated}, {p for p in paths if digests[p] in tested}
+
+
+def _disjoint(
+    train: frozenset[str], val: frozenset[str], test: frozenset[str]
+) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    return train, val - train, test - train - val
 
 
 def _counts(positions: Sequence[float], val: float, test: float) -> tuple[int, int]:

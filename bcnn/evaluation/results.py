@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from bcnn.data.datamodule import FineGrainedDataModule
-from bcnn.data.splits import choose
+from bcnn.data.splits import SplitRecord, choose
 from bcnn.evaluation.explain import explain_mistakes
 from bcnn.evaluation.inference import open_model
 from bcnn.evaluation.metrics import NAMES, as_text, displayed, headline, per_class
@@ -44,7 +44,8 @@ def open_split(
             f"{images} holds classes that {ckpt} does not know: {', '.join(unknown)}; "
             "remove them, or name them as in training"
         )
-    samples, remarks = choose(index, data.digests, model.split, split)
+    record = model.split or SplitRecord()
+    samples, remarks = choose(index, record.recognise(data.findings), record, split)
     for remark in remarks:
         logger.info(remark)
     if not samples:
@@ -53,18 +54,18 @@ def open_split(
 
 
 def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
-    """Write metrics and predictions as JSON, CSV and NPZ, and the report, whose path is returned."""
+    """Write predictions, the report and, last, figures.json; return the report's path."""
     predictions, report = content.predictions, folder / "report.html"
-    figures: dict[str, object] = {"images": len(predictions.paths)}
-    for key, estimate in headline(predictions).items():
-        figures[key] = {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
-    with atomic_write(folder / "figures.json") as part:
-        part.write_text(json.dumps(figures, indent=2) + "\n")
     _write_classes(folder / "classes.csv", predictions)
     write_images(folder / "predictions.csv", predictions)
     predictions.save(folder / PREDICTIONS)
     pictures = explain_mistakes(model, predictions, predictions.confident_mistakes(MISTAKES), THUMBNAIL)
     write_report(report, content, pictures)
+    figures: dict[str, object] = {"images": len(predictions.paths)}
+    for key, estimate in headline(predictions).items():
+        figures[key] = {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
+    with atomic_write(folder / "figures.json") as part:
+        part.write_text(json.dumps(figures, indent=2) + "\n")
     return report
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.description import build
+from bcnn.models.description import build, is_description, understanding
 from bcnn.models.state_dict import load_state, read_state_dict, validate_state
 from bcnn.models.third_party import from_original, is_original, to_original
 from bcnn.utils.errors import UserError
@@ -29,14 +29,11 @@ def load_model(
     tensors, about = read_state_dict(path)
     if is_original(tensors):
         tensors, about = from_original(tensors, path, classes, normalization)
-    elif not {"classes", "preprocessing"} <= about.keys():
+    elif not is_description(about):
         raise UserError(f"{path} does not describe a bilinear CNN: features alone go to model.weights")
-    try:
-        with torch.device("meta"):  # no memory before the whole network is known to be in the file
-            expected = build(about).state_dict()
-    except Exception as error:  # a class may raise anything, given a stranger's options
-        reason = error if isinstance(error, UserError) else f"its description is wrong ({error!r})"
-        raise UserError(f"{path} cannot be understood: {reason}") from error
+    # No memory before the whole network is known to be in the file.
+    with understanding(path), torch.device("meta"):
+        expected = build(about).state_dict()
     validate_state(expected, tensors, path)
     model = build(about)
     load_state(model, tensors, path)

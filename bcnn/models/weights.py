@@ -1,11 +1,15 @@
 """The weights that a new backbone starts from."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from bcnn.data.splits import SplitRecord
 from bcnn.models.backbones.vgg16 import PUBLISHED, normalization_of
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.description import is_description, record_of, understanding
 from bcnn.models.state_dict import below, load_state, read_state_dict, validate_state
 from bcnn.models.third_party import is_original
 from bcnn.utils.errors import UserError
@@ -13,6 +17,8 @@ from bcnn.utils.errors import UserError
 
 def initialise_backbone(model: BCNN, weights: str, normalization: str | None = None) -> None:
     """Load the weights of a new model's backbone, and set the normalisation that belongs to them.
+
+    The weights of a checkpoint add its record of images to `model.split`.
 
     Args:
         weights: one of the backbone's `weights`, to download; "random", to keep the initialisation; or
@@ -27,7 +33,10 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
     if weights in backbone.weights:
         tensors = backbone.download(weights)
     elif Path(weights).expanduser().exists():
-        tensors = _from_file(model, weights, normalization)
+        tensors, about = read_state_dict(weights)
+        if record := _record(tensors, about, weights):
+            model.split = model.split.after(record) if model.split else record
+        tensors = _from_file(model, tensors, about, weights, normalization)
     else:
         known = ", ".join([*backbone.weights, "random"])
         raise UserError(f"model.weights={weights}: no such file; this backbone has {known}")
@@ -37,9 +46,22 @@ def initialise_backbone(model: BCNN, weights: str, normalization: str | None = N
     load_state(backbone, {key: tensors[key] for key in expected}, weights)
 
 
-def _from_file(model: BCNN, path: str, normalization: str | None) -> dict[str, Tensor]:
+def _record(tensors: dict[str, Tensor], about: Mapping[str, Any], path: str) -> SplitRecord | None:
+    """Return the record of images of a whole network, empty if it has none; None for features alone."""
+    if is_description(about):
+        with understanding(path):
+            return record_of(about) or SplitRecord()
+    return SplitRecord() if is_original(tensors) else None
+
+
+def _from_file(
+    model: BCNN,
+    tensors: dict[str, Tensor],
+    about: Mapping[str, Any],
+    path: str,
+    normalization: str | None,
+) -> dict[str, Tensor]:
     """Return the state of the backbone in a file, with the mean and std of its weights."""
-    tensors, about = read_state_dict(path)
     if is_original(tensors):
         normalization = normalization or "imagenet"
     tensors = below("backbone.", tensors)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
+from bcnn.data.splits import SplitRecord
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.weights import initialise_backbone
@@ -22,6 +23,8 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     Preprocessing and splits are decided here, once: the network keeps them.
     """
     model = _new_model(cfg, data) if cfg.ckpt is None else _model_of_checkpoint(cfg, data)
+    if cfg.ckpt or model.split:
+        data.follow(model.split or SplitRecord())
     data.use_preprocessing(model.preprocessing, model.backbone.stride, model.backbone.min_size)
     validate_network(cfg, model)
     model.split = data.split
@@ -63,13 +66,6 @@ def _model_of_checkpoint(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     if model.preprocessing != preprocessing:
         logger.info(f"{cfg.ckpt} was trained at {model.preprocessing}; this run: {preprocessing}")
     model.preprocessing = preprocessing
-    if model.split is None:
-        logger.warning(
-            f"{cfg.ckpt} does not record its training images: some may be among the validation and "
-            "test images"
-        )
-    else:
-        data.follow(model.split)
     return model
 
 

@@ -39,10 +39,30 @@ def atomic_write(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, which must not exist, that gets its name at the end.
+
+    If the block raises, nothing is left. A process that is killed leaves a folder `.part-…`.
+    """
+    part = folder.with_name(f"{PART}{secrets.token_hex(8)}-{folder.name[-50:]}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_write` below a folder."""
-    for part in folder.rglob(f"{PART}*"):
-        part.unlink(missing_ok=True)
+    """Remove what killed processes left of `atomic_write` and `atomic_folder` below a folder."""
+    for part in [*folder.rglob(f"{PART}*")]:
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def validate_writable(folder: Path) -> None:

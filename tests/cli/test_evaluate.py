@@ -2,14 +2,18 @@
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import Bcnn, set_up, write_images
+from PIL import Image
 
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.utils.errors import Interruption
 
 
 @pytest.fixture
@@ -24,9 +28,12 @@ def model(tiny: BCNN) -> BCNN:
 
 @pytest.fixture
 def ckpt(model: BCNN, tmp_path: Path) -> Path:
+    return save(model, tmp_path / "run" / "last" / "best.ckpt")
+
+
+def save(model: BCNN, path: Path) -> Path:
     """As Lightning writes it."""
-    path = tmp_path / "run" / "last" / "best.ckpt"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": model.description()}, path)
     return path
@@ -72,13 +79,74 @@ def test_images_that_nobody_could_train_on_can_be_evaluated(
     assert len(rows(tmp_path / "out" / "predictions.csv")) == 3
 
 
+def png(image: Image.Image, path: Path) -> None:
+    image.save(path.with_suffix(".png"), optimize=True)
+
+
+def quality_60(image: Image.Image, path: Path) -> None:
+    image.save(path.with_suffix(".jpg"), quality=60)
+
+
+def smaller(image: Image.Image, path: Path) -> None:
+    image.resize([round(0.9 * edge) for edge in image.size]).save(path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("save_again", [png, quality_60, smaller])
+def test_training_images_are_left_out_if_they_were_saved_again(
+    bcnn: Bcnn, model: BCNN, tmp_path: Path, save_again: Callable[[Image.Image, Path], None]
+) -> None:
+    write_images(tmp_path / "images", 12)
+    data = set_up(tmp_path / "images")
+    model.split = data.split
+    ckpt = save(model, tmp_path / "best.ckpt")
+    again, all_in_test = tmp_path / "again", tmp_path / "all" / "test"
+    for path, label in (*data.train, *data.val, *data.test):
+        with Image.open(path) as image:
+            for folder in (again, all_in_test):
+                (folder / data.classes[label]).mkdir(parents=True, exist_ok=True)
+                save_again(image, folder / data.classes[label] / Path(path).name)
+    tested = {(data.classes[label], Path(path).stem) for path, label in data.test}
+    for folder in (again, all_in_test.parent):
+        out = tmp_path / f"of-{folder.name}"
+        outcome = bcnn("evaluate", ckpt, folder, "--output", out)
+        assert outcome.code == 0 and "36 of 36 images look the same as some that the" in outcome.out
+        found = [Path(row["path"]) for row in rows(out / "predictions.csv")]
+        assert {(path.parent.name, path.stem) for path in found} == tested
+    assert f"{len(data.train)} of 36 images in test were trained on: left out" in outcome.out
+    assert f"{len(data.val)} of 36 images in test were validated on: left out" in outcome.out
+
+
+def test_a_warning_comes_before_the_figures_where_no_image_is_recorded(
+    bcnn: Bcnn, model: BCNN, images: Path, tmp_path: Path
+) -> None:
+    model.split = set_up(images).split
+    write_images(tmp_path / "others", 2, seed=9)
+    outcome = bcnn("evaluate", save(model, tmp_path / "best.ckpt"), tmp_path / "others")
+    assert outcome.code == 0 and "the checkpoint records none of these images" in outcome.err
+
+
 def test_a_second_evaluation_overwrites_nothing(
     bcnn: Bcnn, ckpt: Path, images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "figures.json").write_text("precious")
     outcome = bcnn("evaluate", ckpt, images, "--output", tmp_path)
-    assert outcome.code == 1 and "holds an evaluation: name another folder" in outcome.err
+    assert outcome.code == 1 and "exists: name a new folder" in outcome.err
     assert (tmp_path / "figures.json").read_text() == "precious"
+
+
+def test_an_interrupted_evaluation_leaves_nothing_and_can_be_repeated(
+    bcnn: Bcnn, ckpt: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results" / "out"
+    out.mkdir(parents=True)  # an empty one
+    with monkeypatch.context() as patch:
+        patch.setattr("bcnn.evaluation.results.write_report", Mock(side_effect=Interruption(2)))
+        assert bcnn("evaluate", ckpt, images, "--output", out).code == 130
+    assert list(out.parent.iterdir()) == []
+    assert bcnn("evaluate", ckpt, images, "--output", out).code == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    files = {"classes.csv", "figures.json", "predictions.csv", "predictions.npz", "report.html"}
+    assert {path.name for path in out.iterdir()} == files
 
 
 def test_no_images_and_unknown_classes_are_errors(bcnn: Bcnn, ckpt: Path, images: Path) -> None:

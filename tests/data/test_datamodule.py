@@ -187,9 +187,28 @@ def test_the_splits_of_a_checkpoint_are_followed(
     assert "splits of the checkpoint (seed=1, val_fraction=0.1, test_fraction=0.2, " in logged.text
     assert "33 of its 36 images are here and 3 new ones" in logged.text
     assert record.train < data.split.train and len(data.split.train - record.train) == 3
-    assert data.split.val <= record.val and data.split.test <= record.test
+    assert (data.split.val, data.split.test) == (record.val, record.test)
     assert data.split.recipe == record.recipe
-    assert {data.digests[path] for path, _ in data.test} == data.split.test
+    assert {data.digests[path] for path, _ in data.test} < record.test
+
+
+def test_the_splits_of_a_checkpoint_are_followed_by_images_saved_again(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 12)
+    before = set_up(tmp_path / "photos", seed=1)
+    for path in (tmp_path / "photos").rglob("*.png"):
+        with Image.open(path) as image:
+            again = tmp_path / "again" / path.parent.name / path.with_suffix(".webp").name
+            again.parent.mkdir(parents=True, exist_ok=True)
+            image.save(again, lossless=True)
+    data = set_up(tmp_path / "again", seed=2)
+    data.follow(before.split)
+    for split in ("train", "val", "test"):
+        found, expected = (
+            {(Path(path).stem, label) for path, label in getattr(each, split)}
+            for each in (data, before)
+        )
+        assert found == expected
+    assert before.split.train < data.split.train
 
 
 def test_a_share_of_the_training_images_is_drawn_of_each_class(tmp_path: Path) -> None:

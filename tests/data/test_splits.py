@@ -1,5 +1,6 @@
 """Which images are held out: what decides it, and which splits a trained model has."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bcnn.data.index import ImageIndex
+from bcnn.data.integrity import Finding
 from bcnn.data.splits import SplitRecord, choose, follow, hold_out, too_few
+from bcnn.utils.console import setup_logging
 
 
 def samples(count: int, seed: int = 0) -> tuple[list[tuple[str, int]], dict[str, str]]:
@@ -100,25 +103,41 @@ def index() -> Recorded:
     images, digests = samples(10)
     whole = ImageIndex(["a"], images, divided=False)
     drawn = ImageIndex(["a"], images[:6], images[6:8], images[8:])
-    return whole, digests, SplitRecord.of(drawn, digests, {"seed": 0})
+    findings = {path: Finding(digest=digest) for path, digest in digests.items()}
+    return whole, digests, SplitRecord.of(drawn, findings, {"seed": 0})
 
 
 def test_recorded_splits_are_followed_and_new_images_trained_on(index: Recorded) -> None:
     whole, digests, split = index
     digests = {**digests, "new": "f" * 32}
     whole.train.append(("new", 0))
-    found = follow(whole, digests, split)
+    found = follow(whole, whole, digests, split)
     assert [len(part) for part in found.splits.values()] == [7, 2, 2]
     assert ("new", 0) in found.train
     assert found.test == whole.train[8:10]
 
 
-def test_given_test_images_that_were_trained_on_are_left_out(index: Recorded) -> None:
+def test_a_class_that_is_not_recorded_is_split_as_drawn(index: Recorded) -> None:
+    whole, digests, split = index
+    images, others = samples(10, seed=1)
+    both = ImageIndex(["a", "b"], whole.train + [(path, 1) for path, _ in images], divided=False)
+    drawn = ImageIndex(["a", "b"], both.train[2:17], val=both.train[17:18], test=both.train[:2])
+    drawn.test += both.train[18:]
+    found = follow(both, drawn, digests | others, split)
+    assert found.val == both.train[6:8] + both.train[17:18]
+    assert found.test == both.train[8:10] + both.train[18:]
+
+
+def test_given_test_images_that_the_model_has_used_are_left_out(index: Recorded) -> None:
     whole, digests, split = index
     given = ImageIndex(["a"], whole.train[:4], test=whole.train[4:])
-    assert follow(given, digests, split).test == whole.train[6:]
+    assert follow(given, given, digests, split).test == whole.train[8:]
     chosen, said = choose(given, digests, split, "test")
-    assert chosen == whole.train[6:] and "2 of 6 images were trained on: left out" in said[0]
+    assert chosen == whole.train[8:]
+    used = ("2 of 6 images in test were trained on", "2 of 6 images in test were validated on")
+    assert said == [f"{each}: left out" for each in used]
+    given = ImageIndex(["a"], whole.train[:4], val=whole.train[4:])
+    assert choose(given, digests, split, "val")[0] == whole.train[6:]  # validated on, as before
 
 
 def test_what_can_be_judged_of_a_folder_without_splits(index: Recorded) -> None:
@@ -130,15 +149,39 @@ def test_what_can_be_judged_of_a_folder_without_splits(index: Recorded) -> None:
     assert "6 of 10" in choose(whole, digests, split, "all")[1][0]
     strange = {path: digest[::-1] for path, digest in digests.items()}
     assert choose(whole, strange, split, "test") == (whole.train, [])  # none of them was trained on
-    chosen, said = choose(whole, digests, None, "test")
-    assert chosen == whole.train and "does not record" in said[0]
+    assert choose(whole, digests, SplitRecord(), "test") == (whole.train, [])
 
 
 def test_a_record_lists_what_any_stage_was_trained_on() -> None:
     first = SplitRecord({}, frozenset("abc"), frozenset("d"), frozenset("ef"))
-    second = SplitRecord({}, frozenset("ae"), frozenset("b"), frozenset("f"))
-    assert second.after(first) == SplitRecord({}, frozenset("abce"), frozenset(), frozenset("f"))
-    assert SplitRecord.from_plain(second.plain()) == second
+    second = SplitRecord({"seed": 1}, frozenset("ae"), frozenset("b"), frozenset("df"), {"f": 5})
+    both = SplitRecord({"seed": 1}, frozenset("abce"), frozenset("d"), frozenset("f"), {"f": 5})
+    assert second.after(first) == both
+    assert SplitRecord.from_plain(json.loads(json.dumps(both.plain()))) == both
+
+
+LOOKS = {"a": 0xFFFF0000, "b": 0xFFFF00FF, "c": 0xFF00}
+
+
+def test_an_image_saved_again_is_the_recorded_one_that_looks_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A digest that is recorded decides; else an image that was trained on comes first."""
+    record = SplitRecord({}, frozenset("a"), frozenset("b"), frozenset("c"), LOOKS)
+    looks = {
+        "c": 0xFFFF0001,  # recorded
+        "again": 0xFFFF003F,  # differs from a in 6 bits, from b in 2
+        "validated": 0xFFFF01FF,  # differs from b in 1 bit, from a in 9
+        "another": 0x7F00000000,
+        "flat": None,
+    }
+    setup_logging()
+    findings = {f"{d}.jpg": Finding(digest=d, perceptual_hash=h) for d, h in looks.items()}
+    found = [*record.recognise(findings).values()]
+    assert found == ["c", "a", "b", "another", "flat"]
+    assert "2 of 5 images look the same as some that the checkpoint records" in capsys.readouterr().out
+    record.recognise({"new": findings["another.jpg"]})
+    assert "the checkpoint records none of these images" in capsys.readouterr().err
 
 
 def test_copies_do_not_make_a_class_large_enough() -> None:

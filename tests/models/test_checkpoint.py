@@ -44,7 +44,7 @@ def save(model: BCNN, path: Path, about: dict[str, Any] | None = None, **tensors
 def test_a_checkpoint_keeps_the_network_and_its_description(
     tiny: BCNN, tmp_path: Path, suffix: str
 ) -> None:
-    tiny.split = SplitRecord({"seed": 0}, frozenset({"a"}), frozenset({"b"}), frozenset())
+    tiny.split = SplitRecord({"seed": 0}, frozenset({"a"}), frozenset({"b"}), frozenset(), {"b": 7})
     tiny.head.mean.normal_()
     tiny.backbone.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     loaded = load_model(save(tiny, tmp_path / f"m{suffix}"))
@@ -72,6 +72,7 @@ def test_a_model_in_half_precision_loads(tiny: BCNN, tmp_path: Path) -> None:
         ("preprocessing.interpolation", "random"),
         ("project", 2),
         ("split", {"recipe": {}, "train": "a", "val": [], "test": []}),
+        ("split", {"recipe": {}, "train": ["a ffff"], "val": [], "test": []}),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(

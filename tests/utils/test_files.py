@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, remove_parts, validate_writable
+from bcnn.utils.files import atomic_folder, atomic_write, remove_parts, validate_writable
 
 
 def test_the_old_content_stays_until_the_new_is_complete(tmp_path: Path) -> None:
@@ -42,6 +42,23 @@ def test_a_killed_process_leaves_the_old_content(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 2
     remove_parts(tmp_path)
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_killed_process_leaves_no_part_of_a_folder(tmp_path: Path) -> None:
+    code = """if True:
+        import os, pathlib, sys; from bcnn.utils.files import atomic_folder
+        with atomic_folder(pathlib.Path(sys.argv[1])) as part:
+            (part / "figures.json").touch(); os.kill(os.getpid(), 9)
+    """
+    folder = tmp_path / "output"
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == -9
+    assert not folder.exists() and len(os.listdir(tmp_path)) == 1
+    with atomic_folder(folder) as part:
+        (part / "figures.json").touch()
+        assert not folder.exists()
+    assert os.listdir(folder) == ["figures.json"]
+    remove_parts(tmp_path)
+    assert os.listdir(tmp_path) == ["output"]
 
 
 def test_nobody_can_guess_where_a_file_is_written(
