@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -10,8 +9,7 @@ import typer
 
 from bcnn.cli.arguments import Checkpoint, LabelledImages, Mirror, OutputFolder
 from bcnn.utils.console import console, progress
-from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_folder, new_output, validate_writable
+from bcnn.utils.files import atomic_folder, make_way, new_output
 
 CHOICE = "As the folder or list has it, else as the checkpoint records it, else (test) all images."
 SPLIT = typer.Option(help=CHOICE)
@@ -33,12 +31,7 @@ def evaluate(
     predictions.csv and predictions.npz (every probability).
     """
     folder = output or new_output("evaluate")
-    try:
-        with suppress(FileNotFoundError):
-            folder.rmdir()  # an empty one makes way
-    except OSError as error:
-        raise UserError(f"--output {folder} exists: name a new folder") from error
-    validate_writable(folder)
+    make_way(folder)
     with progress("loading PyTorch"):
         from bcnn.evaluation import results
         from bcnn.evaluation.inference import predict_split

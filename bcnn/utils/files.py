@@ -56,6 +56,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def make_way(folder: Path) -> None:
+    """Remove a folder if it is empty; raise UserError if it is not, or none can be written there."""
+    try:
+        with suppress(FileNotFoundError):
+            folder.rmdir()
+    except OSError as error:
+        raise UserError(f"{folder} exists: name a new folder") from error
+    validate_writable(folder)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what killed processes left of `atomic_write` and `atomic_folder` below a folder."""
     for part in [*folder.rglob(f"{PART}*")]:
