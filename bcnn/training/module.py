@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -145,10 +147,11 @@ class BCNNModule(L.LightningModule):
         """Limit the step to Polyak's step size, in the one hook between backward pass and step."""
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
+        plugin = self.trainer.precision_plugin
+        scaler = getattr(plugin, "scaler", None)
+        if scaler and optimizer.defaults.get("fused"):
+            scaler.unscale_(optimizer)  # a fused step would unscale after the limits
         if self.polyak is not None:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler and optimizer.defaults.get("fused"):
-                scaler.unscale_(optimizer)  # a fused step would unscale after the limit
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             # The schedule's factor is in the rate already: the limit is for the rate at its start.
@@ -156,7 +159,9 @@ class BCNNModule(L.LightningModule):
             loss = mean_over_ranks(loss).clamp(min=torch.finfo(norm.dtype).tiny)
             excess = self.polyak * optimizer.defaults["lr"] * norm.square() / loss
             nn.utils.clip_grads_with_norm_(parameters, max_norm=1.0, total_norm=excess)
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        # Not `MixedPrecision`'s method, which takes gradients of a fused optimizer for scaled ones.
+        algorithm = gradient_clip_algorithm or GradClipAlgorithmType.NORM
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def on_validation_epoch_start(self) -> None:
         """Set the head's mean, which evaluation takes off, to that under the current weights."""

@@ -117,16 +117,20 @@ def batches() -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(8) % 3), batch_size=4)
 
 
+@pytest.mark.parametrize("polyak", [None, 2.0])
+@pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_in_float16_is_that_in_float32(tiny: BCNN, fused: bool) -> None:
+def test_a_step_in_float16_is_that_in_float32(
+    tiny: BCNN, fused: bool, clip: float | None, polyak: float | None
+) -> None:
     moved = {}
     nn.init.normal_(tiny.head.weight, std=1e-2)
     for half in (True, False):
         model = copy.deepcopy(tiny)
-        module = BCNNModule(
-            model, "finetune", partial(torch.optim.SGD, lr=1.0, fused=fused), polyak=2.0
-        )
-        trainer = half_trainer(Float16(), max_steps=1) if half else quiet_trainer(max_steps=1)
+        optimizer = partial(torch.optim.SGD, lr=1.0, fused=fused)
+        module = BCNNModule(model, "finetune", optimizer, polyak=polyak)
+        options = {"max_steps": 1, "gradient_clip_val": clip}
+        trainer = half_trainer(Float16(), **options) if half else quiet_trainer(**options)
         trainer.fit(module, batches())
         moved[half] = model.head.weight.detach() - tiny.head.weight
     assert moved[False].norm() > 1e-3
