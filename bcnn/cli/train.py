@@ -4,18 +4,20 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import bcnn.training.schema  # noqa: F401  # registers the types of the options
 from bcnn.cli.errors import exit_code_of
+from bcnn.training.schema import PATHS, absolute_paths, working_folder
 from bcnn.training.sweep import in_sweep, ranked, run_job
 from bcnn.utils.console import is_rank_zero, logger, progress
 from bcnn.utils.errors import UserError
@@ -23,7 +25,6 @@ from bcnn.utils.errors import UserError
 Task = Callable[[], object]
 
 PACKAGE = Path(__file__).parents[1]
-FILES = ("data.root", "data.list", "ckpt", "output", "model.weights")
 # In the package where it is installed, beside it in a clone.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
@@ -44,6 +45,7 @@ def main(words: list[str], task: Task = _main) -> int:
 
 
 def _main_of(words: list[str], task: Task) -> None:
+    words = sorted(words, key=_is_override)  # argparse takes flags before overrides, not among them
     if any(word.startswith("resume=") for word in words):
         resume(words)
         return
@@ -70,11 +72,14 @@ def _main_of(words: list[str], task: Task) -> None:
 
 def train(cfg: DictConfig) -> float:
     """Train by a configuration of Hydra's; return validation top-1, for sweeps to maximise."""
-    OmegaConf.to_container(cfg, resolve=True)  # raises where ${name} stands for nothing
-    overrides = list(HydraConfig.get().overrides.task)
-    if in_sweep():
-        return run_job(cfg, overrides)
-    return _run(cfg, overrides, resume=_requeued(cfg))
+    try:
+        cfg = absolute_paths(cfg, working_folder())  # raises where ${name} stands for nothing
+        overrides = list(HydraConfig.get().overrides.task)
+        return run_job(cfg, overrides) if in_sweep() else _run(cfg, overrides, resume=_requeued(cfg))
+    finally:  # Hydra has made a folder: if it is empty still, remove it
+        os.chdir(working_folder())
+        with suppress(OSError):
+            os.removedirs(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
 
 def resume(words: list[str]) -> float:
@@ -90,18 +95,20 @@ def resume(words: list[str]) -> float:
     return _run(cfg, overrides, resume=True)
 
 
-def compose(overrides: list[str]) -> DictConfig:
+def compose(overrides: list[str], **options: bool) -> DictConfig:
     """Return the configuration that overrides compose, outside of a command of Hydra's."""
+    GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[file://{Path('conf').absolute()}]"] if _own_configuration([]) else []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", [*search, *overrides])
+        return hydra.compose("config", [*search, *overrides], **options)
 
 
 def _run(cfg: DictConfig, overrides: list[str], resume: bool) -> float:
     """Say in a first line what happens, and load PyTorch, which takes seconds, after it."""
     images = OmegaConf.select(cfg, "data.list") or OmegaConf.select(cfg, "data.root")
     stages = "last, then finetune" if cfg.stage == "both" else cfg.stage
-    logger.info(f"training stage {stages}; images: {images}; output: {os.path.relpath(cfg.output)}")
+    output = os.path.relpath(cfg.output, working_folder())
+    logger.info(f"training stage {stages}; images: {images}; output: {output}")
     with progress("loading PyTorch"):
         from bcnn.training.run import train as train_stages
     return train_stages(cfg, overrides, resume)
@@ -118,11 +125,16 @@ def _started_together() -> bool:
     return torchrun or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
+def _is_override(word: str) -> bool:
+    """Return whether a word sets or removes an option; the others are flags and their values."""
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
+
+
 def _quoted(word: str) -> str:
     """Quote the name of a file that Hydra would read as a number: 2024_01 is 202401 to it."""
     name, _, value = word.partition("=")
     number = re.fullmatch(r"[+-]?[\d_.]+(e[+-]?\d+)?", value, re.IGNORECASE)
-    return f"{name}='{value}'" if number and name.lstrip("+") in FILES else word
+    return f"{name}='{value}'" if number and name.lstrip("+") in PATHS else word
 
 
 def _own_configuration(words: list[str]) -> list[str]:
@@ -137,23 +149,53 @@ def _explained(error: Exception, words: list[str]) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if found := re.match(r"Could not override '([^']+)'", text):
         return _unknown_option(found[1])
+    if found := re.search(r"Cannot assign \w+ to Dict.* full_key: (\S+)", text):
+        groups = [each for each in _groups() if each.split("@")[-1].replace("/", ".") == found[1]]
+        way = f"{groups[0]}=NAME" if groups else f"{found[1]}.OPTION=VALUE"
+        return f"{found[1]} is a group of options: write {way}"
+    if found := re.match(r"In '((\w+)/\S+)': ConfigKeyError .* Key '\2' not in", text):
+        return f"{found[1]}.yaml has to begin with the line # @package _global_"
     absent = r"In '.*': Could not find '(.+)/(.+?)' Available options in '.*': (.*?) Config search"
     if found := re.match(absent, text):
         return f"there is no {found[1]}={found[2]}: choose from {', '.join(found[3].split())}"
-    if folders := [word for word in words if Path(word).is_dir()]:
+    folders = [word for word in words if Path(word).is_dir()]
+    if folders and isinstance(error, OverrideParseException):
         return f"to train on the images of {folders[0]}, write data=folder data.root={folders[0]}"
-    return text.partition(" full_key:")[0]
+    return re.split(" full_key:| See https:", text)[0]
 
 
 def _unknown_option(name: str) -> str:
     """Return what may have been meant by the name of an option that there is not."""
     parent, _, last = name.rpartition(".")
-    GlobalHydra.instance().clear()
-    plain, sgd = compose([]), compose(["last=sgd"])
-    if OmegaConf.select(sgd, name) is not None:
+    plain, sgd = (OmegaConf.to_container(compose(words)) for words in ([], ["last=sgd"]))
+    options = [*_groups(), *_names(plain)]
+    if name in _names(sgd) and name not in options:
         return f"{name} is an option of last=sgd: add last=sgd"
-    siblings = OmegaConf.select(plain, parent) if parent else plain
-    names = map(str, siblings if isinstance(siblings, DictConfig) else [])
-    if near := get_close_matches(last, names, 1):
-        return f"there is no option {name}: did you mean {name.removesuffix(last)}{near[0]}?"
-    return f"there is no option {name}: --help lists all; +{name}=… passes it to the class at {parent}"
+    siblings = [each for each in options if each.rpartition(".")[0] == parent]
+    below = [each for each in options if each.startswith(f"{name}/")]
+    if near := below or _similar(last, siblings) or _similar(last, options):
+        return f"there is no option {name}: did you mean {' or '.join(near[:3])}?"
+    of_class = f"{parent}._target_" in options
+    rest = f"; +{name}=… passes it to the class at {parent}" if of_class else ""
+    return f"there is no option {name}: --help lists all{rest}"
+
+
+def _groups() -> list[str]:
+    """Return the groups of conf/ that a configuration chooses from, such as `model/pooling`."""
+    choices = compose([], return_hydra_config=True).hydra.runtime.choices
+    return [name for name in choices if not name.startswith("hydra/")]
+
+
+def _similar(word: str, options: list[str]) -> list[str]:
+    """Return the options, of any group, whose last part is the most similar to a word."""
+    parts = {each: re.split("[./]", each)[-1] for each in options}
+    near = get_close_matches(re.split("/", word)[-1], parts.values(), 1)
+    return [each for each, part in parts.items() if part in near]
+
+
+def _names(options: Any, parent: str = "") -> list[str]:
+    """Return the names of all options below one, from plain values."""
+    if not isinstance(options, dict):
+        return [parent]
+    inside = {f"{parent}.{key}".lstrip("."): value for key, value in options.items()}
+    return [name for key, value in inside.items() for name in _names(value, key)]

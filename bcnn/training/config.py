@@ -5,7 +5,6 @@ Unknown options and wrong types are refused by Hydra (see `bcnn.training.schema`
 
 import inspect
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
@@ -96,19 +95,6 @@ def validate_batches(cfg: DictConfig, ranks: int) -> None:
             raise UserError(
                 f"{stage}.batch_size={batch}: {ranks} devices cannot share it equally; use {larger}"
             )
-
-
-def absolute_paths(cfg: DictConfig, folder: str | Path) -> DictConfig:
-    """Return a copy of a configuration, its relative paths taken as relative to a folder."""
-    options: Any = OmegaConf.to_container(cfg, resolve=True)
-    copy: DictConfig = OmegaConf.create(options)
-    copy.output = str(Path(folder) / Path(copy.output).expanduser())
-    for key in ("ckpt", "data.root", "data.list", "model.weights"):
-        value = OmegaConf.select(copy, key)
-        path = Path(folder) / Path(str(value)).expanduser()
-        if value is not None and (key != "model.weights" or path.is_file()):
-            OmegaConf.update(copy, key, str(path))
-    return copy
 
 
 def _validate_names(cfg: DictConfig) -> None:

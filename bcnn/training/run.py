@@ -15,10 +15,11 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.report import Before, ReportContent
 from bcnn.evaluation.results import kept_predictions, logged_stages, write_images, write_results
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.config import STAGES, absolute_paths, validate
+from bcnn.training.config import STAGES, validate
 from bcnn.training.logging import facts, log_figures, log_how_to_resume, log_where, quiet_lightning
 from bcnn.training.network import build_model, load_weights
 from bcnn.training.run_state import RunState, StageResult
+from bcnn.training.schema import absolute_paths, working_folder
 from bcnn.training.stage import Stage
 from bcnn.utils.console import log_file, logger, setup_logging, span
 from bcnn.utils.distributed import explain_lost_ranks
@@ -43,19 +44,22 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
     setup_logging()
     quiet_lightning()
     validate(cfg)
-    cfg = absolute_paths(cfg, RunState.read(Path(cfg.output)).directory if resume else Path.cwd())
+    folder = Path(RunState.read(Path(cfg.output)).directory) if resume else working_folder()
+    cfg = absolute_paths(cfg, folder)
     state = RunState.resume(cfg) if resume else RunState.create(cfg, overrides)
     if state.finished:
         logger.info(f"{state.folder}: this run has finished already")
         return _outcome([result for stage in STAGES[cfg.stage] if (result := state.result(stage))])
     began, versions = time.monotonic(), software()  # a clone may be changed before the run ends
-    with log_file(state.folder / "train.log"), _how_to_resume(state), explain_lost_ranks():
+    log = log_file(state.folder / "train.log")
+    with log as begin_log, _how_to_resume(state), explain_lost_ranks():
         data: FineGrainedDataModule = instantiate(cfg.data)
         data.prepare_data()
         data.setup()
         L.seed_everything(cfg.seed, workers=True, verbose=False)  # every rank draws the same weights
         model = build_model(cfg, data)
         state.begin(data)
+        begin_log()
         results: list[StageResult] = []
         for stage in STAGES[cfg.stage]:
             result = state.result(stage)

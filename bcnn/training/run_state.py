@@ -17,6 +17,7 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import Neighbour
 from bcnn.evaluation.results import PREDICTIONS
+from bcnn.training.schema import working_folder
 from bcnn.utils.device import chosen_precision
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, remove_parts, validate_writable
@@ -88,7 +89,8 @@ class RunState:
         """Return the state of a new run; it is written when there is something to train."""
         folder = Path(cfg.output)
         _validate_new(folder)
-        return cls(folder, overrides, _plain(cfg), str(Path.cwd()), chosen_precision(cfg.trainer))
+        precision = chosen_precision(cfg.trainer)
+        return cls(folder, overrides, _plain(cfg), str(working_folder()), precision)
 
     @classmethod
     def resume(cls, cfg: DictConfig) -> "RunState":

@@ -4,9 +4,14 @@ Values and what they mean are in conf/; a group there names its types first in i
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+PATHS = ("output", "ckpt", "data.root", "data.list", "model.weights")  # options that may name a file
 
 
 @dataclass
@@ -16,8 +21,8 @@ class ModelOptions:
     weights: str
     project: int | None
     normalization: str | None
-    backbone: Any
-    pooling: Any
+    backbone: dict[str, Any]
+    pooling: dict[str, Any]
 
 
 @dataclass
@@ -51,7 +56,7 @@ class ConvexOptions:
     l2: list[float]
     folds: int | None
     class_weights: bool
-    loss: Any
+    loss: dict[str, Any]
 
 
 @dataclass
@@ -63,10 +68,10 @@ class SGDOptions:
     epochs: int
     batch_size: int
     accumulate: int
-    optimizer: Any
-    scheduler: Any
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
     class_weights: bool
-    loss: Any
+    loss: dict[str, Any]
 
 
 @dataclass
@@ -81,10 +86,10 @@ class FinetuneOptions:
     compile: bool
     centering: bool
     polyak: float | None
-    optimizer: Any
-    scheduler: Any
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
     class_weights: bool
-    loss: Any
+    loss: dict[str, Any]
 
 
 @dataclass
@@ -111,3 +116,21 @@ for name, options in {
     "sgd": SGDOptions,
 }.items():
     ConfigStore.instance().store(group="schema", name=name, node=options)
+
+
+def working_folder() -> Path:
+    """Return the folder that relative paths begin at, which `hydra.job.chdir=true` leaves."""
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+
+
+def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Return a copy of a configuration, its relative paths taken as relative to a folder."""
+    copy = cfg.copy()
+    OmegaConf.set_struct(copy, False)
+    OmegaConf.resolve(copy)
+    for key in PATHS:
+        value = OmegaConf.select(copy, key)
+        path = folder / Path(str(value)).expanduser()
+        if value is not None and (key != "model.weights" or path.is_file()):
+            OmegaConf.update(copy, key, str(path))
+    return copy

@@ -10,9 +10,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,22 +76,35 @@ def setup_logging() -> None:
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Append the command, the records of `logger` and what ends the block early to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(_Formatter())
-    command = f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}"
-    print(printable(command), file=handler.stream)
-    logger.addHandler(handler)
+def log_file(path: Path) -> Iterator[Callable[[], None]]:
+    """Collect the command, the records of `logger` and what ends the block early.
+
+    Give a function to call once: it appends them to a file from then on. Without it nothing is written.
+    """
+    memory = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+
+    def note(text: str) -> None:
+        memory.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(_Formatter())
+        memory.setTarget(file)
+        memory.capacity = 0  # each record is written at once
+        memory.flush()
+
+    note(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+    logger.addHandler(memory)
     try:
-        yield
+        yield begin
     except BaseException as error:
-        print(printable(f"{type(error).__name__}: {error}"), file=handler.stream)
+        note(f"{type(error).__name__}: {error}")
         raise
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        logger.removeHandler(memory)
+        if memory.target:
+            memory.target.close()
 
 
 class Task:

@@ -7,8 +7,9 @@ import lightning as L
 import pytest
 from conftest import FINETUNE, configure, toy
 
-from bcnn.training.config import absolute_paths, validate, validate_batches
+from bcnn.training.config import validate, validate_batches
 from bcnn.training.run import train
+from bcnn.training.schema import absolute_paths
 from bcnn.utils.errors import UserError
 
 TINY = "model.backbone.name=tiny"

@@ -7,9 +7,9 @@ from conftest import configure, folder_data, set_up, toy
 from hydra.errors import HydraException
 
 from bcnn.cli.train import resume
-from bcnn.training.config import absolute_paths
 from bcnn.training.run import train
 from bcnn.training.run_state import RUN, RunState, StageResult, data_digest, resumable_overrides
+from bcnn.training.schema import absolute_paths
 from bcnn.utils.errors import UserError
 
 CALLBACK = "+callbacks.mine._target_=lightning.pytorch.callbacks.Timer"

@@ -51,8 +51,10 @@ def test_control_characters_alone_are_escaped(name: str, capsys: pytest.CaptureF
 def test_warnings_go_to_standard_error_and_everything_to_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with log_file(tmp_path / "run" / "train.log"):
+    with log_file(tmp_path / "run" / "train.log") as begin:
         logger.info("stage %s", "last")
+        assert not (tmp_path / "run").exists()
+        begin()
         logger.warning("one image is left out")
     logger.info("after the run")
     shown = capsys.readouterr()
