@@ -119,7 +119,7 @@ def _validate_limits(cfg: DictConfig) -> None:
 
 def _validate_arguments(node: Any, name: str = "") -> None:
     """Refuse arguments that a `_target_` does not take, before hours of training lead to it."""
-    if not isinstance(node, DictConfig):
+    if not isinstance(node, DictConfig) or node._is_none():
         return
     if "_target_" in node:
         arguments = {str(key): None for key in node if not str(key).startswith("_")}
