@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
-STATE_DICT = "Checkpoint of this project, or a .pth or .safetensors state dict."
-CHECKPOINT = typer.Argument(metavar="CKPT", exists=True, dir_okay=False, help=STATE_DICT)
+from bcnn.utils.files import checkpoint_of
+
+STATE_DICT = "Checkpoint, the folder of a run, or a .pth or .safetensors state dict."
+CHECKPOINT = typer.Argument(metavar="CKPT", exists=True, callback=checkpoint_of, help=STATE_DICT)
 Checkpoint = Annotated[Path, CHECKPOINT]
 
 PATHS = "Files, folders, quoted patterns such as '**/*.jpg', or - for a list on standard input."

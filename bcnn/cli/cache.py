@@ -6,7 +6,6 @@ import typer
 
 from bcnn.utils.console import console, printable
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import PART
 
 REMOVE = typer.Option(metavar="KEY|all", help="Remove one cache, or all.")
 
@@ -18,7 +17,7 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
     """
     from filelock import FileLock
 
-    from bcnn.training.feature_store import ABOUT, KEY, read_about, stores_dir
+    from bcnn.training.feature_store import ABOUT, KEY, read_about, remove_store, stores_dir
 
     folders = sorted(path.parent for path in stores_dir().glob(f"*/{ABOUT}"))
     caches = {folder.name: folder for folder in folders if KEY.fullmatch(folder.name)}
@@ -33,7 +32,5 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
     for key in caches if remove == "all" else [remove]:
         folder = caches[key]
         with FileLock(folder.with_suffix(".lock"), timeout=0):  # a run that builds the cache holds it
-            for path in (*folder.glob(f"{PART}*"), *folder.glob("[0-9]*-[12].npy"), folder / ABOUT):
-                path.unlink()
-            folder.rmdir()  # raises where it holds anything else
+            remove_store(folder)
         console.print(f"removed {key}")

@@ -18,6 +18,12 @@ EXPECTED = {
 }
 
 
+NO_SHARED_MEMORY = (
+    "/dev/shm is too small for data-loading processes: add data.num_workers=0 (predict: --workers 0), "
+    "or start the container with a larger --shm-size"
+)
+
+
 def exit_code_of(act: Callable[[], int | None]) -> int:
     """Run a command and return its exit code: its own, 1 for an error, 130 for Ctrl-C, 143 for SIGTERM.
 
@@ -40,14 +46,19 @@ def exit_code_of(act: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if "--debug" in sys.argv or EXPECTED.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+        if "--debug" in sys.argv or not (sentence := _sentence(error)):
             raise
         traceback.clear_frames(error.__traceback__)
-        logger.error(_sentence(error))
+        logger.error(sentence)
         return 1
 
 
 def _sentence(error: Exception) -> str:
+    """Return a sentence on an expected error; "" on others."""
+    if "shared memory" in str(error):  # torch raises a plain RuntimeError
+        return NO_SHARED_MEMORY
+    if EXPECTED.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+        return ""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = error.format_message() if hasattr(error, "format_message") else str(error)  # typer's

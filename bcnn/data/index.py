@@ -87,6 +87,10 @@ def read_folder(root: Path) -> ImageIndex:
     index = ImageIndex.of(entries, inside, divided=bool(parts))
     if others:
         index.remarks.append(f"{len(others)} files left out, no images: {count_suffixes(others)}")
+    if parts and (test := folders.unlabelled_test(root)):
+        index.remarks.append(
+            f"{test} is left out, as its images have no class folders: bcnn predict CKPT {test}"
+        )
     return index
 
 
@@ -131,6 +135,8 @@ def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) ->
 
 def mistakes(index: ImageIndex, source: Path) -> list[str]:
     """Return the reasons why these images cannot be trained on, a sentence each."""
+    if not index.samples and source.is_dir() and folders.holds_images(source):
+        return [f"{source}: put its images into a folder for each class, or name them in data.list"]
     if not index.samples:
         expected = f"<class>/<images>, {{train,val,test}}/<class>/<images>, {METADATA} or data.list"
         return [f"no images in {source}: expected {expected}"]

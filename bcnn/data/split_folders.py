@@ -57,7 +57,8 @@ def split_folders(root: Path) -> dict[str, Path]:
         parts[split] = folder
     beside = _names(root)
     for folder in subfolders(root):
-        if parts and folder not in parts.values() and any(images_below(folder)):
+        others = parts and folder not in (*parts.values(), unlabelled_test(root))
+        if others and any(images_below(folder)):
             raise UserError(
                 f"{folder} holds images beside {listed(f'{p.name}/' for p in parts.values())}: call it "
                 "train, val or test, move it into train/ if it is a class, or move it away"
@@ -68,6 +69,12 @@ def split_folders(root: Path) -> dict[str, Path]:
                 f"test and move the class folders into {root}/train, or move it away"
             )
     return {split: _class_folders(folder, split) for split, folder in parts.items()}
+
+
+def unlabelled_test(root: Path) -> Path | None:
+    """Return the folder of test images without classes, as Kaggle has beside train/; None without."""
+    tests = (folder for folder in subfolders(root) if split_of(folder.name) == ("test", ""))
+    return next((each for each in tests if holds_images(each) and not subfolders(each)), None)
 
 
 def split_of(name: str) -> tuple[str, str] | None:

@@ -123,7 +123,7 @@ def _numeric_axis(axes: Axes, distinct: Array) -> None:
 def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figure | None:
     """Draw a panel for each (title, metrics.csv, metric) that was logged; None where none was.
 
-    Each epoch of the convex stage is the optimum for one λ, which is then on the axis.
+    Each step of the convex stage is the optimum for one λ, which is then on the axis.
     """
     panels = [(title, metric, _columns(path)) for title, path, metric in logs]
     panels = [panel for panel in panels if {f"train_{panel[1]}", f"val_{panel[1]}"} & set(panel[2])]
@@ -137,7 +137,7 @@ def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figu
                 axes.plot(*zip(*curve, strict=True), "o-", ms=3, lw=1.6, color=colour, label=split)
         if weights := columns.get("l2", []):
             labelled = weights[:: -(-len(weights) // 5)]  # more labels would overlap
-            ticks = [(epoch, f"{weight:.2g}") for epoch, weight in labelled]
+            ticks = [(number, f"{weight:.2g}") for number, weight in labelled]
             axes.set_xticks(*zip(*ticks, strict=True))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -151,14 +151,16 @@ def _curves(logs: Sequence[tuple[str, Path, str]], sharey: bool = False) -> Figu
 
 
 def _columns(metrics_csv: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return (epoch, number) of what was logged, by column; epoch 0 is before the first step."""
+    """Return (epoch, or number of λ; value) of what was logged, by column; epoch 0 is before step 1."""
     columns: dict[str, list[tuple[int, float]]] = {}
     lines = metrics_csv.read_text().splitlines() if metrics_csv.is_file() else []  # of a CSV logger
     for row in csv.DictReader(lines):
-        epoch = int(row["epoch"]) + 1 if row.get("epoch") else 0
-        for name, number in row.items():
-            if number:
-                columns.setdefault(name, []).append((epoch, float(number)))
+        position = int(row["epoch"]) + 1 if row.get("epoch") else 0
+        if row.get("l2"):
+            position = int(row["step"])
+        for name, value in row.items():
+            if value:
+                columns.setdefault(name, []).append((position, float(value)))
     return columns
 
 

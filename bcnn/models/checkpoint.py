@@ -13,7 +13,7 @@ from bcnn.models.description import build, is_description, understanding
 from bcnn.models.state_dict import load_state, read_state_dict, validate_state
 from bcnn.models.third_party import from_original, is_original, to_original
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write
+from bcnn.utils.files import atomic_write, checkpoint_of
 
 
 def load_model(
@@ -22,10 +22,12 @@ def load_model(
     """Load a model, on the CPU and in evaluation mode.
 
     Args:
-        path: a checkpoint, or a state dict of the original or of HaoMood's bilinear-cnn.
+        path: a checkpoint, the folder of a run, or a state dict of the original or of HaoMood's
+            bilinear-cnn.
         classes: names for the classes of a state dict of theirs; by default "0", "1", ….
         normalization: of a state dict of theirs, "imagenet" (the default) or "imagenet_features".
     """
+    path = checkpoint_of(path)
     tensors, about = read_state_dict(path)
     if is_original(tensors):
         tensors, about = from_original(tensors, path, classes, normalization)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
@@ -73,6 +74,11 @@ def run_convex_stage(
     best, metrics = _solve_path(problem, model.head, list(l2), validate, trainer.loggers)
     file = folder / ("best.ckpt" if metrics else "last.ckpt")
     trainer.save_checkpoint(file, weights_only=True)
+    if trainer.is_global_zero:  # as Lightning does where it fits
+        saved = ModelCheckpoint(folder)
+        saved.best_model_path = str(file)
+        for each in trainer.loggers:
+            each.after_save_checkpoint(saved)
     if not folds:
         return ConvexResult(file, metrics, None)
     paths = [train[i][0] for i in known.tolist()]
@@ -105,7 +111,7 @@ def _solve_path(
         logger.info(table_row(*row) + "  best so far" * bool(improved and metrics))
         solver = {"l2": strength, "gradient_norm": float(solution.gradient_norm)}
         for each in loggers:
-            each.log_metrics({"epoch": number, **solver, **train, **metrics}, step=number)
+            each.log_metrics({**solver, **train, **metrics}, step=number)
             each.save()
         if metrics:
             losses.append(metrics["val_loss"])

@@ -126,6 +126,14 @@ class FeatureStore:
         return self.folder / f"{shard:06d}-{views}.npy"
 
 
+def remove_store(folder: Path) -> None:
+    """Remove a store; raise OSError where its folder holds anything else."""
+    remove_parts(folder)
+    for path in (*folder.glob("[0-9]*-[12].npy"), folder / ABOUT):
+        path.unlink()
+    folder.rmdir()
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """Return what a store belongs to; empty where that cannot be read."""
     try:

@@ -136,6 +136,7 @@ def facts(
         "images": cfg.data.list or cfg.data.root,
         "preprocessing": str(data.preprocessing),
         "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
+        "computed on": result.device,
         "checkpoint": str(result.checkpoint or ""),
     }
 

@@ -20,10 +20,9 @@ from bcnn.evaluation.results import PREDICTIONS
 from bcnn.training.schema import working_folder
 from bcnn.utils.device import chosen_precision
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, remove_parts, validate_writable
+from bcnn.utils.files import RESULT, atomic_write, remove_parts, validate_writable
 
 RUN = "run.yaml"
-STAGE = "result.json"
 HELD_OUT = "held_out.npz"
 
 
@@ -37,6 +36,7 @@ class StageResult:
     failure: str = ""
     predictions: Predictions | None = None  # of test images, or else validation images; on rank zero
     held_out: Predictions | None = None  # of training images, in cross-validation
+    device: str = ""  # that computed, in words
     nearest: dict[int, list[Neighbour]] = field(default_factory=dict)  # of mistakes; not written
 
     def write(self, folder: Path) -> None:
@@ -48,17 +48,18 @@ class StageResult:
             "checkpoint": checkpoint and str(checkpoint),
             "metrics": self.metrics,
             "failure": self.failure,
+            "device": self.device,
         }
         for found, name in ((self.predictions, PREDICTIONS), (self.held_out, HELD_OUT)):
             if found:
                 found.save(folder / self.stage / name)
-        with atomic_write(folder / self.stage / STAGE) as part:
+        with atomic_write(folder / self.stage / RESULT) as part:
             part.write_text(json.dumps(plain, indent=1))
 
     @classmethod
     def read(cls, folder: Path, stage: str) -> "StageResult | None":
         """Return the result of a stage in the folder of a run; None where it has not ended."""
-        file = folder / stage / STAGE
+        file = folder / stage / RESULT
         if not file.is_file():
             return None
         try:
@@ -66,7 +67,8 @@ class StageResult:
             files = (folder / stage / name for name in (PREDICTIONS, HELD_OUT))
             predictions, held_out = (Predictions.load(f) if f.is_file() else None for f in files)
             checkpoint = plain["checkpoint"] and folder / plain["checkpoint"]
-            return cls(stage, checkpoint, plain["metrics"], plain["failure"], predictions, held_out)
+            facts = plain["metrics"], plain["failure"]
+            return cls(stage, checkpoint, *facts, predictions, held_out, plain["device"])
         except (ValueError, TypeError, KeyError, BadZipFile) as error:
             raise UserError(f"{file} is damaged: remove it to train the stage again") from error
 

@@ -11,6 +11,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from bcnn.utils.files import checkpoint_of
+
 PATHS = ("output", "ckpt", "data.root", "data.list", "model.weights")  # options that may name a file
 
 
@@ -124,7 +126,7 @@ def working_folder() -> Path:
 
 
 def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return a copy of a configuration, its relative paths taken as relative to a folder."""
+    """Return a copy of a configuration, its relative paths from a folder; `ckpt` is a file."""
     copy = cfg.copy()
     OmegaConf.set_struct(copy, False)
     OmegaConf.resolve(copy)
@@ -132,5 +134,5 @@ def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
         value = OmegaConf.select(copy, key)
         path = folder / Path(str(value)).expanduser()
         if value is not None and (key != "model.weights" or path.is_file()):
-            OmegaConf.update(copy, key, str(path))
+            OmegaConf.update(copy, key, str(checkpoint_of(path) if key == "ckpt" else path))
     return copy

@@ -66,6 +66,7 @@ class Stage:
         try:
             convex = self.options.get("solver") == "convex"
             result = self._solve() if convex else self._train()
+            result.device = self.device
             if self.trainer.is_global_zero:
                 self._test(result)
                 log_results(self.loggers, result.metrics, result.predictions)
@@ -155,9 +156,9 @@ class Stage:
                 f"trainer.precision={precision}: this device computes in {trainer.precision}; use auto"
             )
         validate_batches(cfg, trainer.world_size)
-        device = about_device(trainer.strategy.root_device, precision, trainer.world_size)
+        self.device = about_device(trainer.strategy.root_device, precision, trainer.world_size)
         logger.info("")
-        logger.info(f"stage {self.name}: {device}")
+        logger.info(f"stage {self.name}: {self.device}")
         return trainer
 
     def _fit_projection(self) -> None:

@@ -33,7 +33,12 @@ class Interruption(BaseException):
 
 
 def raise_interruptions() -> None:
-    """Raise `Interruption` at the first SIGINT or SIGTERM; the second ends the process at once."""
+    """Raise `Interruption` at the first SIGINT or SIGTERM; the second ends the process at once.
+
+    Python lets the main thread alone listen to signals: in another thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:

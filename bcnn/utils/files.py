@@ -1,5 +1,6 @@
 """Files that are complete or absent, and the folders that output and caches go to."""
 
+import json
 import os
 import secrets
 import shutil
@@ -9,9 +10,11 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 PART = ".part-"  # prefix of files that are being written
+RESULT = "result.json"  # in the folder of a stage that has ended, in that of a run
 FULL = 1 << 20  # bytes: a disk with less free space counts as full
 
 
@@ -93,13 +96,33 @@ def new_output(verb: str) -> Path:
     return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}")
 
 
+def checkpoint_of(path: str | Path) -> Path:
+    """Return the checkpoint that the run in a folder has ended with so far; other paths unchanged."""
+    folder = Path(path)
+    for stage in ("finetune", "last") if folder.is_dir() else ():
+        result = folder / stage / RESULT
+        if result.is_file() and (checkpoint := json.loads(result.read_text())["checkpoint"]):
+            return folder / checkpoint
+        if (folder / stage).is_dir():
+            logger.warning(f"{folder}: stage {stage} has not ended")
+    if folder.is_dir():
+        raise UserError(f"{folder} is no run with a checkpoint: name a file, or the folder of a run")
+    return folder
+
+
 def cache_dir() -> Path:
     """Return $XDG_CACHE_HOME/bcnn, or ~/.cache/bcnn."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bcnn"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bcnn"
+    except RuntimeError as error:
+        raise UserError("this user has no home folder: set XDG_CACHE_HOME to a folder") from error
 
 
 def cache_folder(kind: str) -> Path:
     """Make and return the folder `kind` in `cache_dir`."""
     folder = cache_dir() / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}: set XDG_CACHE_HOME to another folder") from error
     return folder

@@ -24,13 +24,10 @@ LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 1,1,1.1,0.5,,
 """
 
-CONVEX = """epoch,gradient_norm,l2,step,train_loss,train_top1,val_loss,val_top1
-0,,,0,,,0.5,0.8
-0,1e-08,9.999999747378752e-05,0,0.9,0.9,,
-1,,,1,,,0.4,0.9
-1,1e-08,2.499999936844688e-05,1,0.3,1.0,,
-2,,,2,,,0.6,0.8
-2,1e-08,9.999999974752427e-07,2,0.1,1.0,,
+CONVEX = """gradient_norm,l2,step,train_loss,train_top1,val_loss,val_top1
+1e-08,1e-4,0,0.9,0.9,0.5,0.8
+1e-08,2.5e-5,1,0.3,1.0,0.4,0.9
+1e-08,1e-6,2,0.1,1.0,0.6,0.8
 """
 
 

@@ -40,7 +40,7 @@ def problem_of(data: CachedFeatureDataModule) -> ConvexProblem:
 def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path, tiny: BCNN) -> None:
     result, rows, data = solve(images, tmp_path, tiny)
     assert [float(row["l2"]) for row in rows[:3]] == PATH
-    assert [row["epoch"] for row in rows] == [str(k) for k in range(len(rows))]
+    assert [row["step"] for row in rows] == [str(k) for k in range(len(rows))]
     problem, losses, weights = problem_of(data), [], []
     images_, labels = next(iter(data.data.evaluation_dataloader(data.data.val)))
     for row in rows:
