@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from bcnn.cli.app import main
-from bcnn.cli.errors import exit_code_of
+from bcnn.cli.errors import NO_SHARED_MEMORY, exit_code_of
 from bcnn.utils.errors import UserError
 
 COMMANDS = ["check", "evaluate", "compare", "predict", "explain", "export", "demo", "cache"]
@@ -77,6 +77,7 @@ ERRORS = [
     (json.JSONDecodeError("No value", "{", 1), "No value: line 1 column 2 (char 1)"),
     (OmegaConfBaseException("Key 'x' is not in struct\n  full_key: x"), "Key 'x' is not in struct"),
     (HydraException("Could not override 'x'.\nUse +x"), "Could not override 'x'."),
+    (RuntimeError("in a worker:\nunable to allocate shared memory(shm)"), NO_SHARED_MEMORY),
     (MisconfigurationException("No devices found"), "No devices found"),
 ]
 

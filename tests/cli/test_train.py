@@ -82,6 +82,12 @@ def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, st
     ("word", "sentence"),
     [
         ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
+        ("batch_size=8", "there is no option batch_size: did you mean finetune.batch_size?"),
+        ("last.lr=0.1", "there is no option last.lr: did you mean finetune.optimizer.lr?"),
+        ("pooling=sqrt", "there is no option pooling: did you mean model/pooling?"),
+        ("optimizer=adam", "did you mean optimizer@finetune.optimizer?"),
+        ("model.pooling=sqrt", "model.pooling is a group of options: write model/pooling=NAME"),
+        ("finetune.loss=3", "group of options: write finetune.loss.OPTION=VALUE"),
         ("last.optimizer.lr=0.1", "last.optimizer.lr is an option of last=sgd: add last=sgd"),
         ("trainer.max_time=1", "--help lists all; +trainer.max_time=… passes it to the class"),
         ("data.size=big", "Value 'big' of type 'str' could not be converted to Integer"),
@@ -108,6 +114,31 @@ def test_words_that_make_no_configuration(
         assert "Traceback" not in said and "append" not in said
 
 
+def test_flags_may_stand_anywhere(train: Run, tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "experiment" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\nseed: 7\n")
+    words = ["stage=last", "--config-dir", "mine", "experiment=own", "--cfg", "job", "data=folder"]
+    shown = train(*words).stdout
+    assert "seed: 7\n" in shown and "stage: last\n" in shown
+    own.write_text("seed: 7\n")
+    assert "experiment/own.yaml has to begin with the line # @package _global_" in train(*words).stderr
+
+
+@pytest.mark.usefixtures("tiny")
+def test_paths_are_those_of_the_working_folder_wherever_hydra_goes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    options = toy(Path("images"), "stage=last", "model.backbone.name=tiny", "hydra.job.chdir=true")
+    assert command.main(options) == 0
+    (log,) = tmp_path.glob("outputs/*/*/train.log")
+    assert command.main([f"resume={log.parent}", "hydra.job.chdir=true"]) == 0
+    assert "this run has finished already" in capsys.readouterr().out
+    assert Path.cwd() == tmp_path
+
+
 def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp_path: Path) -> None:
     (images / "train" / "red" / "0.png").write_text("not a photograph")
     (images / "test" / "blue" / "1.png").write_bytes(b"")
@@ -115,7 +146,7 @@ def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1].startswith("error: 2 of 24 images cannot be decoded")
     assert "Traceback" not in run.stderr
-    assert not list(tmp_path.glob("outputs/**/*.ckpt"))
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize(

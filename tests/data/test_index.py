@@ -51,6 +51,23 @@ def test_an_unknown_folder_of_images_beside_splits_is_an_error(images: Path) -> 
     assert lengths(images) == (18, 0, 6)
 
 
+def test_test_images_without_classes_are_left_out_with_a_word(images: Path) -> None:
+    shutil.rmtree(images / "test")
+    for number in range(3):
+        write(images / "test" / f"{number}.png")
+    index = read_folder(images)
+    assert (len(index.train), index.test, index.divided) == (18, [], True)
+    assert any(f"bcnn predict CKPT {images / 'test'}" in remark for remark in index.remarks)
+    write(images / "test" / "red" / "0.png")  # some have a class
+    with pytest.raises(UserError, match="test holds images beside train/"):
+        read_folder(images)
+
+
+def test_images_without_class_folders_are_no_set(images: Path) -> None:
+    (sentence,) = mistakes(read_folder(images / "train" / "red"), images / "train" / "red")
+    assert "put its images into a folder for each class" in sentence
+
+
 def test_a_split_beside_class_folders_is_an_error(tmp_path: Path) -> None:
     write_images(tmp_path, 4)
     write_images(tmp_path / "unseen", 2)

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS, configure, toy, write_images
+from conftest import COLOURS, configure, folder_data, quiet_trainer, toy, write_images
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 
 from bcnn.evaluation.predictions import Predictions
+from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training import logging as training_logging
-from bcnn.training.logging import log_options, log_results
+from bcnn.training.convex_stage import run_convex_stage
+from bcnn.training.feature_data import CachedFeatureDataModule
+from bcnn.training.logging import close, log_options, log_results
 
 
 @pytest.fixture
@@ -89,6 +92,16 @@ def test_confusion_and_the_hardest_images(
     kept = pictures(staged)
     assert {picture.size for picture in kept} == {(24, 20)}
     assert sorted(map(colour, kept)) == ["blue", "blue", "green", "red"]
+
+
+def test_a_convex_stage_uploads_its_checkpoint(
+    logger: WandbLogger, images: Path, tmp_path: Path, staged: Path, tiny: BCNN
+) -> None:
+    data = CachedFeatureDataModule(folder_data(images), tiny, "32-true")
+    result = run_convex_stage(quiet_trainer(logger=logger), tiny, data, l2=[1e-3], folder=tmp_path)
+    close([logger])
+    kept = result.checkpoint.read_bytes()
+    assert any(path.is_file() and path.read_bytes() == kept for path in staged.rglob("*"))
 
 
 def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:

@@ -159,7 +159,11 @@ def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
     start = tmp_path / "start" / "last" / "best.ckpt"
     assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
     report = (tmp_path / "report.html").read_text()
-    assert "<dt>what went wrong</dt>" in report and "<h2>From last" not in report
+    assert (
+        "<dt>what went wrong</dt>" in report
+        and "<dd>CPU with 1 thread, 32-true" in report
+        and "<h2>From last" not in report
+    )
 
 
 @pytest.mark.slow

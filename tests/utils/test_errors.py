@@ -5,13 +5,14 @@ import pickle
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from bcnn.utils.errors import UserError
+from bcnn.utils.errors import UserError, raise_interruptions
 
 
 def test_a_worker_s_mistake_is_shown_without_its_traceback() -> None:
@@ -19,6 +20,13 @@ def test_a_worker_s_mistake_is_shown_without_its_traceback() -> None:
     assert str(pickle.loads(pickle.dumps(sentence))) == r"cannot read a\nb.jpg"
     raised = f"Caught it.\nTraceback:\n  File x\nbcnn.utils.errors.UserError: {sentence}\n"
     assert str(UserError(raised)) == r"cannot read a\nb.jpg"
+
+
+def test_another_thread_than_the_main_one_leaves_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(raise_interruptions).result()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 START = """

@@ -1,7 +1,9 @@
 """Files are complete or absent."""
 
 import errno
+import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_folder, atomic_write, remove_parts, validate_writable
+from bcnn.utils.files import (
+    atomic_folder,
+    atomic_write,
+    cache_folder,
+    checkpoint_of,
+    remove_parts,
+    validate_writable,
+)
 
 
 def test_the_old_content_stays_until_the_new_is_complete(tmp_path: Path) -> None:
@@ -88,3 +97,33 @@ def test_an_unwritable_folder_is_found_beforehand_and_not_made(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="no space left"):
         validate_writable(tmp_path)
+
+
+def test_the_folder_of_a_run_stands_for_the_checkpoint_that_it_ends_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "last").mkdir()
+    with pytest.raises(UserError, match="is no run with a checkpoint"):
+        checkpoint_of(tmp_path)
+    (tmp_path / "last" / "result.json").write_text(json.dumps({"checkpoint": "last/best.ckpt"}))
+    assert checkpoint_of(tmp_path) == tmp_path / "last" / "best.ckpt"
+    (tmp_path / "finetune").mkdir()
+    assert checkpoint_of(tmp_path) == tmp_path / "last" / "best.ckpt"
+    assert "stage finetune has not ended" in caplog.text
+    (tmp_path / "finetune" / "result.json").write_text(json.dumps({"checkpoint": "/start.ckpt"}))
+    assert checkpoint_of(tmp_path) == Path("/start.ckpt")
+    assert checkpoint_of(tmp_path / "x.ckpt") == tmp_path / "x.ckpt"
+
+
+def test_a_cache_without_a_place_says_how_to_name_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/bcnn/checks: Not a directory: set XDG_CACHE_HOME"):
+        cache_folder("checks")
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a container's user without a name
+    with pytest.raises(UserError, match="no home folder: set XDG_CACHE_HOME"):
+        cache_folder("checks")
