@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -63,6 +64,19 @@ def test_a_wrong_word_is_one_sentence(bcnn: Bcnn, words: list[str], sentence: st
     assert outcome.code == 1 and outcome.out == ""
     assert outcome.err.startswith("error: ") and sentence in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "explain", "export", "demo"])
+def test_a_folder_is_taken_for_that_of_a_run(
+    bcnn: Bcnn, command: str, images: Path, tmp_path: Path
+) -> None:
+    words = [command, tmp_path] if command in ("export", "demo") else [command, tmp_path, images]
+    outcome = bcnn(*words)
+    assert outcome.code == 1 and f"{tmp_path} is no run with a checkpoint" in outcome.err
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "result.json").write_text('{"checkpoint": "last/gone.ckpt"}')
+    outcome = bcnn(*words)
+    assert outcome.code == 1 and "last/gone.ckpt" in outcome.err
 
 
 ERRORS = [

@@ -134,7 +134,7 @@ def test_paths_are_those_of_the_working_folder_wherever_hydra_goes(
     options = toy(Path("images"), "stage=last", "model.backbone.name=tiny", "hydra.job.chdir=true")
     assert command.main(options) == 0
     (log,) = tmp_path.glob("outputs/*/*/train.log")
-    assert command.main([f"resume={log.parent}", "hydra.job.chdir=true"]) == 0
+    assert command.main([f"resume={log.parent}"]) == 0
     assert "this run has finished already" in capsys.readouterr().out
     assert Path.cwd() == tmp_path
 

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 from conftest import FINETUNE, configure, toy
 
+from bcnn.models.checkpoint import load_model
 from bcnn.training.config import validate, validate_batches
 from bcnn.training.run import train
 from bcnn.training.schema import absolute_paths
@@ -156,7 +157,7 @@ def test_fast_dev_run_keeps_no_checkpoint(images: Path, tmp_path: Path) -> None:
 def test_a_finetune_has_the_network_of_its_checkpoint(images: Path, tmp_path: Path) -> None:
     network = [TINY, "model/pooling=sqrt", "model.project=3"]
     train(configure(*toy(images, *network, "stage=last", f"output={tmp_path / 'a'}")))
-    start = ["stage=finetune", f"ckpt={tmp_path / 'a' / 'last' / 'best.ckpt'}", *FINETUNE]
+    start = ["stage=finetune", f"ckpt={tmp_path / 'a'}", *FINETUNE]  # the folder of a run
     for wrong, sentence in (
         (["model/pooling=newton_schulz"], r"model\.pooling is .*newton_schulz.*has .*sqrt"),
         (["model.project=2"], r"model\.project is 2, and .* has 3: leave it out"),
@@ -170,6 +171,7 @@ def test_a_finetune_has_the_network_of_its_checkpoint(images: Path, tmp_path: Pa
     train(configure(*toy(images, *start, f"output={tmp_path / 'b'}")))
     report = (tmp_path / "b" / "report.html").read_text()
     assert "name: tiny" in report and "name: sqrt" in report
+    assert load_model(tmp_path / "b").chosen["pooling"]["name"] == "sqrt"
 
 
 @pytest.mark.usefixtures("tiny")
