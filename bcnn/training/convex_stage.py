@@ -74,7 +74,7 @@ def run_convex_stage(
     best, metrics = _solve_path(problem, model.head, list(l2), validate, trainer.loggers)
     file = folder / ("best.ckpt" if metrics else "last.ckpt")
     trainer.save_checkpoint(file, weights_only=True)
-    if trainer.is_global_zero:  # as Lightning does where it fits
+    if trainer.is_global_zero:  # wandb uploads it where log_model asks for that
         saved = ModelCheckpoint(folder)
         saved.best_model_path = str(file)
         for each in trainer.loggers:
