@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from bcnn.utils.files import checkpoint_of
+from bcnn.utils.files import RESULT, checkpoint_of
 
 PATHS = ("output", "ckpt", "data.root", "data.list", "model.weights")  # options that may name a file
 
@@ -126,13 +126,15 @@ def working_folder() -> Path:
 
 
 def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return a copy of a configuration, its relative paths from a folder; `ckpt` is a file."""
+    """Return a copy of a configuration: relative paths begin at a folder, runs are their checkpoints."""
     copy = cfg.copy()
     OmegaConf.set_struct(copy, False)
     OmegaConf.resolve(copy)
     for key in PATHS:
         value = OmegaConf.select(copy, key)
         path = folder / Path(str(value)).expanduser()
-        if value is not None and (key != "model.weights" or path.is_file()):
-            OmegaConf.update(copy, key, str(checkpoint_of(path) if key == "ckpt" else path))
+        is_path = key != "model.weights" or path.is_file() or any(path.glob(f"*/{RESULT}"))
+        if value is not None and is_path:
+            found = checkpoint_of(path) if key in ("ckpt", "model.weights") else path
+            OmegaConf.update(copy, key, str(found))
     return copy

@@ -92,6 +92,10 @@ def test_paths_become_absolute_and_names_of_weights_stay(tmp_path: Path) -> None
         configure("output=run", "model.weights=own.pth"), tmp_path
     ).model.weights == str(tmp_path / "own.pth")
     assert cfg.data.root == "images"
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    (tmp_path / "run" / "last" / "result.json").write_text('{"checkpoint": "last/best.ckpt"}')
+    found = absolute_paths(configure("output=new", "ckpt=run", "model.weights=run"), tmp_path)
+    assert found.ckpt == found.model.weights == str(tmp_path / "run" / "last" / "best.ckpt")
 
 
 class Counted(L.Callback):
