@@ -126,7 +126,7 @@ def working_folder() -> Path:
 
 
 def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return a copy of a configuration: relative paths begin at a folder, runs are their checkpoints."""
+    """Return a copy: relative paths begin at a folder, and the folder of a run is its checkpoint."""
     copy = cfg.copy()
     OmegaConf.set_struct(copy, False)
     OmegaConf.resolve(copy)
