@@ -14,6 +14,9 @@ from bcnn.utils.files import atomic_write, validate_writable
 
 FORMAT = typer.Option(help="labelstudio: tasks to correct there, see docs/labels.md.")
 OUTPUT = typer.Option(help="New file to write once all is done. Default: standard output.")
+COVERAGE = typer.Option(
+    min=0.01, max=0.999, help="Share of images whose true class is in their prediction set."
+)
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
 
 
@@ -22,12 +25,16 @@ def predict(
     images: Images,
     top_k: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
     format: Annotated[Literal["table", "jsonl", "csv", "labelstudio"], FORMAT] = "table",
+    coverage: Annotated[float, COVERAGE] = 0.95,
     output: Annotated[Path | None, OUTPUT] = None,
     mirror: Mirror = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the fastest.")] = None,
     workers: Annotated[int | None, WORKERS] = None,
 ) -> int:
     """Print the likeliest classes of images, with probabilities.
+
+    The prediction set of an image holds its true class for 95 of 100 images that are like those of
+    training and validation. Images unlike them are marked.
 
     An image that cannot be read has a row with the reason, and the exit code is 1 at the end.
     """
@@ -40,7 +47,7 @@ def predict(
         validate_writable(output.parent)
     paths = find_images(images)
     with progress("loading PyTorch"):
-        from bcnn.evaluation.inference import open_model, predict_paths
+        from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
         from bcnn.utils.device import best_device
 
     model = open_model(ckpt).to(best_device())
@@ -53,9 +60,10 @@ def predict(
         part.open("w", **options) if part else nullcontext(sys.stdout) as out,
         FORMATS[format](out, model.classes, paths, top_k) as write,
     ):
-        found = predict_paths(model, paths, top_k, batch_size, workers, mirror)
+        found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror)
         for prediction in track(found, "predicting", len(paths)):
             write(prediction)
             failed += bool(prediction.error)
+    error_console.print(what_sets_promise(model, coverage))
     error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)

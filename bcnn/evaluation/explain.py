@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bcnn.data.image_io import load_image
 from bcnn.evaluation.heatmap import COLOURS, Box, framed, overlay, printable_lines, scaled
-from bcnn.evaluation.predictions import Predictions, softmax
+from bcnn.evaluation.inference import Answer, answer_of
+from bcnn.evaluation.predictions import Predictions
 from bcnn.models.attribution import shares
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import track
@@ -29,13 +30,14 @@ class Seen:
     maps: Tensor  # (1, channels, h, w), of the backbone
     descriptor: Tensor  # (1, width), of unit length
     logits: Tensor  # (classes,)
+    answer: Answer  # of a batch of this image
     crop: Box  # what the network sees, in pixels of the image
     box: Box  # what the locations cover, each a square of a stride around its middle
 
     @property
     def probabilities(self) -> Tensor:
         """(classes,), in float32, on the CPU; nan where a logit is not finite."""
-        return softmax(self.logits)
+        return self.answer.probabilities[0]
 
     def drawn(self, side: int, shares: Tensor | None = None, limit: float = 1.0) -> Image.Image:
         """Return the image with its crop framed, under shares (h, w); its long side has `side` px."""
@@ -64,7 +66,7 @@ def see(model: BCNN, image: Image.Image) -> Seen:
     with autocast(device):
         maps = model.backbone(model.preprocessing.evaluation()(image)[None].to(device))
         descriptor = model.pooling(maps)
-        logits = model.head(descriptor)[0]
+        logits = model.head(descriptor)
     left, top, right, bottom = crop = model.preprocessing.crop(*image.size)
     # Where the locations begin and end in the crop, as shares of its side.
     stride, size = model.backbone.stride, model.preprocessing.size
@@ -72,7 +74,8 @@ def see(model: BCNN, image: Image.Image) -> Seen:
     width, height = (start + stride * count / size for count in (maps.shape[3], maps.shape[2]))
     across, down = right - left, bottom - top
     box = left + across * start, top + down * start, left + across * width, top + down * height
-    return Seen(image, maps, descriptor, logits, crop, box)
+    answer = answer_of(model, logits, descriptor)
+    return Seen(image, maps, descriptor, logits[0], answer, crop, box)
 
 
 def explain(

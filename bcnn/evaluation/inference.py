@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
-from bcnn.evaluation.predictions import Predictions, softmax
+from bcnn.evaluation.predictions import COVERAGE, Predictions
 from bcnn.evaluation.writers import Prediction
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.calibration import prediction_sets
 from bcnn.models.checkpoint import load_model
 from bcnn.utils.console import logger, progress
 from bcnn.utils.device import autocast, fastest_precision
@@ -34,24 +37,55 @@ def open_model(path: Path, classes: list[str] | None = None) -> BCNN:
     return model
 
 
+class Answer(NamedTuple):
+    """What a model makes of a batch of images, in float32 on the CPU."""
+
+    probabilities: Tensor  # (batch, classes); nan where a logit is not finite
+    strangeness: Tensor | None  # (batch,), see `Calibration.strangeness`; None: not calibrated
+
+
 @torch.no_grad()
-def probabilities(
-    model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False
-) -> Tensor:
-    """Return class probabilities (batch, classes) by `softmax`, of images or stored descriptors.
+def answer(model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False) -> Answer:
+    """Return what a model makes of images, or of stored descriptors.
 
     Args:
         inputs: images (batch, 3, height, width), or descriptors (batch, width).
         precision: Lightning's name; None: the fastest of the model's device.
-        mirror: average the logits of each image and its mirror image.
+        mirror: average the descriptors of each image and its mirror image, and so their logits.
     """
     device = model.head.bias.device
     with autocast(device, precision):
         x = inputs.to(device)
-        logits = model.head(x) if x.ndim == 2 else model(x)
+        descriptors = x if x.ndim == 2 else model.descriptor(x)
         if mirror:
-            logits = (logits + model(x.flip(-1))) / 2
-    return softmax(logits)
+            descriptors = (descriptors + model.descriptor(x.flip(-1))) / 2
+        logits = model.head(descriptors)
+    return answer_of(model, logits, descriptors)
+
+
+def answer_of(model: BCNN, logits: Tensor, descriptors: Tensor) -> Answer:
+    """Return `answer` from logits (batch, classes) and descriptors (batch, width)."""
+    strangeness = None
+    if model.calibration:
+        strangeness = model.calibration.strangeness(logits, descriptors).cpu()
+    return Answer(model.probabilities(logits.float()).cpu(), strangeness)
+
+
+def what_sets_promise(model: BCNN, coverage: float) -> str:
+    """Return what a prediction set of this coverage can promise, in a sentence."""
+    if not model.calibration:
+        return "this model is not calibrated: no prediction sets, and images of no class are not marked"
+    images = len(model.calibration.scores)
+    largest = math.floor(1000 * images / (images + 1)) / 1000
+    if coverage <= largest:
+        return (
+            f"the set holds the true class of {coverage:.4g} of the images, if these are like the "
+            f"{images} held-out images that calibrated the model"
+        )
+    return (
+        f"{images} held-out images calibrated the model, too few for --coverage {coverage:g}: all "
+        f"classes are in the sets; use {largest:g} or less"
+    )
 
 
 def validate_finite(outputs: Tensor, paths: Sequence[str]) -> None:
@@ -65,14 +99,16 @@ def predict_paths(
     model: BCNN,
     paths: Sequence[str],
     top: int = 5,
+    coverage: float = COVERAGE,
     batch: int | None = None,
     workers: int | None = None,
     mirror: bool = False,
 ) -> Iterator[Prediction]:
     """Yield the `top` classes of image files in their order, holding a few batches in memory at a time.
 
-    An image that cannot be read yields a `Prediction` with an error, and the others follow. None for
-    `batch` and `workers` is what suits the machine.
+    A calibrated model adds the prediction set of a `coverage`, and whether the image is unlike the
+    training images. An image that cannot be read yields a `Prediction` with an error, and the others
+    follow. None for `batch` and `workers` is what suits the machine.
     """
     device = model.head.bias.device.type
     workers = default_workers() if workers is None else workers
@@ -86,14 +122,22 @@ def predict_paths(
         num_workers=workers if len(paths) > batch else 0,
         pin_memory=device == "cuda",
     )
+    threshold = model.calibration.threshold(coverage) if model.calibration else math.inf
     for names, errors, images in loader:
-        found = probabilities(model, images, mirror=mirror).topk(min(top, len(model.classes)))
-        for path, error, shares, labels in zip(names, errors, *map(Tensor.tolist, found), strict=True):
+        found, strangeness = answer(model, images, mirror=mirror)
+        ordered = found.sort(dim=1, descending=True, stable=True)
+        sizes = prediction_sets(found, threshold).sum(dim=1).tolist()
+        columns = (names, errors, sizes, *map(Tensor.tolist, ordered))
+        for row, (path, error, size, shares, labels) in enumerate(zip(*columns, strict=True)):
             if error or math.isnan(shares[0]):
                 yield Prediction(path, error=error or NOT_FINITE)
-            else:
-                names = [model.classes[label] for label in labels]
-                yield Prediction(path, list(zip(names, shares, strict=True)))
+                continue
+            classes = [model.classes[label] for label in labels[: max(top, size)]]
+            prediction = Prediction(path, list(zip(classes[:top], shares[:top], strict=True)))
+            if strangeness is not None:
+                unlike = bool(strangeness[row] > 0)
+                prediction = replace(prediction, set=classes[:size], unlike_training=unlike)
+            yield prediction
 
 
 def predict_split(
@@ -103,20 +147,27 @@ def predict_split(
     precision: str | None = None,
     mirror: bool = False,
 ) -> Predictions:
-    """Return the class probabilities of labelled images; the model is left in evaluation mode.
+    """Return the predictions of labelled images; the model is left in evaluation mode.
 
-    Samples are (path, label), in the order of the batches (inputs, labels); see `probabilities`.
+    Samples are (path, label), in the order of the batches (inputs, labels); see `answer`.
     """
     model.eval()
-    parts = []
+    parts: list[Answer] = []
     with progress("predicting", len(samples)) as task:
         for inputs, _ in batches:
-            parts.append(probabilities(model, inputs, precision, mirror))
+            parts.append(answer(model, inputs, precision, mirror))
             task.advance(len(inputs))
     paths, labels = zip(*samples, strict=True)
-    found = torch.cat(parts)
+    found = torch.cat([part.probabilities for part in parts])
     validate_finite(found, paths)
-    return Predictions(model.classes, list(paths), torch.tensor(labels), found)
+    predictions = Predictions(model.classes, list(paths), torch.tensor(labels), found)
+    if not model.calibration:
+        return predictions
+    return replace(
+        predictions,
+        sets=prediction_sets(found, model.calibration.threshold(COVERAGE)),
+        strangeness=torch.cat([part.strangeness for part in parts if part.strangeness is not None]),
+    )
 
 
 def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], list[str], Tensor]:

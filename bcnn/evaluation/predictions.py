@@ -1,6 +1,5 @@
 """Class probabilities of labelled images, and which classes they confuse."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from bcnn.utils.files import atomic_write
 
+TENSORS = ("labels", "probabilities", "sets", "strangeness")
+COVERAGE = 0.95  # of prediction sets: the share of images whose true class is in their set
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -28,6 +30,8 @@ class Predictions:
     probabilities: Tensor  # (images, classes) in float32, rows sum to 1
     digests: list[str] = field(default_factory=list)  # of the image files; empty: not recorded
     split: str = ""  # that the images are of
+    sets: Tensor | None = None  # (images, classes): which classes are in the set of `COVERAGE`
+    strangeness: Tensor | None = None  # (images,): above 0 if unlike the training images
 
     @property
     def predicted(self) -> Tensor:
@@ -69,21 +73,20 @@ class Predictions:
         return replace(
             self,
             paths=[self.paths[i] for i in indices],
-            labels=self.labels[rows],
-            probabilities=self.probabilities[rows],
+            **{name: x[rows] for name in TENSORS if (x := getattr(self, name)) is not None},
             digests=self.digests and [self.digests[i] for i in indices],
         )
 
     def save(self, path: Path) -> None:
         """Write an .npz file with these fields, which `numpy.load` opens."""
         with atomic_write(path) as part:
-            np.savez_compressed(part, **vars(self))
+            np.savez_compressed(part, **{name: x for name, x in vars(self).items() if x is not None})
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Read what `save` wrote."""
         with np.load(path) as file:
-            tensors: Any = {name: torch.from_numpy(file[name]) for name in ("labels", "probabilities")}
+            tensors: Any = {name: torch.from_numpy(file[name]) for name in TENSORS if name in file}
             return cls(**tensors, **{n: file[n].tolist() for n in file.files if n not in tensors})
 
 
@@ -101,15 +104,6 @@ def on_common_images(runs: Sequence[Predictions]) -> list[Predictions]:
         positions.append({(*key, next(copies[key])): position for position, key in keys})
     common = [key for key in positions[0] if all(key in each for each in positions)]
     return [run.select([of[key] for key in common]) for run, of in zip(runs, positions, strict=True)]
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Return probabilities in float32 on the CPU; nan for an image of which a logit is not finite.
-
-    Torch's softmax hides a logit of -∞, which float16 overflows to.
-    """
-    finite = logits.isfinite().all(dim=-1, keepdim=True)
-    return logits.float().softmax(dim=-1).where(finite, math.nan).cpu()
 
 
 def soft_confusion(predictions: Predictions) -> Tensor:

@@ -21,6 +21,13 @@ class Prediction:
     path: str
     pairs: list[tuple[str, float]] = field(default_factory=list)  # (class, probability), best first
     error: str = ""
+    set: list[str] | None = None  # classes of the prediction set, best first; None: not calibrated
+    unlike_training: bool | None = None  # None: not calibrated
+
+    @property
+    def unlike(self) -> str:
+        """yes, no, or nothing where it is not known."""
+        return {None: "", False: "no", True: "yes"}[self.unlike_training]
 
 
 Writer = Callable[[Prediction], object]
@@ -29,41 +36,51 @@ Writer = Callable[[Prediction], object]
 def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, classes))
-    print(f"{'image':{first}}  {'class':{second}}  probability", file=out)
+    print(f"{'image':{first}}  {'class':{second}}  probability  in the set", file=out)
 
     def write(prediction: Prediction) -> None:
-        name = printable(prediction.path)
-        if prediction.error:
-            print(f"{name:{first}}  error: {printable(prediction.error)}", file=out)
+        lines = [f"error: {printable(prediction.error)}"] if prediction.error else []
+        if prediction.unlike_training:
+            lines.append("unlike the training images: maybe of no class")
+        classes = prediction.set or []
         for label, probability in prediction.pairs:
-            print(f"{name:{first}}  {printable(label):{second}}  {probability:>11.1%}", file=out)
-            name = ""
+            mark = "yes" * (label in classes)
+            lines.append(f"{printable(label):{second}}  {probability:>11.1%}  {mark}".rstrip())
+        if others := len(classes) - len(prediction.pairs):
+            lines += [f"and {others} more in the set"] * (others > 0)
+        for name, line in zip(chain([printable(prediction.path)], repeat("")), lines, strict=False):
+            print(f"{name:{first}}  {line}", file=out)
 
     yield write
 
 
 def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
-    """Write an object per line: path and predictions, or path and error."""
+    """Write an object per line: path and what was predicted, or path and error."""
 
     def write(prediction: Prediction) -> None:
         found = [{"class": label, "probability": round(p, 6)} for label, p in prediction.pairs]
-        content = {"error": prediction.error} if prediction.error else {"predictions": found}
+        known = {"prediction_set": prediction.set, "unlike_training": prediction.unlike_training}
+        content = {"error": prediction.error} if prediction.error else {"predictions": found, **known}
         print(json.dumps({"path": prediction.path, **content}), file=out)
 
     yield write
 
 
 def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
-    """Write a row per image: path, class_1, probability_1, …, error."""
+    """Write a row per image, with the columns of `heading`."""
     writer = csv.writer(out, lineterminator="\n")
     shown = printable if out.isatty() else str  # control characters would act on a terminal
-    names = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
-    writer.writerow(["path", *names, "error"])
+    names = [f"{name}{rank}" for rank in range(2, top + 1) for name in ("top", "probability")]
+    heading = ["image", "top1", "probability", "prediction_set", "unlike_training", *names, "error"]
+    writer.writerow(heading)
 
     def write(prediction: Prediction) -> None:
         cells = [cell for label, p in prediction.pairs for cell in (shown(label), f"{p:.6f}")]
-        empty = [""] * (2 * top - len(cells))
-        writer.writerow([shown(prediction.path), *cells, *empty, shown(prediction.error)])
+        cells += [""] * (2 * top - len(cells))
+        held = [shown("; ".join(prediction.set or [])), prediction.unlike]
+        writer.writerow(
+            [shown(prediction.path), *cells[:2], *held, *cells[2:], shown(prediction.error)]
+        )
 
     yield write
 
@@ -79,6 +96,7 @@ def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) ->
         path = Path(os.path.abspath(prediction.path)).as_posix().lstrip("/")
         address = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
         text = ", ".join(f"{label} {p:.1%}" for label, p in prediction.pairs) or prediction.error
+        text += "; unlike the training images" * bool(prediction.unlike_training)
         choice = {"from_name": "class", "to_name": "image", "type": "choices"}
         value = {"choices": [name for name, _ in prediction.pairs[:1]]}
         likeliest = [

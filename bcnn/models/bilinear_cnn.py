@@ -1,5 +1,6 @@
 """The network: a backbone, a second-order pooling, a linear head."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from bcnn.data.image_io import load_image, upright_rgb
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import make_backbone
+from bcnn.models.calibration import Calibration
 from bcnn.models.head import Head
 from bcnn.models.pooling import make_pooling
 
@@ -36,6 +38,7 @@ class BCNN(nn.Module):
         pooling: name and options for `make_pooling`; None: bilinear.
         project: channels to project the maps to; None: no projection.
         split: the images that it is trained, validated and tested on, where known.
+        calibration: numbers of axes and images for `Calibration`; None: the model is not calibrated.
     """
 
     assumed = ""  # of a model from a file without a description: a sentence on what was assumed
@@ -48,6 +51,7 @@ class BCNN(nn.Module):
         pooling: Mapping[str, Any] | None = None,
         project: int | None = None,
         split: SplitRecord | None = None,
+        calibration: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.classes = list(classes)
@@ -59,6 +63,7 @@ class BCNN(nn.Module):
         self.backbone = make_backbone(**backbone, project=project)
         self.pooling = make_pooling(self.backbone.channels, **pooling)
         self.head = Head(self.pooling.width, len(self.classes))
+        self.calibration = Calibration(**calibration) if calibration else None
         self.backbone.initialise()  # after the head, whose draws come first for a seed
         self.to(memory_format=torch.channels_last)
 
@@ -69,6 +74,7 @@ class BCNN(nn.Module):
             "preprocessing": asdict(self.preprocessing),
             "classes": self.classes,
             "split": self.split.plain() if self.split else None,
+            "calibration": self.calibration.sizes() if self.calibration else None,
         }
 
     def descriptor(self, images: Tensor) -> Tensor:
@@ -78,6 +84,16 @@ class BCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (see `Backbone.forward`) → logits (batch, classes)."""
         return self.head(self.descriptor(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities of the classes (batch, classes), calibrated where the model is.
+
+        nan for an image of which a logit is not finite: torch's softmax hides the -∞ that float16
+        overflows to.
+        """
+        finite = logits.isfinite().all(dim=-1, keepdim=True)
+        scaled = logits / self.calibration.temperature if self.calibration else logits
+        return scaled.softmax(dim=-1).where(finite, math.nan)
 
     @torch.no_grad()
     def predict(self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int = 16) -> Tensor:
@@ -99,7 +115,7 @@ class BCNN(nn.Module):
                 batch = torch.stack([self._preprocessed(image) for image in batch])
             if batch.is_floating_point() and not ((batch - 0.5).abs() < 0.5 + ROUNDING).all():
                 raise ValueError("pixels are outside 0..1: the model normalises images itself")
-            probabilities.append(self(batch.to(self.head.bias.device)).softmax(dim=1))
+            probabilities.append(self.probabilities(self(batch.to(self.head.bias.device))))
         return torch.cat(probabilities)
 
     def _preprocessed(self, image: ImageLike) -> Tensor:

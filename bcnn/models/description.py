@@ -56,7 +56,7 @@ def build(description: Mapping[str, Any]) -> BCNN:
     }
     if wrong := [name for name, is_valid in valid.items() if not is_valid]:
         raise UserError(f"its description has no valid {', '.join(wrong)}")
-    network = {name: description[name] for name in ("backbone", "pooling", "project")}
+    network = {name: description[name] for name in ("backbone", "pooling", "project", "calibration")}
     return BCNN(classes, preprocessing, **network, split=split)
 
 

@@ -49,6 +49,7 @@ def from_original(
         "classes": classes or [str(k) for k in range(len(weight))],
         "preprocessing": asdict(PREPROCESSING),
         "split": None,
+        "calibration": None,
         "assumed": f"{path} has no preprocessing: {PREPROCESSING} is assumed"
         + ("" if classes else ", and numbers as the names of the classes"),
     }

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from bcnn.data.sampler import current_epoch
+from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import logger
 from bcnn.utils.files import atomic_write
 
@@ -161,6 +162,16 @@ class BestOrLastCheckpoint(ModelCheckpoint):
             self.last_model_path = str(self.state)
             for each in trainer.loggers:
                 each.after_save_checkpoint(self)
+
+
+def add_calibration(model: BCNN, checkpoint: Path) -> None:
+    """Write the calibration of a model into a checkpoint of the same weights."""
+    files = AtomicCheckpointIO()
+    content = files.load_checkpoint(checkpoint)
+    state = {f"model.{name}": tensor.cpu() for name, tensor in model.state_dict().items()}
+    content["state_dict"] |= {name: state[name] for name in state if "calibration." in name}
+    content["hyper_parameters"]["calibration"] = model.description()["calibration"]
+    files.save_checkpoint(content, checkpoint)
 
 
 def no_worse(last: float, start: float, best: float, images: int) -> bool:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from bcnn.data.index import Samples
 from bcnn.evaluation.predictions import Predictions
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.head import Head
@@ -26,10 +27,24 @@ MIN_L2 = 1e-9  # the weakest λ that a path is extended to: less is lost in the 
 LOW_LOSS = 0.01  # validation loss below which a weaker λ has nothing left to gain
 
 
+class HeldOut(NamedTuple):
+    """Training images as classified by solutions that have not seen their fold."""
+
+    folds: Tensor  # (n,), of all training images
+    images: Tensor  # (m,), the indices of those that are not alone in their class
+    labels: Tensor  # (m,)
+    logits: Tensor  # (m, classes)
+
+    def predictions(self, classes: list[str], samples: Samples) -> Predictions:
+        """Return their predictions; `samples` are all training images."""
+        paths = [samples[index][0] for index in self.images.tolist()]
+        return Predictions(classes, paths, self.labels, self.logits.softmax(dim=1).float())
+
+
 class ConvexResult(NamedTuple):
     checkpoint: Path
     metrics: dict[str, float]  # of validation or cross-validation, if any
-    held_out: Predictions | None  # of training images, by solutions that have not seen their fold
+    held_out: HeldOut | None
 
 
 def run_convex_stage(
@@ -79,12 +94,8 @@ def run_convex_stage(
         saved.best_model_path = str(file)
         for each in trainer.loggers:
             each.after_save_checkpoint(saved)
-    if not folds:
-        return ConvexResult(file, metrics, None)
-    paths = [train[i][0] for i in known.tolist()]
-    probabilities = held_out(best).softmax(dim=1).float()
-    predictions = Predictions(model.classes, paths, labels[known], probabilities)
-    return ConvexResult(file, metrics, predictions)
+    found = HeldOut(fold, known, labels[known], held_out(best)) if folds else None
+    return ConvexResult(file, metrics, found)
 
 
 def _solve_path(

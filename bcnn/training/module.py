@@ -178,6 +178,11 @@ class BCNNModule(L.LightningModule):
 
     test_step = validation_step
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the calibration: a stage that is resumed at its very end has one, of its weights."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if "calibration." not in name}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have callbacks put what was validated, such as an average, into weights-only files too."""
         if "callbacks" not in checkpoint:

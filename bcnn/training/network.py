@@ -36,9 +36,11 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
 
 
 def load_weights(model: BCNN, checkpoint: Path | None) -> None:
-    """Load the weights of a checkpoint of the same network into a model."""
+    """Load the weights of a checkpoint of the same network into a model, and its calibration."""
     if checkpoint is not None:
-        model.load_state_dict(load_model(checkpoint, model.classes).state_dict())
+        loaded = load_model(checkpoint, model.classes)
+        model.calibration = loaded.calibration
+        model.load_state_dict(loaded.state_dict())
 
 
 def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:

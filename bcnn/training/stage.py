@@ -20,6 +20,7 @@ from bcnn.evaluation.neighbours import nearest_images
 from bcnn.evaluation.plots import plot_curves
 from bcnn.evaluation.report import MISTAKES, NEIGHBOURS
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.training.calibrate import calibrate
 from bcnn.training.callbacks import (
     DivergenceMonitor,
     EpochTable,
@@ -27,9 +28,9 @@ from bcnn.training.callbacks import (
     SeededEpochs,
     TrainingDiverged,
 )
-from bcnn.training.checkpointing import AtomicCheckpointIO, BestOrLastCheckpoint
+from bcnn.training.checkpointing import AtomicCheckpointIO, BestOrLastCheckpoint, add_calibration
 from bcnn.training.config import STAGES, validate_batches
-from bcnn.training.convex_stage import run_convex_stage
+from bcnn.training.convex_stage import HeldOut, run_convex_stage
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import close, log_options, log_results, make_loggers
 from bcnn.training.module import BCNNModule
@@ -62,12 +63,15 @@ class Stage:
             self.cfg, self.folder, f"{self.state.identity}-{self.name}"
         )
         self.checkpoint: BestOrLastCheckpoint | None = None
+        self.held_out: HeldOut | None = None
+        self.model.calibration = None  # it was of the weights to start from
         log_options(self.loggers, self.cfg, self.name)
         try:
             convex = self.options.get("solver") == "convex"
             result = self._solve() if convex else self._train()
             result.device = self.device
             if self.trainer.is_global_zero:
+                self._calibrate(result)
                 self._test(result)
                 log_results(self.loggers, result.metrics, result.predictions)
         finally:
@@ -95,7 +99,9 @@ class Stage:
             folds=self.options.folds,
             folder=self.folder,
         )
-        return StageResult(self.name, solved.checkpoint, solved.metrics, held_out=solved.held_out)
+        self.held_out = found = solved.held_out
+        predictions = found and found.predictions(self.model.classes, self.data.train)
+        return StageResult(self.name, solved.checkpoint, solved.metrics, held_out=predictions)
 
     def _train(self) -> StageResult:
         """Train by gradient descent, from the state of an interrupted stage if there is one."""
@@ -215,6 +221,16 @@ class Stage:
             f"{metrics['val_top1']:.1%} at best, {before['val_top1']:.1%} at its start): {advice}"
         )
         return StageResult(self.name, self.start, dict(before), failure)
+
+    def _calibrate(self, result: StageResult) -> None:
+        """Calibrate the model in the checkpoint that the stage ends with, unless it is the start's."""
+        if result.checkpoint in (None, self.start):
+            return
+        model = self.model.to(self.trainer.strategy.root_device).eval()
+        found = calibrate(model, self.data, self.features, self.held_out, self.state.precision)
+        if found:
+            model.calibration = found.to(model.head.bias.device)
+            add_calibration(model, result.checkpoint)
 
     def _test(self, result: StageResult) -> None:
         """Add predictions of the test images to a result, or of the validation images without any."""

@@ -1,0 +1,73 @@
+"""Calibrate a trained model by images that it was not trained on."""
+
+import torch
+
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.index import Samples
+from bcnn.data.splits import draw_sample
+from bcnn.evaluation.neighbours import descriptors
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.calibration import Calibration, Subspace
+from bcnn.training.convex_stage import HeldOut
+from bcnn.training.feature_data import CachedFeatureDataModule
+from bcnn.training.logistic_regression import BLOCK
+from bcnn.utils.console import track
+
+SAMPLE = 512  # training images whose descriptors span the subspace
+
+
+@torch.no_grad()
+def calibrate(
+    model: BCNN,
+    data: FineGrainedDataModule,
+    features: FineGrainedDataModule | CachedFeatureDataModule,
+    held_out: HeldOut | None,
+    precision: str,
+) -> Calibration | None:
+    """Return a calibration by cross-validation or by the validation images; None without either.
+
+    Cross-validation has more images, but validation images that the user chose are closer to those that
+    the model will meet: training images often come in series, and a fold then knows the next one.
+
+    Args:
+        features: that the loaders of are read: images, or stored descriptors.
+        held_out: of cross-validation in stage `last`.
+    """
+    sample = draw_sample(data.train, data.digests, SAMPLE, data.seed)
+    val_is_drawn = not data.val or data.split.recipe["val_fraction"] > 0
+    if held_out and isinstance(features, CachedFeatureDataModule) and val_is_drawn:
+        return _by_folds(features, sample, held_out, model.head.bias.device)
+    if not data.val:
+        return None
+    spanning = descriptors(model, features.evaluation_dataloader(sample), precision)
+    space = Subspace.of(torch.cat([*spanning]))
+    batches = descriptors(model, features.evaluation_dataloader(data.val), precision)
+    found = [
+        (model.head(x).cpu(), space.outside(x).cpu())
+        for x in track(batches, "calibrating", unit="batches")
+    ]
+    logits, outside = map(torch.cat, zip(*found, strict=True))
+    labels = torch.tensor([label for _, label in data.val])
+    return Calibration.of(logits, labels, outside, space)
+
+
+def _by_folds(
+    features: CachedFeatureDataModule,
+    sample: Samples,
+    held_out: HeldOut,
+    device: torch.device,
+) -> Calibration:
+    """Return the calibration by training images, each measured in a subspace without its fold."""
+    train = features.data.train
+    folds = dict(zip((path for path, _ in train), held_out.folds.tolist(), strict=True))
+    spanning = features.descriptors(sample)[0][:].to(device)
+    fold_of = torch.tensor([folds[path] for path, _ in sample], device=device)
+    outside = torch.empty(len(train))
+    for fold in track(held_out.folds.unique().tolist(), "calibrating", unit="folds"):
+        members = (held_out.folds == fold).nonzero()[:, 0]
+        space = Subspace.of(spanning[fold_of != fold])
+        stored, _ = features.descriptors([train[i] for i in members.tolist()])
+        blocks = [stored[i : i + BLOCK].to(device) for i in range(0, len(members), BLOCK)]
+        outside[members] = torch.cat([space.outside(block) for block in blocks]).cpu()
+    known = held_out.images
+    return Calibration.of(held_out.logits, held_out.labels, outside[known], Subspace.of(spanning))
