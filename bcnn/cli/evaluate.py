@@ -3,6 +3,7 @@
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -13,6 +14,7 @@ from bcnn.utils.files import atomic_folder, make_way, new_output
 
 CHOICE = "As the folder or list has it, else as the checkpoint records it, else (test) all images."
 SPLIT = typer.Option(help=CHOICE)
+UNKNOWN = typer.Option(exists=True, help="Images of none of the classes: how many are marked as such?")
 
 
 def evaluate(
@@ -20,6 +22,7 @@ def evaluate(
     images: LabelledImages,
     split: Annotated[Literal["test", "val", "train", "all"], SPLIT] = "test",
     mirror: Mirror = False,
+    unknown: Annotated[Path | None, UNKNOWN] = None,
     output: OutputFolder = None,
 ) -> None:
     """Measure a model on labelled images, with 95 % intervals, and write a report.
@@ -60,7 +63,10 @@ def evaluate(
     last = ckpt.parent.parent / "last"
     before = results.kept_predictions(last) if ckpt.parent.name == "finetune" else None
     title, stages = f"{images.resolve().name}, {split}", results.logged_stages(ckpt)
-    content = ReportContent(predictions, title, stages, facts=facts, before=before)
+    strangers = results.predict_unknown(model, unknown, data, predictions) if unknown else None
+    if strangers:
+        console.print(results.unknown_table(*strangers, str(unknown)))
+    content = ReportContent(predictions, title, stages, facts=facts, unknown=strangers, before=before)
     with atomic_folder(folder) as part:
         report = results.write_results(part, model, content)
     console.print(f"figures and predictions: {folder}\nreport: {folder / report.name}")

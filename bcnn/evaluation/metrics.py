@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
-from bcnn.evaluation.predictions import Predictions
+from bcnn.evaluation.predictions import COVERAGE, Predictions
 
 BINS = 15  # of the calibration, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
 
@@ -31,6 +32,9 @@ NAMES = {
     "macro_top1": "macro top-1",
     "ece": "calibration error (ECE)",
     "nll": "negative log-likelihood",
+    "coverage": f"true class in the {COVERAGE:.0%} set",
+    "set_size": "classes in the set",
+    "unlike": "unlike the training images",
 }
 
 
@@ -52,6 +56,8 @@ class ClassMetrics:
     predicted: int  # images predicted as this class
     recall: Estimate
     precision: Estimate
+    coverage: Estimate  # of prediction sets; unknown if the model is not calibrated
+    set_size: float
     mistaken_for: str  # the most frequent other prediction and its number of images, or ""
 
 
@@ -65,6 +71,7 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
     nll = -predictions.true_probability.double().clamp_min(tiny).log().numpy()
     weights = 1 / labels.bincount()[labels].double().numpy()
     return {
+        **_of_calibrated(predictions),
         "top1": proportion(int(correct.sum()), len(labels)),
         "top5": proportion(int(top5), len(labels)),
         "macro_top1": weighted_proportion(correct, weights),
@@ -76,12 +83,55 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
 def displayed(predictions: Predictions) -> dict[str, Estimate]:
     """Return `headline` without top-5 where five classes or fewer make it meaningless."""
     metrics = headline(predictions)
-    return {key: metrics[key] for key in NAMES if key != "top5" or len(predictions.classes) > 5}
+    if len(predictions.classes) <= 5:
+        del metrics["top5"]
+    return {key: metrics[key] for key in NAMES if key in metrics}
+
+
+def _of_calibrated(predictions: Predictions) -> dict[str, Estimate]:
+    """Return the metrics of prediction sets and strangeness; none if the model is not calibrated."""
+    if predictions.sets is None or predictions.strangeness is None:
+        return {}
+    images = len(predictions.paths)
+    return {
+        "coverage": proportion(int(predictions.covered.sum()), images),
+        "set_size": mean(predictions.sets.sum(dim=1).double().numpy()),
+        "unlike": proportion(int((predictions.strangeness > 0).sum()), images),
+    }
+
+
+@dataclass(frozen=True)
+class UnknownMetrics:
+    """How well strangeness tells images of known classes from images of none."""
+
+    auroc: float  # probability that an unknown image is stranger than a known one
+    fpr95: float  # share of unknown images accepted by a limit that accepts 95 % of the known ones
+    accepted: Estimate  # share of unknown images that the model's own limit accepts
+
+
+def unknown_metrics(known: Tensor, unknown: Tensor) -> UnknownMetrics:
+    """Return the metrics of the strangeness (images,) of known and of unknown images."""
+    is_unknown = torch.cat([torch.zeros_like(known), torch.ones_like(unknown)]).int()
+    score = torch.cat([known, unknown]).argsort().argsort().double()  # torchmetrics would take sigmoids
+    limit = known.double().quantile(0.95)
+    return UnknownMetrics(
+        float(binary_auroc(score / len(score), is_unknown)),
+        float((unknown <= limit).double().mean()),
+        proportion(int((unknown <= 0).sum()), len(unknown)),
+    )
+
+
+def selective(predictions: Predictions) -> tuple[Array, Array]:
+    """Return the share of images answered, the most confident first, and the accuracy of these."""
+    order = predictions.confidence.argsort(descending=True, stable=True)
+    hits = predictions.correct[order].double().cumsum(0).numpy()
+    answered = np.arange(1, len(hits) + 1)
+    return answered / len(hits), hits / answered
 
 
 def as_text(key: str, estimate: Estimate) -> tuple[str, str]:
-    """Format value and interval: "nll" as a number, others in percent, "–" for unknown."""
-    form = "{:.3f}" if key == "nll" else "{:.1%}"
+    """Format value and interval: some as numbers, others in percent, "–" for unknown."""
+    form = {"nll": "{:.3f}", "set_size": "{:.2f}"}.get(key, "{:.1%}")
     value, low, high = (form.format(x) for x in (estimate.value, estimate.low, estimate.high))
     interval = "–" if math.isnan(estimate.low) else f"{low} – {high}"
     return "–" if math.isnan(estimate.value) else value, interval
@@ -93,11 +143,21 @@ def per_class(predictions: Predictions) -> list[ClassMetrics]:
     mistakes, others = (confusion - confusion.diag().diag()).max(dim=1)
     counts = [confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag(), mistakes, others]
     table, found = torch.stack(counts, dim=1).tolist(), []
-    for name, (images, predicted, hits, mistaken, other) in zip(names, table, strict=True):
+    for label, (images, predicted, hits, mistaken, other) in enumerate(table):
         recall, precision = proportion(hits, images), proportion(hits, predicted)
         mistaken_for = f"{names[other]} ({mistaken})" if mistaken else ""
-        found.append(ClassMetrics(name, images, predicted, recall, precision, mistaken_for))
+        coverage, size = _sets_of(predictions, predictions.labels == label)
+        row = (names[label], images, predicted, recall, precision, coverage, size, mistaken_for)
+        found.append(ClassMetrics(*row))
     return found
+
+
+def _sets_of(predictions: Predictions, chosen: Tensor) -> tuple[Estimate, float]:
+    """Return coverage and mean size of the prediction sets of some images."""
+    if predictions.sets is None:
+        return proportion(0, 0), math.nan
+    size = float(predictions.sets[chosen].sum(dim=1).double().mean())
+    return proportion(int(predictions.covered[chosen].sum()), int(chosen.sum())), size
 
 
 def calibration(predictions: Predictions) -> tuple[Array, Array, Array]:

@@ -57,6 +57,20 @@ def calibration_svg(images: Array, confidence: Array, accuracy: Array) -> str:
         return _svg(figure)
 
 
+def selective_svg(answered: Array, accuracy: Array) -> str:
+    """Plot the accuracy of the most confident images over their share of all."""
+    with rc_context(fname=STYLE):
+        figure = Figure(figsize=(4.4, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(answered, accuracy, color=HIT, lw=1.6)
+        axes.set(xlabel="share of images answered", ylabel="accuracy of these", xlim=(0, 1))
+        axes.set_ylim(min(0.98, accuracy[len(accuracy) // 20 :].min()), 1.002)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        axes.grid()
+        return _svg(figure)
+
+
 def option_svg(name: str, values: Sequence[str], top1: Sequence[float]) -> str:
     """Plot validation top-1 over the values of an option, a dot per configuration, the best one first.
 

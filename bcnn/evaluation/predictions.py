@@ -54,6 +54,12 @@ class Predictions:
         return self.predicted == self.labels
 
     @property
+    def covered(self) -> Tensor:
+        """(images,) whether the true class is in the prediction set."""
+        assert self.sets is not None
+        return self.sets.gather(1, self.labels[:, None])[:, 0]
+
+    @property
     def confusion(self) -> Tensor:
         """(classes, classes) numbers of images: rows are true classes, columns predicted ones."""
         return multiclass_confusion_matrix(self.predicted, self.labels, len(self.classes))

@@ -14,8 +14,16 @@ from PIL import Image
 
 from bcnn.data.image_io import load_image
 from bcnn.evaluation.heatmap import printable_lines
-from bcnn.evaluation.metrics import NAMES, as_text, calibration, displayed, per_class
-from bcnn.evaluation.plots import TITLES, calibration_svg, curves_svg
+from bcnn.evaluation.metrics import (
+    NAMES,
+    UnknownMetrics,
+    as_text,
+    calibration,
+    displayed,
+    per_class,
+    selective,
+)
+from bcnn.evaluation.plots import TITLES, calibration_svg, curves_svg, selective_svg
 from bcnn.evaluation.predictions import Predictions, confused_pairs, confusion_order
 from bcnn.utils.files import atomic_write
 
@@ -23,6 +31,7 @@ PAIRS, IMAGES = 6, 3  # pairs of confused classes, and images of each class of a
 MISTAKES = 8  # with two attributions each
 DOUBTS = 20  # possibly wrong labels
 CHANGES = 6  # images that the last stage corrected, and as many that it got wrong
+ACCEPTED = 12  # images of no known class that were not marked
 NEIGHBOURS = 5  # training images beside a mistake
 THUMBNAIL, CHANGED, SMALL = 280, 180, 120  # px, the long side
 
@@ -41,6 +50,7 @@ class ReportContent:
     configuration: str = ""
     held_out: Predictions | None = None  # of training images, by classifiers that have not seen them
     facts: Mapping[str, str] = field(default_factory=dict)  # how the model was made; empty: left out
+    unknown: tuple[Predictions, UnknownMetrics] | None = None  # images of no class that it knows
     before: Before | None = None  # the stage before the last, compared if it is of the same images
     nearest: Mapping[int, Sequence[Neighbour]] = field(default_factory=dict)  # by index of a mistake
 
@@ -66,6 +76,8 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         doubts=held_out and held_out.confident_mistakes(DOUBTS),
         classes=per_class(predictions),
         calibration=Markup(calibration_svg(*calibration(predictions))),
+        selective=Markup(selective_svg(*selective(predictions))),
+        accepted=content.unknown and _accepted(content.unknown[0]),
         changes=CHANGES,
         changed=CHANGED,
         small=SMALL,
@@ -103,7 +115,16 @@ def _change(name: str, earlier: Predictions, after: Predictions) -> dict[str, An
     if images != others:
         return None
     corrected, lost = (earlier, earlier.corrected_by(after)), (after, after.corrected_by(earlier))
-    return {"before": name, "metrics": displayed(earlier), "corrected": corrected, "lost": lost}
+    now = displayed(after)
+    metrics = {key: estimate for key, estimate in displayed(earlier).items() if key in now}
+    return {"before": name, "metrics": metrics, "corrected": corrected, "lost": lost}
+
+
+def _accepted(unknown: Predictions) -> list[int]:
+    """Return the indices of unknown images that are not marked, the most confident first."""
+    assert unknown.strangeness is not None
+    order = unknown.confidence.argsort(descending=True, stable=True)
+    return order[unknown.strangeness[order] <= 0][:ACCEPTED].tolist()
 
 
 def _side(predictions: Predictions, one: int, other: int) -> dict[str, Any]:

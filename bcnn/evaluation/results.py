@@ -3,16 +3,26 @@
 import json
 import math
 from dataclasses import asdict, astuple
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.image_files import find_images
 from bcnn.data.splits import SplitRecord, choose
 from bcnn.evaluation.explain import explain_mistakes
-from bcnn.evaluation.inference import open_model
-from bcnn.evaluation.metrics import NAMES, as_text, displayed, headline, per_class
+from bcnn.evaluation.inference import open_model, predict_split
+from bcnn.evaluation.metrics import (
+    NAMES,
+    UnknownMetrics,
+    as_text,
+    displayed,
+    headline,
+    per_class,
+    unknown_metrics,
+)
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import MISTAKES, THUMBNAIL, Before, ReportContent, write_report
 from bcnn.evaluation.tables import write_csv
@@ -62,6 +72,8 @@ def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
     pictures = explain_mistakes(model, predictions, predictions.confident_mistakes(MISTAKES), THUMBNAIL)
     write_report(report, content, pictures)
     figures: dict[str, object] = {"images": len(predictions.paths)}
+    if content.unknown:
+        figures["unknown"] = asdict(content.unknown[1]) | {"images": len(content.unknown[0].paths)}
     for key, estimate in headline(predictions).items():
         figures[key] = {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
     with atomic_write(folder / "figures.json") as part:
@@ -70,7 +82,10 @@ def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
 
 
 def write_images(path: Path, predictions: Predictions) -> None:
-    """Write a CSV row per image: its class and the predicted one, with their probabilities."""
+    """Write a CSV row per image: its class and the predicted one, with their probabilities.
+
+    Of a calibrated model also the prediction set, and whether the image is unlike the training images.
+    """
     heading = ["path", "class", "predicted", "confidence", "of_class", "correct"]
     columns = (
         predictions.paths,
@@ -80,6 +95,11 @@ def write_images(path: Path, predictions: Predictions) -> None:
         [f"{share:.6f}" for share in predictions.true_probability.tolist()],
         predictions.correct.int().tolist(),
     )
+    if predictions.sets is not None and predictions.strangeness is not None:
+        heading += ["prediction_set", "unlike_training"]
+        members = (row.nonzero()[:, 0].tolist() for row in predictions.sets)
+        sets = ["; ".join(predictions.classes[k] for k in each) for each in members]
+        columns = (*columns, sets, (predictions.strangeness > 0).int().tolist())
     write_csv(path, heading, zip(*columns, strict=True))
 
 
@@ -89,6 +109,27 @@ def headline_table(predictions: Predictions, title: str) -> Table:
     table.columns[1].justify = table.columns[2].justify = "right"
     for key, estimate in displayed(predictions).items():
         table.add_row(NAMES[key], *as_text(key, estimate))
+    return table
+
+
+def predict_unknown(
+    model: BCNN, images: Path, data: FineGrainedDataModule, known: Predictions
+) -> tuple[Predictions, UnknownMetrics]:
+    """Return predictions of images of none of the classes, their labels being meaningless, and metrics."""
+    if known.strangeness is None:
+        raise UserError("--unknown: this model is not calibrated, so that it cannot mark images")
+    samples = [(path, 0) for path in find_images([str(images)])]
+    unknown = predict_split(model, samples, data.evaluation_dataloader(samples))
+    assert unknown.strangeness is not None
+    return unknown, unknown_metrics(known.strangeness, unknown.strangeness)
+
+
+def unknown_table(unknown: Predictions, found: UnknownMetrics, title: str) -> Table:
+    """Return how well images of no known class are told from those of known classes."""
+    table = Table("", "", title=f"{title}: {len(unknown.paths)} images of no known class")
+    table.add_row("area under the ROC curve", f"{found.auroc:.3f}")
+    table.add_row("accepted where 95 % of the known are", f"{found.fpr95:.1%}")
+    table.add_row("accepted by the model's own limit", f"{found.accepted.value:.1%}")
     return table
 
 
@@ -117,10 +158,12 @@ def kept_predictions(stage: Path) -> Before | None:
 
 def _write_classes(path: Path, predictions: Predictions) -> None:
     """Write `per_class` as CSV, unknown numbers as empty cells."""
-    ends = [f"{name}{end}" for name in ("recall", "precision") for end in ("", "_low", "_high")]
+    names = ("recall", "precision", "coverage")
+    ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     rows = []
     for row in per_class(predictions):
-        numbers = [*astuple(row.recall), *astuple(row.precision)]
+        estimates = (row.recall, row.precision, row.coverage)
+        numbers = [*chain(*map(astuple, estimates)), row.set_size]
         cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
         rows.append([row.name, row.images, row.predicted, *cells])
-    write_csv(path, ["class", "images", "predicted", *ends], rows)
+    write_csv(path, ["class", "images", "predicted", *ends, "set_size"], rows)

@@ -20,8 +20,8 @@ TEMPERATURES = (-4.0, 4.0)  # natural logarithms of the least and the largest
 class Subspace(nn.Module):
     """The first principal axes of training descriptors, and how much of another lies outside them.
 
-    Descriptors are reduced by random signs and sums, which keep distances ("feature hashing", Weinberger
-    et al., ICML 2009). Source of the rest: "ViM", Wang et al., CVPR 2022, §4.1.
+    Descriptors are reduced by `sketch`, which about keeps distances ("feature hashing", Weinberger et
+    al., ICML 2009). Source of the rest: "ViM", Wang et al., CVPR 2022, §4.1.
     """
 
     mean: Tensor
@@ -51,14 +51,12 @@ class Subspace(nn.Module):
 
 
 def sketch(descriptors: Tensor) -> Tensor:
-    """Return (batch, `SKETCH`): the sums of every `SKETCH`-th number under signs that its index gives."""
+    """Return (batch, `SKETCH`): sums of every `SKETCH`-th number, with signs that the index gives."""
     width = descriptors.shape[1]
     mixed = torch.arange(width, device=descriptors.device) * 2654435761 % 2**32  # Knuth's hash
     mixed = (mixed >> 15 ^ mixed) * 2246822519 % 2**32
-    signs = (mixed >> 13 & 1) * 2.0 - 1
-    return (
-        F.pad(descriptors.float() * signs, (0, -width % SKETCH)).unflatten(1, (-1, SKETCH)).sum(dim=1)
-    )
+    signed = descriptors.float() * ((mixed >> 13 & 1) * 2 - 1)
+    return F.pad(signed, (0, -width % SKETCH)).unflatten(1, (-1, SKETCH)).sum(dim=1)
 
 
 class Calibration(nn.Module):

@@ -15,6 +15,8 @@ from bcnn.models.third_party import from_original, is_original, to_original
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, checkpoint_of
 
+COVERAGES = (0.8, 0.9, 0.95, 0.99)  # of the prediction sets whose thresholds metadata holds
+
 
 def load_model(
     path: str | Path, classes: list[str] | None = None, normalization: str | None = None
@@ -61,11 +63,20 @@ def save_model(model: BCNN, path: str | Path) -> None:
 
 
 def describe(model: BCNN) -> dict[str, str]:
-    """Return metadata of strings: classes as a JSON list, preprocessing as fields and in words."""
+    """Return metadata of strings: classes as a JSON list, preprocessing as fields and in words.
+
+    A calibrated model adds its temperature and, by coverage, the thresholds of prediction sets.
+    """
     preprocessing = model.preprocessing
     size, side = preprocessing.size, preprocessing.side
     resized = f"short side to {side} px" if preprocessing.resize == "keep" else f"to {side} × {side} px"
+    calibration: dict[str, str] = {}
+    if model.calibration:
+        thresholds = {coverage: model.calibration.threshold(coverage) for coverage in COVERAGES}
+        calibration["thresholds"] = json.dumps(thresholds)
+        calibration["temperature"] = str(float(model.calibration.temperature))
     return {
+        **calibration,
         "classes": json.dumps(model.classes),
         **{name: str(value) for name, value in asdict(preprocessing).items()},
         "preprocessing": f"upright (EXIF), RGB, resized {resized} ({preprocessing.interpolation}, "

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,38 @@ from bcnn.utils.files import PART, atomic_write
 OPSET = 20  # of ONNX, for ONNX Runtime 1.17 (January 2024) and later
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
 
-Network = Callable[[Tensor], Tensor]  # uint8 images → logits or probabilities
+Network = Callable[[Tensor], Any]  # uint8 images → logits or probabilities, and maybe strangeness
+
+
+class Outputs(nn.Module):
+    """uint8 images → logits or probabilities (batch, classes), and strangeness (batch,) if asked for.
+
+    A model that is not calibrated has no strangeness.
+    """
+
+    def __init__(
+        self, model: BCNN, softmax: bool, strangeness: bool, pooling: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone, self.pooling, self.head = model.backbone, pooling or model.pooling, model.head
+        self.calibration, self.softmax = model.calibration, softmax
+        self.strangeness = strangeness and model.calibration is not None
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        descriptors = self.pooling(self.backbone(images))
+        output = logits = self.head(descriptors)
+        if self.softmax:
+            output = (logits / self.calibration.temperature if self.calibration else logits).softmax(1)
+        if not self.strangeness:
+            return output
+        assert self.calibration is not None
+        return output, self.calibration.strangeness(logits, descriptors)
+
+
+def _joined(outputs: Any) -> Tensor:
+    """Return all outputs of a batch side by side."""
+    parts = outputs if isinstance(outputs, tuple | list) else [outputs]
+    return torch.cat([torch.as_tensor(part).reshape(len(part), -1) for part in parts], dim=1)
 
 
 def export_model(
@@ -52,11 +84,12 @@ def export_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters', about their own code
             write(model, file, softmax)
-        network = nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
+        network = Outputs(model, softmax, strangeness=format == "onnx")
         batches = progress(_comparison_images(model, images))
         loaded = read(file)
         with torch.no_grad():
-            outputs = torch.cat([torch.stack([network(x), loaded(x)], dim=1) for x in batches])
+            pairs = [torch.stack([_joined(network(x)), _joined(loaded(x))], dim=1) for x in batches]
+            outputs = torch.cat(pairs)
         # torch's max keeps a nan
         difference, largest = (float(t.abs().max()) for t in (outputs.diff(dim=1), outputs[:, 0]))
         if not difference <= TOLERANCE * largest:  # nor nan
@@ -81,20 +114,23 @@ def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Ten
 
 
 def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
-    """Write ONNX in float32, for any batch size: input "images", output "logits" or "probabilities"."""
+    """Write ONNX in float32, for any batch size.
+
+    Input "images"; outputs "logits" or "probabilities", and "strangeness" of a calibrated model.
+    """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
 
     for exporter in ("torch.onnx", "onnxscript.optimizer"):  # they log their own insides
         logging.getLogger(exporter).setLevel(logging.ERROR)
     output = "probabilities" if softmax else "logits"
-    parts = nn.Sequential(model.backbone, model.pooling.exportable(), model.head)
+    network = Outputs(model, softmax, strangeness=True, pooling=model.pooling.exportable())
     program = torch.onnx.export(
-        _exported(parts, model.preprocessing.size, softmax),
+        _exported(network, model.preprocessing.size),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=[output],
+        output_names=[output, "strangeness"][: 1 + network.strangeness],
         verbose=False,
     )
     assert program is not None
@@ -109,20 +145,20 @@ def _read_onnx(path: Path) -> Network:
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path)
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return lambda images: session.run(None, {"images": images.numpy()})
 
 
 def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     """Write torch.export's file; its extra file metadata.json holds what `describe` returns."""
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
-    torch.export.save(_exported(model, model.preprocessing.size, softmax), content, extra_files=extra)
+    network = Outputs(model, softmax, strangeness=False)
+    torch.export.save(_exported(network, model.preprocessing.size), content, extra_files=extra)
     path.write_bytes(content.getbuffer())
 
 
-def _exported(model: nn.Module, size: int, softmax: bool) -> ExportedProgram:
+def _exported(network: nn.Module, size: int) -> ExportedProgram:
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    network = nn.Sequential(model, nn.Softmax(dim=1)) if softmax else model
     return torch.export.export(network, (example,), dynamic_shapes=({0: Dim("batch")},))
 
 

@@ -179,7 +179,7 @@ class BCNNModule(L.LightningModule):
     test_step = validation_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the calibration: a stage that is resumed at its very end has one, of its weights."""
+        """Leave out the calibration that a stage interrupted at its very end has already."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if "calibration." not in name}
 

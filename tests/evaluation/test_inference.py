@@ -9,7 +9,6 @@ from conftest import folder_data, write_images
 from PIL import Image
 
 from bcnn.evaluation.inference import predict_paths, predict_split
-from bcnn.evaluation.predictions import softmax
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.errors import UserError
 
@@ -64,5 +63,5 @@ def test_outputs_that_are_not_finite_become_no_figures(tiny: BCNN, images: Path)
         predict_split(tiny, data.test, data.test_dataloader(), "32-true")
     (found,) = predict_paths(tiny, [data.test[0][0]], workers=0)
     assert "not finite numbers" in found.error and not found.pairs
-    hidden = softmax(torch.tensor([[0.0, -math.inf], [0.0, 0.0]]))
+    hidden = tiny.probabilities(torch.tensor([[0.0, -math.inf], [0.0, 0.0]]))
     assert hidden[0].isnan().all() and hidden[1].tolist() == [0.5, 0.5]
