@@ -87,7 +87,7 @@ def write_images(path: Path, predictions: Predictions) -> None:
     Of a calibrated model also the prediction set, and whether the image is unlike the training images.
     """
     heading = ["path", "class", "predicted", "confidence", "of_class", "correct"]
-    columns = (
+    columns: tuple[list[Any], ...] = (
         predictions.paths,
         [predictions.classes[label] for label in predictions.labels.tolist()],
         [predictions.classes[label] for label in predictions.predicted.tolist()],
@@ -115,7 +115,7 @@ def headline_table(predictions: Predictions, title: str) -> Table:
 def predict_unknown(
     model: BCNN, images: Path, data: FineGrainedDataModule, known: Predictions
 ) -> tuple[Predictions, UnknownMetrics]:
-    """Return predictions of images of none of the classes, their labels being meaningless, and metrics."""
+    """Return predictions of images of no known class, whose labels mean nothing, and metrics."""
     if known.strangeness is None:
         raise UserError("--unknown: this model is not calibrated, so that it cannot mark images")
     samples = [(path, 0) for path in find_images([str(images)])]
