@@ -30,6 +30,7 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import BACKBONES, Backbone
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.calibration import Calibration, Subspace
 from bcnn.training.feature_data import CachedFeatureDataModule
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +190,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
     model = BCNN(["blue", "green", "red"], Preprocessing(32), {"name": "tiny"})
     nn.init.normal_(model.head.weight)
     return model.eval()
+
+
+@pytest.fixture
+def calibrated(tiny: BCNN) -> BCNN:
+    """`tiny`, calibrated by 40 images of noise: every image of one colour is unlike them."""
+    generator = torch.Generator().manual_seed(0)
+    nn.init.normal_(tiny.backbone.features.weight, generator=generator)
+    images = torch.randint(256, (80, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        x = tiny.descriptor(images)
+        space, logits = Subspace.of(x[:40]), tiny.head(x[40:])
+        labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+        tiny.calibration = Calibration.of(logits, labels, space.outside(x[40:]), space)
+    return tiny
 
 
 class Outcome(NamedTuple):

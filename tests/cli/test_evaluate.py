@@ -1,6 +1,7 @@
 """`bcnn evaluate`: from a checkpoint and labelled images to metrics and files."""
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from conftest import Bcnn, set_up, write_images
 from PIL import Image
 
+from bcnn.data.image_io import load_image
+from bcnn.evaluation.inference import answer
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import save_model
 from bcnn.utils.errors import Interruption
 
 
@@ -66,6 +70,43 @@ def test_files_agree_with_each_other_and_with_the_model(
     with torch.no_grad():
         logits = (model(pixels) + model(pixels.flip(-1))) / 2 if mirror else model(pixels)
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), logits.softmax(1))
+
+
+def test_images_of_no_known_class_are_told_from_the_others(
+    bcnn: Bcnn, calibrated: BCNN, images: Path, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    for path in images.glob("test/*/*"):  # as noisy as what the model was calibrated with
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    (tmp_path / "unknown").mkdir()
+    for value in range(0, 250, 10):
+        Image.new("RGB", (32, 32), (value, 255 - value, 90)).save(tmp_path / "unknown" / f"{value}.png")
+    save_model(calibrated, tmp_path / "model.safetensors")
+    words = ["evaluate", tmp_path / "model.safetensors", images, "--unknown", tmp_path / "unknown"]
+    outcome = bcnn(*words, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    known = torch.from_numpy(np.load(tmp_path / "out" / "predictions.npz")["strangeness"])
+    paths = sorted((tmp_path / "unknown").iterdir())
+    pixels = torch.stack([calibrated.preprocessing.evaluation()(load_image(path)) for path in paths])
+    unknown = answer(calibrated, pixels, "32-true").strangeness
+    auroc = (unknown[:, None] > known).double().mean()
+    assert found["unknown"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
+    assert found["unknown"]["fpr95"] == float((unknown <= np.quantile(known, 0.95)).double().mean())
+    assert found["unknown"]["accepted"]["value"] == float((unknown <= 0).double().mean())
+    table = rows(tmp_path / "out" / "predictions.csv")
+    held = np.mean([row["class"] in row["prediction_set"].split("; ") for row in table])
+    assert found["coverage"]["value"] == pytest.approx(held)
+    sizes = [float(row["set_size"]) for row in rows(tmp_path / "out" / "classes.csv")]
+    assert found["set_size"]["value"] == pytest.approx(np.mean(sizes))
+    assert "Images of no known class" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_model_that_is_not_calibrated_knows_nothing_of_unknown_images(
+    bcnn: Bcnn, ckpt: Path, images: Path
+) -> None:
+    outcome = bcnn("evaluate", ckpt, images, "--unknown", images)
+    assert outcome.code == 1 and "--unknown: this model is not calibrated" in outcome.err
 
 
 def test_images_that_nobody_could_train_on_can_be_evaluated(

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import normalize
 from bcnn.cli.app import main
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
+from bcnn.evaluation.inference import answer
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 
@@ -109,6 +110,25 @@ def test_a_consumer_with_numpy_and_pillow_alone_agrees(
         assert capsys.readouterr().out.strip() == CLASSES[expected.argmax()]
         atol = 0.02 * float(expected.std())
         np.testing.assert_allclose(names["logits"][0], expected, rtol=0, atol=atol)
+
+
+def test_onnx_of_a_calibrated_model_marks_what_it_does_not_know(
+    bcnn: Bcnn, calibrated: BCNN, tmp_path: Path
+) -> None:
+    save_model(calibrated, tmp_path / "m.safetensors")
+    assert bcnn("export", tmp_path / "m.safetensors", "--softmax").code == 0
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    images[2] = 40
+    names = ["probabilities", "strangeness"]
+    probabilities, strangeness = map(torch.from_numpy, session.run(names, {"images": images.numpy()}))
+    torch.testing.assert_close(probabilities, calibrated.predict(images), rtol=0, atol=1e-4)
+    expected = answer(calibrated, images, "32-true").strangeness
+    torch.testing.assert_close(strangeness, expected, rtol=0, atol=1e-2)
+    assert (strangeness > 0).tolist() == [False, False, True]
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["thresholds"])["0.9"] == calibrated.calibration.threshold(0.9)
+    assert float(said["temperature"]) == float(calibrated.calibration.temperature)
 
 
 def test_pt2_runs_in_any_batch_size_and_names_its_classes(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Bcnn, write_images
@@ -63,12 +64,58 @@ def test_probabilities_are_the_models_in_every_format(
     torch.testing.assert_close(values, expected.values, atol=1e-5, rtol=0)
 
     _, cells = csv.reader(bcnn("predict", ckpt, path, "--format", "csv", "--top-k", 2).out.splitlines())
-    assert [*cells[:2], cells[3], cells[5]] == [path, *classes[:2], ""]
+    assert [*cells[:2], cells[5], cells[7]] == [path, *classes[:2], ""]
     assert float(cells[2]) == pytest.approx(values[0].item(), abs=1e-5)
 
     heading, line = bcnn("predict", ckpt, path, "--top-k", "1").out.splitlines()
     assert line.startswith(path) and f"{values[0]:.1%}" in line
     assert line[heading.index("class") :].startswith(classes[0])
+
+
+@pytest.fixture
+def two(calibrated: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A calibrated checkpoint, an image like the training images, and one unlike them."""
+    monkeypatch.chdir(tmp_path)
+    save_model(calibrated, tmp_path / "best.safetensors")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save("like.png")
+    Image.new("RGB", (32, 32), "navy").save("unlike.png")
+    return ["best.safetensors", "like.png", "unlike.png"]
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.95])
+def test_a_calibrated_model_gives_sets_and_marks_what_it_does_not_know(
+    bcnn: Bcnn, calibrated: BCNN, two: list[str], coverage: float
+) -> None:
+    words = ["predict", *two, "--coverage", coverage, "--top-k", 1, "--format"]
+    known, unknown = jsonl(bcnn(*words, "jsonl").out)
+    assert (known["unlike_training"], unknown["unlike_training"]) == (False, True)
+    shares = calibrated.predict("like.png")[0].tolist()
+    limit = calibrated.calibration.threshold(coverage)
+    expected = {name for name, p in zip(calibrated.classes, shares, strict=True) if p >= limit}
+    assert {*known["prediction_set"]} == expected | {known["predictions"][0]["class"]}
+
+    row, other = csv.DictReader(bcnn(*words, "csv").out.splitlines())
+    assert row["prediction_set"] == "; ".join(known["prediction_set"])
+    assert (row["unlike_training"], other["unlike_training"]) == ("no", "yes")
+    assert row["top1"] == known["predictions"][0]["class"]
+
+    outcome = bcnn(*words, "table")
+    assert outcome.out.count("unlike the training images") == 1
+    rest = len(known["prediction_set"]) - 1
+    assert (f"and {rest} more in the set" in outcome.out) == (rest > 0)
+    assert f"the true class of {coverage:g} of the images" in outcome.err
+    assert (
+        "unlike the training images" in json.loads(bcnn(*words, "labelstudio").out)[1]["data"]["bcnn"]
+    )
+
+
+def test_a_coverage_that_the_held_out_images_cannot_promise_is_named(
+    bcnn: Bcnn, two: list[str]
+) -> None:
+    outcome = bcnn("predict", *two, "--coverage", 0.99, "--format", "jsonl")
+    assert "40 held-out images calibrated the model, too few for --coverage 0.99" in outcome.err
+    assert all(len(row["prediction_set"]) == 3 for row in jsonl(outcome.out))
 
 
 def test_tasks_for_label_studio_choose_the_likeliest_class(
@@ -120,7 +167,7 @@ def test_names_do_not_act_on_terminals(
 
     words = ["predict", ckpt, *NAMES, "--format", "csv", "--top-k", "1"]
     table = csv.DictReader(io.StringIO(bcnn(*words).out, newline=""))
-    assert [row["path"] for row in table] == [*NAMES]
+    assert [row["image"] for row in table] == [*NAMES]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _, *lines = bcnn(*words).out.splitlines()
     assert [line.partition(",")[0] for line in lines] == [*NAMES.values()]
