@@ -119,7 +119,7 @@ def test_onnx_of_a_calibrated_model_marks_what_it_does_not_know(
     assert bcnn("export", tmp_path / "m.safetensors", "--softmax").code == 0
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    images[2] = 40
+    images[2] = torch.tensor([0, 0, 128])[:, None, None]
     names = ["probabilities", "strangeness"]
     probabilities, strangeness = map(torch.from_numpy, session.run(names, {"images": images.numpy()}))
     torch.testing.assert_close(probabilities, calibrated.predict(images), rtol=0, atol=1e-4)
