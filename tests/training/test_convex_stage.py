@@ -78,7 +78,7 @@ def test_without_validation_images_a_cross_validation_chooses_lambda(
     assert len(losses) == 3 and losses.index(min(losses)) == 0
     torch.testing.assert_close(tiny.head.weight, problem_of(data).solve(1).weight)
     assert result.held_out is not None
-    found = F.nll_loss(result.held_out.probabilities.log(), result.held_out.labels)
+    found = F.cross_entropy(result.held_out.logits, result.held_out.labels)
     assert found.item() == pytest.approx(result.metrics["val_loss"], rel=1e-5)
     assert result.checkpoint.name == "best.ckpt"
 
@@ -101,7 +101,7 @@ def test_images_alone_in_their_class_are_not_cross_validated(
         path.unlink()
     result, rows, _ = solve(images, tmp_path, tiny, val=0, l2=[1e-1, 1e-3], folds=3)
     assert result.held_out is not None
-    assert set(result.held_out.labels.tolist()) == {0, 1} and len(result.held_out.paths) == 12
+    assert set(result.held_out.labels.tolist()) == {0, 1} and len(result.held_out.images) == 12
     assert float(rows[-1]["val_loss"]) < 5
 
 

@@ -1,0 +1,86 @@
+"""Which held-out images calibrate a model, and that the calibration stays with its weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import configure, toy, write_images
+
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.calibration import Subspace
+from bcnn.models.checkpoint import load_model
+from bcnn.training.run import train
+
+SMALL = "model.backbone.name=tiny"
+FINETUNE = ["finetune.epochs=2", "finetune.batch_size=6", "finetune.optimizer.lr=1e-3"]
+
+
+def run(images: Path, *overrides: str) -> None:
+    train(configure(*toy(images, SMALL, *overrides)))
+
+
+def held_out(checkpoint: Path) -> int:
+    """The number of images that calibrated the model in a file; 0 if it is not calibrated."""
+    calibration = load_model(checkpoint).calibration
+    return 0 if calibration is None else len(calibration.scores)
+
+
+def test_cross_validation_calibrates_last_and_validation_images_finetune(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    """Of 18 training images, 6 are drawn for validation."""
+    run(images, *FINETUNE, f"output={tmp_path / 'out'}")
+    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 12
+    assert held_out(next((tmp_path / "out" / "finetune").glob("*.ckpt"))) == 6
+
+
+def test_validation_images_that_the_user_chose_calibrate_last(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    write_images(images / "val", 3, seed=2)
+    run(images, "stage=last", f"output={tmp_path / 'out'}")
+    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 9
+
+
+def test_without_held_out_images_a_model_is_not_calibrated(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    run(images, "stage=last", "data.val_fraction=0", "last.folds=null", f"output={tmp_path / 'out'}")
+    assert held_out(tmp_path / "out" / "last" / "last.ckpt") == 0
+
+
+def test_a_held_out_image_is_measured_by_models_that_have_not_seen_it(
+    images: Path, tmp_path: Path, tiny: BCNN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spanned, measured = [], []
+    of, outside = Subspace.of, Subspace.outside
+
+    def span(descriptors: torch.Tensor) -> Subspace:
+        spanned.append(descriptors)
+        return of(descriptors)
+
+    def measure(self: Subspace, descriptors: torch.Tensor) -> torch.Tensor:
+        measured.append((descriptors.float(), spanned[-1].float()))
+        return outside(self, descriptors)
+
+    monkeypatch.setattr(Subspace, "of", span)
+    monkeypatch.setattr(Subspace, "outside", measure)
+    run(images, "stage=last", "data.val_fraction=0", "last.folds=3", f"output={tmp_path / 'out'}")
+    by_folds = measured[:3]
+    assert sum(len(held) for held, _ in by_folds) == 18
+    for held, others in by_folds:
+        assert len(others) == 12 and torch.cdist(held, others).min() > 0
+
+
+def test_a_stage_that_ends_with_its_start_keeps_the_calibration_of_that(
+    images: Path, tmp_path: Path, tiny: BCNN
+) -> None:
+    run(images, "stage=last", f"output={tmp_path / 'last'}")
+    start = tmp_path / "last" / "last" / "best.ckpt"
+    before = start.read_bytes()
+    words = ["stage=finetune", f"ckpt={start}", *FINETUNE, "finetune.optimizer.lr=1e9"]
+    with pytest.raises(Exception, match=r"worse|diverged|not finite"):
+        run(images, *words, "finetune.polyak=null", f"output={tmp_path / 'worse'}")
+    assert start.read_bytes() == before
+    table = (tmp_path / "worse" / "predictions.csv").read_text()
+    assert "prediction_set" in table.partition("\n")[0]
