@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from bcnn.utils.device import double_device, without_tf32
 from bcnn.utils.errors import UserError
 
-# Of the factor L or of X, the smaller: 1.7 GB in float32 and float64 together.
-MAX_ENTRIES = 12_000**2
-
 TOLERANCE = 1e-7  # largest entry of the gradient of a converged solution
 STEPS = 1000  # of L-BFGS at most, for one λ
 FOLD_STEPS = 100  # for one fold, whose weights are not kept
