@@ -64,7 +64,7 @@ class Run:
 def open_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the predictions of runs, and keep those of the images that all have.
 
-    Raise UserError where there are none; warn of what makes the comparison less than it seems.
+    Raise UserError where there are none; warn of what limits the comparison.
     """
     found = [_load(folder) for folder in folders]
     common = on_common_images(found)
@@ -128,7 +128,7 @@ def _write_images(path: Path, runs: Sequence[Run]) -> None:
 
 
 def _picture(run: Run, index: int) -> str:
-    """Return the path of an image whose file is there and as it was; "" if there is none."""
+    """Return the path of an image whose file is unchanged in one of the runs; "" if there is none."""
     for side in (run.first, run.predictions):
         digest = inspect(side.paths[index]).digest
         if digest and digest in (side.digests[index : index + 1] or [digest]):

@@ -14,7 +14,7 @@ from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 PART = ".part-"  # prefix of files that are being written
-RESULT = "result.json"  # in the folder of a stage that has ended, in that of a run
+RESULT = "result.json"  # in the folder of each stage of a run that has ended
 FULL = 1 << 20  # bytes: a disk with less free space counts as full
 
 
