@@ -112,10 +112,10 @@ class UnknownMetrics:
 def unknown_metrics(known: Tensor, unknown: Tensor) -> UnknownMetrics:
     """Return the metrics of the strangeness (images,) of known and of unknown images."""
     is_unknown = torch.cat([torch.zeros_like(known), torch.ones_like(unknown)]).int()
-    score = torch.cat([known, unknown]).argsort().argsort().double()  # torchmetrics would take sigmoids
+    _, ranks = torch.cat([known, unknown]).unique(return_inverse=True)  # in 0..1, else sigmoids are taken
     limit = known.double().quantile(0.95)
     return UnknownMetrics(
-        float(binary_auroc(score / len(score), is_unknown)),
+        float(binary_auroc(ranks / len(ranks), is_unknown)),
         float((unknown <= limit).double().mean()),
         proportion(int((unknown <= 0).sum()), len(unknown)),
     )
@@ -141,14 +141,14 @@ def per_class(predictions: Predictions) -> list[ClassMetrics]:
     """Return the metrics of every class, in the order of the classes."""
     confusion, names = predictions.confusion, predictions.classes
     mistakes, others = (confusion - confusion.diag().diag()).max(dim=1)
-    counts = [confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag(), mistakes, others]
-    table, found = torch.stack(counts, dim=1).tolist(), []
-    for label, (images, predicted, hits, mistaken, other) in enumerate(table):
-        recall, precision = proportion(hits, images), proportion(hits, predicted)
+    columns = (confusion.sum(dim=1), confusion.sum(dim=0), confusion.diag(), mistakes, others)
+    found = []
+    for label, row in enumerate(zip(*map(Tensor.tolist, columns), strict=True)):
+        images, predicted, hits, mistaken, other = row
         mistaken_for = f"{names[other]} ({mistaken})" if mistaken else ""
-        coverage, size = _sets_of(predictions, predictions.labels == label)
-        row = (names[label], images, predicted, recall, precision, coverage, size, mistaken_for)
-        found.append(ClassMetrics(*row))
+        shares = proportion(hits, images), proportion(hits, predicted)
+        sets = _sets_of(predictions, predictions.labels == label)
+        found.append(ClassMetrics(names[label], images, predicted, *shares, *sets, mistaken_for))
     return found
 
 

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import load_image
@@ -176,18 +177,12 @@ def _confusion(predictions: Predictions) -> Any:
 
 def _hardest(predictions: Predictions) -> list[list[Any]]:
     """Return a row of `COLUMNS` for the images whose class got the least probability."""
-    names, rows = predictions.classes, []
-    for index in predictions.true_probability.argsort(stable=True)[:TABLE_IMAGES].tolist():
-        thumbnail = load_image(predictions.paths[index], THUMBNAIL)
+    hardest = predictions.true_probability.argsort(stable=True)[:TABLE_IMAGES].tolist()
+    p, rows = predictions.select(hardest), []
+    columns = (p.labels, p.predicted, p.confidence, p.true_probability)
+    for path, label, predicted, *shares in zip(p.paths, *map(Tensor.tolist, columns), strict=True):
+        thumbnail = load_image(path, THUMBNAIL)
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-        rows.append(
-            [
-                wandb.Image(thumbnail, file_type="jpg"),
-                names[predictions.labels[index]],
-                names[predictions.predicted[index]],
-                float(predictions.confidence[index]),
-                float(predictions.true_probability[index]),
-                predictions.paths[index],
-            ]
-        )
+        image = wandb.Image(thumbnail, file_type="jpg")
+        rows.append([image, p.classes[label], p.classes[predicted], *shares, path])
     return rows
