@@ -179,9 +179,10 @@ class BCNNModule(L.LightningModule):
     test_step = validation_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the calibration that a stage interrupted at its very end has already."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if "calibration." not in name}
+        """Leave out a calibration that this model lacks: a resumed stage has none yet."""
+        state, own = checkpoint["state_dict"], self.state_dict()
+        known = {name: state[name] for name in state if name in own or "calibration." not in name}
+        checkpoint["state_dict"] = known
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have callbacks put what was validated, such as an average, into weights-only files too."""

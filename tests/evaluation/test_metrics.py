@@ -18,6 +18,7 @@ from bcnn.evaluation.metrics import (
     paired_difference,
     per_class,
     proportion,
+    unknown_metrics,
     weighted_proportion,
 )
 from bcnn.evaluation.predictions import Predictions
@@ -124,6 +125,12 @@ def test_mcnemar_s_exact_test() -> None:
     assert mcnemar(2, 5) == 2 * (1 + 7 + 21) / 2**7
     chance = np.random.default_rng(0).binomial(30, 0.5, 4000)  # models that are equally accurate
     assert np.mean([mcnemar(int(only), 30 - int(only)) < 0.05 for only in chance]) <= 0.05
+
+
+def test_unknown_images_as_strange_as_the_known_ones_are_not_told_apart() -> None:
+    same = torch.tensor([-1.0, 0.5, 0.5, 2.0])
+    assert unknown_metrics(same, same).auroc == unknown_metrics(same[1:3], same[1:3]).auroc == 0.5
+    assert unknown_metrics(same, same + 9).auroc == 1
 
 
 def test_what_the_images_cannot_support_is_unknown() -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, toy, write_images
+from conftest import configure, folder_data, quiet_trainer, toy, write_images
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Subspace
 from bcnn.models.checkpoint import load_model
+from bcnn.training.module import BCNNModule
 from bcnn.training.run import train
 
 SMALL = "model.backbone.name=tiny"
@@ -31,7 +32,10 @@ def test_cross_validation_calibrates_last_and_validation_images_finetune(
     """Of 18 training images, 6 are drawn for validation."""
     run(images, *FINETUNE, f"output={tmp_path / 'out'}")
     assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 12
-    assert held_out(next((tmp_path / "out" / "finetune").glob("*.ckpt"))) == 6
+    tuned = next((tmp_path / "out" / "finetune").glob("*.ckpt"))
+    assert held_out(tuned) == 6
+    module = BCNNModule.load_from_checkpoint(tuned)
+    assert quiet_trainer().test(module, folder_data(images).test_dataloader(), tuned, verbose=False)
 
 
 def test_validation_images_that_the_user_chose_calibrate_last(
