@@ -1,5 +1,6 @@
 """Toy image folders, networks, trainers; the program as a command, and in this process."""
 
+import csv
 import os
 import resource
 import shutil
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import bcnn.training.schema  # the types of the options
 from bcnn.cli.app import main
@@ -264,6 +266,24 @@ def make_near_sighted(model: BCNN) -> None:
             layer.weight.data.mul_(F.pad(torch.full((1, 1, 1, 1), 3.0), (1, 1, 1, 1)))
 
 
+def batches() -> DataLoader:
+    """Two batches of noise of three classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return DataLoader(TensorDataset(pixels, torch.arange(8) % 3), batch_size=4)
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint of Lightning's."""
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        return list(csv.DictReader(lines))
+
+
+SMALL = "model.backbone.name=tiny"
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]  # one epoch, for `images`
 
 

@@ -112,9 +112,7 @@ class UnknownMetrics:
 def unknown_metrics(known: Tensor, unknown: Tensor) -> UnknownMetrics:
     """Return the metrics of the strangeness (images,) of known and of unknown images."""
     is_unknown = torch.cat([torch.zeros_like(known), torch.ones_like(unknown)]).int()
-    _, ranks = torch.cat([known, unknown]).unique(
-        return_inverse=True
-    )  # in 0..1, else sigmoids are taken
+    _, ranks = torch.cat([known, unknown]).unique(return_inverse=True)  # of scores, sigmoids are taken
     limit = known.double().quantile(0.95)
     return UnknownMetrics(
         float(binary_auroc(ranks / len(ranks), is_unknown)),

@@ -1,6 +1,5 @@
 """`bcnn evaluate`: from a checkpoint and labelled images to metrics and files."""
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import Bcnn, set_up, write_images
+from conftest import Bcnn, read_csv, set_up, write_images
 from PIL import Image
 
 from bcnn.data.image_io import load_image
@@ -43,11 +42,6 @@ def save(model: BCNN, path: Path) -> Path:
     return path
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize("mirror", [False, True])
 def test_files_agree_with_each_other_and_with_the_model(
     bcnn: Bcnn, ckpt: Path, model: BCNN, images: Path, tmp_path: Path, mirror: bool
@@ -56,7 +50,7 @@ def test_files_agree_with_each_other_and_with_the_model(
     out = tmp_path / "out"
     outcome = bcnn("evaluate", ckpt, images, "--output", out, *["--mirror"] * mirror)
     assert outcome.code == 0, outcome.err
-    table = rows(out / "predictions.csv")
+    table = read_csv(out / "predictions.csv")
     saved = np.load(out / "predictions.npz")
     assert len(table) == len(saved["paths"]) == 12 and saved["classes"].tolist() == model.classes
     assert all(Path(row["path"]).parent.name == row["class"] for row in table)
@@ -94,10 +88,10 @@ def test_images_of_no_known_class_are_told_from_the_others(
     assert found["unknown"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
     assert found["unknown"]["fpr95"] == float((unknown <= np.quantile(known, 0.95)).double().mean())
     assert found["unknown"]["accepted"]["value"] == float((unknown <= 0).double().mean())
-    table = rows(tmp_path / "out" / "predictions.csv")
+    table = read_csv(tmp_path / "out" / "predictions.csv")
     held = np.mean([row["class"] in row["prediction_set"].split("; ") for row in table])
     assert found["coverage"]["value"] == pytest.approx(held)
-    sizes = [float(row["set_size"]) for row in rows(tmp_path / "out" / "classes.csv")]
+    sizes = [float(row["set_size"]) for row in read_csv(tmp_path / "out" / "classes.csv")]
     assert found["set_size"]["value"] == pytest.approx(np.mean(sizes))
     assert "Images of no known class" in (tmp_path / "out" / "report.html").read_text()
 
@@ -117,7 +111,7 @@ def test_images_that_nobody_could_train_on_can_be_evaluated(
     shutil.rmtree(tmp_path / "Testing" / "green")
     (tmp_path / "Testing" / "red" / "0.png").write_bytes(b"broken")
     assert bcnn("evaluate", ckpt, tmp_path, "--output", tmp_path / "out").code == 0
-    assert len(rows(tmp_path / "out" / "predictions.csv")) == 3
+    assert len(read_csv(tmp_path / "out" / "predictions.csv")) == 3
 
 
 def png(image: Image.Image, path: Path) -> None:
@@ -151,7 +145,7 @@ def test_training_images_are_left_out_if_they_were_saved_again(
         out = tmp_path / f"of-{folder.name}"
         outcome = bcnn("evaluate", ckpt, folder, "--output", out)
         assert outcome.code == 0 and "36 of 36 images look the same as some that the" in outcome.out
-        found = [Path(row["path"]) for row in rows(out / "predictions.csv")]
+        found = [Path(row["path"]) for row in read_csv(out / "predictions.csv")]
         assert {(path.parent.name, path.stem) for path in found} == tested
     assert f"{len(data.train)} of 36 images in test were trained on: left out" in outcome.out
     assert f"{len(data.val)} of 36 images in test were validated on: left out" in outcome.out
@@ -210,5 +204,5 @@ def test_a_finetuned_checkpoint_stands_beside_the_one_it_began_with(
     for split, count in (("test", 6), ("all", 24)):
         out = tmp_path / split
         assert bcnn("evaluate", finetuned, images, "--split", split, "--output", out).code == 0
-        assert len(rows(out / "predictions.csv")) == count
+        assert len(read_csv(out / "predictions.csv")) == count
         assert ("From last to" in (out / "report.html").read_text()) == (split == "test")

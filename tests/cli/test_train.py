@@ -1,6 +1,5 @@
 """`bcnn train` and `python train.py`: from the words of a user to a run, at toy size."""
 
-import csv
 import re
 import shlex
 import subprocess
@@ -8,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run, configure, toy
+from conftest import ROOT, SMALL, Run, configure, read_csv, toy
 
 from bcnn.cli import train as command
 from bcnn.training import run as runs
@@ -62,8 +61,8 @@ def test_wandb_offline_and_tensorboard_need_no_account(
     assert run.returncode == 0, run.stderr
     runs.train(configure(*words("tensorboard")))
     for logger in ("wandb", "tensorboard"):
-        with (tmp_path / logger / "last" / "metrics.csv").open() as file:
-            assert any(row["val_top1"] for row in csv.DictReader(file))
+        log = read_csv(tmp_path / logger / "last" / "metrics.csv")
+        assert any(row["val_top1"] for row in log)
     assert len(list((tmp_path / "wandb").glob("last/wandb/offline-run-*"))) == 1
     assert list((tmp_path / "tensorboard" / "last").glob("tensorboard/events.*"))
 
@@ -131,7 +130,7 @@ def test_paths_are_those_of_the_working_folder_wherever_hydra_goes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py"])
-    options = toy(Path("images"), "stage=last", "model.backbone.name=tiny", "hydra.job.chdir=true")
+    options = toy(Path("images"), "stage=last", SMALL, "hydra.job.chdir=true")
     assert command.main(options) == 0
     (log,) = tmp_path.glob("outputs/*/*/train.log")
     assert command.main([f"resume={log.parent}"]) == 0

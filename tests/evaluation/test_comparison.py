@@ -1,13 +1,12 @@
 """Models compared on the same images: which images those are, and what is said of the difference."""
 
-import csv
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS, watched, write_images
+from conftest import COLOURS, read_csv, watched, write_images
 
 from bcnn.data.integrity import inspect
 from bcnn.evaluation.comparison import open_runs, write
@@ -66,12 +65,9 @@ def test_the_table_counts_right_and_wrong(paths: list[str], tmp_path: Path) -> N
     assert (top1, counts) == ("90.0 (74.4–96.5)", ["22", "2", "5", "1"])
     assert (difference, p) == ("+10.0 (−8.7 to +27.5)", "0.453")
     write(tmp_path / "out", runs)
-    with (tmp_path / "out" / "compare.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows, differ = (read_csv(tmp_path / "out" / name) for name in ("compare.csv", "images.csv"))
     assert [row["only_this_right"] for row in rows] == ["", "5"]
     assert float(rows[1]["difference"]) == pytest.approx(0.1) and float(rows[1]["p"]) == 58 / 128
-    with (tmp_path / "out" / "images.csv").open() as file:
-        differ = list(csv.DictReader(file))
     assert [row["path"] for row in differ] == [paths[k] for k in (0, 1, 2, 3, 4, 6, 7)]
     assert [*differ[0].values()] == [paths[0], "blue", "green", "blue"]
     for name in ("compare.md", "compare.tex"):

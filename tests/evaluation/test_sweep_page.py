@@ -1,12 +1,12 @@
 """A sweep's configurations: seeds are repetitions, nothing lucky is first, and all tables agree."""
 
-import csv
 import re
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
+from conftest import read_csv
 from scipy.stats import binomtest
 
 from bcnn.evaluation.plots import learning_svg, option_svg
@@ -24,11 +24,6 @@ def repeated(**figures: list[float]) -> list[Job]:
     """Jobs of each lr, with seeds from 0."""
     pairs = [(lr, seed, top1) for lr, each in figures.items() for seed, top1 in enumerate(each)]
     return [job(str(k), t, lr=lr, seed=str(seed)) for k, (lr, seed, t) in enumerate(pairs)]
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def test_jobs_are_ranked_by_validation_top1_then_by_its_loss() -> None:
@@ -57,11 +52,16 @@ def test_a_row_is_a_configuration_and_a_lucky_seed_is_not_the_best(
     for name in ("sweep.html", "sweep.md", "sweep.tex"):
         text = (tmp_path / name).read_text().replace(r"$\pm$", "±")
         assert text.index("90.0 ± 2.8") < text.index("80.0 ± 21.2") and "95.0" not in text
-    first, other = read(tmp_path / "sweep.csv")
+    first, other = read_csv(tmp_path / "sweep.csv")
     assert (first["job"], first["lr"], first["seeds"]) == ("2 3", "steady", "2")
     assert float(first["val_top1"]) == mean([0.92, 0.88]) and first["test_top1"] == ""
     assert float(other["val_top1_sd"]) == pytest.approx(stdev([0.95, 0.65]))
-    assert [row["val_top1"] for row in read(tmp_path / "jobs.csv")] == ["0.95", "0.65", "0.92", "0.88"]
+    assert [row["val_top1"] for row in read_csv(tmp_path / "jobs.csv")] == [
+        "0.95",
+        "0.65",
+        "0.92",
+        "0.88",
+    ]
 
 
 def test_a_sweep_of_seeds_alone_has_one_row_and_no_best(
@@ -73,7 +73,7 @@ def test_a_sweep_of_seeds_alone_has_one_row_and_no_best(
     page = (tmp_path / "sweep.html").read_text()
     assert "60.0 ± 10.0" in capsys.readouterr().out and "70.0" not in page
     assert "best validation top-1" not in page and "Train it again" in page
-    assert len(read(tmp_path / "sweep.csv")) == 1
+    assert len(read_csv(tmp_path / "sweep.csv")) == 1
 
 
 def test_a_seed_that_survived_alone_comes_after_complete_configurations() -> None:
@@ -140,7 +140,7 @@ def test_the_page_shows_markup_as_text(tmp_path: Path) -> None:
     page = (tmp_path / "sweep.html").read_text()
     assert "<script" not in page and "<b>" not in page and "75.0" in page
     assert page.index("&lt;script&gt;") < page.index("a,b</td>")
-    found = [(row["job"], row["a"], row["failure"]) for row in read(tmp_path / "jobs.csv")]
+    found = [(row["job"], row["a"], row["failure"]) for row in read_csv(tmp_path / "jobs.csv")]
     assert found == [("0", "a,b", ""), ("1", "<script>", ""), ("2", "c", "<b>")]
     assert "options of all jobs: stage=last" in page
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, folder_data, toy
+from conftest import SMALL, configure, folder_data, toy
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
@@ -60,7 +60,7 @@ def test_descriptors_in_half_precision_are_summed_in_that_of_the_weights(head: H
 def test_the_mean_in_a_finetuned_checkpoint_is_that_of_its_own_weights(
     images: Path, tmp_path: Path
 ) -> None:
-    epochs = ["model.backbone.name=tiny", "finetune.epochs=2", "finetune.batch_size=6"]
+    epochs = [SMALL, "finetune.epochs=2", "finetune.batch_size=6"]
     train(configure(*toy(images, *epochs, f"output={tmp_path}")))
     network = load_model(tmp_path / "finetune" / "best.ckpt").eval()
     data = folder_data(images)

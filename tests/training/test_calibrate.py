@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, folder_data, quiet_trainer, toy, write_images
+from conftest import SMALL, configure, folder_data, quiet_trainer, toy, write_images
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Subspace
@@ -12,7 +12,6 @@ from bcnn.models.checkpoint import load_model
 from bcnn.training.module import BCNNModule
 from bcnn.training.run import train
 
-SMALL = "model.backbone.name=tiny"
 FINETUNE = ["finetune.epochs=2", "finetune.batch_size=6", "finetune.optimizer.lr=1e-3"]
 
 

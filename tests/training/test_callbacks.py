@@ -12,11 +12,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import configure, folder_data, quiet_trainer, toy
+from conftest import SMALL, batches, configure, folder_data, quiet_trainer, toy
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.callbacks import (
@@ -96,7 +95,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_no_step_waits_for_the_device(images: Path, tmp_path: Path) -> None:
-    options = ["model.backbone.name=tiny", "trainer.log_every_n_steps=1", f"output={tmp_path / 'out'}"]
+    options = [SMALL, "trainer.log_every_n_steps=1", f"output={tmp_path / 'out'}"]
     options += ["last=sgd", "last.epochs=1", "last.batch_size=4"]
     options += ["finetune.epochs=1", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3"]
     with Waits() as waits:
@@ -109,12 +108,6 @@ def half_trainer(*callbacks: L.Callback, **options: object) -> L.Trainer:
     """A trainer in float16 with a scaler of gradients, which Lightning has on a GPU alone."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     return quiet_trainer(plugins=plugin, callbacks=[*callbacks], **options)
-
-
-def batches() -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return DataLoader(TensorDataset(images, torch.arange(8) % 3), batch_size=4)
 
 
 @pytest.mark.parametrize("polyak", [None, 2.0])

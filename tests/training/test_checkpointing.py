@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import folder_data, quiet_trainer
+from conftest import folder_data, quiet_trainer, weights
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -87,10 +87,6 @@ def fit(
         for logger in trainer.loggers:
             logger.finalize("success")
     return checkpoint
-
-
-def weights(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, weights_only=True)["state_dict"]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Two processes that train together do what one does alone: on gloo, at toy size."""
 
-import csv
 import json
 import os
 import socket
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, configure, toy, write_images
+from conftest import ROOT, SMALL, configure, read_csv, toy, write_images
 from torch import Tensor
 
 from bcnn.training.run import train
@@ -55,8 +54,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open(newline="") as lines:
-        rows = [*csv.DictReader(lines)]
+    rows = read_csv(folder / "metrics.csv")
     assert any(row["val_loss"] for row in rows)
     return [{key: float(value) for key, value in row.items() if value} for row in rows]
 
@@ -74,7 +72,7 @@ def test_two_processes_do_what_one_does_until_one_is_killed(
 
     def job(kind: str, name: str, *options: str) -> list[str]:
         output = f"output={tmp_path / kind / name}"
-        return toy(images, "model.backbone.name=tiny", output, *options)
+        return toy(images, SMALL, output, *options)
 
     jobs = [job("two", name, *options, *DDP) for name, options in (*JOBS.items(), ("lost", LOST))]
     # The pair has a store of its own: each of the two has to compute its share.

@@ -7,7 +7,7 @@ from typing import Literal
 import lightning as L
 import pytest
 import torch
-from conftest import folder_data, network, quiet_trainer
+from conftest import batches, folder_data, network, quiet_trainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,12 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.module import BCNNModule
-
-
-def batches() -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return DataLoader(TensorDataset(images, torch.arange(8) % 3), batch_size=4)
 
 
 def with_head(model: BCNN) -> BCNN:

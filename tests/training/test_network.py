@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure, toy, write_classes, write_images
+from conftest import SMALL, configure, toy, write_classes, write_images
 from hydra.utils import instantiate
 
 from bcnn.data.datamodule import FineGrainedDataModule
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("tiny")
 def start(photos: Path, *overrides: str) -> tuple[FineGrainedDataModule, BCNN]:
     """The data and the network that a run begins with."""
     setup_logging()
-    cfg = configure(*toy(photos, "model.backbone.name=tiny", *overrides))
+    cfg = configure(*toy(photos, SMALL, *overrides))
     data = instantiate(cfg.data)
     data.setup()
     return data, build_model(cfg, data)

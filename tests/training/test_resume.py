@@ -1,4 +1,4 @@
-"""Runs that are killed, and gone on with."""
+"""Runs that are killed and resumed."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, configure, register_tiny, toy, write
+from conftest import ROOT, SMALL, Run, configure, register_tiny, toy, weights, write
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.run import train
@@ -51,7 +51,7 @@ def job(
     kill: Kill | None,
     number: signal.Signals,
 ) -> None:
-    """Begin a run, or go on with it where it was begun; a signal at an event."""
+    """Begin a run, or resume one that was begun; a signal at an event."""
     import bcnn.evaluation.results
     import bcnn.training.checkpointing
     from bcnn.training.feature_store import FeatureStore
@@ -106,11 +106,6 @@ def killed(stores: Path, tiny: BCNN) -> Callable[..., int]:
     return start
 
 
-def weights(file: Path) -> dict[str, torch.Tensor]:
-    return torch.load(file, weights_only=True)["state_dict"]
-
-
-SMALL = "model.backbone.name=tiny"
 SGD = ("last=sgd", "last.epochs=2", "last.batch_size=4", "last.optimizer.lr=0.1")
 FINETUNE = ("finetune.epochs=3", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3")
 
@@ -123,7 +118,7 @@ FINETUNE = ("finetune.epochs=3", "finetune.batch_size=4", "finetune.optimizer.lr
             ("scheduler@finetune.scheduler=plateau",),
             [
                 ("chunk", 2),
-                ("checkpoint", 1),  # before an epoch is done: nothing to go on from yet
+                ("checkpoint", 1),  # before an epoch is done: nothing to resume from yet
                 ("rename", 6),
                 ("validation", 6),
                 ("step", 6),  # of the second stage

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import configure, folder_data, set_up, toy
+from conftest import SMALL, configure, folder_data, set_up, toy
 from hydra.errors import HydraException
 
 from bcnn.cli.train import resume
@@ -105,7 +105,7 @@ def test_a_result_can_be_moved_with_its_run(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("tiny")
 def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(images: Path, tmp_path: Path) -> None:
-    words = toy(images, "model.backbone.name=tiny", "stage=last", "last.l2=[1e-2]")
+    words = toy(images, SMALL, "stage=last", "last.l2=[1e-2]")
     cfg = configure(*words, f"output={tmp_path / 'run'}")
     figure = train(cfg, words)
     weights = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
@@ -119,7 +119,7 @@ def test_a_result_tells_which_images_its_figures_are_of(
     images: Path, tmp_path: Path, val_fraction: float, validated: int
 ) -> None:
     """Without validation images, its validation figures are of the training images, in folds."""
-    options = ["model.backbone.name=tiny", "stage=last", "last.folds=3", f"output={tmp_path / 'out'}"]
+    options = [SMALL, "stage=last", "last.folds=3", f"output={tmp_path / 'out'}"]
     train(configure(*toy(images, *options, f"data.val_fraction={val_fraction}")))
     result = StageResult.read(tmp_path / "out", "last")
     assert result and result.predictions

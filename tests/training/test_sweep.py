@@ -1,6 +1,5 @@
 """Sweeps: their jobs are ranked, interrupted ones continue, Optuna and launchers run them."""
 
-import csv
 import os
 import re
 import shlex
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run, toy
+from conftest import SMALL, Run, read_csv, toy
 from filelock import FileLock
 
 from bcnn.cli import train as command
@@ -18,7 +17,7 @@ from bcnn.training.run_state import StageResult
 from bcnn.training.stage import Stage
 from bcnn.utils.errors import Interruption
 
-LAST = ["stage=last", "last=sgd", "last.epochs=2", "model.backbone.name=tiny"]
+LAST = ["stage=last", "last=sgd", "last.epochs=2", SMALL]
 Main = Callable[..., int]
 
 
@@ -44,8 +43,7 @@ def main(tiny: object, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """What `jobs.csv` says of each job."""
-    with (folder / "jobs.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "jobs.csv")
 
 
 def test_a_sweep_ends_with_its_jobs_and_how_to_train_the_best_again(
