@@ -1,30 +1,9 @@
-"""The benchmarks run at toy size, beside a network that is the original's."""
+"""The benchmarks run at toy size."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, Run
-from torchvision.models import VGG16_Weights
-
-from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.third_party import to_original
-
-
-def test_the_original_network_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from harness import OriginalNet
-
-    torch.manual_seed(0)
-    model = BCNN(["a", "b"]).double()
-    preset = VGG16_Weights.IMAGENET1K_V1.transforms()  # the original's
-    model.backbone.set_normalization(preset.mean, preset.std)
-    torch.nn.init.normal_(model.head.weight)
-    original = OriginalNet(2).double()
-    original.load_state_dict(to_original(model))
-    images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
-    normalised = (images - model.backbone.mean) / model.backbone.std
-    torch.testing.assert_close(original(normalised), model(images), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow

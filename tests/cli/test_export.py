@@ -9,12 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, Bcnn
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
-from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.functional import normalize
 
 from bcnn.cli.app import main
@@ -23,6 +21,7 @@ from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.inference import answer
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
+from benchmarks.harness import OriginalNet
 
 CLASSES = ["däisy", "iris, blue", "tulip"]
 PREPROCESSING = Preprocessing(64, "keep", interpolation="bicubic")
@@ -145,30 +144,16 @@ def test_pt2_runs_in_any_batch_size_and_names_its_classes(
         torch.testing.assert_close(program(batch(count)).detach(), expected, rtol=0, atol=1e-4)
 
 
-class OriginalNet(nn.Module):
-    """The two-script original's network, and how it normalises images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = make_layers(cfgs["D"])[:-1]
-        self.classifiers = nn.Sequential(nn.Linear(512**2, len(CLASSES)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        preset = VGG16_Weights.IMAGENET1K_V1.transforms()
-        x = self.features(normalize(images / 255, preset.mean, preset.std)).flatten(2)
-        x = (x @ x.mT / x.shape[2]).flatten(1)
-        return self.classifiers(F.normalize(x.sign() * (x.abs() + 1e-10).sqrt()))
-
-
 def test_pth_works_in_the_original_network_under_the_original_normalisation(
     bcnn: Bcnn, model: BCNN, ckpt: Path, tmp_path: Path
 ) -> None:
     """The model's own normalisation is another; its first convolution makes up for that."""
     assert bcnn("export", ckpt, "--format", "pth", "--output", tmp_path / "m.pth").code == 0
-    source = OriginalNet()
+    source, preset = OriginalNet(len(CLASSES)), VGG16_Weights.IMAGENET1K_V1.transforms()
     source.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True), strict=True)
     with torch.no_grad():
-        expected, found = model(batch(3)), source(batch(3))
+        expected = model(batch(3))
+        found = source(normalize(batch(3) / 255, preset.mean, preset.std))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.std()))
 
 

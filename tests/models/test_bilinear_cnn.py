@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.attribution import evidence
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.third_party import to_original
+from benchmarks.harness import OriginalNet
 
 STORED = json.loads(Path(__file__).with_name("golden.json").read_text())
 LABELS = torch.tensor([0, 1, 2])
@@ -60,20 +60,6 @@ def test_gradients_are_as_stored(model: BCNN, images: Tensor) -> None:
         gradient = parameters[name].grad
         assert gradient is not None
         assert float(gradient.double().norm()) == pytest.approx(norm, rel=1e-4)
-
-
-class OriginalNet(nn.Module):
-    """The original's layers and formula, for any input size: features, 262,144-wide classifier."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.features = make_layers(cfgs["D"])[:-1]
-        self.classifiers = nn.Sequential(nn.Linear(512**2, classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x).flatten(2)
-        x = (torch.bmm(x, x.transpose(1, 2)) / x.shape[2]).flatten(1)
-        return self.classifiers(F.normalize(torch.sign(x) * torch.sqrt(torch.abs(x) + 1e-10)))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 48, 64), (2, 3, 77, 33)])
