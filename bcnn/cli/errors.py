@@ -17,7 +17,6 @@ EXPECTED = {
     *("MisconfigurationException", "ClickException"),
 }
 
-
 NO_SHARED_MEMORY = (
     "/dev/shm is too small for data-loading processes: add data.num_workers=0 (predict: --workers 0), "
     "or start the container with a larger --shm-size"

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 from PIL import Image
 
+from bcnn.data.image_files import listed
 from bcnn.data.image_io import VERSION, decode, file_state, open_image, reason, upright_rgb
-from bcnn.data.index import ImageIndex, listed
+from bcnn.data.index import ImageIndex
 from bcnn.data.lookalikes import SIDE, perceptual_hash
 from bcnn.utils.console import logger, track
 from bcnn.utils.environment import cores

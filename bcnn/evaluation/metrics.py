@@ -62,7 +62,7 @@ class ClassMetrics:
 
 
 def headline(predictions: Predictions) -> dict[str, Estimate]:
-    """Return the metrics of all images, by the keys of `NAMES`."""
+    """Return the metrics of all images, by the keys of `NAMES`; a calibrated model has the last three."""
     labels, shares, count = predictions.labels, predictions.probabilities, len(predictions.classes)
     top5 = (shares.topk(min(5, count)).indices == labels[:, None]).sum()
     ece = multiclass_calibration_error(shares, labels, count, BINS)
@@ -70,14 +70,18 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
     tiny = torch.finfo(torch.float32).tiny
     nll = -predictions.true_probability.double().clamp_min(tiny).log().numpy()
     weights = 1 / labels.bincount()[labels].double().numpy()
-    return {
-        **_of_calibrated(predictions),
+    found = {
         "top1": proportion(int(correct.sum()), len(labels)),
         "top5": proportion(int(top5), len(labels)),
         "macro_top1": weighted_proportion(correct, weights),
         "ece": Estimate(float(ece), math.nan, math.nan),
         "nll": mean(nll),
     }
+    if predictions.sets is not None and predictions.strangeness is not None:
+        found["coverage"] = proportion(int(predictions.covered.sum()), len(labels))
+        found["set_size"] = mean(predictions.sets.sum(dim=1).double().numpy())
+        found["unlike"] = proportion(int((predictions.strangeness > 0).sum()), len(labels))
+    return found
 
 
 def displayed(predictions: Predictions) -> dict[str, Estimate]:
@@ -85,19 +89,7 @@ def displayed(predictions: Predictions) -> dict[str, Estimate]:
     metrics = headline(predictions)
     if len(predictions.classes) <= 5:
         del metrics["top5"]
-    return {key: metrics[key] for key in NAMES if key in metrics}
-
-
-def _of_calibrated(predictions: Predictions) -> dict[str, Estimate]:
-    """Return the metrics of prediction sets and strangeness; none if the model is not calibrated."""
-    if predictions.sets is None or predictions.strangeness is None:
-        return {}
-    images = len(predictions.paths)
-    return {
-        "coverage": proportion(int(predictions.covered.sum()), images),
-        "set_size": mean(predictions.sets.sum(dim=1).double().numpy()),
-        "unlike": proportion(int((predictions.strangeness > 0).sum()), images),
-    }
+    return metrics
 
 
 @dataclass(frozen=True)

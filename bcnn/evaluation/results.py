@@ -133,11 +133,11 @@ def unknown_table(unknown: Predictions, found: UnknownMetrics, title: str) -> Ta
     return table
 
 
-def weakest_table(predictions: Predictions, count: int = 5) -> Table:
-    """Return the classes of the lowest recall."""
+def weakest_table(predictions: Predictions) -> Table:
+    """Return the five classes of the lowest recall."""
     table = Table("class", "images", "recall", "precision", title="weakest classes")
     present = [row for row in per_class(predictions) if row.images]
-    for row in sorted(present, key=lambda row: row.recall.value)[:count]:
+    for row in sorted(present, key=lambda row: row.recall.value)[:5]:
         precision, _ = as_text("precision", row.precision)
         table.add_row(row.name, str(row.images), f"{row.recall.value:.1%}", precision)
     return table

@@ -62,11 +62,9 @@ class ConvexOptions:
 
 
 @dataclass
-class SGDOptions:
-    """Options at last.* of last=sgd."""
+class GradientOptions:
+    """Options of a stage that steps along gradients."""
 
-    solver: str
-    store: bool
     epochs: int
     batch_size: int
     accumulate: int
@@ -77,21 +75,22 @@ class SGDOptions:
 
 
 @dataclass
-class FinetuneOptions:
+class SGDOptions(GradientOptions):
+    """Options at last.* of last=sgd."""
+
+    solver: str
+    store: bool
+
+
+@dataclass
+class FinetuneOptions(GradientOptions):
     """Options at finetune.*"""
 
-    epochs: int
-    batch_size: int
-    accumulate: int
     unfreeze_from: str | None
     grad_checkpointing: bool
     compile: bool
     centering: bool
     polyak: float | None
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any] | None
-    class_weights: bool
-    loss: dict[str, Any]
 
 
 @dataclass
