@@ -62,7 +62,7 @@ class ClassMetrics:
 
 
 def headline(predictions: Predictions) -> dict[str, Estimate]:
-    """Return the metrics of all images, by the keys of `NAMES`; a calibrated model has the last three."""
+    """Return the metrics of all images, by the keys of `NAMES`; the last three if calibrated."""
     labels, shares, count = predictions.labels, predictions.probabilities, len(predictions.classes)
     top5 = (shares.topk(min(5, count)).indices == labels[:, None]).sum()
     ece = multiclass_calibration_error(shares, labels, count, BINS)
