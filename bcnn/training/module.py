@@ -116,6 +116,10 @@ class BCNNModule(L.LightningModule):
                 inputs = self.model.descriptor(inputs)
         return self.model.head(inputs)
 
+    def on_fit_start(self) -> None:
+        """Drop the calibration of the weights to start from."""
+        self.model.calibration = self.hparams["calibration"] = None
+
     def on_train_start(self) -> None:
         """Center the head on the training images at the same logits; a resumed one is centered."""
         if self.model.head.batch_mean and current_epoch(self.trainer) == 0:

@@ -28,22 +28,24 @@ def sgd(lr: float) -> object:
 
 @pytest.mark.parametrize(("stage", "cached"), [("last", False), ("last", True), ("finetune", False)])
 def test_a_plain_trainer_trains_saves_and_opens_a_stage(
-    images: Path, tmp_path: Path, tiny: BCNN, stage: str, cached: bool
+    images: Path, tmp_path: Path, calibrated: BCNN, stage: str, cached: bool
 ) -> None:
+    """The calibration of the start, which is of other weights, goes."""
     data: L.LightningDataModule = folder_data(images, batch_size=4)
     if cached:
-        data = CachedFeatureDataModule(data, tiny, "32-true")
+        data = CachedFeatureDataModule(data, calibrated, "32-true")
     tuning = {"centering": True, "polyak": 2.0} if stage == "finetune" else {}
-    before = tiny.head.weight.clone()
+    before = calibrated.head.weight.clone()
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
-    trainer.fit(BCNNModule(tiny, stage, **tuning), datamodule=data)  # type: ignore[arg-type]
-    assert not torch.equal(tiny.head.weight, before)
+    trainer.fit(BCNNModule(calibrated, stage, **tuning), datamodule=data)  # type: ignore[arg-type]
+    assert not torch.equal(calibrated.head.weight, before)
     found = trainer.test(datamodule=data, ckpt_path="best")[0]
     assert 0 <= found["test_top1"] <= 1
     path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
     again = BCNNModule.load_from_checkpoint(path)
+    assert again.model.calibration is None
     assert again.stage == stage and again.model.head.training and not again.model.backbone.training
-    state = tiny.state_dict()
+    state = calibrated.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in again.model.state_dict().items())
     assert all(p.requires_grad == (stage == "finetune") for p in again.model.backbone.parameters())
     assert BCNNModule.load_from_checkpoint(path, stage="last").stage == "last"
