@@ -1,4 +1,4 @@
-"""`bcnn check`: what training on a set of images would meet."""
+"""`bcnn check`: a report on images before training."""
 
 from collections import Counter
 from collections.abc import Container

@@ -18,10 +18,10 @@ def compare(runs: Annotated[list[Path], RUNS], output: OutputFolder = None) -> N
     """Compare models on the same test images, each with the first.
 
     Images are matched by content. The interval of the difference and McNemar's exact test are of
-    paired images. They tell two trained models apart; a sweep over seed tells settings apart.
+    paired images. They compare two trained models; a sweep over seed compares settings.
 
     Writes compare.html with the images that differ, compare.md, compare.tex, compare.csv, and
-    images.csv (what each model says about the images that they classify differently).
+    images.csv (the classes that the models predict for images that they classify differently).
     """
     if len(runs) < 2:
         raise UserError("bcnn compare needs two folders or more")

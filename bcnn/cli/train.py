@@ -35,7 +35,7 @@ def _main(cfg: DictConfig) -> float:
 
 
 def main(words: list[str], task: Task = _main) -> int:
-    """Train as the words of a command say; return the exit code.
+    """Train by the words of a command; return the exit code.
 
     Args:
         words: Hydra's overrides and flags, or `resume=FOLDER`.
@@ -145,7 +145,7 @@ def _own_configuration(words: list[str]) -> list[str]:
 
 
 def _explained(error: Exception, words: list[str]) -> str:
-    """Return one sentence for what Hydra says of words that make no configuration."""
+    """Return a sentence on words that make no configuration, from Hydra's error."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if found := re.match(r"Could not override '([^']+)'", text):
         return _unknown_option(found[1])

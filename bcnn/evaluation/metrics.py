@@ -94,7 +94,7 @@ def displayed(predictions: Predictions) -> dict[str, Estimate]:
 
 @dataclass(frozen=True)
 class UnknownMetrics:
-    """How well strangeness tells images of known classes from images of none."""
+    """How well strangeness separates images of known classes from images of none."""
 
     auroc: float  # probability that an unknown image is stranger than a known one
     fpr95: float  # share of unknown images accepted by a limit that accepts 95 % of the known ones

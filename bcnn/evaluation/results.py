@@ -125,7 +125,7 @@ def predict_unknown(
 
 
 def unknown_table(unknown: Predictions, found: UnknownMetrics, title: str) -> Table:
-    """Return how well images of no known class are told from those of known classes."""
+    """Return how well images of no known class are separated from those of known classes."""
     table = Table("", "", title=f"{title}: {len(unknown.paths)} images of no known class")
     table.add_row("area under the ROC curve", f"{found.auroc:.3f}")
     table.add_row("accepted where 95 % of the known are", f"{found.fpr95:.1%}")

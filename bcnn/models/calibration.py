@@ -1,4 +1,4 @@
-"""What held-out images tell of a model: how sure it is, and what is unlike its training images.
+"""What held-out images show of a model: how sure it is, and what is unlike its training images.
 
 All of it assumes that new images are drawn like the held-out ones ("exchangeable"): see docs/sure.md.
 """

@@ -1,4 +1,4 @@
-"""What a run says: Lightning's loggers and what they get beside the curves, figures, next commands."""
+"""What a run logs: to Lightning's loggers beside the curves; figures and the next commands."""
 
 import logging
 import shlex

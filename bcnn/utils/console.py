@@ -38,7 +38,7 @@ LINE_EVERY = 15.0  # seconds between two lines, at least
 PERIOD = 600.0  # seconds that the speed is averaged over
 
 logger = logging.getLogger("bcnn")
-# Rank 0 alone tells the story; an error may be another rank's alone.
+# Only rank 0 logs, but an error may be another rank's alone.
 logger.addFilter(lambda record: record.levelno >= logging.ERROR or is_rank_zero())
 
 

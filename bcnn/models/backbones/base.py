@@ -27,7 +27,7 @@ class Backbone(nn.Module):
     size_divisor: int = 1  # the sides of images are multiples of it
     layers: tuple[str, ...] = ()  # names for `unfreeze_from`, from the input up
     weights: tuple[str, ...] = ()  # names of published weights for `download`
-    supports_grad_checkpointing: bool = False  # whether `forward_features` heeds `grad_checkpointing`
+    supports_grad_checkpointing: bool = False  # whether `forward_features` uses `grad_checkpointing`
     licence: str = ""  # of the published weights; "": unknown
     interpolation: Interpolation = "bilinear"  # of the images that the weights were trained on
     mean: Tensor
