@@ -20,7 +20,8 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, ROOT, Bcnn, bounded, mutated, network, set_up, watched, write_images
+from conftest import COLOURS, ROOT, Bcnn, network, set_up, watched, write_images
+from fuzz import bounded, mutated
 from hypothesis import given
 from PIL import Image
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FEW, bounded, mutated
+from fuzz import FEW, bounded, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Damage, damage, junk
+from fuzz import Damage, damage, junk
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
