@@ -29,7 +29,9 @@ from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import BACKBONES, Backbone
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Calibration, Subspace
+from bcnn.models.checkpoint import save_model
 from bcnn.training.feature_data import CachedFeatureDataModule
+from bcnn.utils.console import logger
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -197,6 +199,27 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """The records of the program's logger."""
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger.name)
+    return caplog
+
+
+def save_checkpoint(model: BCNN, path: Path) -> Path:
+    """Write a model as Lightning does, or as it is exported."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_model(model, path)
+    else:
+        state = {f"model.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"state_dict": state, "hyper_parameters": model.description()}, path)
+    return path
 
 
 def quiet_trainer(**options: Any) -> L.Trainer:

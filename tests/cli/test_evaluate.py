@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import Bcnn, read_csv, set_up, write_images
+from conftest import Bcnn, read_csv, save_checkpoint, set_up, write_images
 from PIL import Image
 
 from bcnn.data.image_io import load_image
@@ -31,15 +31,7 @@ def model(tiny: BCNN) -> BCNN:
 
 @pytest.fixture
 def ckpt(model: BCNN, tmp_path: Path) -> Path:
-    return save(model, tmp_path / "run" / "last" / "best.ckpt")
-
-
-def save(model: BCNN, path: Path) -> Path:
-    """As Lightning writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"state_dict": state, "hyper_parameters": model.description()}, path)
-    return path
+    return save_checkpoint(model, tmp_path / "run" / "last" / "best.ckpt")
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -133,7 +125,7 @@ def test_training_images_are_left_out_if_they_were_saved_again(
     write_images(tmp_path / "images", 12)
     data = set_up(tmp_path / "images")
     model.split = data.split
-    ckpt = save(model, tmp_path / "best.ckpt")
+    ckpt = save_checkpoint(model, tmp_path / "best.ckpt")
     again, all_in_test = tmp_path / "again", tmp_path / "all" / "test"
     for path, label in (*data.train, *data.val, *data.test):
         with Image.open(path) as image:
@@ -156,7 +148,7 @@ def test_a_warning_comes_before_the_figures_where_no_image_is_recorded(
 ) -> None:
     model.split = set_up(images).split
     write_images(tmp_path / "others", 2, seed=9)
-    outcome = bcnn("evaluate", save(model, tmp_path / "best.ckpt"), tmp_path / "others")
+    outcome = bcnn("evaluate", save_checkpoint(model, tmp_path / "best.ckpt"), tmp_path / "others")
     assert outcome.code == 0 and "the checkpoint records none of these images" in outcome.err
 
 

@@ -13,17 +13,7 @@ from PIL import Image
 from bcnn.data.datamodule import SAMPLE_WORKERS, FineGrainedDataModule
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Preprocessing
-from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
-
-
-@pytest.fixture
-def logged(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level("INFO", logger.name)
-    return caplog
 
 
 def lengths(data: FineGrainedDataModule) -> tuple[int, int, int]:

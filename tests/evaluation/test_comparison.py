@@ -1,6 +1,5 @@
 """Models compared on the same images: which images those are, and what is said of the difference."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from conftest import COLOURS, read_csv, watched, write_images
 from bcnn.data.integrity import inspect
 from bcnn.evaluation.comparison import open_runs, write
 from bcnn.evaluation.predictions import Predictions, on_common_images
-from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 CLASSES = sorted(COLOURS)
@@ -36,15 +34,6 @@ def save(tmp_path: Path, **runs: Predictions) -> list[Path]:
     for name, each in runs.items():
         each.save(tmp_path / name / "predictions.npz")
     return [tmp_path / name for name in runs]
-
-
-@pytest.fixture
-def warned(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level(logging.WARNING, logger.name)
-    return caplog
 
 
 def test_what_is_saved_is_loaded(paths: list[str], tmp_path: Path) -> None:
@@ -85,7 +74,7 @@ def test_images_are_matched_by_content_wherever_they_are(paths: list[str], tmp_p
 
 
 def test_only_common_images_count_and_a_sentence_says_so(
-    paths: list[str], tmp_path: Path, warned: pytest.LogCaptureFixture
+    paths: list[str], tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     """Of another split, with another label for one image, of other classes, and not of test."""
     first = predictions(paths[:20], {0, 19})
@@ -94,17 +83,17 @@ def test_only_common_images_count_and_a_sentence_says_so(
     second = replace(second, classes=[*CLASSES, "yellow"], probabilities=torch.eye(4)[second.labels])
     _, run = open_runs(save(tmp_path, a=first, b=second))
     assert run.first.paths == paths[6:20] and run.counts == [13, 0, 1, 0]
-    assert f"14 of 20 images of {tmp_path / 'a'} are compared" in warned.text
-    assert f"14 of 25 images of {tmp_path / 'b'} are compared" in warned.text
-    assert f"{tmp_path / 'b'} has predictions of val images" in warned.text
-    assert f"{tmp_path / 'b'} chooses from other classes" in warned.text
+    assert f"14 of 20 images of {tmp_path / 'a'} are compared" in logged.text
+    assert f"14 of 25 images of {tmp_path / 'b'} are compared" in logged.text
+    assert f"{tmp_path / 'b'} has predictions of val images" in logged.text
+    assert f"{tmp_path / 'b'} chooses from other classes" in logged.text
 
 
 def test_runs_that_record_no_content_are_matched_by_path(
-    paths: list[str], tmp_path: Path, warned: pytest.LogCaptureFixture
+    paths: list[str], tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     runs = save(tmp_path, a=predictions(paths, {0}), b=predictions(paths[::-1], {0}, digests=False))
-    assert sum(open_runs(runs)[1].counts) == 30 and "matched by path" in warned.text
+    assert sum(open_runs(runs)[1].counts) == 30 and "matched by path" in logged.text
 
 
 def test_copies_of_an_image_are_paired_one_to_one(paths: list[str]) -> None:

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, configure, toy, write_classes, write_images
+from conftest import SMALL, configure, save_checkpoint, toy, write_classes, write_images
 from hydra.utils import instantiate
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.checkpoint import save_model
 from bcnn.training.network import build_model
 from bcnn.utils.console import setup_logging
 
@@ -25,23 +24,13 @@ def start(photos: Path, *overrides: str) -> tuple[FineGrainedDataModule, BCNN]:
     return data, build_model(cfg, data)
 
 
-def save(model: BCNN, path: Path) -> Path:
-    """A checkpoint as Lightning writes it, or an exported one."""
-    if path.suffix == ".safetensors":
-        save_model(model, path)
-    else:
-        content = {"state_dict": model.state_dict(), "hyper_parameters": model.description()}
-        torch.save(content, path)
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_weights_of_a_checkpoint_bring_the_record_of_its_images(tmp_path: Path, suffix: str) -> None:
     """With another seed and a new class, no image that they were trained on is held out."""
     photos, file = tmp_path / "photos", tmp_path / f"best{suffix}"
     write_classes(photos, cat=12, dog=12, eel=12)
     earlier, model = start(photos, "data.classes=[cat,dog]", "data.seed=1")
-    save(model, file)
+    save_checkpoint(model, file)
     data, later = start(photos, "data.seed=2", f"model.weights={file}")
     for split in ("val", "test"):
         before, now = ({path for path, _ in getattr(each, split)} for each in (earlier, data))
@@ -49,7 +38,7 @@ def test_weights_of_a_checkpoint_bring_the_record_of_its_images(tmp_path: Path, 
         assert before < now and new and all(Path(path).parent.name == "eel" for path in new)
     assert later.split and later.split.train == {data.digests[path] for path, _ in data.train}
     write_images(tmp_path / "others", 6)
-    file = save(later, tmp_path / f"second{suffix}")
+    file = save_checkpoint(later, tmp_path / f"second{suffix}")
     data, third = start(tmp_path / "others", f"model.weights={file}")
     of_others = {data.digests[path] for path, _ in data.train}
     assert third.split and third.split.train == later.split.train | of_others
@@ -61,7 +50,7 @@ def test_weights_without_a_record_cause_a_warning(
     write_classes(tmp_path / "photos", cat=12, dog=12)
     model = start(tmp_path / "photos")[1]
     model.split = None
-    file = save(model, tmp_path / "best.ckpt")
+    file = save_checkpoint(model, tmp_path / "best.ckpt")
     start(tmp_path / "photos", f"model.weights={file}")
     assert "the checkpoint records none of these images" in capsys.readouterr().err
     torch.save(model.backbone.state_dict(), tmp_path / "features.pth")
