@@ -14,7 +14,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, settings
 from omegaconf import DictConfig
@@ -234,13 +233,6 @@ def build(data: CachedFeatureDataModule) -> CachedFeatureDataModule:
     data.trainer = quiet_trainer()
     data.setup()
     return data
-
-
-def make_near_sighted(model: BCNN) -> None:
-    """Leave the middle of every kernel alone: a location of relu5_3 sees its own 16 px, no others."""
-    for layer in model.backbone.features:
-        if isinstance(layer, nn.Conv2d):
-            layer.weight.data.mul_(F.pad(torch.full((1, 1, 1, 1), 3.0), (1, 1, 1, 1)))
 
 
 def batches() -> DataLoader:

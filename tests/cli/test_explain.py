@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Bcnn, make_near_sighted
+import torch.nn.functional as F
+from conftest import Bcnn
 from PIL import Image
+from torch import nn
 
 from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation import explain
@@ -41,6 +43,13 @@ def ckpt(model: BCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "best.safetensors"
     save_model(model, path)
     return path
+
+
+def make_near_sighted(model: BCNN) -> None:
+    """Leave the middle of every kernel alone: a location of relu5_3 sees its own 16 px, no others."""
+    for layer in model.backbone.features:
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.mul_(F.pad(torch.full((1, 1, 1, 1), 3.0), (1, 1, 1, 1)))
 
 
 def marked(size: tuple[int, int], box: Box, colour: tuple[int, ...]) -> Image.Image:
