@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import math
 import secrets
 import socket
 from collections.abc import Sequence
@@ -26,9 +27,11 @@ from bcnn.evaluation.explain import SIDE, see
 from bcnn.evaluation.heatmap import overlay, scaled
 from bcnn.evaluation.inference import validate_finite
 from bcnn.evaluation.neighbours import descriptors, nearest
+from bcnn.evaluation.predictions import COVERAGE
 from bcnn.evaluation.report import template, thumbnail
 from bcnn.models.attribution import shares
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.calibration import prediction_sets
 from bcnn.utils.console import track
 from bcnn.utils.errors import UserError
 
@@ -104,9 +107,13 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
     small.thumbnail((SIDE, SIDE))
     box = scaled(seen.box, small.width / seen.image.width)
     drawn = [overlay(small, box, m.numpy(), float(m.abs().max()) or 1.0) for m in maps]
+    threshold = model.calibration.threshold(COVERAGE) if model.calibration else math.inf
+    in_set = prediction_sets(seen.probabilities[None], threshold)[0]
     classes = []
     for p, label, evidence, picture in zip(*map(Tensor.tolist, top), maps, drawn, strict=True):
         numbers = {"probability": p, "logits": float(evidence.sum())}
+        if model.calibration:
+            numbers["in_set"] = bool(in_set[label])
         classes.append({"name": model.classes[label], "picture": thumbnail(picture, SIDE), **numbers})
     neighbours = []
     distances, indices = nearest(seen.descriptor, gallery[1], SHOWN)
@@ -120,6 +127,7 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
         "crop": [edge / side for edge, side in zip(seen.crop, seen.image.size * 2, strict=True)],
         "classes": classes,
         "nearest": neighbours,
+        "unlike_training": seen.unlike_training,
     }
 
 

@@ -62,6 +62,7 @@ def explain(
         with atomic_write(figure) as part:
             attribution.draw(found, model.classes, Path(path).name).savefig(part, dpi=150)
         this, that = model.classes[found.target], model.classes[found.against]
-        console.print(printable(f"{path}: {this} versus {that}: {figure}"))
+        unlike = "unlike the training images; " * bool(found.unlike_training)
+        console.print(printable(f"{path}: {unlike}{this} versus {that}: {figure}"))
     error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)

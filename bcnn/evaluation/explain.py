@@ -39,6 +39,12 @@ class Seen:
         """(classes,), in float32, on the CPU; nan where a logit is not finite."""
         return self.answer.probabilities[0]
 
+    @property
+    def unlike_training(self) -> bool | None:
+        """Whether the image is unlike the training images; None if the model is not calibrated."""
+        strangeness = self.answer.strangeness
+        return None if strangeness is None else bool(strangeness[0] > 0)
+
     def drawn(self, side: int, shares: Tensor | None = None, limit: float = 1.0) -> Image.Image:
         """Return the image with its crop framed, under shares (h, w); its long side has `side` px."""
         scale = side / max(self.image.size)
@@ -100,6 +106,7 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
     """Draw both attribution maps beside the image, under its name and its most probable classes."""
     top = explanation.probabilities.topk(min(3, len(classes)))
     likeliest = ", ".join(f"{classes[k]} {share:.1%}" for share, k in zip(*top, strict=True))
+    likeliest += "; unlike the training images" * bool(explanation.unlike_training)
     target, against = classes[explanation.target], f"rather than {classes[explanation.against]}: "
     crop = explanation.drawn(SIDE)
     figure = Figure(figsize=(crop.width / 50 + 1.5, crop.height / 150 + 1.2), layout="constrained")

@@ -101,6 +101,19 @@ def test_classes_and_what_tells_them_apart(port: int, tiny: BCNN, tmp_path: Path
     assert abs(np.ptp(outside, axis=2)).max() < 12 < np.ptp(pixels, axis=2).max()  # grey, not coloured
 
 
+def test_a_calibrated_model_marks_its_set_and_what_it_does_not_know(
+    port: int, calibrated: BCNN
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    found = ask(port, encoded("PNG", Image.fromarray(noise)))[1]
+    assert found["unlike_training"] is False
+    limit = calibrated.calibration.threshold(0.95)
+    for rank, each in enumerate(found["classes"]):
+        assert each["in_set"] == (rank == 0 or each["probability"] >= limit)
+    blue = encoded("PNG", Image.new("RGB", (32, 32), "navy"))
+    assert ask(port, blue)[1]["unlike_training"] is True
+
+
 def test_the_nearest_images_are_those_of_the_descriptors(
     port: int, tiny: BCNN, gallery: Gallery
 ) -> None:

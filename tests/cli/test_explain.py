@@ -59,6 +59,19 @@ def marked(size: tuple[int, int], box: Box, colour: tuple[int, ...]) -> Image.Im
     return image
 
 
+def test_an_image_unlike_the_training_images_is_marked(
+    bcnn: Bcnn, calibrated: BCNN, tmp_path: Path
+) -> None:
+    save_model(calibrated, tmp_path / "best.safetensors")
+    Image.new("RGB", (32, 32), "navy").save(tmp_path / "navy.png")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    paths = [tmp_path / "navy.png", tmp_path / "noise.png"]
+    outcome = bcnn("explain", tmp_path / "best.safetensors", *paths, "--output", tmp_path)
+    marked = ["unlike the training images" in line for line in outcome.out.splitlines()]
+    assert marked == [True, False]
+
+
 @pytest.mark.parametrize(
     ("size", "mark", "target"),
     [((300, 150), (142, 34, 208, 100), 0), ((150, 300), (34, 142, 100, 208), 1)],
