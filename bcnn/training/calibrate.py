@@ -13,7 +13,7 @@ from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import BLOCK
 from bcnn.utils.console import track
 
-SAMPLE = 512  # training images whose descriptors span the subspace
+SAMPLE = 256  # training images whose descriptors span the subspace
 
 
 @torch.no_grad()
