@@ -128,6 +128,7 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
         "classes": classes,
         "nearest": neighbours,
         "unlike_training": seen.unlike_training,
+        "set_size": int(in_set.sum()) if model.calibration else None,
     }
 
 

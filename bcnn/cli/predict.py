@@ -33,8 +33,8 @@ def predict(
 ) -> int:
     """Print the likeliest classes of images, with probabilities.
 
-    The prediction set of an image holds its true class for 95 of 100 images that are like those of
-    training and validation. Images unlike them are marked.
+    The prediction set holds the true class of a share --coverage of images like those that calibrated
+    the model. Images unlike the training images are marked.
 
     An image that cannot be read has a row with the reason, and the exit code is 1 at the end.
     """

@@ -76,7 +76,7 @@ def what_sets_promise(model: BCNN, coverage: float) -> str:
     if not model.calibration:
         return "this model is not calibrated: no prediction sets, and images of no class are not marked"
     images = len(model.calibration.scores)
-    largest = math.floor(1000 * images / (images + 1)) / 1000
+    largest = images / (images + 1)
     if coverage <= largest:
         return (
             f"the set holds the true class of {coverage:.4g} of the images, if these are like the "
@@ -84,7 +84,7 @@ def what_sets_promise(model: BCNN, coverage: float) -> str:
         )
     return (
         f"{images} held-out images calibrated the model, too few for --coverage {coverage:g}: all "
-        f"classes are in the sets; use {largest:g} or less"
+        f"classes are in the sets; use {math.floor(1000 * largest) / 1000:g} or less"
     )
 
 

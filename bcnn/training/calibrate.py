@@ -24,21 +24,21 @@ def calibrate(
     held_out: HeldOut | None,
     precision: str,
 ) -> Calibration | None:
-    """Return a calibration by cross-validation or by the validation images; None without either.
+    """Return a calibration by validation images or else by cross-validation; None without either.
 
-    Cross-validation has more images, but validation images that the user chose are closer to those that
-    the model will meet: training images often come in series, and a fold then knows the next one.
+    Cross-validation would have more images, but is too good where training images come in series, since
+    a fold then knows the next one. Its logits are also of the mean of an image and its mirror image.
 
     Args:
         features: that the loaders of are read: images, or stored descriptors.
         held_out: of cross-validation in stage `last`.
     """
     sample = draw_sample(data.train, data.digests, SAMPLE, data.seed)
-    val_is_drawn = not data.val or data.split.recipe["val_fraction"] > 0
-    if held_out and isinstance(features, CachedFeatureDataModule) and val_is_drawn:
-        return _by_folds(features, sample, held_out, model.head.bias.device)
     if not data.val:
-        return None
+        if held_out is None or not len(held_out.images):
+            return None
+        assert isinstance(features, CachedFeatureDataModule)
+        return _by_folds(features, sample, held_out, model.head.bias.device)
     spanning = descriptors(model, features.evaluation_dataloader(sample), precision)
     space = Subspace.of(torch.cat([*spanning]))
     batches = descriptors(model, features.evaluation_dataloader(data.val), precision)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, configure, folder_data, quiet_trainer, toy, write_images
+from conftest import SMALL, configure, folder_data, quiet_trainer, toy
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Subspace
@@ -25,24 +25,21 @@ def held_out(checkpoint: Path) -> int:
     return 0 if calibration is None else len(calibration.scores)
 
 
-def test_cross_validation_calibrates_last_and_validation_images_finetune(
-    images: Path, tmp_path: Path, tiny: BCNN
-) -> None:
+def test_validation_images_calibrate_each_stage(images: Path, tmp_path: Path, tiny: BCNN) -> None:
     """Of 18 training images, 6 are drawn for validation."""
     run(images, *FINETUNE, f"output={tmp_path / 'out'}")
-    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 12
+    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 6
     tuned = next((tmp_path / "out" / "finetune").glob("*.ckpt"))
     assert held_out(tuned) == 6
     module = BCNNModule.load_from_checkpoint(tuned)
     assert quiet_trainer().test(module, folder_data(images).test_dataloader(), tuned, verbose=False)
 
 
-def test_validation_images_that_the_user_chose_calibrate_last(
+def test_without_validation_images_a_cross_validation_calibrates(
     images: Path, tmp_path: Path, tiny: BCNN
 ) -> None:
-    write_images(images / "val", 3, seed=2)
-    run(images, "stage=last", f"output={tmp_path / 'out'}")
-    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 9
+    run(images, "stage=last", "data.val_fraction=0", f"output={tmp_path / 'out'}")
+    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 18
 
 
 def test_without_held_out_images_a_model_is_not_calibrated(
