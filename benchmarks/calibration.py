@@ -62,7 +62,8 @@ def hidden(
     numbers[order[len(order) // 4 :]] = torch.arange(len(order) - len(order) // 4)
     kept = numbers[train[1]] >= 0
     x, labels = train[0][kept], numbers[train[1]][kept]
-    problem, folds = ConvexProblem(x, labels, int(labels.max()) + 1), fold_numbers(labels, 5)
+    problem = ConvexProblem(x, labels, int(labels.max()) + 1)
+    folds = fold_numbers(labels, 5, range(len(labels)))
     solution, logits = problem.solve(L2), problem.held_out(L2, folds)
     sample = torch.randperm(len(x), generator=generator)[:SAMPLE]
     outside = torch.empty(len(x))

@@ -14,8 +14,11 @@ Checkpoint = Annotated[Path, CHECKPOINT]
 PATHS = "Files, folders, quoted patterns such as '**/*.jpg', or - for a list on standard input."
 Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
 
-LABELS = "Image folder as for training, or list of path,label[,split]."
+LABELS = "Image folder as for training, or list of path,label[,split][,group]."
 LabelledImages = Annotated[Path, typer.Argument(metavar="IMAGES", exists=True, help=LABELS)]
+
+GROUP = "Regular expression: its first group, or its match, in a path names the image's group."
+Group = Annotated[str | None, typer.Option("--group", metavar="REGEX", help=GROUP)]
 
 MIRROR = "Average each image with its mirror image, in twice the time."
 Mirror = Annotated[bool, typer.Option("--mirror", help=MIRROR)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bcnn.cli.arguments import LabelledImages, OutputFolder
+from bcnn.cli.arguments import Group, LabelledImages, OutputFolder
 from bcnn.utils.console import console, printable, progress
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import new_output
@@ -24,6 +24,7 @@ def check(
     images: LabelledImages,
     val_fraction: Annotated[float, VAL] = 0.1,
     test_fraction: Annotated[float | None, TEST] = None,
+    group: Group = None,
     seed: Annotated[int, typer.Option(help="Decides which images are drawn.")] = 0,
     output: OutputFolder = None,
 ) -> int:
@@ -32,16 +33,20 @@ def check(
     Draws contact_sheet.png, and near_duplicates.png. The exit code is 1 where training would stop.
 
     IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder
-    with a metadata.csv of file_name,label, or a list with lines of path,label[,split].
+    with a metadata.csv of file_name,label, or a list with lines of path,label[,split][,group].
     """
     with progress("loading PyTorch"):
         from bcnn.data import integrity
         from bcnn.data.contact_sheet import contact_sheet, pair_sheet
+        from bcnn.data.groups import join_groups, match_groups
         from bcnn.data.index import mistakes, read_folder, read_list
         from bcnn.data.review import lookalikes, review
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
     validate_fractions(val_fraction, test_fraction)
     index = read_list(images) if images.is_file() else read_folder(images)
+    if group is not None:
+        base = images.parent if images.is_file() else images
+        index.groups = match_groups(index.paths, group, "--group", base)
     findings = integrity.check(images, index.paths)
     reasons = integrity.broken(findings)
     intact = index.without(reasons)
@@ -49,7 +54,8 @@ def check(
     errors = mistakes(index, images) or (
         mistakes(intact, images) + too_few(intact, digests, images, val_fraction, test_fraction)
     )
-    drawn = draw_splits(intact, digests, val_fraction, test_fraction, seed)
+    groups = join_groups({path: findings[path] for path in intact.paths}, index.groups, near=False)
+    drawn = draw_splits(intact, digests, groups, val_fraction, test_fraction, seed)
     folder = output or new_output("check")
     console.print(_table(index, drawn, reasons))
     if intact.samples:

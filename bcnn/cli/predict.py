@@ -2,12 +2,13 @@
 
 import sys
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from bcnn.cli.arguments import Checkpoint, Images, Mirror
+from bcnn.cli.arguments import Checkpoint, Group, Images, Mirror
 from bcnn.utils.console import error_console, progress, track
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, validate_writable
@@ -17,6 +18,7 @@ OUTPUT = typer.Option(help="New file to write once all is done. Default: standar
 COVERAGE = typer.Option(
     min=0.01, max=0.999, help="Share of images whose true class is in their prediction set."
 )
+BY = typer.Option(help="group: one answer a group, by the mean of its images' logits.")
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
 
 
@@ -27,6 +29,8 @@ def predict(
     format: Annotated[Literal["table", "jsonl", "csv", "labelstudio"], FORMAT] = "table",
     coverage: Annotated[float, COVERAGE] = 0.95,
     output: Annotated[Path | None, OUTPUT] = None,
+    by: Annotated[Literal["image", "group"], BY] = "image",
+    group: Group = None,
     mirror: Mirror = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the fastest.")] = None,
     workers: Annotated[int | None, WORKERS] = None,
@@ -36,8 +40,12 @@ def predict(
     The prediction set holds the true class of a share --coverage of images like those that calibrated
     the model. Images unlike the training images are marked.
 
+    With --by group, IMAGES may be a list with the columns path and group, in place of --group. A group
+    has no prediction set.
+
     An image that cannot be read has a row with the reason, and the exit code is 1 at the end.
     """
+    from bcnn.data.groups import find_groups
     from bcnn.data.image_files import find_images
     from bcnn.evaluation.writers import FORMATS
 
@@ -45,7 +53,12 @@ def predict(
         if output.exists():
             raise UserError(f"--output {output} exists: remove it or name another file")
         validate_writable(output.parent)
-    paths = find_images(images)
+    named = by == "group" or group is not None
+    if named and format == "labelstudio":
+        raise UserError("--format labelstudio has a task for each image: leave out --by group")
+    members = find_groups(images, group) if named else {}
+    paths = [*chain(*members.values())] or find_images(images)
+    groups = [name for name, each in members.items() for _ in each]
     with progress("loading PyTorch"):
         from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
         from bcnn.utils.device import best_device
@@ -58,12 +71,13 @@ def predict(
     with (
         atomic_write(output) if output else nullcontext() as part,
         part.open("w", **options) if part else nullcontext(sys.stdout) as out,
-        FORMATS[format](out, model.classes, paths, top_k) as write,
+        FORMATS[format](out, model.classes, [*members] or paths, top_k) as write,
     ):
-        found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror)
-        for prediction in track(found, "predicting", len(paths)):
+        found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror, groups)
+        for prediction in track(found, "predicting", len(members) or len(paths)):
             write(prediction)
             failed += bool(prediction.error)
-    error_console.print(what_sets_promise(model, coverage))
+    if not named:
+        error_console.print(what_sets_promise(model, coverage))
     error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)

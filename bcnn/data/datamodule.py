@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bcnn.data import splits
+from bcnn.data.draws import draw_fraction, draw_sample
+from bcnn.data.groups import join_groups, match_groups
 from bcnn.data.image_io import load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import Finding, check, without_broken
-from bcnn.data.review import duplicates, imbalance, oddities
+from bcnn.data.review import imbalance, oddities, shared
 from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
@@ -26,6 +28,7 @@ from bcnn.utils.errors import UserError
 
 OnInvalidImage = Literal["raise", "skip"]
 Sampling = Literal["balanced"]
+NearDuplicates = Literal["together"]
 
 SAMPLE_WORKERS = 4  # processes that decode the few images of `sample_dataloader`
 
@@ -35,13 +38,14 @@ class FineGrainedDataModule(L.LightningDataModule):
 
     `setup` checks every image and draws the splits. After it, `classes` are names by label, `train`,
     `val` and `test` (path, label) pairs, `findings` what the check found by path, `digests` the digests
-    among it, and `split` the record of the splits. `val` and `test` may be empty.
+    among it, `groups` the group of each path, and `split` the record of the splits. `val` and `test`
+    may be empty.
 
     For a data set with files of its own, override `read_index`.
 
     Args:
         root: `root/{train,val,test}/<class>/*`, val and test being optional, or `root/<class>/*`.
-        list: instead of `root`, a CSV or text file of `path,label[,split]`.
+        list: instead of `root`, a CSV or text file of `path,label[,split][,group]`.
         size, resize, crop_pct: see `Preprocessing`.
         interpolation: wherever an image is resized; None: the network's own, "bilinear" without one.
         train_scale: least share of an image's area that a training crop takes before it is resized to
@@ -51,6 +55,9 @@ class FineGrainedDataModule(L.LightningDataModule):
             smaller share are among those of a larger one.
         val_fraction: share of each class to draw for validation if no image is in val; 0: train on all.
         test_fraction: the same for test; None: 0.2 if no splits are given, else 0.
+        group: regular expression, in place of the list's column: its first group, or its match, in a
+            path from `root` or the list is the name of the image's group, which no split or fold cuts.
+        near_duplicates: "together" puts images that look the same into one group.
         on_invalid_image: "raise" an error at files that cannot be decoded, or "skip" them.
         sampler: "balanced" draws every class equally often in training; None: every image once.
         cache: keep large training images on disk at the size needed.
@@ -66,6 +73,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     split: SplitRecord
     findings: dict[str, Finding]
     digests: dict[str, str]
+    groups: dict[str, str]
     _sample_loaders: dict[Any, DataLoader]
 
     def __init__(
@@ -81,6 +89,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         train_fraction: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float | None = None,
+        group: str | None = None,
+        near_duplicates: NearDuplicates | None = None,
         on_invalid_image: OnInvalidImage = "raise",
         sampler: Sampling | None = None,
         cache: bool = False,
@@ -99,6 +109,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.chosen_classes = classes
         self.train_fraction = train_fraction
         self.fractions = val_fraction, test_fraction
+        self.group, self.near_duplicates = group, near_duplicates
         self.on_invalid_image = on_invalid_image
         self.sampler = sampler
         self.cache = cache
@@ -118,9 +129,10 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError(found[0])
         val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
-        self._drawn = splits.draw_splits(index, self.digests, *self.fractions, self.seed)
+        self._drawn = splits.draw_splits(index, self.digests, self.groups, *self.fractions, self.seed)
         self._assign(self._drawn, recipe)
-        for warning in [] if self.sampler else imbalance(index):
+        lacking = splits.without_images(self._drawn, val, test) if self.grouped else []
+        for warning in lacking + ([] if self.sampler else imbalance(index)):
             logger.warning(warning)
 
     def read_index(self) -> ImageIndex:
@@ -138,9 +150,27 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError(mistakes(index, self.root)[0])
         self.findings = {path: findings[path] for path in index.paths}
         self.digests = {path: finding.digest for path, finding in self.findings.items()}
-        for warning in (*index.remarks, *duplicates(index, findings), *oddities(index, findings)):
+        base = self.list.parent if self.list else self.root
+        if self.group is not None:
+            names = match_groups(index.paths, self.group, "data.group", base)
+            index = replace(index, groups=names)
+        near = self.near_duplicates is not None
+        self.groups = join_groups(self.findings, index.groups, near)
+        self.grouped = near or bool(index.groups)
+        for warning in (*index.remarks, *shared(index, self.digests), *oddities(index, findings)):
             logger.warning(warning)
         return index
+
+    def count(self, split: str) -> str:
+        """Return the number of images of a split and, if there are any but copies, of groups."""
+        samples = {"train": self.train, "val": self.val, "test": self.test}[split]
+        groups = len({self.groups[path] for path, _ in samples})
+        return f"{len(samples)} images" + f" of {groups} groups" * self.grouped
+
+    def numbers(self) -> str:
+        """Return the number of images, and of groups, of each split."""
+        uses = {"train": "to train on", "val": "to validate", "test": "to test"}
+        return ", ".join(f"{self.count(split)} {use}" for split, use in uses.items())
 
     def use_preprocessing(
         self, preprocessing: Preprocessing, stride: int = 1, min_size: int = 1
@@ -152,7 +182,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         """Take the splits of a model whose weights are trained further, if it records these images."""
         digests = record.recognise(self.findings)
         if not record.digests.isdisjoint(digests.values()):
-            self._assign(splits.follow(self._index, self._drawn, digests, record), record.recipe)
+            index = splits.follow(self._index, self._drawn, digests, self.groups, record)
+            self._assign(index, record.recipe)
         self.split = self.split.after(record)
 
     def class_weights(self) -> Tensor:
@@ -194,7 +225,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         # Made once, with workers that stay: every validation uses it.
         key = images, rank_and_world_size(self.trainer), self.preprocessing
         if key not in self._sample_loaders:
-            drawn = splits.draw_sample(self.train, self.digests, images, self.seed)
+            drawn = draw_sample(self.train, self.digests, images, self.seed)
             self._sample_loaders[key] = self._loader(
                 shard(drawn, self.trainer), self.preprocessing.evaluation(), max_workers=SAMPLE_WORKERS
             )
@@ -233,8 +264,10 @@ class FineGrainedDataModule(L.LightningDataModule):
     def _assign(self, index: ImageIndex, recipe: Mapping[str, Any]) -> None:
         recipe = {**recipe, "train_fraction": self.train_fraction}
         seed = recipe.get("seed", self.seed)
-        train = splits.draw_fraction(index.train, self.digests, self.train_fraction, seed)
+        train = draw_fraction(index.train, self.groups, self.train_fraction, seed)
         index = replace(index, train=train)
+        for warning in shared(index, self.groups, "are of groups in train") if self.grouped else []:
+            logger.warning(warning)
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()
         self.split = SplitRecord.of(index, self.findings, recipe)
@@ -249,6 +282,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             "interpolation": (self.interpolation, (None, *get_args(Interpolation))),
             "on_invalid_image": (self.on_invalid_image, get_args(OnInvalidImage)),
             "sampler": (self.sampler, (None, *get_args(Sampling))),
+            "near_duplicates": (self.near_duplicates, (None, *get_args(NearDuplicates))),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:

@@ -16,7 +16,7 @@ from bcnn.utils.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
 
-COLUMNS = ("path", "label", "split")  # of a list
+COLUMNS = ("path", "label", "split")  # of a list without a heading
 METADATA = "metadata.csv"  # Hugging Face's list of file_name,label beside the images
 
 
@@ -30,6 +30,7 @@ class ImageIndex:
     test: Samples = field(default_factory=list)
     divided: bool = True  # whether a folder or a list gives the splits
     remarks: list[str] = field(default_factory=list)  # warnings about what was left out or is unclear
+    groups: dict[str, str] = field(default_factory=dict)  # by path, of a list with that column
 
     @classmethod
     def of(
@@ -95,9 +96,10 @@ def read_folder(root: Path) -> ImageIndex:
 
 
 def read_list(file: Path) -> ImageIndex:
-    """Read lines of `path,label[,split]`: see `read_rows`. Paths may be relative to the list."""
+    """Read lines of `path,label[,split][,group]`: see `read_rows`. Paths may begin at the list."""
     columns, rows = read_rows(file)
     entries: dict[str, tuple[str, str, str]] = {}
+    groups: dict[str, str] = {}
     for line, row in rows:
         path, label = str(file.parent / row["path"]), row.get("label", "")
         found = folders.split_of(row.get("split", "train"))
@@ -111,11 +113,14 @@ def read_list(file: Path) -> ImageIndex:
             mistake = f"{row['path']:.999} is in the list already"
         elif not os.path.isfile(path):
             mistake = f"there is no file {path:.999}"
+        elif "group" in columns and not row["group"]:
+            mistake = "no group: name one, or remove the column"
         else:
             entries[path] = path, folders.class_name(label), found[0]
+            groups |= {path: row["group"]} if "group" in columns else {}
             continue
         raise UserError(f"{file}, line {line}: {mistake}")
-    return ImageIndex.of([*entries.values()], divided="split" in columns)
+    return replace(ImageIndex.of([*entries.values()], divided="split" in columns), groups=groups)
 
 
 def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) -> ImageIndex:
@@ -130,7 +135,8 @@ def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) ->
     if unknown := names - set(index.classes):
         raise UserError(f"data.classes: no class {listed(unknown)}; there are {listed(index.classes)}")
     entries = [entry for entry in _entries(index) if entry[1] in names]
-    return replace(ImageIndex.of(entries, names, index.divided), remarks=index.remarks)
+    chosen_index = ImageIndex.of(entries, names, index.divided)
+    return replace(chosen_index, remarks=index.remarks, groups=index.groups)
 
 
 def mistakes(index: ImageIndex, source: Path) -> list[str]:
@@ -186,8 +192,12 @@ def _read_metadata(root: Path) -> ImageIndex | None:
         return read_list(lists[""]) if lists else None
     if others := parts.keys() - lists:
         raise UserError(f"{parts[min(others)]} has no {METADATA} beside its images: add it")
-    return ImageIndex.of(
-        [(path, name, split) for split in lists for path, name, _ in _entries(read_list(lists[split]))]
+    found = {split: read_list(file) for split, file in lists.items()}
+    index = ImageIndex.of(
+        [(path, name, split) for split in found for path, name, _ in _entries(found[split])]
+    )
+    return replace(
+        index, groups={p: name for each in found.values() for p, name in each.groups.items()}
     )
 
 
@@ -195,8 +205,8 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Return the columns of a list, and (line number, cell by column) of each row.
 
     Tabs, commas, semicolons or blanks separate the columns: the first of these that divides the
-    first line, which may name the columns, among them `path` (or `file_name`) and `label`; without
-    names they are path, label and, if there are three, split.
+    first line, which may name the columns, among them `path` (or `file_name`) and `label` or `group`;
+    without names they are path, label and, if there are three, split.
     """
     rows, line = [], 1
     try:
@@ -213,8 +223,8 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     if not rows:
         raise UserError(f"{file} is empty: expected lines of path,label or path,label,split")
     names = ["path" if cell.lower() == "file_name" else cell.lower() for cell in rows[0][1]]
-    if {"path", "label"} <= set(names):
-        if twice := [name for name in COLUMNS if names.count(name) > 1]:
+    if "path" in names and {"label", "group"} & set(names):
+        if twice := [name for name in (*COLUMNS, "group") if names.count(name) > 1]:
             raise UserError(
                 f"{file}: two columns are read as {twice[0]} ({', '.join(rows[0][1])}); rename one"
             )

@@ -1,6 +1,6 @@
 """Images that look the same: a perceptual hash, and which hashes nearly agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,18 +38,32 @@ def perceptual_hash(small: Image.Image) -> int | None:
 
 def near_duplicates(hashes: Hashes, others: Hashes) -> dict[str, str]:
     """Return of each image the other one of the nearest hash, if at most `NEAR` bits differ."""
-    names, candidates = ([name for name in each if each[name] is not None] for each in (hashes, others))
-    if not names or not candidates:
-        return {}
-    signs, found = _signs(candidates, others), dict[str, str]()
-    size = max(1, PAIRS // len(candidates))
-    for start in track(range(0, len(names), size), "comparing images", unit="blocks"):
-        block = names[start : start + size]
-        distances = (signs.shape[1] - _signs(block, hashes) @ signs.T) / 2
+    found: dict[str, str] = {}
+    for block, candidates, distances in _distances(hashes, others):
         nearest = distances.argmin(axis=1)
         near = distances[range(len(block)), nearest] <= NEAR
         found |= {block[i]: candidates[nearest[i]] for i in near.nonzero()[0]}
     return found
+
+
+def near_pairs(hashes: Hashes) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of images whose hashes differ in at most `NEAR` bits, in both orders."""
+    for block, candidates, distances in _distances(hashes, hashes):
+        yield from ((block[i], candidates[j]) for i, j in np.argwhere(distances <= NEAR))
+
+
+def _distances(
+    hashes: Hashes, others: Hashes
+) -> Iterator[tuple[list[str], list[str], NDArray[np.float32]]]:
+    """Yield some names of `hashes`, all of `others`, and the numbers of bits that differ."""
+    names, candidates = ([name for name in each if each[name] is not None] for each in (hashes, others))
+    if not names or not candidates:
+        return
+    signs = _signs(candidates, others)
+    size = max(1, PAIRS // len(candidates))
+    for start in track(range(0, len(names), size), "comparing images", unit="blocks"):
+        block = names[start : start + size]
+        yield block, candidates, (signs.shape[1] - _signs(block, hashes) @ signs.T) / 2
 
 
 def _signs(names: Sequence[str], hashes: Hashes) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """Warnings about an image set, from what its check found."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Findings
@@ -14,17 +15,18 @@ Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with
 def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs) -> list[str]:
     """Return all warnings about intact images, without and with splits drawn; `near`: `lookalikes`."""
     similar = _leaks(drawn, near, "look the same as one in train")
-    return duplicates(drawn, findings) + similar + oddities(index, findings) + imbalance(drawn)
+    copies = shared(drawn, {path: finding.digest for path, finding in findings.items()})
+    return copies + similar + oddities(index, findings) + imbalance(drawn)
 
 
-def duplicates(index: ImageIndex, findings: Findings) -> list[str]:
-    """Return a warning for each of val and test that holds files of train."""
-    trained = {findings[path].digest: path for path, _ in index.train}
+def shared(index: ImageIndex, groups: Mapping[str, str], what: str = "are in train too") -> list[str]:
+    """Return a warning for each of val and test that holds files, or groups, of train."""
+    trained = {groups[path]: path for path, _ in index.train}
     pairs = {
-        split: [(p, trained[d]) for p, _ in index.splits[split] if (d := findings[p].digest) in trained]
+        split: [(p, trained[g]) for p, _ in index.splits[split] if (g := groups[p]) in trained]
         for split in ("val", "test")
     }
-    return _leaks(index, pairs, "are in train too")
+    return _leaks(index, pairs, what)
 
 
 def _leaks(index: ImageIndex, pairs: Pairs, what: str) -> list[str]:

@@ -1,12 +1,12 @@
 """Which images validate and test: drawn within each class, or taken from a model's record."""
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bcnn.data.draws import Digests, Groups, hold_out
 from bcnn.data.index import ImageIndex, Samples, listed
 from bcnn.data.integrity import Findings
 from bcnn.data.lookalikes import near_duplicates
@@ -16,8 +16,6 @@ from bcnn.utils.errors import UserError
 TEST_FRACTION = 0.2  # of images that come without any split
 
 SPLITS = ("train", "val", "test")
-
-Digests = Mapping[str, str]  # of each image's file, by path
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,16 @@ class SplitRecord:
 
 
 def draw_splits(
-    index: ImageIndex, digests: Digests, val_fraction: float, test_fraction: float | None, seed: int
+    index: ImageIndex,
+    digests: Digests,
+    groups: Groups,
+    val_fraction: float,
+    test_fraction: float | None,
+    seed: int,
 ) -> ImageIndex:
     """Return the index with the splits that it lacks drawn from its training images: see `hold_out`."""
     fractions = fractions_to_draw(index, val_fraction, test_fraction)
-    val, test = hold_out(index.train, digests, seed, *fractions)
+    val, test = hold_out(index.train, digests, groups, seed, *fractions)
     return replace(
         index.without(val | test),
         val=index.val or [sample for sample in index.train if sample[0] in val],
@@ -121,12 +124,15 @@ def draw_splits(
     )
 
 
-def follow(index: ImageIndex, drawn: ImageIndex, digests: Digests, record: SplitRecord) -> ImageIndex:
+def follow(
+    index: ImageIndex, drawn: ImageIndex, digests: Digests, groups: Groups, record: SplitRecord
+) -> ImageIndex:
     """Return the index split by a model's record, to train the model further; log what that does.
 
     Splits that folders or a list give stay, without images that the model has used (see `unused`); the
-    record gives the others. Images that it lacks are trained on, but a class of which it has no image
-    is split as `drawn`. Digests are those of `recognise`. Raise UserError if a class has none left.
+    record gives the others. Images that it lacks go where it has others of their group. The rest is
+    trained on, but a class of which it has no image is split as `drawn`. Digests are those of
+    `recognise`. Raise UserError if a class has none left.
     """
     present = {digests[path] for path in index.paths}
     recipe = ", ".join(f"{name}={value}" for name, value in record.recipe.items())
@@ -135,10 +141,17 @@ def follow(index: ImageIndex, drawn: ImageIndex, digests: Digests, record: Split
         f"{len(record.digests)} images are here and {len(present - record.digests)} new ones"
     )
     known = {label for path, label in index.samples if digests[path] in record.digests}
+    new = [sample for sample in index.train if digests[sample[0]] not in record.digests]
+    split_of = {
+        path: split for split, each in drawn.splits.items() for path, k in each if k not in known
+    }
+    side = {groups[path]: split_of[path] for path, _ in new if path in split_of}
+    for split in reversed(SPLITS):  # the last one decides
+        side |= {groups[path]: split for path, _ in record.select(split, index.train, digests)}
     held_out = []
     for split in ("val", "test"):
-        new = [sample for sample in drawn.splits[split] if sample[1] not in known]
-        given = index.splits[split] or record.select(split, index.train, digests) + new
+        joined = [sample for sample in new if side.get(groups[sample[0]]) == split]
+        given = index.splits[split] or record.select(split, index.train, digests) + joined
         kept, remarks = record.unused(split, given, digests)
         held_out.append(kept)
         for remark in remarks:
@@ -213,74 +226,18 @@ def too_few(
     return [sentence] if small else []
 
 
-def hold_out(
-    samples: Sequence[tuple[str, int]], digests: Digests, seed: int, val: float, test: float = 0.0
-) -> tuple[set[str], set[str]]:
-    """Return paths of about these shares of each class, at least one image for each and never all.
-
-    Digest and seed give every image a position from 0 to 1. Within a class, test takes the first and
-    validation the last. So names, order and other classes do not matter, copies of a file stay
-    together, and a file in two classes is not drawn. If both are drawn, each counts the images on its
-    own side of a line between them. Shares are then approximate, but an added or removed image moves at
-    most one other, hardly ever two; exact numbers cannot have this property.
-    """
-    classes: dict[str, set[int]] = defaultdict(set)
-    for path, label in samples:
-        classes[digests[path]].add(label)
-    ranked: dict[int, list[tuple[float, str]]] = defaultdict(list)
-    for digest, labels in classes.items():
-        if len(labels) == 1:
-            ranked[labels.pop()].append((draw_position(digest, seed), digest))
-    validated: set[str] = set()
-    tested: set[str] = set()
-    for members in ranked.values():
-        positions, ordered = zip(*sorted(members), strict=True)
-        first, last = _counts(positions, val, test)
-        tested.update(ordered[:first])
-        validated.update(ordered[len(ordered) - last :])
-    paths = [path for path, _ in samples]
-    return {p for p in paths if digests[p] in validated}, {p for p in paths if digests[p] in tested}
+def without_images(drawn: ImageIndex, val: float, test: float) -> list[str]:
+    """Return a warning for each split that was to be drawn and lacks classes, of too few groups."""
+    asked = [split for split, fraction in (("val", val), ("test", test)) if fraction]
+    found = []
+    for split in asked:
+        counts = zip(drawn.classes, drawn.counts(split), strict=True)
+        if missing := [name for name, count in counts if not count]:
+            found.append(f"{split} has no images of {listed(missing)}: too few groups to draw from")
+    return found
 
 
 def _disjoint(
     train: frozenset[str], val: frozenset[str], test: frozenset[str]
 ) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     return train, val - train, test - train - val
-
-
-def _counts(positions: Sequence[float], val: float, test: float) -> tuple[int, int]:
-    """Return how many of a class's images are drawn to test and to validate on."""
-    line = (1 + test - val) / 2 if val and test else float(val == 0)
-    below = sum(position < line for position in positions)
-    tested = max(1, round(below * test / line)) if test else 0
-    validated = max(1, round((len(positions) - below) * val / (1 - line))) if val else 0
-    tested = max(0, min(tested, len(positions) - 1 - (val > 0)))
-    return tested, max(0, min(validated, len(positions) - 1 - tested))
-
-
-def draw_sample(samples: Samples, digests: Digests, count: int, seed: int) -> Samples:
-    """Return at most `count` of the images, drawn by `seed`, in proportion of each class."""
-    ordered = sorted(samples, key=lambda s: (s[1], draw_position(digests[s[0]], seed)))
-    count = min(count, len(ordered))
-    return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
-
-
-def draw_fraction(samples: Samples, digests: Digests, fraction: float, seed: int) -> Samples:
-    """Return this share of each class's images, at least one, those first in the order of `seed`.
-
-    A smaller share is part of a larger one, and copies of a file stay together.
-    """
-    classes: dict[int, set[str]] = defaultdict(set)
-    for path, label in samples:
-        classes[label].add(digests[path])
-    drawn: set[tuple[int, str]] = set()
-    for label, members in classes.items():
-        ordered = sorted(members, key=lambda digest: draw_position(digest, seed))
-        drawn.update((label, digest) for digest in ordered[: max(1, round(fraction * len(ordered)))])
-    return [(path, label) for path, label in samples if (label, digests[path]) in drawn]
-
-
-def draw_position(digest: str, seed: int) -> float:
-    """Return a number from 0 to 1 that the digest and the seed alone decide."""
-    mixed = hashlib.blake2b(f"{seed} {digest}".encode(), digest_size=8).digest()
-    return int.from_bytes(mixed, "big") / 2**64

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,13 @@ class Answer(NamedTuple):
 
     probabilities: Tensor  # (batch, classes); nan where a logit is not finite
     strangeness: Tensor | None  # (batch,), see `Calibration.strangeness`; None: not calibrated
+    logits: Tensor  # (batch, classes)
+
+    def image(self, index: int) -> "Answer":
+        """Return the answer for one image, as a batch."""
+        row = slice(index, index + 1)
+        strangeness = None if self.strangeness is None else self.strangeness[row]
+        return Answer(self.probabilities[row], strangeness, self.logits[row])
 
 
 @torch.no_grad()
@@ -68,7 +77,8 @@ def answer_of(model: BCNN, logits: Tensor, descriptors: Tensor) -> Answer:
     strangeness = None
     if model.calibration:
         strangeness = model.calibration.strangeness(logits, descriptors).cpu()
-    return Answer(model.probabilities(logits.float()).cpu(), strangeness)
+    logits = logits.float()
+    return Answer(model.probabilities(logits).cpu(), strangeness, logits.cpu())
 
 
 def what_sets_promise(model: BCNN, coverage: float) -> str:
@@ -103,12 +113,16 @@ def predict_paths(
     batch: int | None = None,
     workers: int | None = None,
     mirror: bool = False,
+    groups: Sequence[str] = (),
 ) -> Iterator[Prediction]:
     """Yield the `top` classes of image files in their order, holding a few batches in memory at a time.
 
     A calibrated model adds the prediction set of a `coverage`, and whether the image is unlike the
     training images. An image that cannot be read yields a `Prediction` with an error, and the others
     follow. None for `batch` and `workers` is what suits the machine.
+
+    `groups` names the group of each image, those of a group being neighbours: a group has one answer,
+    by the mean of its images' logits, and no prediction set, as single images calibrate these.
     """
     device = model.head.bias.device.type
     workers = default_workers() if workers is None else workers
@@ -123,8 +137,12 @@ def predict_paths(
         pin_memory=device == "cuda",
     )
     threshold = model.calibration.threshold(coverage) if model.calibration else math.inf
-    for names, errors, images in loader:
-        found, strangeness = answer(model, images, mirror=mirror)
+    answers: _Answers = (
+        (names, errors, answer(model, x, mirror=mirror)) for names, errors, x in loader
+    )
+    if groups:
+        answers = _by_group(model, groups, answers)
+    for names, errors, (found, strangeness, _) in answers:
         ordered = found.sort(dim=1, descending=True, stable=True)
         sizes = prediction_sets(found, threshold).sum(dim=1).tolist()
         columns = (names, errors, sizes, *map(Tensor.tolist, ordered))
@@ -136,8 +154,34 @@ def predict_paths(
             prediction = Prediction(path, list(zip(classes[:top], shares[:top], strict=True)))
             if strangeness is not None:
                 unlike = bool(strangeness[row] > 0)
-                prediction = replace(prediction, set=classes[:size], unlike_training=unlike)
+                known = None if groups else classes[:size]
+                prediction = replace(prediction, set=known, unlike_training=unlike)
             yield prediction
+
+
+_Answers = Iterator[tuple[list[str], list[str], Answer]]  # of batches: paths, errors, answer
+
+
+def _by_group(model: BCNN, groups: Sequence[str], answers: _Answers) -> _Answers:
+    """Yield the mean answer of each group, and those of its images that have an error."""
+    images = (
+        (path, error, batch.image(i))
+        for paths, errors, batch in answers
+        for i, (path, error) in enumerate(zip(paths, errors, strict=True))
+    )
+    for group, members in groupby(zip(groups, images, strict=True), key=itemgetter(0)):
+        known: list[Answer] = []
+        for _, (path, error, single) in members:
+            if error or not single.logits.isfinite().all():
+                yield [path], [error], single
+            else:
+                known.append(single)
+        if known:
+            logits = torch.cat([single.logits for single in known]).mean(dim=0, keepdim=True)
+            strange = [single.strangeness for single in known if single.strangeness is not None]
+            mean = torch.cat(strange).mean(dim=0, keepdim=True) if strange else None
+            shares = model.probabilities(logits.to(model.head.bias.device)).cpu()
+            yield [group], [""], Answer(shares, mean, logits)
 
 
 def predict_split(

@@ -3,8 +3,8 @@
 import torch
 
 from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.data.draws import draw_sample
 from bcnn.data.index import Samples
-from bcnn.data.splits import draw_sample
 from bcnn.evaluation.neighbours import descriptors
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Calibration, Subspace

@@ -1,7 +1,8 @@
 """Stage `last` solved to its optimum, for one λ after the other."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +76,8 @@ def run_convex_stage(
     model.to(device).eval()
     descriptors, labels = features.descriptors(train, views=2)
     problem = ConvexProblem(descriptors, labels, len(model.classes), loss, device, track)
-    known, fold = comparable(labels), fold_numbers(labels, folds or 1)
+    fold = fold_numbers(labels, folds or 1, [features.data.groups[path] for path, _ in train])
+    known = comparable(labels, fold)
     held_out = cache(lambda strength: problem.held_out(strength, fold).cpu()[known])
     crossed = folds and not val and len(l2) > 1 and len(known)
     if crossed:
@@ -94,7 +96,7 @@ def run_convex_stage(
         saved.best_model_path = str(file)
         for each in trainer.loggers:
             each.after_save_checkpoint(saved)
-    found = HeldOut(fold, known, labels[known], held_out(best)) if folds else None
+    found = HeldOut(fold, known, labels[known], held_out(best)) if folds and len(known) else None
     return ConvexResult(file, metrics, found)
 
 
@@ -132,20 +134,30 @@ def _solve_path(
     return strength, metrics
 
 
-def comparable(labels: Tensor) -> Tensor:
-    """Return the indices of images not alone in their class: a fold without one still knows it."""
-    return (labels.bincount()[labels] > 1).nonzero()[:, 0]
+def comparable(labels: Tensor, folds: Tensor) -> Tensor:
+    """Return the indices of images whose class is in several folds: each solution still knows it."""
+    counts = torch.stack([labels, folds], dim=1).unique(dim=0)[:, 0].bincount()
+    return (counts[labels] > 1).nonzero()[:, 0]
 
 
-def fold_numbers(labels: Tensor, folds: int) -> Tensor:
-    """Return a fold for each image: classes are split evenly; neighbours, often a series, share one."""
-    numbers = torch.empty_like(labels)
-    for label in labels.unique():
-        members = labels == label
-        count = int(members.sum())
-        # Classes of fewer images than folds begin with different folds.
-        numbers[members] = (torch.arange(count) * folds // max(count, folds) + label) % folds
-    return numbers
+def fold_numbers(labels: Tensor, folds: int, groups: Sequence[Hashable]) -> Tensor:
+    """Return a fold for each image, one for a group: classes are split evenly.
+
+    Neighbours, often a series, share one. A group counts for the class of most of its images.
+    """
+    classes: dict[Hashable, Counter[int]] = defaultdict(Counter)
+    for label, group in zip(labels.tolist(), groups, strict=True):
+        classes[group][label] += 1
+    members: dict[int, list[Hashable]] = defaultdict(list)
+    for group, counts in classes.items():
+        members[counts.most_common(1)[0][0]].append(group)
+    numbers = {
+        # Classes of fewer groups than folds begin with different folds.
+        group: (rank * folds // max(len(names), folds) + label) % folds
+        for label, names in members.items()
+        for rank, group in enumerate(names)
+    }
+    return torch.tensor([numbers[group] for group in groups])
 
 
 @torch.no_grad()

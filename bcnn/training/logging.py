@@ -81,10 +81,7 @@ def log_figures(results: list[StageResult], data: FineGrainedDataModule) -> None
     logger.info("")
     logger.info(_line("", (result.stage for result in results)))
     cross_validated = f"the {len(data.train)} training images, each held out once"
-    counts = {
-        "val": f"{len(data.val)} images" if data.val else cross_validated,
-        "test": f"{len(data.test)} images",
-    }
+    counts = {"val": data.count("val") if data.val else cross_validated, "test": data.count("test")}
     for split, title in (("val", "validation"), ("test", "test")):
         for name in ("top1", "top5") if len(data.classes) > 5 else ("top1",):
             figures = [result.metrics.get(f"{split}_{name}") for result in results]
@@ -130,13 +127,12 @@ def facts(
     cfg: DictConfig, state: RunState, result: StageResult, data: FineGrainedDataModule
 ) -> dict[str, str]:
     """Return how a model was made, for its report."""
-    splits = (("to train on", data.train), ("to validate", data.val), ("to test", data.test))
     return {
         "what went wrong": result.failure,
         "command": "" if state.overrides is None else train_command(*state.overrides),
         "images": cfg.data.list or cfg.data.root,
         "preprocessing": str(data.preprocessing),
-        "numbers": ", ".join(f"{len(samples)} {use}" for use, samples in splits),
+        "numbers": data.numbers(),
         "computed on": result.device,
         "checkpoint": str(result.checkpoint or ""),
     }

@@ -29,8 +29,7 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     validate_network(cfg, model)
     model.split = data.split
     logger.info(
-        f"{data.root}: {len(data.classes)} classes ({listed(data.classes, 3)}), "
-        f"{len(data.train)} images to train on, {len(data.val)} to validate, {len(data.test)} to test"
+        f"{data.root}: {len(data.classes)} classes ({listed(data.classes, 3)}), {data.numbers()}"
     )
     return model
 

@@ -43,6 +43,8 @@ class DataOptions:
     train_fraction: float
     val_fraction: float
     test_fraction: float | None
+    group: str | None
+    near_duplicates: str | None
     on_invalid_image: str
     sampler: str | None
     cache: bool

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from bcnn.data.draws import hold_out
 from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Finding
-from bcnn.data.splits import SplitRecord, choose, follow, hold_out, too_few
+from bcnn.data.splits import SplitRecord, choose, follow, too_few
 from bcnn.utils.console import setup_logging
 
 
@@ -21,7 +22,7 @@ def samples(count: int, seed: int = 0) -> tuple[list[tuple[str, int]], dict[str,
 
 
 def sides(images: list[tuple[str, int]], digests: dict[str, str], **shares: float) -> dict[str, str]:
-    val, test = hold_out(images, digests, 0, **shares)
+    val, test = hold_out(images, digests, digests, 0, **shares)
     assert not val & test
     return {path: "val" if path in val else "test" if path in test else "train" for path, _ in images}
 
@@ -88,10 +89,10 @@ def test_copies_are_on_one_side_and_those_of_two_classes_are_trained_on() -> Non
 
 def test_the_seed_decides() -> None:
     digests = {f"{i}": f"{random.Random(i).getrandbits(64):016x}" for i in range(20)}
-    val, test = hold_out([(path, 0) for path in digests], digests, 0, 0.2, 0.2)
+    val, test = hold_out([(path, 0) for path in digests], digests, digests, 0, 0.2, 0.2)
     assert (val, test) == ({"0", "2", "7", "8", "12", "17"}, {"3", "16"})
     images, digests = samples(40)
-    drawn = {frozenset(hold_out(images, digests, seed, 0.1, 0.2)[1]) for seed in range(10)}
+    drawn = {frozenset(hold_out(images, digests, digests, seed, 0.1, 0.2)[1]) for seed in range(10)}
     assert len(drawn) == 10
 
 
@@ -111,7 +112,7 @@ def test_recorded_splits_are_followed_and_new_images_trained_on(index: Recorded)
     whole, digests, split = index
     digests = {**digests, "new": "f" * 32}
     whole.train.append(("new", 0))
-    found = follow(whole, whole, digests, split)
+    found = follow(whole, whole, digests, digests, split)
     assert [len(part) for part in found.splits.values()] == [7, 2, 2]
     assert ("new", 0) in found.train
     assert found.test == whole.train[8:10]
@@ -123,7 +124,7 @@ def test_a_class_that_is_not_recorded_is_split_as_drawn(index: Recorded) -> None
     both = ImageIndex(["a", "b"], whole.train + [(path, 1) for path, _ in images], divided=False)
     drawn = ImageIndex(["a", "b"], both.train[2:17], val=both.train[17:18], test=both.train[:2])
     drawn.test += both.train[18:]
-    found = follow(both, drawn, digests | others, split)
+    found = follow(both, drawn, digests | others, digests | others, split)
     assert found.val == both.train[6:8] + both.train[17:18]
     assert found.test == both.train[8:10] + both.train[18:]
 
@@ -131,7 +132,7 @@ def test_a_class_that_is_not_recorded_is_split_as_drawn(index: Recorded) -> None
 def test_given_test_images_that_the_model_has_used_are_left_out(index: Recorded) -> None:
     whole, digests, split = index
     given = ImageIndex(["a"], whole.train[:4], test=whole.train[4:])
-    assert follow(given, given, digests, split).test == whole.train[8:]
+    assert follow(given, given, digests, digests, split).test == whole.train[8:]
     chosen, said = choose(given, digests, split, "test")
     assert chosen == whole.train[8:]
     used = ("2 of 6 images in test were trained on", "2 of 6 images in test were validated on")

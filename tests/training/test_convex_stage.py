@@ -146,9 +146,9 @@ def test_the_loss_reported_is_cross_entropy_whatever_is_minimised(
 
 def test_folds_split_every_class_evenly() -> None:
     labels = torch.tensor([0] * 12 + [1] * 5 + [2] * 3 + [3])
-    folds = fold_numbers(labels, 5)
+    folds = fold_numbers(labels, 5, range(len(labels)))
     assert all(a <= b for a, b in pairwise(folds[:12].tolist()))  # neighbours stay together
     assert sorted(folds[:12].bincount().tolist()) == [2, 2, 2, 3, 3]
     assert sorted(folds[12:17].tolist()) == [0, 1, 2, 3, 4]
     assert len(folds[17:20].unique()) == 3
-    assert comparable(labels).tolist() == [*range(20)]
+    assert comparable(labels, folds).tolist() == [*range(20)]
