@@ -40,7 +40,7 @@ def check(
         from bcnn.data.contact_sheet import contact_sheet, pair_sheet
         from bcnn.data.groups import join_groups, match_groups
         from bcnn.data.index import mistakes, read_folder, read_list
-        from bcnn.data.review import lookalikes, review
+        from bcnn.data.review import lookalikes, review, shared
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
     validate_fractions(val_fraction, test_fraction)
     index = read_list(images) if images.is_file() else read_folder(images)
@@ -58,6 +58,9 @@ def check(
     drawn = draw_splits(intact, digests, groups, val_fraction, test_fraction, seed)
     folder = output or new_output("check")
     console.print(_table(index, drawn, reasons))
+    if index.groups:
+        counts = {s: len({groups[path] for path, _ in each}) for s, each in drawn.splits.items()}
+        console.print(f"groups: {', '.join(f'{count} {split}' for split, count in counts.items())}")
     if intact.samples:
         formats = Counter(findings[path].format for path in intact.paths).most_common()
         sides = sorted(min(findings[path].width, findings[path].height) for path in intact.paths)
@@ -73,6 +76,7 @@ def check(
     if pairs := [pair for found in near.values() for pair in found]:
         pair_sheet(pairs, folder / "near_duplicates.png")
     warnings = intact.remarks + review(intact, drawn, findings, near)
+    warnings += shared(drawn, groups, "are of groups in train") if index.groups else []
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
     return 1 if errors else 0
