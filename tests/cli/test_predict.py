@@ -153,6 +153,48 @@ def test_mirror_gives_an_image_and_its_mirror_image_one_answer(
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
+def test_a_group_has_one_answer_by_the_mean_logit(bcnn: Bcnn, calibrated: BCNN, photos: Path) -> None:
+    save_model(calibrated, Path("best.safetensors"))
+    groups = {name: sorted(map(str, Path("photos").glob(f"*/{name}.png"))) for name in "01"}
+    Path("photos/red/1.png").write_bytes(b"none")
+    groups["1"].remove("photos/red/1.png")
+    words = ["predict", "best.safetensors", "photos", "--by", "group", "--group", r"(\d)\.png"]
+    outcome = bcnn(*words, "--format", "jsonl")
+    first, broken, second = jsonl(outcome.out)
+    assert outcome.code == 1 and "cannot read the image photos/red/1.png" in broken["error"]
+    assert "holds the true class" not in outcome.err  # no sets: single images calibrate them
+    for row, name in ((first, "0"), (second, "1")):
+        shares = torch.stack([calibrated.predict(path)[0] for path in groups[name]])
+        expected = shares.log().mean(dim=0).softmax(dim=0)  # logits but for a constant of each image
+        found = {each["class"]: each["probability"] for each in row["predictions"]}
+        values = [found[name] for name in calibrated.classes]
+        assert row["path"] == name and values == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row["prediction_set"] is None and row["unlike_training"] in (True, False)
+    for form in ("csv", "table"):
+        assert bcnn(*words, "--format", form).out.count("\n0") == 1
+
+    Path("list.csv").write_text("path,group\n" + "".join(f"{p},0\n" for p in groups["0"]))
+    words = ["predict", "best.safetensors", "list.csv", "--by", "group", "--format", "jsonl"]
+    assert jsonl(bcnn(*words).out) == [first]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["photos"], "--by group: add --group REGEX, or name a list with a column group"),
+        (["list.csv"], "list.csv has no column group"),
+        (["photos", "--group", "plant"], "--group=plant finds no group in 6 of 6 paths"),
+        (["photos", "--group", "blue", "--format", "labelstudio"], "a task for each image"),
+    ],
+)
+def test_groups_that_are_not_known_are_an_error(
+    bcnn: Bcnn, ckpt: Path, photos: Path, words: list[str], sentence: str
+) -> None:
+    Path("list.csv").write_text("path,label\nphotos/red/0.png,red\n")
+    outcome = bcnn("predict", ckpt, *words, "--by", "group")
+    assert outcome.code == 1 and sentence in outcome.err
+
+
 NAMES = {"=1+1.png": "=1+1.png", "\x1b[2J.png": r"\x1b[2J.png", "a\n\u202eb.png": r"a\n\u202eb.png"}
 
 

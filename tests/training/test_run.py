@@ -46,7 +46,7 @@ def test_both_stages_train_test_and_hand_over(
         line = next(line for line in printed.splitlines() if line.startswith(heading))
         assert line.count("%") == figures
     report = (tmp_path / "out" / "report.html").read_text()
-    assert "<h2>From last to finetune</h2>" in report and "12 to train on, 6 to validate" in report
+    assert "<h2>From last to finetune</h2>" in report and "12 images to train on" in report
     log = (tmp_path / "out" / "train.log").read_text()
     assert log.partition("\n")[2] == printed
     for stage in ("last", "finetune"):
@@ -55,6 +55,21 @@ def test_both_stages_train_test_and_hand_over(
         assert (tmp_path / "out" / stage / "curves.png").stat().st_size > 5_000
         assert (tmp_path / "out" / stage / "metrics.csv").is_file()
     assert str(tmp_path / "out" / "finetune" / "best.ckpt") in printed
+
+
+def test_the_log_and_the_report_count_groups(images: Path, tmp_path: Path) -> None:
+    options = (
+        "stage=last",
+        "data.group='[0-9]'",
+        "data.val_fraction=0.34",
+        f"output={tmp_path / 'out'}",
+    )
+    train(configure(*toy(images, *options)))
+    numbers = (
+        "12 images of 4 groups to train on, 6 images of 2 groups to validate, 6 images of 2 groups"
+    )
+    for name in ("train.log", "report.html"):
+        assert numbers in (tmp_path / "out" / name).read_text()
 
 
 @pytest.mark.slow
