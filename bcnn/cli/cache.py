@@ -25,7 +25,8 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
         console.print(f"{len(caches)} caches in {stores_dir()}")
         for key, folder in caches.items():
             size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-            console.print(printable(f"{key}  {size:9.1f} MB  {read_about(folder).get('about', '?')}"))
+            images = "; ".join(read_about(folder)) or "?"
+            console.print(printable(f"{key}  {size:9.1f} MB  {images}"))
         return
     if remove not in (*caches, "all"):
         raise UserError(f"--remove {remove}: no such cache; bcnn cache lists them")

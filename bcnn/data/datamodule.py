@@ -46,8 +46,8 @@ class FineGrainedDataModule(L.LightningDataModule):
     Args:
         root: `root/{train,val,test}/<class>/*`, val and test being optional, or `root/<class>/*`.
         list: instead of `root`, a CSV or text file of `path,label[,split][,group]`.
-        size, resize, crop_pct: see `Preprocessing`.
-        interpolation: wherever an image is resized; None: the network's own, "bilinear" without one.
+        size, resize, crop_pct, interpolation: see `Preprocessing`; None: as the network was trained, or
+            the default there.
         train_scale: least share of an image's area that a training crop takes before it is resized to
             nine tenths of `size`; None: training crops have evaluation's scale and size.
         classes: names of classes to use, or how many to draw by `seed`; None: all.
@@ -80,9 +80,9 @@ class FineGrainedDataModule(L.LightningDataModule):
         self,
         root: str | Path | None = None,
         list: str | Path | None = None,
-        size: int = 448,
-        resize: Resize = "keep",
-        crop_pct: float = 1.0,
+        size: int | None = None,
+        resize: Resize | None = None,
+        crop_pct: float | None = None,
         interpolation: Interpolation | None = None,
         train_scale: float | None = 0.5,
         classes: Sequence[str] | int | None = None,
@@ -102,8 +102,9 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.sources = root, list
         self.list = Path(list).expanduser() if list else None
         self.root = self.list or Path(root or "").expanduser()
-        self.interpolation = interpolation
-        self.preprocessing = Preprocessing(size, resize, crop_pct, interpolation or "bilinear")
+        given = {"size": size, "resize": resize, "crop_pct": crop_pct, "interpolation": interpolation}
+        self.given_preprocessing: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        self.preprocessing = Preprocessing(**self.given_preprocessing)
         self.stride = self.min_size = 1
         self.train_scale = train_scale
         self.chosen_classes = classes
@@ -279,7 +280,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError("give either data.root=FOLDER or data.list=FILE")
         choices = {
             "resize": (self.preprocessing.resize, get_args(Resize)),
-            "interpolation": (self.interpolation, (None, *get_args(Interpolation))),
+            "interpolation": (self.preprocessing.interpolation, get_args(Interpolation)),
             "on_invalid_image": (self.on_invalid_image, get_args(OnInvalidImage)),
             "sampler": (self.sampler, (None, *get_args(Sampling))),
             "near_duplicates": (self.near_duplicates, (None, *get_args(NearDuplicates))),

@@ -77,6 +77,11 @@ class BCNN(nn.Module):
             "calibration": self.calibration.sizes() if self.calibration else None,
         }
 
+    def replace_head(self, classes: Sequence[str]) -> None:
+        """Set the classes, with a new head; the rest of the network stays."""
+        self.classes, self.calibration = list(classes), None
+        self.head = Head(self.pooling.width, len(self.classes))
+
     def descriptor(self, images: Tensor) -> Tensor:
         """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length."""
         return self.pooling(self.backbone(images))

@@ -73,7 +73,7 @@ def validate(cfg: DictConfig) -> None:
 
 def validate_network(cfg: DictConfig, model: BCNN) -> None:
     """Check the options that depend on the network."""
-    backbone, size, tuning = model.backbone, cfg.data.size, cfg.finetune
+    backbone, size, tuning = model.backbone, model.preprocessing.size, cfg.finetune
     if size < backbone.min_size or size % backbone.size_divisor:
         divisor = f", a multiple of {backbone.size_divisor}" if backbone.size_divisor > 1 else ""
         raise UserError(f"data.size={size}: this backbone takes {backbone.min_size} or more{divisor}")
@@ -134,8 +134,6 @@ def _validate_arguments(node: Any, name: str = "") -> None:
 def _validate_checkpoint(cfg: DictConfig) -> None:
     if cfg.stage == "finetune" and cfg.ckpt is None:
         raise UserError("stage=finetune starts from a checkpoint of stage=last: add ckpt=PATH")
-    if cfg.stage != "finetune" and cfg.ckpt is not None:
-        raise UserError("ckpt is for stage=finetune: stage=last starts from model.weights")
 
 
 def _validate_finetune(options: DictConfig) -> None:
@@ -178,7 +176,7 @@ def _validate_callbacks(cfg: DictConfig) -> None:
 
 
 def _validate_same_network(cfg: DictConfig, model: BCNN) -> None:
-    """Refuse a network other than that of `ckpt`, whose network a fine-tune continues with."""
+    """Refuse a network other than that of `ckpt`, whose network a run continues with."""
     asked: Any = OmegaConf.to_container(cfg.model, resolve=True)
     for part, default in {**DEFAULT, "project": None}.items():
         want, have = asked.get(part), model.chosen.get(part)
@@ -189,5 +187,5 @@ def _validate_same_network(cfg: DictConfig, model: BCNN) -> None:
         if want != default and differ:
             raise UserError(
                 f"model.{part} is {want}, and {cfg.ckpt} has {have}: leave it out, or train stage=last "
-                "with it first"
+                "with it and without ckpt"
             )

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -47,9 +47,9 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self._position = {path: i for i, path in enumerate(self.paths)}
         self._ready = False
         self.store = FeatureStore(
-            identify_maps(model.backbone.state_dict(), data, self.paths, precision)
+            identify_maps(model.backbone.state_dict(), data, precision)
             | {"network": model.chosen, "views": "evaluation crop, mirror image"},
-            len(self.paths),
+            [data.digests[path] for path in self.paths],
             model.pooling.width,
             dtype,
             about=f"{data.root.resolve()} at {data.preprocessing}, {precision}",
@@ -66,7 +66,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         rank, ranks = rank_and_world_size(self.trainer)
         try:
             if not on_rank_zero(rank, strategy.broadcast, lambda: _acquire(lock, 0)):
-                logger.info("another run is building the same descriptors: waiting for it")
+                logger.info("another run is computing descriptors of this network: waiting for it")
                 while not on_rank_zero(rank, strategy.broadcast, lambda: _acquire(lock, WAIT)):
                     pass
             missing = on_rank_zero(rank, strategy.broadcast, self.store.open)
@@ -120,9 +120,10 @@ class CachedFeatureDataModule(L.LightningDataModule):
         stored = StoredDescriptors(self.store, self.numbers(samples), samples, views)
         return stored, stored.labels
 
-    def _compute(self, shards: list[int], device: torch.device) -> None:
+    def _compute(self, shards: list[list[str]], device: torch.device) -> None:
         # Only the very last shard has fewer images, so a batch of SHARD images is one shard.
-        samples = [(self.paths[i], i) for number in shards for i in self.store.shard_images(number)]
+        path_of = dict(zip(self.store.digests, self.paths, strict=True))
+        samples = [(path_of[digest], 0) for each in shards for digest in each]
         loader = self.data.evaluation_dataloader(samples, batch_size=SHARD)
         model = self.model.to(device)
         model.backbone.eval()
@@ -133,25 +134,25 @@ class CachedFeatureDataModule(L.LightningDataModule):
             ThreadPoolExecutor(WRITERS) as writers,
             torch.no_grad(),
         ):
-            for number, (images, _) in zip(shards, loader, strict=True):
+            for each, (images, _) in zip(shards, loader, strict=True):
                 images = images.to(device, non_blocking=True)
-                flipped = [images.flip(-1)] if self.store.views(number) > 1 else []
+                flipped = [images.flip(-1)] if self.store.views(each) > 1 else []
                 with autocast(device, self.precision):
                     views = [model.descriptor(view) for view in (images, *flipped)]
                 descriptors = torch.stack(views, dim=1).to(dtype)
                 finite = descriptors.isfinite().flatten(1).all(dim=1)
                 if not finite.all():  # an overflow, which no later run would notice on disk
-                    path = self.paths[number * SHARD + int(finite.int().argmin())]
+                    path = path_of[each[int(finite.int().argmin())]]
                     raise UserError(
                         f"the descriptor of {path} is not finite in {self.precision}: try "
                         "trainer.precision=32-true, or other weights"
                     )
-                written.append(writers.submit(self.store.write, number, descriptors.cpu().numpy()))
+                written.append(writers.submit(self.store.write, each, descriptors.cpu().numpy()))
                 if len(written) > 2 * WRITERS:
                     written.popleft().result()
                 task.advance(len(images))
-            for each in written:
-                each.result()
+            for future in written:
+                future.result()
 
 
 def _acquire(lock: FileLock, seconds: float) -> bool:
@@ -190,16 +191,15 @@ class StoredDescriptors(Dataset[tuple[Tensor, Tensor]]):
 
 
 def identify_maps(
-    weights: Mapping[str, Tensor], data: FineGrainedDataModule, paths: Iterable[str], precision: str
+    weights: Mapping[str, Tensor], data: FineGrainedDataModule, precision: str
 ) -> dict[str, Any]:
-    """Return what determines a backbone's maps of images, in plain values."""
+    """Return what determines a backbone's maps of an image, in plain values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return {
         "backbone": digest.hexdigest(),
-        "images": [data.digests[path] for path in paths],
         "preprocessing": vars(data.preprocessing),
         "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
         "precision": precision,

@@ -1,4 +1,4 @@
-"""Descriptors on disk: a folder of `.npy` shards of `SHARD` images, which are complete or absent."""
+"""Descriptors on disk, by image: a folder of `.npy` shards, which are complete or absent."""
 
 import hashlib
 import json
@@ -15,11 +15,12 @@ from filelock import FileLock
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, cache_dir, remove_parts
 
-SHARD = 16  # images
+SHARD = 16  # images at most
 VIEWS = 2  # the evaluation crop and its mirror image, which only training reads
 
 KEY = re.compile("[0-9a-f]{16}")  # name of a store's folder, and of its lock
 ABOUT = "store.json"
+SHARDS = "[0-9a-f]" * 16 + ".npy"  # pattern of their names
 
 
 def stores_dir() -> Path:
@@ -33,75 +34,85 @@ def key_of(identity: dict[str, Any]) -> str:
 
 
 class FeatureStore:
-    """Descriptors of a list of images: number 2·i is of image i, number 2·i + 1 of its mirror image.
+    """Descriptors of images by digest: of a list, number 2·i is of image i, 2·i + 1 of its mirror image.
 
-    Shards without images of `mirrored` (None: all) have no mirror images until a run needs them. The
-    store of the same identity, images, width and dtype is the same one; `about` is for `bcnn cache`.
+    The store of the same identity, width and dtype is the same one, whatever the list: images that it
+    lacks are added in shards. A shard without images of `mirrored` (None: all) has no mirror images.
+
+    Args:
+        digests: of the images of the list; copies of a file have one descriptor.
+        about: what the images are, for `bcnn cache`.
     """
 
     def __init__(
         self,
         identity: dict[str, Any],
-        images: int,
+        digests: Sequence[str],
         width: int,
         dtype: str = "float16",
         about: str = "",
         mirrored: Iterable[int] | None = None,
     ) -> None:
-        self.key = key_of({"identity": identity, "images": images, "width": width, "dtype": dtype})
+        self.key = key_of({"identity": identity, "width": width, "dtype": dtype})
         self.folder = stores_dir() / self.key
-        self.images, self.width, self.dtype, self.about = images, width, np.dtype(dtype), about
-        self.shards = -(-images // SHARD)
-        self._mirrored = None if mirrored is None else {image // SHARD for image in mirrored}
-        self._found: dict[int, tuple[str, int, int]] = {}  # file, offset of its data, views
+        self.digests, self.width, self.dtype, self.about = digests, width, np.dtype(dtype), about
+        self._needed = dict.fromkeys(digests, 1)  # views
+        for image in range(len(digests)) if mirrored is None else mirrored:
+            self._needed[digests[image]] = VIEWS
+        self._found: dict[str, tuple[str, int, int]] = {}  # file, offset of its descriptors, views
 
     @property
-    def nbytes(self) -> int:
-        """Size of the complete store on disk."""
-        descriptors = sum(len(self.shard_images(k)) * self.views(k) for k in range(self.shards))
+    def missing_bytes(self) -> int:
+        """Size of the shards to be computed."""
+        descriptors = sum(len(shard) * self.views(shard) for shard in self.scan())
         return descriptors * self.width * self.dtype.itemsize
 
     def lock(self) -> FileLock:
-        """Return the lock of whoever builds the store."""
+        """Return the lock of whoever adds to the store."""
         return FileLock(stores_dir() / f"{self.key}.lock")
 
-    def open(self) -> list[int]:
+    def open(self) -> list[list[str]]:
         """Remove what killed runs left, under the lock, and return the shards to be computed."""
         remove_parts(self.folder)
+        origins = dict.fromkeys([*read_about(self.folder), self.about])
         with atomic_write(self.folder / ABOUT) as part:
-            part.write_text(json.dumps({"about": self.about}))
+            part.write_text(json.dumps([*origins]))
         return self.scan()
 
-    def scan(self) -> list[int]:
-        """Look for complete shards, and return the missing ones."""
-        self._found = {}
-        for shard in range(self.shards):
-            for views in range(self.views(shard), VIEWS + 1):
-                path, images = self._path(shard, views), len(self.shard_images(shard))
-                # numpy compares the header with the size of the file
-                with suppress(FileNotFoundError, ValueError, EOFError):
-                    array = np.load(path, mmap_mode="r")
-                    if array.shape == (images, views, self.width) and array.dtype == self.dtype:
-                        self._found[shard] = (str(path), array.offset, views)
-        return [shard for shard in range(self.shards) if shard not in self._found]
+    def scan(self) -> list[list[str]]:
+        """Look for the images in complete shards; return the digests of the others, by shard."""
+        found: dict[str, tuple[str, int, int]] = {}
+        for path in self.folder.glob(SHARDS):
+            # A file that was cut short raises one of these.
+            with suppress(FileNotFoundError, ValueError, EOFError), path.open("rb") as file:
+                array = np.load(path, mmap_mode="r")
+                file.seek(array.offset + array.nbytes)
+                digests, views = np.load(file).tolist(), array.shape[1]
+                if array.shape != (len(digests), views, self.width) or array.dtype != self.dtype:
+                    continue
+                starts = range(array.offset, array.offset + array.nbytes, array.strides[0])
+                for digest, start in zip(digests, starts, strict=True):
+                    if views > found.get(digest, ("", 0, 0))[2]:
+                        found[digest] = str(path), start, views
+        self._found = {digest: found[digest] for digest in self._needed if digest in found}
+        missing = [d for d, views in self._needed.items() if d not in found or found[d][2] < views]
+        return [missing[i : i + SHARD] for i in range(0, len(missing), SHARD)]
 
-    def views(self, shard: int) -> int:
+    def views(self, shard: Iterable[str]) -> int:
         """Return how many descriptors of each image a shard needs."""
-        return VIEWS if self._mirrored is None or shard in self._mirrored else 1
+        return max(self._needed[digest] for digest in shard)
 
-    def shard_images(self, shard: int) -> range:
-        """Return the positions of a shard's images."""
-        return range(shard * SHARD, min((shard + 1) * SHARD, self.images))
-
-    def write(self, shard: int, descriptors: np.ndarray) -> None:
-        """Write a shard: (images, views, width), finite in the dtype on disk."""
+    def write(self, shard: Sequence[str], descriptors: np.ndarray) -> None:
+        """Write a shard: (images, views, width), finite in the dtype on disk, and the digests."""
+        name = key_of({"images": shard, "views": descriptors.shape[1]})
         try:
-            with atomic_write(self._path(shard, descriptors.shape[1])) as part:
-                np.save(part, descriptors.astype(self.dtype, copy=False))
+            with atomic_write(self.folder / f"{name}.npy") as part, part.open("wb") as file:
+                np.save(file, descriptors.astype(self.dtype, copy=False))
+                np.save(file, np.array(shard))
         except UserError as error:
             raise UserError(
-                f"{error}: free {self.nbytes / 1e9:.1f} GB and run again, set BCNN_STORES to a folder "
-                "on another disk, or choose last=sgd last.store=false"
+                f"{error}: free {self.missing_bytes / 1e9:.1f} GB and run again, set BCNN_STORES to a "
+                "folder on another disk, or choose last=sgd last.store=false"
             ) from error
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
@@ -112,31 +123,27 @@ class FeatureStore:
         descriptors = np.empty((len(numbers), self.width), self.dtype)
         for number, descriptor in zip(numbers, descriptors, strict=True):
             image, view = divmod(number, VIEWS)
-            path, offset, views = self._found[image // SHARD]
+            path, offset, views = self._found[self.digests[image]]
             if view >= views:
                 raise IndexError(f"descriptor {number} is of a mirror image that was not asked for")
             with open(path, "rb", buffering=0) as file:
-                file.seek(offset + (image % SHARD * views + view) * descriptor.nbytes)
+                file.seek(offset + view * descriptor.nbytes)
                 if file.readinto(descriptor.data) != descriptor.nbytes:
                     raise UserError(f"{path} was cut short while in use: run again")
         return descriptors
-
-    def _path(self, shard: int, views: int) -> Path:
-        """Name the views, so that a shard with more of them replaces none that another run reads."""
-        return self.folder / f"{shard:06d}-{views}.npy"
 
 
 def remove_store(folder: Path) -> None:
     """Remove a store; raise OSError where its folder holds anything else."""
     remove_parts(folder)
-    for path in (*folder.glob("[0-9]*-[12].npy"), folder / ABOUT):
+    for path in (*folder.glob(SHARDS), folder / ABOUT):
         path.unlink()
     folder.rmdir()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """Return what a store belongs to; empty where that cannot be read."""
+def read_about(folder: Path) -> list[str]:
+    """Return which images a store was used for; empty where that cannot be read."""
     try:
-        return dict(json.loads((folder / ABOUT).read_bytes()))
+        return [*map(str, json.loads((folder / ABOUT).read_bytes()))]
     except (OSError, ValueError, TypeError):
-        return {}
+        return []

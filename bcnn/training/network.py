@@ -46,8 +46,8 @@ def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
     network = (options["backbone"], options["pooling"], options["project"])
     model = BCNN(data.classes, data.preprocessing, *network)
-    interpolation = data.interpolation or model.backbone.interpolation
-    model.preprocessing = replace(data.preprocessing, interpolation=interpolation)
+    of_network = replace(model.preprocessing, interpolation=model.backbone.interpolation)
+    model.preprocessing = replace(of_network, **data.given_preprocessing)
     initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
     if cfg.model.weights == "pretrained":
         logger.info(f"licence of the pretrained weights: {model.backbone.licence or 'not stated'}")
@@ -55,15 +55,18 @@ def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
 
 
 def _model_of_checkpoint(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
-    model = load_model(cfg.ckpt, data.classes, cfg.model.normalization)
+    if cfg.stage == "finetune":
+        model = load_model(cfg.ckpt, data.classes, cfg.model.normalization)
+    else:
+        model = load_model(cfg.ckpt, normalization=cfg.model.normalization)
+        model.replace_head(data.classes)
     if model.classes != data.classes:
         raise UserError(
             f"{cfg.ckpt} was trained on other classes than {data.root} has "
-            f"({_difference(model.classes, data.classes)}): train stage=last on them first"
+            f"({_difference(model.classes, data.classes)}): train stage=both, or stage=last first"
         )
     logger.info(f"network of {cfg.ckpt}: {model.chosen}")
-    interpolation = data.interpolation or model.preprocessing.interpolation
-    preprocessing = replace(data.preprocessing, interpolation=interpolation)
+    preprocessing = replace(model.preprocessing, **data.given_preprocessing)
     if model.preprocessing != preprocessing:
         logger.info(f"{cfg.ckpt} was trained at {model.preprocessing}; this run: {preprocessing}")
     model.preprocessing = preprocessing

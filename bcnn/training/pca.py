@@ -34,8 +34,9 @@ def fit_principal_axes(
     """
     loader = data.sample_dataloader()
     unprojected = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
-    paths = [path for path, _ in loader.dataset.samples]  # type: ignore[attr-defined]
-    file = cache_folder("axes") / f"{key_of(identify_maps(unprojected, data, paths, precision))}.npy"
+    sample = [data.digests[path] for path, _ in loader.dataset.samples]  # type: ignore[attr-defined]
+    identity = identify_maps(unprojected, data, precision) | {"images": sample}
+    file = cache_folder("axes") / f"{key_of(identity)}.npy"
     weight = backbone.projection.weight
     assert isinstance(weight, Tensor)
     try:

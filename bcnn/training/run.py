@@ -64,7 +64,9 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         for stage in STAGES[cfg.stage]:
             result = state.result(stage)
             if result is None:
-                start = results[-1].checkpoint if results else cfg.ckpt
+                # Stage last begins with a new head, so that no file holds what it starts from.
+                first = cfg.ckpt if stage == "finetune" else None
+                start = results[-1].checkpoint if results else first
                 result = Stage(stage, cfg, state, model, data, start and Path(start)).run()
             else:
                 logger.info(f"stage {stage} has ended already: {result.checkpoint}")
@@ -115,9 +117,9 @@ def _write_report(
         write_images(state.folder / "held_out.csv", held_out)
     if last.predictions is None:
         return None
-    curves = logged_stages(Path(cfg.ckpt)) if cfg.ckpt else []
+    curves = logged_stages(Path(cfg.ckpt)) if cfg.stage == "finetune" else []
     curves += [(result.stage, state.folder / result.stage / "metrics.csv") for result in results]
-    used = OmegaConf.merge(cfg, {"model": model.chosen})  # a fine-tune has the network of its ckpt
+    used = OmegaConf.merge(cfg, {"model": model.chosen})  # that of ckpt, if given
     content = ReportContent(
         last.predictions,
         title=f"{data.root.resolve().name}, {'test' if data.test else 'validation'}",

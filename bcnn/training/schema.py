@@ -34,9 +34,9 @@ class DataOptions:
     _target_: str
     root: str | None
     list: str | None
-    size: int
-    resize: str
-    crop_pct: float
+    size: int | None
+    resize: str | None
+    crop_pct: float | None
     interpolation: str | None
     train_scale: float | None
     classes: Any  # names, or how many

@@ -169,7 +169,7 @@ class Stage:
 
     def _fit_projection(self) -> None:
         """Project a new network's feature maps to their principal axes, where that is asked for."""
-        if self.name == "last" and self.cfg.model.project is not None:
+        if self.name == "last" and not self.cfg.ckpt and self.cfg.model.project is not None:
             device = self.trainer.strategy.root_device
             fit_principal_axes(self.model.backbone, self.data, device, self.state.precision)
 

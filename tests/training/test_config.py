@@ -59,7 +59,6 @@ TIMER = "{_target_:lightning.pytorch.callbacks.Timer}"
         ([f"{MINE}BatchSizeFinder"], r"BatchSizeFinder .* use finetune\.batch_size$"),
         ([f"{MINE}StochasticWeightAveraging"], "use EMAWeightAveraging"),
         (["stage=finetune"], "starts from a checkpoint of stage=last: add ckpt=PATH"),
-        (["stage=last", "ckpt=some.ckpt"], "ckpt is for stage=finetune"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], sentence: str) -> None:

@@ -76,7 +76,7 @@ def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.backbone.named_buffers())
 
 
-CHANGES = "backbone project image size resize interpolation precision mean decoding"
+CHANGES = "backbone project size resize interpolation precision mean decoding"
 
 
 @pytest.mark.parametrize("change", CHANGES.split())
@@ -89,8 +89,6 @@ def test_whatever_determines_descriptors_makes_another_store(
         model.backbone.features.weight.data[0] = 0
     elif change == "project":
         model = BCNN(model.classes, model.preprocessing, {"name": "tiny"}, project=3)
-    elif change == "image":
-        write_images(images / "train", 1, seed=9)
     elif change == "mean":
         model.backbone.set_normalization([0.1, 0, 0], [1, 1, 1])
     elif change == "decoding":
@@ -138,7 +136,7 @@ def test_each_rank_computes_its_share_and_sees_a_missing_disk(images: Path, tiny
     expected = rf"not every machine of this run sees .*{data.store.key}: set BCNN_STORES .*store=false"
     with pytest.raises(UserError, match=expected):  # the other rank's shard is not there
         data.setup()
-    assert [path.name for path in data.store.folder.glob("*.npy")] == ["000000-2.npy"]
+    assert len([*data.store.folder.glob("*.npy")]) == 1
     assert not data.store.lock().is_locked
     build(CachedFeatureDataModule(folder_data(images), tiny, "32-true"))
     with pytest.raises(UserError, match=expected):
@@ -163,7 +161,7 @@ def test_ranks_that_wait_for_another_run_meet_now_and_then(
     with caplog.at_level("INFO", "bcnn"), other, suppress(UserError):  # of the other rank's shard
         data.setup()
     assert acquired[:4] == [False] * 4 and True in acquired
-    assert caplog.text.count("another run is building the same descriptors") == 1
+    assert caplog.text.count("another run is computing descriptors") == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -1,6 +1,7 @@
 """Descriptors on disk: found again, resumed, complete or missing."""
 
 import errno
+import shutil
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,87 +17,113 @@ from bcnn.utils.files import PART
 WIDTH = 8
 
 
+def names(images: int) -> list[str]:
+    """Digests of the first images."""
+    return [f"{i:032x}" for i in range(images)]
+
+
 def make(images: int = 40, dtype: str = "float16", **identity: object) -> FeatureStore:
-    return FeatureStore(identity, images, WIDTH, dtype, about="some images")
+    return FeatureStore(identity, names(images), WIDTH, dtype, about="some images")
 
 
 def descriptors(images: int = 40) -> np.ndarray:
     return np.random.default_rng(0).random((images, VIEWS, WIDTH), np.float32)
 
 
-def fill(store: FeatureStore, shards: list[int]) -> None:
-    content = descriptors(store.images)
+def fill(store: FeatureStore, shards: list[list[str]]) -> None:
     for shard in shards:
-        store.write(shard, content[store.shard_images(shard), : store.views(shard)])
+        content = descriptors(100)[[int(digest, 16) for digest in shard]]
+        store.write(shard, content[:, : store.views(shard)])
     store.scan()
+
+
+def sizes(shards: list[list[str]]) -> list[int]:
+    return [len(shard) for shard in shards]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 2**-11), ("float32", 0)])
 def test_descriptors_are_read_in_any_order(dtype: str, bound: float) -> None:
     store = make(dtype=dtype)
+    assert store.missing_bytes == 80 * WIDTH * np.dtype(dtype).itemsize
     fill(store, store.open())
     wanted = [79, 0, 33, 32, 31, 0]
     expected = descriptors().reshape(-1, WIDTH)[wanted]
     np.testing.assert_allclose(store.read(wanted), expected, rtol=bound)
-    assert store.nbytes == 80 * WIDTH * np.dtype(dtype).itemsize
-    second = np.load(store.folder / "000001-2.npy")  # as anybody opens it
-    np.testing.assert_array_equal(second, descriptors()[SHARD : 2 * SHARD].astype(dtype))
+    assert store.missing_bytes == 0
+    shards = [np.load(path) for path in store.folder.glob("*.npy")]  # as anybody opens them
+    assert sorted(shard.shape for shard in shards) == [(8, 2, WIDTH), (16, 2, WIDTH), (16, 2, WIDTH)]
 
 
 def test_only_shards_with_training_images_have_mirror_images() -> None:
-    evaluated = FeatureStore({}, 40, WIDTH, mirrored=[3])
-    assert [evaluated.views(shard) for shard in (0, 1, 2)] == [2, 1, 1]
-    assert evaluated.nbytes == (32 + 16 + 8) * WIDTH * 2
+    evaluated = FeatureStore({}, names(40), WIDTH, mirrored=[3])
+    assert evaluated.missing_bytes == (32 + 16 + 8) * WIDTH * 2
     fill(evaluated, evaluated.open())
     flat = descriptors().reshape(-1, WIDTH)
     np.testing.assert_allclose(evaluated.read([7, 6, 40, 78]), flat[[7, 6, 40, 78]], rtol=2**-11)
     with pytest.raises(IndexError, match="mirror image"):
         evaluated.read([41])
     trained = make()  # on all images
-    assert trained.key == evaluated.key and trained.open() == [1, 2]
-    fill(trained, [1, 2])
+    missing = trained.open()
+    assert trained.key == evaluated.key and missing == [names(40)[16:32], names(40)[32:]]
+    fill(trained, missing)
     np.testing.assert_allclose(trained.read([*range(80)]), flat, rtol=2**-11)
-    assert FeatureStore({}, 40, WIDTH, mirrored=[3]).open() == []
+    assert FeatureStore({}, names(40), WIDTH, mirrored=[3]).open() == []
     # A run that opened the store before still reads what it found.
     np.testing.assert_allclose(evaluated.read([7, 6, 40, 78]), flat[[7, 6, 40, 78]], rtol=2**-11)
 
 
+@given(lists=st.lists(st.lists(st.integers(0, 59), min_size=1), min_size=1, max_size=4), data=st.data())
+def test_images_of_any_earlier_list_are_found_by_content(lists: list[list[int]], data: st.DataObject) -> None:
+    """In any order, with copies; of the images that are missing, each is computed once."""
+    seed, seen = data.draw(st.integers(0)), set()
+    for images in lists:
+        store = FeatureStore({"seed": seed}, [names(60)[i] for i in images], WIDTH)
+        missing = store.open()
+        assert sorted(sum(missing, [])) == [names(60)[i] for i in sorted({*images} - seen)]
+        fill(store, missing)
+        expected = descriptors(100)[images].reshape(-1, WIDTH)
+        np.testing.assert_allclose(store.read(range(VIEWS * len(images))), expected, rtol=2**-11)
+        seen |= {*images}
+    shutil.rmtree(store.folder)
+
+
 def test_identity_alone_decides_which_store_it_is() -> None:
-    assert make(size=1).key == make(size=1).key
-    others = [make(size=2), make(images=41, size=1), make(size=1, dtype="float32")]
-    assert len({store.key for store in [make(size=1), *others]}) == 4
-    assert FeatureStore({"size": 1}, 40, WIDTH, about="moved elsewhere").key == make(size=1).key
+    assert make(size=1).key == make(41, size=1).key
+    assert len({make(size=1).key, make(size=2).key, make(size=1, dtype="float32").key}) == 3
 
 
 def test_a_killed_build_resumes_with_the_missing_shards() -> None:
     first = make()
-    assert first.open() == [0, 1, 2]
-    fill(first, [0, 2])
-    (first.folder / f"{PART}999-000001-2.npy").write_bytes(b"half a shard")
+    shards = first.open()
+    assert sizes(shards) == [16, 16, 8]
+    fill(first, [shards[0], shards[2]])
+    (first.folder / f"{PART}999-0123456789abcdef.npy").write_bytes(b"half a shard")
     again = make()
-    assert again.open() == [1]
-    names = sorted(path.name for path in again.folder.iterdir())
-    assert names == ["000000-2.npy", "000002-2.npy", "store.json"]
+    assert again.open() == [shards[1]]
+    assert sorted(path.suffix for path in again.folder.iterdir()) == [".json", ".npy", ".npy"]
 
 
 @given(length=st.integers(0, 127), of_end=st.booleans())
 def test_a_truncated_shard_is_missing(length: int, of_end: bool) -> None:
     store = make(images=4)
     fill(store, store.open())
-    path = store.folder / "000000-2.npy"
+    (path,) = store.folder.glob("*.npy")
     content = path.read_bytes()
     path.write_bytes(content[: -1 - length] if of_end else content[:length])
-    assert make(images=4).open() == [0]
+    assert make(images=4).open() == [names(4)]
+    path.write_bytes(content[:150])
     with pytest.raises(UserError, match="cut short while in use"):
         store.read([7])
 
 
-def test_a_shard_of_another_shape_is_missing() -> None:
+@pytest.mark.parametrize("content", [descriptors(40)[:, :, :4].astype(np.float16), descriptors(40)])
+def test_a_shard_of_another_width_or_dtype_is_missing(content: np.ndarray) -> None:
     store = make()
-    fill(store, store.open())
-    np.save(store.folder / "000001-2.npy", descriptors()[:SHARD, :, :4].astype(np.float16))
-    np.save(store.folder / "000002-2.npy", descriptors()[32:40])  # float32
-    assert make().open() == [1, 2]
+    first, *_ = shards = store.open()
+    fill(store, shards)
+    store.dtype = content.dtype
+    store.write(first, content[:SHARD])
+    assert make().open() == [first]
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +133,14 @@ def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(monkeypatch: pyte
         full = OSError(errno.ENOSPC, "No space")
         patched.setattr("bcnn.utils.files.os.fsync", Mock(side_effect=full))
         with pytest.raises(UserError, match=r"No space.*BCNN_STORES.*last\.store=false"):
-            fill(store, [1])
-    assert make().open() == [1, 2]
+            fill(store, store.scan()[:1])
+    assert sizes(make().open()) == [16, 8]
 
 
-def test_what_a_store_belongs_to_can_be_read() -> None:
+def test_which_images_a_store_was_used_for_can_be_read() -> None:
     store = make()
-    store.open()
-    assert feature_store.read_about(store.folder) == {"about": "some images"}
+    for about in ("some images", "others", "some images"):
+        FeatureStore({}, names(3), WIDTH, about=about).open()
+    assert feature_store.read_about(store.folder) == ["some images", "others"]
     (store.folder / "store.json").write_text("garbage")
-    assert feature_store.read_about(store.folder) == {}
+    assert feature_store.read_about(store.folder) == []
