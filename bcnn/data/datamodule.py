@@ -280,7 +280,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError("give either data.root=FOLDER or data.list=FILE")
         choices = {
             "resize": (self.preprocessing.resize, get_args(Resize)),
-            "interpolation": (self.preprocessing.interpolation, get_args(Interpolation)),
+            "interpolation": (self.preprocessing.interpolation, (None, *get_args(Interpolation))),
             "on_invalid_image": (self.on_invalid_image, get_args(OnInvalidImage)),
             "sampler": (self.sampler, (None, *get_args(Sampling))),
             "near_duplicates": (self.near_duplicates, (None, *get_args(NearDuplicates))),

@@ -34,7 +34,7 @@ def key_of(identity: dict[str, Any]) -> str:
 
 
 class FeatureStore:
-    """Descriptors of images by digest: of a list, number 2·i is of image i, 2·i + 1 of its mirror image.
+    """Descriptors by image: of a list, number 2·i is of image i, number 2·i + 1 of its mirror image.
 
     The store of the same identity, width and dtype is the same one, whatever the list: images that it
     lacks are added in shards. A shard without images of `mirrored` (None: all) has no mirror images.
