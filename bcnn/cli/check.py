@@ -1,7 +1,8 @@
 """`bcnn check`: a report on images before training."""
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from bcnn.utils.files import new_output
 
 if TYPE_CHECKING:
     from bcnn.data.index import ImageIndex
+    from bcnn.data.integrity import Finding
 
 VAL = typer.Option(help="Share of each class, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
@@ -38,15 +40,12 @@ def check(
     with progress("loading PyTorch"):
         from bcnn.data import integrity
         from bcnn.data.contact_sheet import contact_sheet, pair_sheet
-        from bcnn.data.groups import join_groups, match_groups
-        from bcnn.data.index import mistakes, read_folder, read_list
+        from bcnn.data.groups import join_groups
+        from bcnn.data.index import mistakes
         from bcnn.data.review import lookalikes, review, shared
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
     validate_fractions(val_fraction, test_fraction)
-    index = read_list(images) if images.is_file() else read_folder(images)
-    if group is not None:
-        base = images.parent if images.is_file() else images
-        index.groups = match_groups(index.paths, group, "--group", base)
+    index = _read(images, group)
     findings = integrity.check(images, index.paths)
     reasons = integrity.broken(findings)
     intact = index.without(reasons)
@@ -59,13 +58,10 @@ def check(
     folder = output or new_output("check")
     console.print(_table(index, drawn, reasons))
     if index.groups:
-        counts = {s: len({groups[path] for path, _ in each}) for s, each in drawn.splits.items()}
-        console.print(f"groups: {', '.join(f'{count} {split}' for split, count in counts.items())}")
+        counts = [f"{len({groups[p] for p, _ in each})} {s}" for s, each in drawn.splits.items()]
+        console.print(f"groups: {', '.join(counts)}")
     if intact.samples:
-        formats = Counter(findings[path].format for path in intact.paths).most_common()
-        sides = sorted(min(findings[path].width, findings[path].height) for path in intact.paths)
-        console.print(f"formats: {', '.join(f'{count} {name}' for name, count in formats)}")
-        console.print(f"short sides: {sides[0]} to {sides[-1]} px, median {median(sides):.0f} px")
+        _print_formats([findings[path] for path in intact.paths])
         contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
         console.print(f"pictures: {folder}")
     try:
@@ -80,6 +76,24 @@ def check(
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
     return 1 if errors else 0
+
+
+def _read(images: Path, group: str | None) -> "ImageIndex":
+    from bcnn.data.groups import match_groups
+    from bcnn.data.index import read_folder, read_list
+
+    index = read_list(images) if images.is_file() else read_folder(images)
+    if group is not None:
+        base = images.parent if images.is_file() else images
+        index.groups = match_groups(index.paths, group, "--group", base)
+    return index
+
+
+def _print_formats(findings: Sequence["Finding"]) -> None:
+    formats = Counter(each.format for each in findings).most_common()
+    sides = sorted(min(each.width, each.height) for each in findings)
+    console.print(f"formats: {', '.join(f'{count} {name}' for name, count in formats)}")
+    console.print(f"short sides: {sides[0]} to {sides[-1]} px, median {median(sides):.0f} px")
 
 
 def _table(index: "ImageIndex", drawn: "ImageIndex", broken: Container[str]) -> Table:

@@ -44,11 +44,11 @@ def evaluate(
 
     versions = software()  # before anything is computed: the clone may change meanwhile
     data, samples, model = results.open_split(ckpt, images, split)
-    device = best_device()
-    loader = data.evaluation_dataloader(samples)
+    device, loader = best_device(), data.evaluation_dataloader(samples)
     predictions = predict_split(model.to(device), samples, loader, mirror=mirror)
-    digests = [data.digests[path] for path in predictions.paths]
-    predictions = replace(predictions, digests=digests, split=split)
+    predictions = replace(
+        predictions, digests=[data.digests[p] for p in predictions.paths], split=split
+    )
     console.print(results.headline_table(predictions, f"{images}, {split}"))
     console.print(results.weakest_table(predictions))
     facts = {
@@ -62,10 +62,10 @@ def evaluate(
     }
     last = ckpt.parent.parent / "last"
     before = results.kept_predictions(last) if ckpt.parent.name == "finetune" else None
-    title, stages = f"{images.resolve().name}, {split}", results.logged_stages(ckpt)
     strangers = results.predict_unknown(model, unknown, data, predictions) if unknown else None
     if strangers:
         console.print(results.unknown_table(*strangers, str(unknown)))
+    title, stages = f"{images.resolve().name}, {split}", results.logged_stages(ckpt)
     content = ReportContent(predictions, title, stages, facts=facts, unknown=strangers, before=before)
     with atomic_folder(folder) as part:
         report = results.write_results(part, model, content)

@@ -1,10 +1,11 @@
 """`bcnn predict`: the likeliest classes of images."""
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TextIO
 
 import typer
 
@@ -49,10 +50,7 @@ def predict(
     from bcnn.data.image_files import find_images
     from bcnn.evaluation.writers import FORMATS
 
-    if output:
-        if output.exists():
-            raise UserError(f"--output {output} exists: remove it or name another file")
-        validate_writable(output.parent)
+    _validate_new(output)
     named = by == "group" or group is not None
     if named and format == "labelstudio":
         raise UserError("--format labelstudio has a task for each image: leave out --by group")
@@ -64,13 +62,9 @@ def predict(
         from bcnn.utils.device import best_device
 
     model = open_model(ckpt).to(best_device())
-    top_k = min(top_k, len(model.classes))
-    failed = 0
-    # A file name that is no valid Unicode is written as its bytes.
-    options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    top_k, failed = min(top_k, len(model.classes)), 0
     with (
-        atomic_write(output) if output else nullcontext() as part,
-        part.open("w", **options) if part else nullcontext(sys.stdout) as out,
+        _opened(output) as out,
         FORMATS[format](out, model.classes, [*members] or paths, top_k) as write,
     ):
         found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror, groups)
@@ -81,3 +75,23 @@ def predict(
         error_console.print(what_sets_promise(model, coverage))
     error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)
+
+
+def _validate_new(output: Path | None) -> None:
+    if output and output.exists():
+        raise UserError(f"--output {output} exists: remove it or name another file")
+    if output:
+        validate_writable(output.parent)
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    """Open the file to write, or standard output; names that are no valid Unicode are their bytes."""
+    if output is None:
+        yield sys.stdout
+        return
+    with (
+        atomic_write(output) as part,
+        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        yield file

@@ -142,21 +142,26 @@ def predict_paths(
     )
     if groups:
         answers = _by_group(model, groups, answers)
-    for names, errors, (found, strangeness, _) in answers:
-        ordered = found.sort(dim=1, descending=True, stable=True)
-        sizes = prediction_sets(found, threshold).sum(dim=1).tolist()
-        columns = (names, errors, sizes, *map(Tensor.tolist, ordered))
-        for row, (path, error, size, shares, labels) in enumerate(zip(*columns, strict=True)):
-            if error or math.isnan(shares[0]):
+    for names, errors, found in answers:
+        for path, error, each in zip(names, errors, map(found.image, range(len(names))), strict=True):
+            if error or each.probabilities[0].isnan().any():
                 yield Prediction(path, error=error or NOT_FINITE)
-                continue
-            classes = [model.classes[label] for label in labels[: max(top, size)]]
-            prediction = Prediction(path, list(zip(classes[:top], shares[:top], strict=True)))
-            if strangeness is not None:
-                unlike = bool(strangeness[row] > 0)
-                known = None if groups else classes[:size]
-                prediction = replace(prediction, set=known, unlike_training=unlike)
-            yield prediction
+            else:
+                prediction = _prediction(path, model.classes, each, top, threshold)
+                yield replace(prediction, set=None) if groups else prediction
+
+
+def _prediction(
+    path: str, classes: list[str], answer: Answer, top: int, threshold: float
+) -> Prediction:
+    """Return the prediction of an image from the answer to a batch of it."""
+    shares, labels = answer.probabilities[0].sort(descending=True, stable=True)
+    pairs = [(classes[k], p) for p, k in zip(shares[:top].tolist(), labels[:top].tolist(), strict=True)]
+    if answer.strangeness is None:
+        return Prediction(path, pairs)
+    size = int(prediction_sets(answer.probabilities, threshold).sum())
+    members = [classes[label] for label in labels[:size].tolist()]
+    return Prediction(path, pairs, set=members, unlike_training=bool(answer.strangeness[0] > 0))
 
 
 _Answers = Iterator[tuple[list[str], list[str], Answer]]  # of batches: paths, errors, answer

@@ -60,20 +60,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         model = build_model(cfg, data)
         state.begin(data)
         begin_log()
-        results: list[StageResult] = []
-        for stage in STAGES[cfg.stage]:
-            result = state.result(stage)
-            if result is None:
-                # Stage last begins with a new head, so that no file holds what it starts from.
-                first = cfg.ckpt if stage == "finetune" else None
-                start = results[-1].checkpoint if results else first
-                result = Stage(stage, cfg, state, model, data, start and Path(start)).run()
-            else:
-                logger.info(f"stage {stage} has ended already: {result.checkpoint}")
-                load_weights(model, result.checkpoint)
-            results.append(result)
-            if result.failure:
-                break
+        results = _run_stages(cfg, state, data, model)
         log_figures(results, data)
         since = " (since it was resumed)" if resume else ""
         known = {"training took": span(time.monotonic() - began), **versions}
@@ -82,6 +69,27 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         state.finish()
         log_where(cfg, state, results, report)
     return _outcome(results)
+
+
+def _run_stages(
+    cfg: DictConfig, state: RunState, data: FineGrainedDataModule, model: BCNN
+) -> list[StageResult]:
+    """Run the stages that have not ended yet, and return the results of all up to one that failed."""
+    results: list[StageResult] = []
+    for stage in STAGES[cfg.stage]:
+        result = state.result(stage)
+        if result is None:
+            # Stage last begins with a new head, so that no file holds what it starts from.
+            first = cfg.ckpt if stage == "finetune" else None
+            start = results[-1].checkpoint if results else first
+            result = Stage(stage, cfg, state, model, data, start and Path(start)).run()
+        else:
+            logger.info(f"stage {stage} has ended already: {result.checkpoint}")
+            load_weights(model, result.checkpoint)
+        results.append(result)
+        if result.failure:
+            break
+    return results
 
 
 def _outcome(results: list[StageResult]) -> float:
