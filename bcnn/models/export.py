@@ -145,7 +145,7 @@ def _read_onnx(path: Path) -> Network:
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path)
-    return lambda images: session.run(None, {"images": images.numpy()})
+    return lambda images: _joined(session.run(None, {"images": images.numpy()}))
 
 
 def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:

@@ -86,7 +86,11 @@ def test_two_processes_do_what_one_does_until_one_is_killed(
     assert [process.returncode for process in pair] == [1, -9], (first, killed)
     for stage, bound in TOLERANCE.items():
         one, two = tmp_path / "one" / stage, tmp_path / "two" / stage
-        torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=bound)
+        pairs = [(name, weights(two)[name], tensor) for name, tensor in weights(one).items()]
+        for name, together, alone in pairs:
+            # A calibration is of logits, which are as close as weights times their size.
+            slack = 1e-3 if bound and "calibration." in name else 0
+            torch.testing.assert_close(together, alone, rtol=slack, atol=bound + slack)
         for together, alone in zip(figures(two), figures(one), strict=True):
             assert together == pytest.approx(alone, rel=1e-3)
     assert "Traceback" not in first
