@@ -62,11 +62,11 @@ def evaluate(
     }
     last = ckpt.parent.parent / "last"
     before = results.kept_predictions(last) if ckpt.parent.name == "finetune" else None
-    strangers = results.predict_unknown(model, unknown, data, predictions) if unknown else None
-    if strangers:
-        console.print(results.unknown_table(*strangers, str(unknown)))
+    found = results.predict_unknown(model, unknown, data, predictions, mirror) if unknown else None
+    if found:
+        console.print(results.unknown_table(*found, str(unknown)))
     title, stages = f"{images.resolve().name}, {split}", results.logged_stages(ckpt)
-    content = ReportContent(predictions, title, stages, facts=facts, unknown=strangers, before=before)
+    content = ReportContent(predictions, title, stages, facts=facts, unknown=found, before=before)
     with atomic_folder(folder) as part:
         report = results.write_results(part, model, content)
     console.print(f"figures and predictions: {folder}\nreport: {folder / report.name}")

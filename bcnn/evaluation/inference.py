@@ -89,8 +89,8 @@ def what_sets_promise(model: BCNN, coverage: float) -> str:
     largest = images / (images + 1)
     if coverage <= largest:
         return (
-            f"the set holds the true class of {coverage:.4g} of the images, if these are like the "
-            f"{images} held-out images that calibrated the model"
+            f"the set holds the true class for {100 * coverage:g} % of the images, if these are like "
+            f"the {images} held-out images that calibrated the model"
         )
     return (
         f"{images} held-out images calibrated the model, too few for --coverage {coverage:g}: all "

@@ -97,9 +97,14 @@ def write_images(path: Path, predictions: Predictions) -> None:
     )
     if predictions.sets is not None and predictions.strangeness is not None:
         heading += ["prediction_set", "unlike_training"]
-        members = (row.nonzero()[:, 0].tolist() for row in predictions.sets)
-        sets = ["; ".join(predictions.classes[k] for k in each) for each in members]
-        columns = (*columns, sets, (predictions.strangeness > 0).int().tolist())
+        order = predictions.probabilities.argsort(descending=True, stable=True).tolist()
+        sizes = predictions.sets.sum(dim=1).tolist()  # a set is of the likeliest classes
+        sets = [
+            "; ".join(predictions.classes[k] for k in each[:size])
+            for each, size in zip(order, sizes, strict=True)
+        ]
+        marks = ["yes" if score > 0 else "no" for score in predictions.strangeness.tolist()]
+        columns = (*columns, sets, marks)
     write_csv(path, heading, zip(*columns, strict=True))
 
 
@@ -113,13 +118,13 @@ def headline_table(predictions: Predictions, title: str) -> Table:
 
 
 def predict_unknown(
-    model: BCNN, images: Path, data: FineGrainedDataModule, known: Predictions
+    model: BCNN, images: Path, data: FineGrainedDataModule, known: Predictions, mirror: bool = False
 ) -> tuple[Predictions, UnknownMetrics]:
     """Return predictions of images of no known class, whose labels mean nothing, and metrics."""
     if known.strangeness is None:
         raise UserError("--unknown: this model is not calibrated, so that it cannot mark images")
     samples = [(path, 0) for path in find_images([str(images)])]
-    unknown = predict_split(model, samples, data.evaluation_dataloader(samples))
+    unknown = predict_split(model, samples, data.evaluation_dataloader(samples), mirror=mirror)
     assert unknown.strangeness is not None
     return unknown, unknown_metrics(known.strangeness, unknown.strangeness)
 

@@ -1,5 +1,6 @@
 """`bcnn evaluate`: from a checkpoint and labelled images to metrics and files."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -58,24 +59,27 @@ def test_files_agree_with_each_other_and_with_the_model(
     torch.testing.assert_close(torch.from_numpy(saved["probabilities"]), logits.softmax(1))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
 def test_images_of_no_known_class_are_told_from_the_others(
-    bcnn: Bcnn, calibrated: BCNN, images: Path, tmp_path: Path
+    bcnn: Bcnn, calibrated: BCNN, images: Path, tmp_path: Path, mirror: bool
 ) -> None:
     generator = np.random.default_rng(0)
     for path in images.glob("test/*/*"):  # as noisy as what the model was calibrated with
         Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     (tmp_path / "unknown").mkdir()
     for value in range(0, 250, 10):
-        Image.new("RGB", (32, 32), (value, 255 - value, 90)).save(tmp_path / "unknown" / f"{value}.png")
+        image = Image.new("RGB", (32, 32), (value, 255 - value, 90))
+        image.paste("navy", (0, 0, 13, 22))  # unlike its mirror image
+        image.save(tmp_path / "unknown" / f"{value}.png")
     save_model(calibrated, tmp_path / "model.safetensors")
     words = ["evaluate", tmp_path / "model.safetensors", images, "--unknown", tmp_path / "unknown"]
-    outcome = bcnn(*words, "--output", tmp_path / "out")
+    outcome = bcnn(*words, "--output", tmp_path / "out", *["--mirror"] * mirror)
     assert outcome.code == 0, outcome.err
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     known = torch.from_numpy(np.load(tmp_path / "out" / "predictions.npz")["strangeness"])
     paths = sorted((tmp_path / "unknown").iterdir())
     pixels = torch.stack([calibrated.preprocessing.evaluation()(load_image(path)) for path in paths])
-    unknown = answer(calibrated, pixels, "32-true").strangeness
+    unknown = answer(calibrated, pixels, "32-true", mirror).strangeness
     auroc = (unknown[:, None] > known).double().mean()
     assert found["unknown"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
     assert found["unknown"]["fpr95"] == float((unknown <= np.quantile(known, 0.95)).double().mean())
@@ -86,6 +90,27 @@ def test_images_of_no_known_class_are_told_from_the_others(
     sizes = [float(row["set_size"]) for row in read_csv(tmp_path / "out" / "classes.csv")]
     assert found["set_size"]["value"] == pytest.approx(np.mean(sizes))
     assert "Images of no known class" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_rows_have_the_sets_and_marks_of_predict(
+    bcnn: Bcnn, calibrated: BCNN, images: Path, tmp_path: Path
+) -> None:
+    save_model(calibrated, tmp_path / "model.safetensors")
+    for index, value in enumerate(range(0, 250, 50)):
+        Image.new("RGB", (32, 32), (value, 255 - value, 90)).save(images / "test/red" / f"{index}.png")
+    assert (
+        bcnn("evaluate", tmp_path / "model.safetensors", images, "--output", tmp_path / "out").code == 0
+    )
+    evaluated = {row["path"]: row for row in read_csv(tmp_path / "out" / "predictions.csv")}
+    words = ["predict", tmp_path / "model.safetensors", images / "test", "--format", "csv"]
+    predicted = {row["image"]: row for row in csv.DictReader(bcnn(*words).out.splitlines())}
+    assert evaluated.keys() == predicted.keys()
+    for path, row in predicted.items():
+        assert row["top1"] == evaluated[path]["predicted"]
+        for column in ("prediction_set", "unlike_training"):
+            assert row[column] == evaluated[path][column]
+    assert {row["unlike_training"] for row in predicted.values()} == {"yes", "no"}
+    assert max(len(row["prediction_set"].split("; ")) for row in predicted.values()) > 1
 
 
 def test_a_model_that_is_not_calibrated_knows_nothing_of_unknown_images(

@@ -104,7 +104,7 @@ def test_a_calibrated_model_gives_sets_and_marks_what_it_does_not_know(
     assert outcome.out.count("unlike the training images") == 1
     rest = len(known["prediction_set"]) - 1
     assert (f"and {rest} more in the set" in outcome.out) == (rest > 0)
-    assert f"the true class of {coverage:g} of the images" in outcome.err
+    assert f"the true class for {100 * coverage:g} % of the images" in outcome.err
     assert (
         "unlike the training images" in json.loads(bcnn(*words, "labelstudio").out)[1]["data"]["bcnn"]
     )
