@@ -66,18 +66,18 @@ def hidden(
     folds = fold_numbers(labels, 5, range(len(labels)))
     solution, logits = problem.solve(L2), problem.held_out(L2, folds)
     sample = torch.randperm(len(x), generator=generator)[:SAMPLE]
-    outside = torch.empty(len(x))
+    residual = torch.empty(len(x))
     for fold in range(5):
         space = Subspace.of(x[sample[folds[sample] != fold]])
-        outside[folds == fold] = space.outside(x[folds == fold])
-    calibration = Calibration.of(logits, labels, outside, Subspace.of(x[sample]))
+        residual[folds == fold] = space.residual(x[folds == fold])
+    calibration = Calibration.of(logits, labels, residual, Subspace.of(x[sample]))
 
-    def strangeness(of: Tensor) -> Tensor:
-        return calibration.strangeness((of - problem.mean) @ solution.weight.mT + solution.bias, of)
+    def novelty(of: Tensor) -> Tensor:
+        return calibration.novelty((of - problem.mean) @ solution.weight.mT + solution.bias, of)
 
     known = numbers[test[1]] >= 0
-    usual = strangeness(test[0][known])
-    pair = [unknown_metrics(usual, strangeness(of)) for of in (test[0][~known], far)]
+    usual = novelty(test[0][known])
+    pair = [unknown_metrics(usual, novelty(of)) for of in (test[0][~known], far)]
     refused = float((usual > 0).double().mean())
     return [refused, *(number for each in pair for number in (each.auroc, each.accepted.value))]
 

@@ -150,6 +150,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
 
 
 @pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of images that passed the backbone, a batch each."""
+    found: list[int] = []
+    original = BCNN.descriptor
+
+    def counted(self: BCNN, images: Tensor) -> Tensor:
+        found.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(BCNN, "descriptor", counted)
+    return found
+
+
+@pytest.fixture
 def calibrated(tiny: BCNN) -> BCNN:
     """`tiny`, calibrated by 40 images of noise: every image of one colour is unlike them."""
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +173,7 @@ def calibrated(tiny: BCNN) -> BCNN:
         x = tiny.descriptor(images)
         space, logits = Subspace.of(x[:40]), tiny.head(x[40:])
         labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-        tiny.calibration = Calibration.of(logits, labels, space.outside(x[40:]), space)
+        tiny.calibration = Calibration.of(logits, labels, space.residual(x[40:]), space)
     return tiny
 
 

@@ -1,7 +1,7 @@
 """`bcnn check`: a report on images before training."""
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from bcnn.utils.files import new_output
 
 if TYPE_CHECKING:
     from bcnn.data.index import ImageIndex
-    from bcnn.data.integrity import Finding
+    from bcnn.data.integrity import Finding, Findings
 
 VAL = typer.Option(help="Share of each class, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
@@ -47,8 +47,7 @@ def check(
     validate_fractions(val_fraction, test_fraction)
     index = _read(images, group)
     findings = integrity.check(images, index.paths)
-    reasons = integrity.broken(findings)
-    intact = index.without(reasons)
+    intact = index.without(reasons := integrity.broken(findings))
     digests = {path: finding.digest for path, finding in findings.items()}
     errors = mistakes(index, images) or (
         mistakes(intact, images) + too_few(intact, digests, images, val_fraction, test_fraction)
@@ -58,24 +57,31 @@ def check(
     folder = output or new_output("check")
     console.print(_table(index, drawn, reasons))
     if index.groups:
-        counts = [f"{len({groups[p] for p, _ in each})} {s}" for s, each in drawn.splits.items()]
-        console.print(f"groups: {', '.join(counts)}")
+        _print_groups(drawn, groups)
     if intact.samples:
         _print_formats([findings[path] for path in intact.paths])
         contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
         console.print(f"pictures: {folder}")
-    try:
-        integrity.without_broken(index, findings, images, skip=False)
-    except UserError as error:
-        errors.append(str(error))
+    errors += _broken(index, findings, images)
     near = lookalikes(drawn, findings)
     if pairs := [pair for found in near.values() for pair in found]:
         pair_sheet(pairs, folder / "near_duplicates.png")
-    warnings = intact.remarks + review(intact, drawn, findings, near)
-    warnings += shared(drawn, groups, "are of groups in train") if index.groups else []
+    cut = shared(drawn, groups, "are of groups in train") if index.groups else []
+    warnings = intact.remarks + review(intact, drawn, findings, near) + cut
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
     return 1 if errors else 0
+
+
+def _broken(index: "ImageIndex", findings: "Findings", images: Path) -> list[str]:
+    """Return the error that training would stop with at broken files."""
+    from bcnn.data.integrity import without_broken
+
+    try:
+        without_broken(index, findings, images, skip=False)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _read(images: Path, group: str | None) -> "ImageIndex":
@@ -87,6 +93,11 @@ def _read(images: Path, group: str | None) -> "ImageIndex":
         base = images.parent if images.is_file() else images
         index.groups = match_groups(index.paths, group, "--group", base)
     return index
+
+
+def _print_groups(drawn: "ImageIndex", groups: Mapping[str, str]) -> None:
+    counts = [f"{len({groups[p] for p, _ in each})} {split}" for split, each in drawn.splits.items()]
+    console.print(f"groups: {', '.join(counts)}")
 
 
 def _print_formats(findings: Sequence["Finding"]) -> None:

@@ -4,13 +4,18 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bcnn.cli.arguments import Checkpoint, LabelledImages, Mirror, OutputFolder
 from bcnn.utils.console import console, progress
 from bcnn.utils.files import atomic_folder, make_way, new_output
+
+if TYPE_CHECKING:
+    import torch
+
+    from bcnn.models.bilinear_cnn import BCNN
 
 CHOICE = "As the folder or list has it, else as the checkpoint records it, else (test) all images."
 SPLIT = typer.Option(help=CHOICE)
@@ -39,24 +44,19 @@ def evaluate(
         from bcnn.evaluation import results
         from bcnn.evaluation.inference import predict_split
         from bcnn.evaluation.report import ReportContent
-        from bcnn.utils.device import about_device, best_device, fastest_precision
+        from bcnn.utils.device import best_device
         from bcnn.utils.environment import software
 
     versions = software()  # before anything is computed: the clone may change meanwhile
     data, samples, model = results.open_split(ckpt, images, split)
     device, loader = best_device(), data.evaluation_dataloader(samples)
     predictions = predict_split(model.to(device), samples, loader, mirror=mirror)
-    predictions = replace(
-        predictions, digests=[data.digests[p] for p in predictions.paths], split=split
-    )
+    digests = [data.digests[path] for path in predictions.paths]
+    predictions = replace(predictions, digests=digests, split=split)
     console.print(results.headline_table(predictions, f"{images}, {split}"))
     console.print(results.weakest_table(predictions))
-    facts = {
-        "command": shlex.join(["bcnn", *sys.argv[1:]]),
+    facts = _facts(model, device) | {
         "images": f"{images.absolute()}, split {split}",
-        "preprocessing": str(model.preprocessing),
-        "trained on": f"{len(model.split.train)} different images" if model.split else "not recorded",
-        "computed on": about_device(device, fastest_precision(device.type), ranks=1),
         "checkpoint": str(ckpt.absolute()),
         **versions,
     }
@@ -70,3 +70,15 @@ def evaluate(
     with atomic_folder(folder) as part:
         report = results.write_results(part, model, content)
     console.print(f"figures and predictions: {folder}\nreport: {folder / report.name}")
+
+
+def _facts(model: "BCNN", device: "torch.device") -> dict[str, str]:
+    """Return how the evaluation was made, for its report."""
+    from bcnn.utils.device import about_device, fastest_precision
+
+    return {
+        "command": shlex.join(["bcnn", *sys.argv[1:]]),
+        "preprocessing": str(model.preprocessing),
+        "trained on": f"{len(model.split.train)} different images" if model.split else "not recorded",
+        "computed on": about_device(device, fastest_precision(device.type), ranks=1),
+    }

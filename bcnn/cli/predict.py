@@ -42,9 +42,8 @@ def predict(
     the model. Images unlike the training images are marked.
 
     With --by group, IMAGES may be a list with the columns path and group, in place of --group. A group
-    has no prediction set.
-
-    An image that cannot be read has a row with the reason, and the exit code is 1 at the end.
+    has no prediction set. An image that cannot be read has a row with the reason, and the exit code is
+    1 at the end.
     """
     from bcnn.data.groups import find_groups
     from bcnn.data.image_files import find_images
@@ -63,12 +62,10 @@ def predict(
 
     model = open_model(ckpt).to(best_device())
     top_k, failed = min(top_k, len(model.classes)), 0
-    with (
-        _opened(output) as out,
-        FORMATS[format](out, model.classes, [*members] or paths, top_k) as write,
-    ):
+    rows = [*members] or paths
+    with _opened(output) as out, FORMATS[format](out, model.classes, rows, top_k) as write:
         found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror, groups)
-        for prediction in track(found, "predicting", len(members) or len(paths)):
+        for prediction in track(found, "predicting", len(rows)):
             write(prediction)
             failed += bool(prediction.error)
     if not named:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bcnn.data.image_io import load_image
 from bcnn.evaluation.heatmap import COLOURS, Box, framed, overlay, printable_lines, scaled
-from bcnn.evaluation.inference import Answer, answer_of
+from bcnn.evaluation.inference import Output, output_of
 from bcnn.evaluation.predictions import Predictions
 from bcnn.models.attribution import shares
 from bcnn.models.bilinear_cnn import BCNN
@@ -30,20 +30,20 @@ class Seen:
     maps: Tensor  # (1, channels, h, w), of the backbone
     descriptor: Tensor  # (1, width), of unit length
     logits: Tensor  # (classes,)
-    answer: Answer  # of a batch of this image
+    output: Output  # of a batch of this image
     crop: Box  # what the network sees, in pixels of the image
     box: Box  # what the locations cover, each a square of a stride around its middle
 
     @property
     def probabilities(self) -> Tensor:
         """(classes,), in float32, on the CPU; nan where a logit is not finite."""
-        return self.answer.probabilities[0]
+        return self.output.probabilities[0]
 
     @property
     def unlike_training(self) -> bool | None:
         """Whether the image is unlike the training images; None if the model is not calibrated."""
-        strangeness = self.answer.strangeness
-        return None if strangeness is None else bool(strangeness[0] > 0)
+        novelty = self.output.novelty
+        return None if novelty is None else bool(novelty[0] > 0)
 
     def drawn(self, side: int, shares: Tensor | None = None, limit: float = 1.0) -> Image.Image:
         """Return the image with its crop framed, under shares (h, w); its long side has `side` px."""
@@ -80,8 +80,8 @@ def see(model: BCNN, image: Image.Image) -> Seen:
     width, height = (start + stride * count / size for count in (maps.shape[3], maps.shape[2]))
     across, down = right - left, bottom - top
     box = left + across * start, top + down * start, left + across * width, top + down * height
-    answer = answer_of(model, logits, descriptor)
-    return Seen(image, maps, descriptor, logits[0], answer, crop, box)
+    output = output_of(model, logits, descriptor)
+    return Seen(image, maps, descriptor, logits[0], output, crop, box)
 
 
 def explain(

@@ -39,22 +39,22 @@ def open_model(path: Path, classes: list[str] | None = None) -> BCNN:
     return model
 
 
-class Answer(NamedTuple):
+class Output(NamedTuple):
     """What a model makes of a batch of images, in float32 on the CPU."""
 
     probabilities: Tensor  # (batch, classes); nan where a logit is not finite
-    strangeness: Tensor | None  # (batch,), see `Calibration.strangeness`; None: not calibrated
+    novelty: Tensor | None  # (batch,), see `Calibration.novelty`; None: not calibrated
     logits: Tensor  # (batch, classes)
 
-    def image(self, index: int) -> "Answer":
-        """Return the answer for one image, as a batch."""
+    def image(self, index: int) -> "Output":
+        """Return the output for one image, as a batch."""
         row = slice(index, index + 1)
-        strangeness = None if self.strangeness is None else self.strangeness[row]
-        return Answer(self.probabilities[row], strangeness, self.logits[row])
+        novelty = None if self.novelty is None else self.novelty[row]
+        return Output(self.probabilities[row], novelty, self.logits[row])
 
 
 @torch.no_grad()
-def answer(model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False) -> Answer:
+def infer(model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False) -> Output:
     """Return what a model makes of images, or of stored descriptors.
 
     Args:
@@ -69,16 +69,16 @@ def answer(model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bo
         if mirror:
             descriptors = (descriptors + model.descriptor(x.flip(-1))) / 2
         logits = model.head(descriptors)
-    return answer_of(model, logits, descriptors)
+    return output_of(model, logits, descriptors)
 
 
-def answer_of(model: BCNN, logits: Tensor, descriptors: Tensor) -> Answer:
-    """Return `answer` from logits (batch, classes) and descriptors (batch, width)."""
-    strangeness = None
+def output_of(model: BCNN, logits: Tensor, descriptors: Tensor) -> Output:
+    """Return the output for logits (batch, classes) and descriptors (batch, width)."""
+    novelty = None
     if model.calibration:
-        strangeness = model.calibration.strangeness(logits, descriptors).cpu()
+        novelty = model.calibration.novelty(logits, descriptors).cpu()
     logits = logits.float()
-    return Answer(model.probabilities(logits).cpu(), strangeness, logits.cpu())
+    return Output(model.probabilities(logits).cpu(), novelty, logits.cpu())
 
 
 def what_sets_promise(model: BCNN, coverage: float) -> str:
@@ -137,12 +137,10 @@ def predict_paths(
         pin_memory=device == "cuda",
     )
     threshold = model.calibration.threshold(coverage) if model.calibration else math.inf
-    answers: _Answers = (
-        (names, errors, answer(model, x, mirror=mirror)) for names, errors, x in loader
-    )
+    outputs: _Outputs = ((names, errors, infer(model, x, mirror=mirror)) for names, errors, x in loader)
     if groups:
-        answers = _by_group(model, groups, answers)
-    for names, errors, found in answers:
+        outputs = _by_group(model, groups, outputs)
+    for names, errors, found in outputs:
         for path, error, each in zip(names, errors, map(found.image, range(len(names))), strict=True):
             if error or each.probabilities[0].isnan().any():
                 yield Prediction(path, error=error or NOT_FINITE)
@@ -152,30 +150,30 @@ def predict_paths(
 
 
 def _prediction(
-    path: str, classes: list[str], answer: Answer, top: int, threshold: float
+    path: str, classes: list[str], output: Output, top: int, threshold: float
 ) -> Prediction:
-    """Return the prediction of an image from the answer to a batch of it."""
-    shares, labels = answer.probabilities[0].sort(descending=True, stable=True)
+    """Return the prediction of an image from the output for a batch of it."""
+    shares, labels = output.probabilities[0].sort(descending=True, stable=True)
     pairs = [(classes[k], p) for p, k in zip(shares[:top].tolist(), labels[:top].tolist(), strict=True)]
-    if answer.strangeness is None:
+    if output.novelty is None:
         return Prediction(path, pairs)
-    size = int(prediction_sets(answer.probabilities, threshold).sum())
+    size = int(prediction_sets(output.probabilities, threshold).sum())
     members = [classes[label] for label in labels[:size].tolist()]
-    return Prediction(path, pairs, set=members, unlike_training=bool(answer.strangeness[0] > 0))
+    return Prediction(path, pairs, set=members, unlike_training=bool(output.novelty[0] > 0))
 
 
-_Answers = Iterator[tuple[list[str], list[str], Answer]]  # of batches: paths, errors, answer
+_Outputs = Iterator[tuple[list[str], list[str], Output]]  # of batches: paths, errors, output
 
 
-def _by_group(model: BCNN, groups: Sequence[str], answers: _Answers) -> _Answers:
-    """Yield the mean answer of each group, and those of its images that have an error."""
+def _by_group(model: BCNN, groups: Sequence[str], outputs: _Outputs) -> _Outputs:
+    """Yield the mean output of each group, and those of its images that have an error."""
     images = (
         (path, error, batch.image(i))
-        for paths, errors, batch in answers
+        for paths, errors, batch in outputs
         for i, (path, error) in enumerate(zip(paths, errors, strict=True))
     )
     for group, members in groupby(zip(groups, images, strict=True), key=itemgetter(0)):
-        known: list[Answer] = []
+        known: list[Output] = []
         for _, (path, error, single) in members:
             if error or not single.logits.isfinite().all():
                 yield [path], [error], single
@@ -183,10 +181,10 @@ def _by_group(model: BCNN, groups: Sequence[str], answers: _Answers) -> _Answers
                 known.append(single)
         if known:
             logits = torch.cat([single.logits for single in known]).mean(dim=0, keepdim=True)
-            strange = [single.strangeness for single in known if single.strangeness is not None]
-            mean = torch.cat(strange).mean(dim=0, keepdim=True) if strange else None
+            scores = [single.novelty for single in known if single.novelty is not None]
+            mean = torch.cat(scores).mean(dim=0, keepdim=True) if scores else None
             shares = model.probabilities(logits.to(model.head.bias.device)).cpu()
-            yield [group], [""], Answer(shares, mean, logits)
+            yield [group], [""], Output(shares, mean, logits)
 
 
 def predict_split(
@@ -198,13 +196,13 @@ def predict_split(
 ) -> Predictions:
     """Return the predictions of labelled images; the model is left in evaluation mode.
 
-    Samples are (path, label), in the order of the batches (inputs, labels); see `answer`.
+    Samples are (path, label), in the order of the batches (inputs, labels); see `infer`.
     """
     model.eval()
-    parts: list[Answer] = []
+    parts: list[Output] = []
     with progress("predicting", len(samples)) as task:
         for inputs, _ in batches:
-            parts.append(answer(model, inputs, precision, mirror))
+            parts.append(infer(model, inputs, precision, mirror))
             task.advance(len(inputs))
     paths, labels = zip(*samples, strict=True)
     found = torch.cat([part.probabilities for part in parts])
@@ -215,7 +213,7 @@ def predict_split(
     return replace(
         predictions,
         sets=prediction_sets(found, model.calibration.threshold(COVERAGE)),
-        strangeness=torch.cat([part.strangeness for part in parts if part.strangeness is not None]),
+        novelty=torch.cat([part.novelty for part in parts if part.novelty is not None]),
     )
 
 

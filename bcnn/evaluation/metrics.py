@@ -77,10 +77,10 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
         "ece": Estimate(float(ece), math.nan, math.nan),
         "nll": mean(nll),
     }
-    if predictions.sets is not None and predictions.strangeness is not None:
+    if predictions.sets is not None and predictions.novelty is not None:
         found["coverage"] = proportion(int(predictions.covered.sum()), len(labels))
         found["set_size"] = mean(predictions.sets.sum(dim=1).double().numpy())
-        found["unlike"] = proportion(int((predictions.strangeness > 0).sum()), len(labels))
+        found["unlike"] = proportion(int((predictions.novelty > 0).sum()), len(labels))
     return found
 
 
@@ -94,15 +94,15 @@ def displayed(predictions: Predictions) -> dict[str, Estimate]:
 
 @dataclass(frozen=True)
 class UnknownMetrics:
-    """How well strangeness separates images of known classes from images of none."""
+    """How well novelty separates images of known classes from images of none."""
 
-    auroc: float  # probability that an unknown image is stranger than a known one
+    auroc: float  # probability that an unknown image has the higher novelty
     fpr95: float  # share of unknown images accepted by a limit that accepts 95 % of the known ones
     accepted: Estimate  # share of unknown images that the model's own limit accepts
 
 
 def unknown_metrics(known: Tensor, unknown: Tensor) -> UnknownMetrics:
-    """Return the metrics of the strangeness (images,) of known and of unknown images."""
+    """Return the metrics of the novelty (images,) of known and of unknown images."""
     is_unknown = torch.cat([torch.zeros_like(known), torch.ones_like(unknown)]).int()
     _, ranks = torch.cat([known, unknown]).unique(return_inverse=True)  # of scores, sigmoids are taken
     limit = known.double().quantile(0.95)

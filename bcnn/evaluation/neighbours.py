@@ -17,7 +17,7 @@ def descriptors(
 ) -> Iterator[Tensor]:
     """Yield the descriptors (batch, width) of each batch, in float32, on the model's device.
 
-    Batches are (inputs, labels); inputs and precision as for `bcnn.evaluation.inference.answer`.
+    Batches are (inputs, labels); inputs and precision as for `bcnn.evaluation.inference.infer`.
     """
     device = model.head.bias.device
     for inputs, _ in batches:

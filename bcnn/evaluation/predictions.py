@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from bcnn.utils.files import atomic_write
 
-TENSORS = ("labels", "probabilities", "sets", "strangeness")
+TENSORS = ("labels", "probabilities", "sets", "novelty")
 COVERAGE = 0.95  # of prediction sets: the share of images whose true class is in their set
 
 
@@ -31,7 +31,7 @@ class Predictions:
     digests: list[str] = field(default_factory=list)  # of the image files; empty: not recorded
     split: str = ""  # that the images are of
     sets: Tensor | None = None  # (images, classes): which classes are in the set of `COVERAGE`
-    strangeness: Tensor | None = None  # (images,): above 0 if unlike the training images
+    novelty: Tensor | None = None  # (images,): above 0 if unlike the training images
 
     @property
     def predicted(self) -> Tensor:

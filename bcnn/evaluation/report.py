@@ -122,9 +122,9 @@ def _change(name: str, earlier: Predictions, after: Predictions) -> dict[str, An
 
 def _accepted(unknown: Predictions) -> list[int]:
     """Return the indices of unknown images that are not marked, the most confident first."""
-    assert unknown.strangeness is not None
+    assert unknown.novelty is not None
     order = unknown.confidence.argsort(descending=True, stable=True)
-    return order[unknown.strangeness[order] <= 0][:ACCEPTED].tolist()
+    return order[unknown.novelty[order] <= 0][:ACCEPTED].tolist()
 
 
 def _side(predictions: Predictions, one: int, other: int) -> dict[str, Any]:

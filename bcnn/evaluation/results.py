@@ -95,7 +95,7 @@ def write_images(path: Path, predictions: Predictions) -> None:
         [f"{share:.6f}" for share in predictions.true_probability.tolist()],
         predictions.correct.int().tolist(),
     )
-    if predictions.sets is not None and predictions.strangeness is not None:
+    if predictions.sets is not None and predictions.novelty is not None:
         heading += ["prediction_set", "unlike_training"]
         order = predictions.probabilities.argsort(descending=True, stable=True).tolist()
         sizes = predictions.sets.sum(dim=1).tolist()  # a set is of the likeliest classes
@@ -103,7 +103,7 @@ def write_images(path: Path, predictions: Predictions) -> None:
             "; ".join(predictions.classes[k] for k in each[:size])
             for each, size in zip(order, sizes, strict=True)
         ]
-        marks = ["yes" if score > 0 else "no" for score in predictions.strangeness.tolist()]
+        marks = ["yes" if score > 0 else "no" for score in predictions.novelty.tolist()]
         columns = (*columns, sets, marks)
     write_csv(path, heading, zip(*columns, strict=True))
 
@@ -121,12 +121,12 @@ def predict_unknown(
     model: BCNN, images: Path, data: FineGrainedDataModule, known: Predictions, mirror: bool = False
 ) -> tuple[Predictions, UnknownMetrics]:
     """Return predictions of images of no known class, whose labels mean nothing, and metrics."""
-    if known.strangeness is None:
+    if known.novelty is None:
         raise UserError("--unknown: this model is not calibrated, so that it cannot mark images")
     samples = [(path, 0) for path in find_images([str(images)])]
     unknown = predict_split(model, samples, data.evaluation_dataloader(samples), mirror=mirror)
-    assert unknown.strangeness is not None
-    return unknown, unknown_metrics(known.strangeness, unknown.strangeness)
+    assert unknown.novelty is not None
+    return unknown, unknown_metrics(known.novelty, unknown.novelty)
 
 
 def unknown_table(unknown: Predictions, found: UnknownMetrics, title: str) -> Table:

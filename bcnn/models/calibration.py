@@ -43,7 +43,7 @@ class Subspace(nn.Module):
         space.axes.copy_(axes)
         return space
 
-    def outside(self, descriptors: Tensor) -> Tensor:
+    def residual(self, descriptors: Tensor) -> Tensor:
         """Descriptors (batch, width) → share of the squared distance from the mean, 0..1 (batch,)."""
         x = sketch(descriptors) - self.mean
         inside = (x @ self.axes.float().mT).square().sum(dim=1)
@@ -53,14 +53,14 @@ class Subspace(nn.Module):
 def sketch(descriptors: Tensor) -> Tensor:
     """Return (batch, `SKETCH`): sums of every `SKETCH`-th number, with signs that the index gives."""
     width = descriptors.shape[1]
-    mixed = torch.arange(width, device=descriptors.device) * 2654435761 % 2**32  # Knuth's hash
+    mixed = torch.arange(width, device=descriptors.device) * 2654435761 % 2**32  # a hash
     mixed = (mixed >> 15 ^ mixed) * 2246822519 % 2**32
     signed = descriptors.float() * ((mixed >> 13 & 1) * 2 - 1)
     return F.pad(signed, (0, -width % SKETCH)).unflatten(1, (-1, SKETCH)).sum(dim=1)
 
 
 class Calibration(nn.Module):
-    """A temperature, thresholds of prediction sets, and a measure of strangeness, from held-out images.
+    """A temperature, thresholds of prediction sets, and a measure of novelty, from held-out images.
 
     Args:
         axes: of the subspace of training descriptors.
@@ -69,7 +69,7 @@ class Calibration(nn.Module):
 
     temperature: Tensor
     scores: Tensor
-    usual: Tensor
+    moments: Tensor
     limit: Tensor
 
     def __init__(self, axes: int, images: int) -> None:
@@ -77,21 +77,21 @@ class Calibration(nn.Module):
         self.subspace = Subspace(axes)
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("scores", torch.zeros(images))  # see `threshold`; sorted
-        self.register_buffer("usual", torch.zeros(2, 2))  # means and deviations of `_symptoms`
-        self.register_buffer("limit", torch.zeros(()))  # of strangeness
+        self.register_buffer("moments", torch.zeros(2, 2))  # means and deviations of `_raw_scores`
+        self.register_buffer("limit", torch.zeros(()))  # of novelty
 
     @classmethod
     @torch.no_grad()
-    def of(cls, logits: Tensor, labels: Tensor, outside: Tensor, subspace: Subspace) -> Self:
+    def of(cls, logits: Tensor, labels: Tensor, residual: Tensor, subspace: Subspace) -> Self:
         """Return the calibration by held-out images.
 
         Args:
             logits: (n, classes), by a model that was not trained on the images.
             labels: (n,).
-            outside: (n,), by a subspace of other images.
+            residual: (n,), by a subspace of other images.
             subspace: of the training images, for images to come.
         """
-        logits, labels, outside = logits.float().cpu(), labels.cpu(), outside.float().cpu()
+        logits, labels, residual = logits.float().cpu(), labels.cpu(), residual.float().cpu()
         images = len(logits)
         self = cls(len(subspace.axes), images)
         self.subspace.load_state_dict(subspace.state_dict())
@@ -99,11 +99,11 @@ class Calibration(nn.Module):
         shares = (logits / self.temperature).softmax(dim=1)
         of_class = shares.gather(1, labels[:, None])[:, 0]
         self.scores.copy_((1 - of_class).sort().values)
-        symptoms = _symptoms(logits, outside)
-        spread = symptoms.std(dim=0, correction=0).clamp_min(1e-6)
-        self.usual.copy_(torch.stack([symptoms.mean(dim=0), spread]))
-        strange = self._strangeness(symptoms).sort().values
-        self.limit.copy_(strange[min(images, math.ceil((images + 1) * ACCEPTED)) - 1])
+        raw = _raw_scores(logits, residual)
+        spread = raw.std(dim=0, correction=0).clamp_min(1e-6)
+        self.moments.copy_(torch.stack([raw.mean(dim=0), spread]))
+        novelty = self._novelty(raw).sort().values
+        self.limit.copy_(novelty[min(images, math.ceil((images + 1) * ACCEPTED)) - 1])
         return self
 
     def sizes(self) -> dict[str, int]:
@@ -123,18 +123,18 @@ class Calibration(nn.Module):
         rank = math.ceil((len(self.scores) + 1) * coverage - 1e-9)  # 0.9 · 110 is 99.00000000000001
         return 1 - float(self.scores[rank - 1]) if rank <= len(self.scores) else 0.0
 
-    def strangeness(self, logits: Tensor, descriptors: Tensor) -> Tensor:
+    def novelty(self, logits: Tensor, descriptors: Tensor) -> Tensor:
         """Return (batch,): above zero, the image is unlike the training images.
 
-        The larger of two symptoms, in standard deviations above the limit that `ACCEPTED` of the
-        held-out images keep: no logit is large (of classes nearby; Vaze et al., "Open-Set Recognition:
+        The larger of two scores, in standard deviations above the limit that `ACCEPTED` of the held-out
+        images keep: no logit is large (of classes nearby; Vaze et al., "Open-Set Recognition:
         A Good Closed-Set Classifier is All You Need?", ICLR 2022), or the descriptor lies outside the
         subspace of the training images (of anything else).
         """
-        return self._strangeness(_symptoms(logits, self.subspace.outside(descriptors))) - self.limit
+        return self._novelty(_raw_scores(logits, self.subspace.residual(descriptors))) - self.limit
 
-    def _strangeness(self, symptoms: Tensor) -> Tensor:
-        return ((symptoms - self.usual[0]) / self.usual[1]).amax(dim=1)
+    def _novelty(self, raw: Tensor) -> Tensor:
+        return ((raw - self.moments[0]) / self.moments[1]).amax(dim=1)
 
 
 def prediction_sets(probabilities: Tensor, threshold: float) -> Tensor:
@@ -143,9 +143,9 @@ def prediction_sets(probabilities: Tensor, threshold: float) -> Tensor:
     return (probabilities >= threshold - 1e-6) | (probabilities == likeliest)
 
 
-def _symptoms(logits: Tensor, outside: Tensor) -> Tensor:
+def _raw_scores(logits: Tensor, residual: Tensor) -> Tensor:
     """Return (batch, 2): how small the largest logit is, and how far outside the descriptor lies."""
-    return torch.stack([-logits.float().amax(dim=1), outside], dim=1)
+    return torch.stack([-logits.float().amax(dim=1), residual], dim=1)
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:

@@ -22,32 +22,32 @@ from bcnn.utils.files import PART, atomic_write
 OPSET = 20  # of ONNX, for ONNX Runtime 1.17 (January 2024) and later
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
 
-Network = Callable[[Tensor], Any]  # uint8 images → logits or probabilities, and maybe strangeness
+Network = Callable[[Tensor], Any]  # uint8 images → logits or probabilities, and maybe novelty
 
 
 class Outputs(nn.Module):
-    """uint8 images → logits or probabilities (batch, classes), and strangeness (batch,) if asked for.
+    """uint8 images → logits or probabilities (batch, classes), and novelty (batch,) if asked for.
 
-    A model that is not calibrated has no strangeness.
+    A model that is not calibrated has no novelty.
     """
 
     def __init__(
-        self, model: BCNN, softmax: bool, strangeness: bool, pooling: nn.Module | None = None
+        self, model: BCNN, softmax: bool, novelty: bool, pooling: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.backbone, self.pooling, self.head = model.backbone, pooling or model.pooling, model.head
         self.calibration, self.softmax = model.calibration, softmax
-        self.strangeness = strangeness and model.calibration is not None
+        self.novelty = novelty and model.calibration is not None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         descriptors = self.pooling(self.backbone(images))
         output = logits = self.head(descriptors)
         if self.softmax:
             output = (logits / self.calibration.temperature if self.calibration else logits).softmax(1)
-        if not self.strangeness:
+        if not self.novelty:
             return output
         assert self.calibration is not None
-        return output, self.calibration.strangeness(logits, descriptors)
+        return output, self.calibration.novelty(logits, descriptors)
 
 
 def _joined(outputs: Any) -> Tensor:
@@ -84,7 +84,7 @@ def export_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters', about their own code
             write(model, file, softmax)
-        network = Outputs(model, softmax, strangeness=format == "onnx")
+        network = Outputs(model, softmax, novelty=format == "onnx")
         batches = progress(_comparison_images(model, images))
         loaded = read(file)
         with torch.no_grad():
@@ -116,7 +116,7 @@ def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Ten
 def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     """Write ONNX in float32, for any batch size.
 
-    Input "images"; outputs "logits" or "probabilities", and "strangeness" of a calibrated model.
+    Input "images"; outputs "logits" or "probabilities", and "novelty" of a calibrated model.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
@@ -124,13 +124,13 @@ def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     for exporter in ("torch.onnx", "onnxscript.optimizer"):  # they log their own insides
         logging.getLogger(exporter).setLevel(logging.ERROR)
     output = "probabilities" if softmax else "logits"
-    network = Outputs(model, softmax, strangeness=True, pooling=model.pooling.exportable())
+    network = Outputs(model, softmax, novelty=True, pooling=model.pooling.exportable())
     program = torch.onnx.export(
         _exported(network, model.preprocessing.size),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=[output, "strangeness"][: 1 + network.strangeness],
+        output_names=[output, "novelty"][: 1 + network.novelty],
         verbose=False,
     )
     assert program is not None
@@ -152,7 +152,7 @@ def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     """Write torch.export's file; its extra file metadata.json holds what `describe` returns."""
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
-    network = Outputs(model, softmax, strangeness=False)
+    network = Outputs(model, softmax, novelty=False)
     torch.export.save(_exported(network, model.preprocessing.size), content, extra_files=extra)
     path.write_bytes(content.getbuffer())
 

@@ -43,12 +43,12 @@ def calibrate(
     space = Subspace.of(torch.cat([*spanning]))
     batches = descriptors(model, features.evaluation_dataloader(data.val), precision)
     found = [
-        (model.head(x).cpu(), space.outside(x).cpu())
+        (model.head(x).cpu(), space.residual(x).cpu())
         for x in track(batches, "calibrating", unit="batches")
     ]
-    logits, outside = map(torch.cat, zip(*found, strict=True))
+    logits, residual = map(torch.cat, zip(*found, strict=True))
     labels = torch.tensor([label for _, label in data.val])
-    return Calibration.of(logits, labels, outside, space)
+    return Calibration.of(logits, labels, residual, space)
 
 
 def _by_folds(
@@ -62,12 +62,12 @@ def _by_folds(
     folds = dict(zip((path for path, _ in train), held_out.folds.tolist(), strict=True))
     spanning = features.descriptors(sample)[0][:].to(device)
     fold_of = torch.tensor([folds[path] for path, _ in sample], device=device)
-    outside = torch.empty(len(train))
+    residual = torch.empty(len(train))
     for fold in track(held_out.folds.unique().tolist(), "calibrating", unit="folds"):
         members = (held_out.folds == fold).nonzero()[:, 0]
         space = Subspace.of(spanning[fold_of != fold])
         stored, _ = features.descriptors([train[i] for i in members.tolist()])
         blocks = [stored[i : i + BLOCK].to(device) for i in range(0, len(members), BLOCK)]
-        outside[members] = torch.cat([space.outside(block) for block in blocks]).cpu()
+        residual[members] = torch.cat([space.residual(block) for block in blocks]).cpu()
     known = held_out.images
-    return Calibration.of(held_out.logits, held_out.labels, outside[known], Subspace.of(spanning))
+    return Calibration.of(held_out.logits, held_out.labels, residual[known], Subspace.of(spanning))

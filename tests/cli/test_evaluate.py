@@ -14,7 +14,7 @@ from conftest import Bcnn, read_csv, save_checkpoint, set_up, write_images
 from PIL import Image
 
 from bcnn.data.image_io import load_image
-from bcnn.evaluation.inference import answer
+from bcnn.evaluation.inference import infer
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 from bcnn.utils.errors import Interruption
@@ -76,10 +76,10 @@ def test_images_of_no_known_class_are_told_from_the_others(
     outcome = bcnn(*words, "--output", tmp_path / "out", *["--mirror"] * mirror)
     assert outcome.code == 0, outcome.err
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
-    known = torch.from_numpy(np.load(tmp_path / "out" / "predictions.npz")["strangeness"])
+    known = torch.from_numpy(np.load(tmp_path / "out" / "predictions.npz")["novelty"])
     paths = sorted((tmp_path / "unknown").iterdir())
     pixels = torch.stack([calibrated.preprocessing.evaluation()(load_image(path)) for path in paths])
-    unknown = answer(calibrated, pixels, "32-true", mirror).strangeness
+    unknown = infer(calibrated, pixels, "32-true", mirror).novelty
     auroc = (unknown[:, None] > known).double().mean()
     assert found["unknown"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
     assert found["unknown"]["fpr95"] == float((unknown <= np.quantile(known, 0.95)).double().mean())

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import normalize
 from bcnn.cli.app import main
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
-from bcnn.evaluation.inference import answer
+from bcnn.evaluation.inference import infer
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 from benchmarks.harness import OriginalNet
@@ -119,12 +119,12 @@ def test_onnx_of_a_calibrated_model_marks_what_it_does_not_know(
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     images[2] = torch.tensor([0, 0, 128])[:, None, None]
-    names = ["probabilities", "strangeness"]
-    probabilities, strangeness = map(torch.from_numpy, session.run(names, {"images": images.numpy()}))
+    names = ["probabilities", "novelty"]
+    probabilities, novelty = map(torch.from_numpy, session.run(names, {"images": images.numpy()}))
     torch.testing.assert_close(probabilities, calibrated.predict(images), rtol=0, atol=1e-4)
-    expected = answer(calibrated, images, "32-true").strangeness
-    torch.testing.assert_close(strangeness, expected, rtol=0, atol=1e-2)
-    assert (strangeness > 0).tolist() == [False, False, True]
+    expected = infer(calibrated, images, "32-true").novelty
+    torch.testing.assert_close(novelty, expected, rtol=0, atol=1e-2)
+    assert (novelty > 0).tolist() == [False, False, True]
     said = session.get_modelmeta().custom_metadata_map
     assert json.loads(said["thresholds"])["0.9"] == calibrated.calibration.threshold(0.9)
     assert float(said["temperature"]) == float(calibrated.calibration.temperature)

@@ -127,7 +127,7 @@ def test_mcnemar_s_exact_test() -> None:
     assert np.mean([mcnemar(int(only), 30 - int(only)) < 0.05 for only in chance]) <= 0.05
 
 
-def test_unknown_images_as_strange_as_the_known_ones_are_not_told_apart() -> None:
+def test_unknown_images_as_novel_as_the_known_ones_are_not_separated() -> None:
     same = torch.tensor([-1.0, 0.5, 0.5, 2.0])
     assert unknown_metrics(same, same).auroc == unknown_metrics(same[1:3], same[1:3]).auroc == 0.5
     assert unknown_metrics(same, same + 9).auroc == 1

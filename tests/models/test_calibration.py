@@ -66,7 +66,7 @@ def test_a_set_holds_the_likeliest_class_and_those_at_the_threshold() -> None:
     assert prediction_sets(probabilities, 0.99).sum(dim=1).tolist() == [1, 1, 2]
 
 
-def test_of_known_images_one_in_twenty_is_strange_and_of_others_most() -> None:
+def test_of_known_images_one_in_twenty_is_novel_and_of_others_all() -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(20, 3000, generator=generator)
 
@@ -76,12 +76,12 @@ def test_of_known_images_one_in_twenty_is_strange_and_of_others_most() -> None:
 
     space = Subspace.of(known(500)[0])
     x, logits = known(1000)
-    calibration = Calibration.of(logits, logits.argmax(dim=1), space.outside(x), space)
+    calibration = Calibration.of(logits, logits.argmax(dim=1), space.residual(x), space)
     x, logits = known(1000)
-    assert 0.02 < (calibration.strangeness(logits, x) > 0).float().mean() < 0.08
+    assert 0.02 < (calibration.novelty(logits, x) > 0).float().mean() < 0.08
     elsewhere = torch.randn(1000, 3000, generator=generator)  # nearly orthogonal to all known ones
-    assert (calibration.strangeness(logits, elsewhere) > 0).all()
-    assert (calibration.strangeness(logits - 1000, x) > 0).all()  # no class is likely
+    assert (calibration.novelty(logits, elsewhere) > 0).all()
+    assert (calibration.novelty(logits - 1000, x) > 0).all()  # no class is likely
 
 
 @pytest.mark.parametrize("width", [320, 3000])
@@ -99,7 +99,7 @@ def test_the_share_outside_the_axes_is_that_of_a_projection() -> None:
     centred = x - x.mean(dim=0)
     rest = centred - centred @ axes @ axes.mT
     expected = rest.square().sum(dim=1) / centred.square().sum(dim=1)
-    torch.testing.assert_close(Subspace.of(x).outside(x).double(), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(Subspace.of(x).residual(x).double(), expected, atol=2e-3, rtol=0)
 
 
 def test_a_calibrated_model_is_saved_and_loaded(tiny: BCNN, tmp_path: Path) -> None:
@@ -111,5 +111,5 @@ def test_a_calibrated_model_is_saved_and_loaded(tiny: BCNN, tmp_path: Path) -> N
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(loaded.predict(images), tiny.predict(images))
     x = torch.rand(4, tiny.pooling.width)
-    found, expected = (m.calibration.strangeness(logits[:4, :3], x) for m in (loaded, tiny))
+    found, expected = (m.calibration.novelty(logits[:4, :3], x) for m in (loaded, tiny))
     assert torch.equal(found, expected)

@@ -53,7 +53,7 @@ def test_a_held_out_image_is_measured_by_models_that_have_not_seen_it(
     images: Path, tmp_path: Path, tiny: BCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spanned, measured = [], []
-    of, outside = Subspace.of, Subspace.outside
+    of, residual = Subspace.of, Subspace.residual
 
     def span(descriptors: torch.Tensor) -> Subspace:
         spanned.append(descriptors)
@@ -61,10 +61,10 @@ def test_a_held_out_image_is_measured_by_models_that_have_not_seen_it(
 
     def measure(self: Subspace, descriptors: torch.Tensor) -> torch.Tensor:
         measured.append((descriptors.float(), spanned[-1].float()))
-        return outside(self, descriptors)
+        return residual(self, descriptors)
 
     monkeypatch.setattr(Subspace, "of", span)
-    monkeypatch.setattr(Subspace, "outside", measure)
+    monkeypatch.setattr(Subspace, "residual", measure)
     run(images, "stage=last", "data.val_fraction=0", "last.folds=3", f"output={tmp_path / 'out'}")
     by_folds = measured[:3]
     assert sum(len(held) for held, _ in by_folds) == 18

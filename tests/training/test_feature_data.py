@@ -9,26 +9,12 @@ import pytest
 import torch
 from conftest import build, folder_data, network, write_images
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.feature_store import SHARD, VIEWS
 from bcnn.utils.errors import UserError
-
-
-@pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of images that passed the backbone, a batch each."""
-    found: list[int] = []
-    original = BCNN.descriptor
-
-    def counted(self: BCNN, images: Tensor) -> Tensor:
-        found.append(len(images))
-        return original(self, images)
-
-    monkeypatch.setattr(BCNN, "descriptor", counted)
-    return found
 
 
 def store_of(images: Path, model: BCNN, **options: object) -> CachedFeatureDataModule:
@@ -52,15 +38,15 @@ def test_descriptors_are_those_of_the_crop_and_its_mirror_image(
         assert torch.equal(found_labels, labels)
 
 
-def test_images_pass_the_backbone_once(images: Path, tiny: BCNN, counts: list[int]) -> None:
+def test_images_pass_the_backbone_once(images: Path, tiny: BCNN, passes: list[int]) -> None:
     write_images(images / "test", 6, seed=9)  # 18 images to test on, the first in the order of paths
     store_of(images, tiny)
-    assert sum(counts) == SHARD + VIEWS * (36 - SHARD)
+    assert sum(passes) == SHARD + VIEWS * (36 - SHARD)
     nn.init.normal_(tiny.head.weight)
     again = store_of(images, tiny, val_fraction=0.1, batch_size=3)
     for loader in (again.train_dataloader(), again.val_dataloader(), again.test_dataloader()):
         assert all(descriptors.any() for descriptors, _ in loader)
-    assert sum(counts) == SHARD + VIEWS * (36 - SHARD)
+    assert sum(passes) == SHARD + VIEWS * (36 - SHARD)
 
 
 def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> None:

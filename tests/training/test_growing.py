@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FINETUNE, configure, toy, write, write_classes
-from torch import Tensor
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
@@ -16,20 +15,6 @@ from bcnn.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 TUNED = [*FINETUNE, "finetune.optimizer.lr=1e-4"]  # no worse than it started
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of images that passed the backbone, a batch each."""
-    found: list[int] = []
-    original = BCNN.descriptor
-
-    def counted(self: BCNN, images: Tensor) -> Tensor:
-        found.append(len(images))
-        return original(self, images)
-
-    monkeypatch.setattr(BCNN, "descriptor", counted)
-    return found
 
 
 @pytest.fixture
