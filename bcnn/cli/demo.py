@@ -20,7 +20,7 @@ def demo(
     host: Annotated[str, HOST] = "127.0.0.1",
     port: Annotated[int, PORT] = 8000,
 ) -> None:
-    """Serve a page to drop images on, until Ctrl-C (pip install 'bcnn[demo]').
+    """Serve a page to drop images on, until Ctrl-C (pip install 'bcnn\\[demo]').
 
     It shows the likeliest classes, what speaks for this class and not that, and the nearest training
     images. Images stay in memory and are not kept.
