@@ -34,9 +34,23 @@ def site(wheel: zipfile.ZipFile, tmp_path: Path) -> str:
 def test_the_wheel_holds_package_configuration_and_templates_alone(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if not name.startswith("bcnn-")}
     files = [path for part in PARTS for path in (ROOT / part).rglob("*")]
-    ours = {path for path in files if path.suffix in (".py", ".yaml", ".css", ".html", ".mplstyle")}
+    suffixes = (".py", ".yaml", ".css", ".html", ".mplstyle", ".typed")
+    ours = {path for path in files if path.suffix in suffixes}
     names = {path.relative_to(ROOT).as_posix() for path in ours}
     assert packed == {f"bcnn/{name}" if name.startswith("conf/") else name for name in names}
+
+
+def test_the_package_shows_what_is_public_and_imports_it_when_asked(python: Run) -> None:
+    names = ["BCNN", "BCNNModule", "FineGrainedDataModule", "load_model", "predict_paths"]
+    code = (
+        "import bcnn, sys; print(*dir(bcnn)); print('torch' in sys.modules); print(bcnn.__version__);"
+        f"print(*(getattr(bcnn, name).__name__ for name in {names}))"
+    )
+    run = python("-c", code)
+    assert run.returncode == 0, run.stderr
+    shown, early, version, found = run.stdout.splitlines()
+    assert shown.split() == sorted(["__version__", *names]) and found.split() == names
+    assert early == "False" and version[0].isdigit()
 
 
 def test_the_command_starts(site: str, python: Run) -> None:
