@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 VAL = typer.Option(help="Share of each class, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
+APPLY = typer.Option(metavar="MOVES", exists=True, dir_okay=False, help="List of labels to correct.")
 
 
 def check(
@@ -28,6 +29,7 @@ def check(
     test_fraction: Annotated[float | None, TEST] = None,
     group: Group = None,
     seed: Annotated[int, typer.Option(help="Decides which images are drawn.")] = 0,
+    apply: Annotated[Path | None, APPLY] = None,
     output: OutputFolder = None,
 ) -> int:
     """Check images before training: splits, sizes, broken files, duplicates.
@@ -36,6 +38,9 @@ def check(
 
     IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder
     with a metadata.csv of file_name,label, or a list with lines of path,label[,split][,group].
+
+    With --apply it checks nothing. It writes a list to --output NEW.csv, or copies the folder IMAGES to
+    --output NEW, with the labels of MOVES: lines of path,label,proposed_label, as a run's moves.csv.
     """
     with progress("loading PyTorch"):
         from bcnn.data import integrity
@@ -46,6 +51,8 @@ def check(
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
     validate_fractions(val_fraction, test_fraction)
     index = _read(images, group)
+    if apply:
+        return _apply(apply, images, index, output)
     findings = integrity.check(images, index.paths)
     intact = index.without(reasons := integrity.broken(findings))
     digests = {path: finding.digest for path, finding in findings.items()}
@@ -93,6 +100,21 @@ def _read(images: Path, group: str | None) -> "ImageIndex":
         base = images.parent if images.is_file() else images
         index.groups = match_groups(index.paths, group, "--group", base)
     return index
+
+
+def _apply(file: Path, images: Path, index: "ImageIndex", output: Path | None) -> int:
+    from bcnn.evaluation.moves import read_moves, write_corrected
+
+    if output is None:
+        raise UserError(
+            "--apply leaves IMAGES as they are: add --output NEW.csv or --output NEW_FOLDER"
+        )
+    moves = read_moves(file, images, index)
+    with progress(f"writing {output}"):
+        write_corrected(output, images, index, moves)
+    changed = sum(old != new for old, new in moves.values())
+    console.print(f"{output}: {changed} of {len(index.samples)} images have a new label")
+    return 0
 
 
 def _print_groups(drawn: "ImageIndex", groups: Mapping[str, str]) -> None:

@@ -69,6 +69,15 @@ class Predictions:
         order = self.confidence.argsort(descending=True, stable=True)
         return order[~self.correct[order]][:count].tolist()
 
+    def doubtful_labels(self) -> list[int]:
+        """Return the indices of the images that may be labelled wrongly, the most confident first.
+
+        Their predicted class is at least as probable as it is for the images of that class on average
+        (Northcutt et al., "Confident Learning", JAIR 2021, §3.1). For predictions of held-out images.
+        """
+        doubtful = self.confidence >= soft_confusion(self).diag()[self.predicted]
+        return [i for i in self.confident_mistakes(len(self.paths)) if doubtful[i]]
+
     def corrected_by(self, other: "Predictions") -> list[int]:
         """Return the `confident_mistakes` that `other` classifies correctly."""
         return [i for i in self.confident_mistakes(len(self.paths)) if other.correct[i]]

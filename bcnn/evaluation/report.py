@@ -29,7 +29,7 @@ from bcnn.utils.files import atomic_write
 
 PAIRS, IMAGES = 6, 3  # pairs of confused classes, and images of each class of a pair
 MISTAKES = 8  # with two attributions each
-DOUBTS = 20  # possibly wrong labels
+DOUBTS = 20  # possibly wrong labels that are shown
 CHANGES = 6  # images that the last stage corrected, and as many that it got wrong
 ACCEPTED = 12  # images of no known class that were not marked
 NEIGHBOURS = 5  # training images beside a mistake
@@ -73,11 +73,12 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         pairs=[(_side(predictions, a, b), _side(predictions, b, a)) for a, b in pairs],
         mistakes=predictions.confident_mistakes(MISTAKES),
         attributions=attributions or {},
-        doubts=held_out and held_out.confident_mistakes(DOUBTS),
+        doubts=held_out and held_out.doubtful_labels(),
         classes=per_class(predictions),
         calibration=Markup(calibration_svg(*calibration(predictions))),
         selective=Markup(selective_svg(*selective(predictions))),
         accepted=content.unknown and _accepted(content.unknown[0]),
+        shown_doubts=DOUBTS,
         changes=CHANGES,
         changed=CHANGED,
         small=SMALL,

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.evaluation.moves import write_moves
 from bcnn.evaluation.report import Before, ReportContent
 from bcnn.evaluation.results import kept_predictions, logged_stages, write_images, write_results
 from bcnn.models.bilinear_cnn import BCNN
@@ -123,6 +124,7 @@ def _write_report(
     held_out = next((result.held_out for result in results if result.held_out), None)
     if held_out:
         write_images(state.folder / "held_out.csv", held_out)
+        write_moves(state.folder / "moves.csv", held_out)
     if last.predictions is None:
         return None
     curves = logged_stages(Path(cfg.ckpt)) if cfg.stage == "finetune" else []
