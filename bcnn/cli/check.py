@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bcnn.cli.arguments import Group, LabelledImages, OutputFolder
+from bcnn.cli.arguments import Group, LabelledImages
 from bcnn.utils.console import console, printable, progress
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import new_output
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 VAL = typer.Option(help="Share of each class, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
 APPLY = typer.Option(metavar="MOVES", exists=True, dir_okay=False, help="List of labels to correct.")
+OUTPUT = typer.Option(help="New folder, or with --apply new list. Default: in outputs/.")
 
 
 def check(
@@ -30,7 +31,7 @@ def check(
     group: Group = None,
     seed: Annotated[int, typer.Option(help="Decides which images are drawn.")] = 0,
     apply: Annotated[Path | None, APPLY] = None,
-    output: OutputFolder = None,
+    output: Annotated[Path | None, OUTPUT] = None,
 ) -> int:
     """Check images before training: splits, sizes, broken files, duplicates.
 
