@@ -17,6 +17,7 @@ from bcnn.utils.files import new_output
 if TYPE_CHECKING:
     from bcnn.data.index import ImageIndex
     from bcnn.data.integrity import Finding, Findings
+    from bcnn.data.review import Pairs
 
 VAL = typer.Option(help="Share of each class, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
@@ -40,12 +41,11 @@ def check(
     IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder
     with a metadata.csv of file_name,label, or a list with lines of path,label[,split][,group].
 
-    With --apply it checks nothing. It writes a list to --output NEW.csv, or copies the folder IMAGES to
-    --output NEW, with the labels of MOVES: lines of path,label,proposed_label, as a run's moves.csv.
+    With --apply it checks nothing, and writes IMAGES with the labels of MOVES, such as the moves.csv of
+    a run, to a list (--output NEW.csv) or to a copy of the folder (--output NEW).
     """
     with progress("loading PyTorch"):
         from bcnn.data import integrity
-        from bcnn.data.contact_sheet import contact_sheet, pair_sheet
         from bcnn.data.groups import join_groups
         from bcnn.data.index import mistakes
         from bcnn.data.review import lookalikes, review, shared
@@ -66,15 +66,11 @@ def check(
     console.print(_table(index, drawn, reasons))
     if index.groups:
         _print_groups(drawn, groups)
-    if intact.samples:
-        _print_formats([findings[path] for path in intact.paths])
-        contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
-        console.print(f"pictures: {folder}")
-    errors += _broken(index, findings, images)
     near = lookalikes(drawn, findings)
-    if pairs := [pair for found in near.values() for pair in found]:
-        pair_sheet(pairs, folder / "near_duplicates.png")
+    if intact.samples:
+        _draw(intact, findings, near, folder)
     cut = shared(drawn, groups, "are of groups in train") if index.groups else []
+    errors += _broken(index, findings, images)
     warnings = intact.remarks + review(intact, drawn, findings, near) + cut
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
@@ -93,14 +89,11 @@ def _broken(index: "ImageIndex", findings: "Findings", images: Path) -> list[str
 
 
 def _read(images: Path, group: str | None) -> "ImageIndex":
-    from bcnn.data.groups import match_groups
+    from bcnn.data.groups import name_groups
     from bcnn.data.index import read_folder, read_list
 
     index = read_list(images) if images.is_file() else read_folder(images)
-    if group is not None:
-        base = images.parent if images.is_file() else images
-        index.groups = match_groups(index.paths, group, "--group", base)
-    return index
+    return name_groups(index, group, "--group", images)
 
 
 def _apply(file: Path, images: Path, index: "ImageIndex", output: Path | None) -> int:
@@ -121,6 +114,16 @@ def _apply(file: Path, images: Path, index: "ImageIndex", output: Path | None) -
 def _print_groups(drawn: "ImageIndex", groups: Mapping[str, str]) -> None:
     counts = [f"{len({groups[p] for p, _ in each})} {split}" for split, each in drawn.splits.items()]
     console.print(f"groups: {', '.join(counts)}")
+
+
+def _draw(intact: "ImageIndex", findings: "Findings", near: "Pairs", folder: Path) -> None:
+    from bcnn.data.contact_sheet import contact_sheet, pair_sheet
+
+    _print_formats([findings[path] for path in intact.paths])
+    contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
+    if pairs := [pair for found in near.values() for pair in found]:
+        pair_sheet(pairs, folder / "near_duplicates.png")
+    console.print(f"pictures: {folder}")
 
 
 def _print_formats(findings: Sequence["Finding"]) -> None:

@@ -41,7 +41,7 @@ def evaluate(
     folder = output or new_output("evaluate")
     make_way(folder)
     with progress("loading PyTorch"):
-        from bcnn.evaluation import results
+        from bcnn.evaluation import levels, results
         from bcnn.evaluation.inference import predict_split
         from bcnn.evaluation.report import ReportContent
         from bcnn.utils.device import best_device
@@ -55,6 +55,8 @@ def evaluate(
     predictions = replace(predictions, digests=digests, split=split)
     console.print(results.headline_table(predictions, f"{images}, {split}"))
     console.print(results.weakest_table(predictions))
+    if model.taxonomy:
+        console.print(levels.levels_table(predictions, model.taxonomy))
     facts = _facts(model, device) | {
         "images": f"{images.absolute()}, split {split}",
         "checkpoint": str(ckpt.absolute()),

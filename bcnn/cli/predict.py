@@ -19,6 +19,7 @@ OUTPUT = typer.Option(help="New file to write once all is done. Default: standar
 COVERAGE = typer.Option(
     min=0.01, max=0.999, help="Share of images whose true class is in their prediction set."
 )
+SURE = typer.Option(min=0.01, max=0.999, help="Least probability of a sure name. Default: 0.9.")
 BY = typer.Option(help="group: one answer a group, by the mean of its images' logits.")
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
 
@@ -29,6 +30,7 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
     format: Annotated[Literal["table", "jsonl", "csv", "labelstudio"], FORMAT] = "table",
     coverage: Annotated[float, COVERAGE] = 0.95,
+    sure: Annotated[float | None, SURE] = None,
     output: Annotated[Path | None, OUTPUT] = None,
     by: Annotated[Literal["image", "group"], BY] = "image",
     group: Group = None,
@@ -39,15 +41,12 @@ def predict(
     """Print the likeliest classes of images, with probabilities.
 
     The prediction set holds the true class of a share --coverage of images like those that calibrated
-    the model. Images unlike the training images are marked.
-
-    With --by group, IMAGES may be a list with the columns path and group, in place of --group. A group
-    has no prediction set. An image that cannot be read has a row with the reason, and the exit code is
-    1 at the end.
+    the model. Images unlike the training images are marked. With a taxonomy, the deepest name that is
+    sure is added. With --by group, IMAGES may be a list with the columns path and group, in place of
+    --group; a group has no set. A file that cannot be read has a row with the reason, and exit code 1.
     """
     from bcnn.data.groups import find_groups
     from bcnn.data.image_files import find_images
-    from bcnn.evaluation.writers import FORMATS
 
     _validate_new(output)
     named = by == "group" or group is not None
@@ -58,13 +57,16 @@ def predict(
     groups = [name for name, each in members.items() for _ in each]
     with progress("loading PyTorch"):
         from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
+        from bcnn.evaluation.writers import FORMATS
         from bcnn.utils.device import best_device
 
     model = open_model(ckpt).to(best_device())
+    if sure and not model.taxonomy:
+        raise UserError(f"--sure: {ckpt} has no taxonomy: train it with data.taxonomy=FILE")
     top_k, failed = min(top_k, len(model.classes)), 0
     rows = [*members] or paths
-    with _opened(output) as out, FORMATS[format](out, model.classes, rows, top_k) as write:
-        found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror, groups)
+    with _opened(output) as out, FORMATS[format](out, model, rows, top_k) as write:
+        found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror, groups, sure)
         for prediction in track(found, "predicting", len(rows)):
             write(prediction)
             failed += bool(prediction.error)

@@ -14,17 +14,18 @@ from torch.utils.data import DataLoader
 
 from bcnn.data import splits
 from bcnn.data.draws import draw_fraction, draw_sample
-from bcnn.data.groups import join_groups, match_groups
+from bcnn.data.groups import join_groups, name_groups
 from bcnn.data.image_io import load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import Finding, check, without_broken
 from bcnn.data.review import imbalance, oddities, shared
 from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
+from bcnn.data.taxonomy import Taxonomy, find_taxonomy
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from bcnn.utils.console import logger
 from bcnn.utils.environment import default_workers
-from bcnn.utils.errors import UserError
+from bcnn.utils.errors import UserError, validate_choice
 
 OnInvalidImage = Literal["raise", "skip"]
 Sampling = Literal["balanced"]
@@ -51,6 +52,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         train_scale: least share of an image's area that a training crop takes before it is resized to
             nine tenths of `size`; None: training crops have evaluation's scale and size.
         classes: names of classes to use, or how many to draw by `seed`; None: all.
+        taxonomy: levels above the classes, for `find_taxonomy`; None: there are none.
         train_fraction: share of each class's training images to train on, drawn by `seed`; those of a
             smaller share are among those of a larger one.
         val_fraction: share of each class to draw for validation if no image is in val; 0: train on all.
@@ -74,6 +76,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     findings: dict[str, Finding]
     digests: dict[str, str]
     groups: dict[str, str]
+    taxonomy: Taxonomy | None
     _sample_loaders: dict[Any, DataLoader]
 
     def __init__(
@@ -86,6 +89,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         interpolation: Interpolation | None = None,
         train_scale: float | None = 0.5,
         classes: Sequence[str] | int | None = None,
+        taxonomy: str | Path | Sequence[str] | None = None,
         train_fraction: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float | None = None,
@@ -107,7 +111,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.preprocessing = Preprocessing(**self.given_preprocessing)
         self.stride = self.min_size = 1
         self.train_scale = train_scale
-        self.chosen_classes = classes
+        self.chosen_classes, self.given_taxonomy = classes, taxonomy
         self.train_fraction = train_fraction
         self.fractions = val_fraction, test_fraction
         self.group, self.near_duplicates = group, near_duplicates
@@ -145,16 +149,14 @@ class FineGrainedDataModule(L.LightningDataModule):
         index = self.read_index()
         if self.chosen_classes is not None:
             index = choose_classes(index, self.chosen_classes, self.seed)
+        self.taxonomy = find_taxonomy(self.given_taxonomy, self.list, index.classes)
         findings = check(self.root, index.paths)
         index = without_broken(index, findings, self.root, self.on_invalid_image == "skip")
         if not index.samples:
             raise UserError(mistakes(index, self.root)[0])
         self.findings = {path: findings[path] for path in index.paths}
         self.digests = {path: finding.digest for path, finding in self.findings.items()}
-        base = self.list.parent if self.list else self.root
-        if self.group is not None:
-            names = match_groups(index.paths, self.group, "data.group", base)
-            index = replace(index, groups=names)
+        index = name_groups(index, self.group, "data.group", self.root)
         near = self.near_duplicates is not None
         self.groups = join_groups(self.findings, index.groups, near)
         self.grouped = near or bool(index.groups)
@@ -286,9 +288,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             "near_duplicates": (self.near_duplicates, (None, *get_args(NearDuplicates))),
         }
         for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                names = ", ".join(each or "null" for each in allowed)
-                raise UserError(f"data.{name}={value}: choose from {names}")
+            validate_choice(f"data.{name}", value, allowed)
         shares = {
             "crop_pct": self.preprocessing.crop_pct,
             "train_scale": self.train_scale,

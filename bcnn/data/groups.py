@@ -4,12 +4,13 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from scipy.cluster.hierarchy import DisjointSet
 
 from bcnn.data.image_files import find_images, is_image
-from bcnn.data.index import read_rows
+from bcnn.data.index import ImageIndex, read_rows
 from bcnn.data.integrity import Findings
 from bcnn.data.lookalikes import near_pairs
 from bcnn.utils.errors import UserError
@@ -34,6 +35,14 @@ def match_groups(paths: Iterable[str], pattern: str, option: str, base: Path | N
             f"{missing[0]}: choose an expression that matches a part of every path"
         )
     return {path: name or "" for path, name in names.items()}
+
+
+def name_groups(index: ImageIndex, pattern: str | None, option: str, source: Path) -> ImageIndex:
+    """Return the index with the groups that `match_groups` finds in paths from its folder or list."""
+    if pattern is None:
+        return index
+    base = source.parent if source.is_file() else source
+    return replace(index, groups=match_groups(index.paths, pattern, option, base))
 
 
 def find_groups(images: Sequence[str], pattern: str | None) -> dict[str, list[str]]:

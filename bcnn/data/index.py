@@ -204,24 +204,10 @@ def _read_metadata(root: Path) -> ImageIndex | None:
 def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Return the columns of a list, and (line number, cell by column) of each row.
 
-    Tabs, commas, semicolons or blanks separate the columns: the first of these that divides the
-    first line, which may name the columns, among them `path` (or `file_name`) and `label` or `group`;
-    without names they are path, label and, if there are three, split.
+    The first line may name the columns, among them `path` (or `file_name`) and `label` or `group`;
+    without names they are path, label and, if there are three, split. See `read_cells`.
     """
-    rows, line = [], 1
-    try:
-        text = file.read_bytes().decode("utf-8-sig")  # of spreadsheets, which begin with a mark
-        delimiter = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-        for cells in reader:
-            if any(cells := [cell.strip() for cell in cells]):
-                rows.append((line, cells))
-            line = reader.line_num + 1
-    except (UnicodeDecodeError, csv.Error) as error:
-        sentence = f"{file}, line {line}: {error}: expected UTF-8 text, quotes in pairs"
-        raise UserError(sentence) from error
-    if not rows:
-        raise UserError(f"{file} is empty: expected lines of path,label or path,label,split")
+    rows = read_cells(file, "lines of path,label or path,label,split")
     names = ["path" if cell.lower() == "file_name" else cell.lower() for cell in rows[0][1]]
     if "path" in names and {"label", "group"} & set(names):
         if twice := [name for name in (*COLUMNS, "group") if names.count(name) > 1]:
@@ -238,6 +224,29 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
                 f"({','.join(names)}); put a path with blanks or commas in double quotes"
             )
     return names, [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
+
+
+def read_cells(file: Path, expected: str) -> list[tuple[int, list[str]]]:
+    """Return (line number, cells) of each row of a CSV or text file, of at least one.
+
+    Tabs, commas, semicolons or blanks separate the columns: the first of these that divides the
+    first line.
+    """
+    rows, line = [], 1
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # of spreadsheets, which begin with a mark
+        delimiter = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        for cells in reader:
+            if any(cells := [cell.strip() for cell in cells]):
+                rows.append((line, cells))
+            line = reader.line_num + 1
+    except (UnicodeDecodeError, csv.Error) as error:
+        sentence = f"{file}, line {line}: {error}: expected UTF-8 text, quotes in pairs"
+        raise UserError(sentence) from error
+    if not rows:
+        raise UserError(f"{file} is empty: expected {expected}")
+    return rows
 
 
 def _first_row(text: str, delimiter: str) -> list[str]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
+from bcnn.evaluation.levels import answer
 from bcnn.evaluation.predictions import COVERAGE, Predictions
 from bcnn.evaluation.writers import Prediction
 from bcnn.models.bilinear_cnn import BCNN
@@ -114,12 +115,14 @@ def predict_paths(
     workers: int | None = None,
     mirror: bool = False,
     groups: Sequence[str] = (),
+    sure: float | None = None,
 ) -> Iterator[Prediction]:
     """Yield the `top` classes of image files in their order, holding a few batches in memory at a time.
 
     A calibrated model adds the prediction set of a `coverage`, and whether the image is unlike the
-    training images. An image that cannot be read yields a `Prediction` with an error, and the others
-    follow. None for `batch` and `workers` is what suits the machine.
+    training images; a model with a taxonomy adds its `answer`. An image that cannot be read yields a
+    `Prediction` with an error, and the others follow. None for `batch` and `workers` is what suits the
+    machine.
 
     `groups` names the group of each image, those of a group being neighbours: a group has one answer,
     by the mean of its images' logits, and no prediction set, as single images calibrate these.
@@ -136,7 +139,7 @@ def predict_paths(
         num_workers=workers if len(paths) > batch else 0,
         pin_memory=device == "cuda",
     )
-    threshold = model.calibration.threshold(coverage) if model.calibration else math.inf
+    threshold = model.calibration.threshold(coverage) if model.calibration and not groups else None
     outputs: _Outputs = ((names, errors, infer(model, x, mirror=mirror)) for names, errors, x in loader)
     if groups:
         outputs = _by_group(model, groups, outputs)
@@ -145,21 +148,25 @@ def predict_paths(
             if error or each.probabilities[0].isnan().any():
                 yield Prediction(path, error=error or NOT_FINITE)
             else:
-                prediction = _prediction(path, model.classes, each, top, threshold)
-                yield replace(prediction, set=None) if groups else prediction
+                yield _prediction(path, model, each, top, threshold, sure)
 
 
 def _prediction(
-    path: str, classes: list[str], output: Output, top: int, threshold: float
+    path: str, model: BCNN, output: Output, top: int, threshold: float | None, sure: float | None
 ) -> Prediction:
-    """Return the prediction of an image from the output for a batch of it."""
+    """Return the prediction of an image from the output for a batch of it; no threshold: no set."""
+    classes, taxonomy, members = model.classes, model.taxonomy, []
     shares, labels = output.probabilities[0].sort(descending=True, stable=True)
     pairs = [(classes[k], p) for p, k in zip(shares[:top].tolist(), labels[:top].tolist(), strict=True)]
-    if output.novelty is None:
-        return Prediction(path, pairs)
-    size = int(prediction_sets(output.probabilities, threshold).sum())
-    members = [classes[label] for label in labels[:size].tolist()]
-    return Prediction(path, pairs, set=members, unlike_training=bool(output.novelty[0] > 0))
+    if threshold is not None:
+        members = labels[: int(prediction_sets(output.probabilities, threshold).sum())].tolist()
+    return Prediction(
+        path,
+        pairs,
+        set=[classes[label] for label in members] or None,
+        unlike_training=None if output.novelty is None else bool(output.novelty[0] > 0),
+        answer=answer(output.probabilities[0], members, taxonomy, sure) if taxonomy else {},
+    )
 
 
 _Outputs = Iterator[tuple[list[str], list[str], Output]]  # of batches: paths, errors, output

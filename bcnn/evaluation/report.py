@@ -13,7 +13,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from bcnn.data.image_io import load_image
+from bcnn.data.taxonomy import Taxonomy
 from bcnn.evaluation.heatmap import printable_lines
+from bcnn.evaluation.levels import common_parent, level_metrics
 from bcnn.evaluation.metrics import (
     NAMES,
     UnknownMetrics,
@@ -55,7 +57,12 @@ class ReportContent:
     nearest: Mapping[int, Sequence[Neighbour]] = field(default_factory=dict)  # by index of a mistake
 
 
-def write_report(page: Path, content: ReportContent, attributions: Attributions | None = None) -> None:
+def write_report(
+    page: Path,
+    content: ReportContent,
+    attributions: Attributions | None = None,
+    taxonomy: Taxonomy | None = None,
+) -> None:
     """Write the report, with attributions of its `confident_mistakes(MISTAKES)` by their index."""
     predictions, held_out = content.predictions, content.held_out
     order, pairs = confusion_order(predictions), confused_pairs(predictions, PAIRS)
@@ -66,6 +73,8 @@ def write_report(page: Path, content: ReportContent, attributions: Attributions 
         mistaken=int((~predictions.correct).sum()),
         now=datetime.now().astimezone(),
         metrics=displayed(predictions),
+        taxonomy=taxonomy,
+        levels=level_metrics(predictions, taxonomy) if taxonomy else [],
         change=content.before and _change(*content.before, predictions),
         curves=[Markup(svg) for metric in TITLES if (svg := curves_svg(content.stages, metric))],
         names=[predictions.classes[index] for index in order],
@@ -97,7 +106,7 @@ def template(name: str) -> Template:
     loader = PackageLoader("bcnn.evaluation", "templates")
     environment = Environment(loader=loader, autoescape=True, finalize=_printable)
     environment.filters |= {"percent": "{:.1%}".format, "thumbnail": thumbnail}
-    environment.globals |= {"as_text": as_text, "NAMES": NAMES}
+    environment.globals |= {"as_text": as_text, "NAMES": NAMES, "common_parent": common_parent}
     return environment.get_template(name)
 
 

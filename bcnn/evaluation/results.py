@@ -12,10 +12,13 @@ from rich.table import Table
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_files import find_images
 from bcnn.data.splits import SplitRecord, choose
+from bcnn.data.taxonomy import Taxonomy
 from bcnn.evaluation.explain import explain_mistakes
 from bcnn.evaluation.inference import open_model, predict_split
+from bcnn.evaluation.levels import common_parent, level_metrics
 from bcnn.evaluation.metrics import (
     NAMES,
+    Estimate,
     UnknownMetrics,
     as_text,
     displayed,
@@ -67,24 +70,33 @@ def write_results(folder: Path, model: BCNN, content: ReportContent) -> Path:
     """Write predictions, the report and, last, figures.json; return the report's path."""
     predictions, report = content.predictions, folder / "report.html"
     _write_classes(folder / "classes.csv", predictions)
-    write_images(folder / "predictions.csv", predictions)
+    write_images(folder / "predictions.csv", predictions, model.taxonomy)
     predictions.save(folder / PREDICTIONS)
     pictures = explain_mistakes(model, predictions, predictions.confident_mistakes(MISTAKES), THUMBNAIL)
-    write_report(report, content, pictures)
+    write_report(report, content, pictures, model.taxonomy)
     figures: dict[str, object] = {"images": len(predictions.paths)}
     if content.unknown:
         figures["unknown"] = asdict(content.unknown[1]) | {"images": len(content.unknown[0].paths)}
-    for key, estimate in headline(predictions).items():
-        figures[key] = {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
+    figures |= {key: _plain(estimate) for key, estimate in headline(predictions).items()}
+    if model.taxonomy:
+        figures["levels"] = [
+            vars(each) | {"top1": _plain(each.top1), "near": _plain(each.near)}
+            for each in level_metrics(predictions, model.taxonomy)
+        ]
     with atomic_write(folder / "figures.json") as part:
         part.write_text(json.dumps(figures, indent=2) + "\n")
     return report
 
 
-def write_images(path: Path, predictions: Predictions) -> None:
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    return {end: None if math.isnan(x) else x for end, x in asdict(estimate).items()}
+
+
+def write_images(path: Path, predictions: Predictions, taxonomy: Taxonomy | None = None) -> None:
     """Write a CSV row per image: its class and the predicted one, with their probabilities.
 
     Of a calibrated model also the prediction set, and whether the image is unlike the training images.
+    With a taxonomy, the deepest level on which the prediction is right.
     """
     heading = ["path", "class", "predicted", "confidence", "of_class", "correct"]
     columns: tuple[list[Any], ...] = (
@@ -105,6 +117,10 @@ def write_images(path: Path, predictions: Predictions) -> None:
         ]
         marks = ["yes" if score > 0 else "no" for score in predictions.novelty.tolist()]
         columns = (*columns, sets, marks)
+    if taxonomy:
+        heading.append("right_level")
+        pairs = zip(predictions.labels.tolist(), predictions.predicted.tolist(), strict=True)
+        columns = (*columns, [common_parent(pair, taxonomy)[0] for pair in pairs])
     write_csv(path, heading, zip(*columns, strict=True))
 
 

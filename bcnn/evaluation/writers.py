@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
+from bcnn.evaluation.levels import ANSWER, Answer, answer_text
+from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import printable
 
 
@@ -23,6 +25,7 @@ class Prediction:
     error: str = ""
     set: list[str] | None = None  # classes of the prediction set, best first; None: not calibrated
     unlike_training: bool | None = None  # None: not calibrated
+    answer: Answer = field(default_factory=dict)  # on the levels of a taxonomy; empty without one
 
     @property
     def unlike(self) -> str:
@@ -33,9 +36,9 @@ class Prediction:
 Writer = Callable[[Prediction], object]
 
 
-def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
+def _table(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
-    first, second = (max(len(printable(name)) for name in names) for names in (paths, classes))
+    first, second = (max(len(printable(name)) for name in names) for names in (paths, model.classes))
     print(f"{'image':{first}}  {'class':{second}}  probability  in the set", file=out)
 
     def write(prediction: Prediction) -> None:
@@ -48,36 +51,42 @@ def _table(out: TextIO, classes: list[str], paths: list[str], top: int) -> Itera
             lines.append(f"{printable(label):{second}}  {probability:>11.1%}  {mark}".rstrip())
         if others := len(classes) - len(prediction.pairs):
             lines += [f"and {others} more in the set"] * (others > 0)
+        if prediction.answer:
+            lines.append(printable(answer_text(prediction.answer)))
         for name, line in zip(chain([printable(prediction.path)], repeat("")), lines, strict=False):
             print(f"{name:{first}}  {line}", file=out)
 
     yield write
 
 
-def _jsonl(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
+def _jsonl(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
     """Write an object per line: path and what was predicted, or path and error."""
 
     def write(prediction: Prediction) -> None:
         found = [{"class": label, "probability": round(p, 6)} for label, p in prediction.pairs]
         known = {"prediction_set": prediction.set, "unlike_training": prediction.unlike_training}
+        known |= prediction.answer
         content = {"error": prediction.error} if prediction.error else {"predictions": found, **known}
         print(json.dumps({"path": prediction.path, **content}), file=out)
 
     yield write
 
 
-def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
+def _csv(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
     """Write a row per image, with the columns of `heading`."""
     writer = csv.writer(out, lineterminator="\n")
     shown = printable if out.isatty() else str  # control characters would act on a terminal
     names = [f"{name}{rank}" for rank in range(2, top + 1) for name in ("top", "probability")]
-    heading = ["image", "top1", "probability", "prediction_set", "unlike_training", *names, "error"]
+    levels = ANSWER if model.taxonomy else ()
+    known = ["prediction_set", "unlike_training", *levels]
+    heading = ["image", "top1", "probability", *known, *names, "error"]
     writer.writerow(heading)
 
     def write(prediction: Prediction) -> None:
         cells = [cell for label, p in prediction.pairs for cell in (shown(label), f"{p:.6f}")]
         cells += [""] * (2 * top - len(cells))
         held = [shown("; ".join(prediction.set or [])), prediction.unlike]
+        held += [shown(str(prediction.answer.get(name) or "")) for name in levels]
         writer.writerow(
             [shown(prediction.path), *cells[:2], *held, *cells[2:], shown(prediction.error)]
         )
@@ -85,7 +94,7 @@ def _csv(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterato
     yield write
 
 
-def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) -> Iterator[Writer]:
+def _labelstudio(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
     """Write a list of Label Studio's tasks: the most probable class chosen, the others as text.
 
     Images are addressed as Label Studio serves local files, by their path from the root of the disk.
@@ -97,6 +106,7 @@ def _labelstudio(out: TextIO, classes: list[str], paths: list[str], top: int) ->
         address = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
         text = ", ".join(f"{label} {p:.1%}" for label, p in prediction.pairs) or prediction.error
         text += "; unlike the training images" * bool(prediction.unlike_training)
+        text += f"; {answer_text(prediction.answer)}" if prediction.answer else ""
         choice = {"from_name": "class", "to_name": "image", "type": "choices"}
         value = {"choices": [name for name, _ in prediction.pairs[:1]]}
         likeliest = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bcnn.data.image_io import load_image, upright_rgb
 from bcnn.data.splits import SplitRecord
+from bcnn.data.taxonomy import Taxonomy
 from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import make_backbone
 from bcnn.models.calibration import Calibration
@@ -39,6 +40,7 @@ class BCNN(nn.Module):
         project: channels to project the maps to; None: no projection.
         split: the images that it is trained, validated and tested on, where known.
         calibration: numbers of axes and images for `Calibration`; None: the model is not calibrated.
+        taxonomy: names of the classes on the levels above them; None: there are no such levels.
     """
 
     assumed = ""  # of a model from a file without a description: a sentence on what was assumed
@@ -52,11 +54,13 @@ class BCNN(nn.Module):
         project: int | None = None,
         split: SplitRecord | None = None,
         calibration: Mapping[str, int] | None = None,
+        taxonomy: Taxonomy | None = None,
     ) -> None:
         super().__init__()
         self.classes = list(classes)
         self.preprocessing = preprocessing
         self.split = split
+        self.taxonomy = taxonomy
         backbone, pooling = dict(backbone or DEFAULT["backbone"]), dict(pooling or DEFAULT["pooling"])
         chosen: dict[str, Any] = {"backbone": backbone, "pooling": pooling, "project": project}
         self.chosen = chosen
@@ -75,11 +79,12 @@ class BCNN(nn.Module):
             "classes": self.classes,
             "split": self.split.plain() if self.split else None,
             "calibration": self.calibration.sizes() if self.calibration else None,
+            "taxonomy": self.taxonomy,
         }
 
     def replace_head(self, classes: Sequence[str]) -> None:
-        """Set the classes, with a new head; the rest of the network stays."""
-        self.classes, self.calibration = list(classes), None
+        """Set the classes, with a new head and without what belongs to the old one."""
+        self.classes, self.calibration, self.taxonomy = list(classes), None, None
         self.head = Head(self.pooling.width, len(self.classes))
 
     def descriptor(self, images: Tensor) -> Tensor:

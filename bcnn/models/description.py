@@ -45,19 +45,22 @@ def build(description: Mapping[str, Any]) -> BCNN:
     A value that would silently give another network, or take any amount of memory, is a UserError.
     """
     classes, split = description["classes"], record_of(description)
+    taxonomy = description["taxonomy"]
     preprocessing = Preprocessing(**description["preprocessing"])
     size, crop_pct = preprocessing.size, preprocessing.crop_pct
     valid = {
         "classes": _is_texts(classes) and 0 < len({*classes}) == len(classes),
         "size": type(size) is int and size > 0,
         "crop_pct": type(crop_pct) in (int, float) and 0 < crop_pct <= 1 and size <= LARGEST * crop_pct,
+        "taxonomy": not taxonomy
+        or all(_is_texts(names) and len(names) == len(classes) for names in taxonomy.values()),
         "resize": preprocessing.resize in get_args(Resize),
         "interpolation": preprocessing.interpolation in get_args(Interpolation),
     }
     if wrong := [name for name, is_valid in valid.items() if not is_valid]:
         raise UserError(f"its description has no valid {', '.join(wrong)}")
     network = {name: description[name] for name in ("backbone", "pooling", "project", "calibration")}
-    return BCNN(classes, preprocessing, **network, split=split)
+    return BCNN(classes, preprocessing, **network, split=split, taxonomy=taxonomy)
 
 
 def _is_texts(value: Any) -> bool:

@@ -50,6 +50,7 @@ def from_original(
         "preprocessing": asdict(PREPROCESSING),
         "split": None,
         "calibration": None,
+        "taxonomy": None,
         "assumed": f"{path} has no preprocessing: {PREPROCESSING} is assumed"
         + ("" if classes else ", and numbers as the names of the classes"),
     }

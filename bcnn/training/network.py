@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
 from bcnn.data.splits import SplitRecord
+from bcnn.data.taxonomy import arrange
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.weights import initialise_backbone
@@ -28,6 +29,7 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     data.use_preprocessing(model.preprocessing, model.backbone.stride, model.backbone.min_size)
     validate_network(cfg, model)
     model.split = data.split
+    model.taxonomy = data.taxonomy or model.taxonomy
     logger.info(
         f"{data.root}: {len(data.classes)} classes ({listed(data.classes, 3)}), {data.numbers()}"
     )
@@ -59,7 +61,10 @@ def _model_of_checkpoint(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
         model = load_model(cfg.ckpt, data.classes, cfg.model.normalization)
     else:
         model = load_model(cfg.ckpt, normalization=cfg.model.normalization)
+        taxonomy = model.taxonomy
         model.replace_head(data.classes)
+        if taxonomy and not data.taxonomy:
+            model.taxonomy = arrange(taxonomy, data.classes, f"the taxonomy of {cfg.ckpt}")
     if model.classes != data.classes:
         raise UserError(
             f"{cfg.ckpt} was trained on other classes than {data.root} has "

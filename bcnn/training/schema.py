@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.utils.files import RESULT, checkpoint_of
 
-PATHS = ("output", "ckpt", "data.root", "data.list", "model.weights")  # options that may name a file
+# Options that may name a file.
+PATHS = ("output", "ckpt", "data.root", "data.list", "data.taxonomy", "model.weights")
 
 
 @dataclass
@@ -40,6 +41,7 @@ class DataOptions:
     interpolation: str | None
     train_scale: float | None
     classes: Any  # names, or how many
+    taxonomy: Any  # a file, or names of columns
     train_fraction: float
     val_fraction: float
     test_fraction: float | None
@@ -135,7 +137,7 @@ def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
         value = OmegaConf.select(copy, key)
         path = folder / Path(str(value)).expanduser()
         is_path = key != "model.weights" or path.is_file() or any(path.glob(f"*/{RESULT}"))
-        if value is not None and is_path:
+        if isinstance(value, str) and is_path:
             found = checkpoint_of(path) if key in ("ckpt", "model.weights") else path
             OmegaConf.update(copy, key, str(found))
     return copy

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Collection
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,6 +19,13 @@ class UserError(Exception):
     def __str__(self) -> str:
         # A data-loading worker prepends its traceback.
         return printable(super().__str__().rpartition("bcnn.utils.errors.UserError: ")[2].strip())
+
+
+def validate_choice(option: str, value: object, choices: Collection[str | None]) -> None:
+    """Raise UserError if the value of an option is not among its choices."""
+    if value not in choices:
+        names = ", ".join(each or "null" for each in choices)
+        raise UserError(f"{option}={value}: choose from {names}")
 
 
 class Interruption(BaseException):

@@ -105,8 +105,9 @@ def test_a_calibrated_model_marks_its_set_and_what_it_does_not_know(
     port: int, calibrated: BCNN
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    calibrated.taxonomy = {"class": calibrated.classes, "kind": ["colour"] * 3}
     found = ask(port, encoded("PNG", Image.fromarray(noise)))[1]
-    assert found["unlike_training"] is False
+    assert found["unlike_training"] is False and found["sure"].startswith("sure: ")
     limit = calibrated.calibration.threshold(0.95)
     for rank, each in enumerate(found["classes"]):
         assert each["in_set"] == (rank == 0 or each["probability"] >= limit)

@@ -45,6 +45,7 @@ def test_a_checkpoint_keeps_the_network_and_its_description(
     tiny: BCNN, tmp_path: Path, suffix: str
 ) -> None:
     tiny.split = SplitRecord({"seed": 0}, frozenset({"a"}), frozenset({"b"}), frozenset(), {"b": 7})
+    tiny.taxonomy = {"class": tiny.classes, "kind": ["cold", "cold", "warm"]}
     tiny.head.mean.normal_()
     tiny.backbone.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     loaded = load_model(save(tiny, tmp_path / f"m{suffix}"))
@@ -71,6 +72,8 @@ def test_a_model_in_half_precision_loads(tiny: BCNN, tmp_path: Path) -> None:
         ("preprocessing.crop_pct", 1e-9),
         ("preprocessing.interpolation", "random"),
         ("project", 2),
+        ("taxonomy", {"class": ["a", "b"], "kind": ["x", "y"]}),
+        ("taxonomy", ["a", "b", "c"]),
         ("split", {"recipe": {}, "train": "a", "val": [], "test": []}),
         ("split", {"recipe": {}, "train": ["a ffff"], "val": [], "test": []}),
     ],
