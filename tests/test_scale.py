@@ -49,7 +49,7 @@ def span(seconds: float) -> str:
 
 def test_images() -> None:
     side = 400  # nine tenths of 448, to a multiple of the stride
-    transform = Preprocessing(448).training(0.5, stride=16, min_size=32)
+    transform = Preprocessing(448, divisor=16).training(0.5)
     assert transform.transforms[1].size == (side, side)
     forward, crop = flop(448), flop(side)
     assert f"{forward / 1e9:.0f} GFLOP through the features at 448 px" in TEXT

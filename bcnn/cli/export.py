@@ -26,8 +26,8 @@ def export(
 ) -> None:
     """Write a model for other programs, once the file agrees with PyTorch.
 
-    onnx (ONNX Runtime and its like) and pt2 (torch.export) take uint8 RGB images (batch, 3, size,
-    size) and normalise them. safetensors is for bcnn.load_model. All but pth hold class names and
+    onnx (ONNX Runtime and its like) and pt2 (torch.export) take uint8 RGB images (batch, 3, height,
+    width) and normalise them. safetensors is for bcnn.load_model. All but pth hold class names and
     preprocessing as metadata.
     """
     path = output or ckpt.with_suffix(f".{format}")

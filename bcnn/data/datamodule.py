@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bcnn.data import splits
+from bcnn.data.batches import collate
 from bcnn.data.draws import draw_fraction, draw_sample
 from bcnn.data.groups import join_groups, name_groups
 from bcnn.data.image_io import load_image, load_reduced
@@ -109,7 +110,6 @@ class FineGrainedDataModule(L.LightningDataModule):
         given = {"size": size, "resize": resize, "crop_pct": crop_pct, "interpolation": interpolation}
         self.given_preprocessing: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         self.preprocessing = Preprocessing(**self.given_preprocessing)
-        self.stride = self.min_size = 1
         self.train_scale = train_scale
         self.chosen_classes, self.given_taxonomy = classes, taxonomy
         self.train_fraction = train_fraction
@@ -175,11 +175,9 @@ class FineGrainedDataModule(L.LightningDataModule):
         uses = {"train": "to train on", "val": "to validate", "test": "to test"}
         return ", ".join(f"{self.count(split)} {use}" for split, use in uses.items())
 
-    def use_preprocessing(
-        self, preprocessing: Preprocessing, stride: int = 1, min_size: int = 1
-    ) -> None:
-        """Take a network's preprocessing; the side of training crops is a multiple of its stride."""
-        self.preprocessing, self.stride, self.min_size = preprocessing, stride, min_size
+    def use_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """Take a network's preprocessing, which has the sides that its backbone takes."""
+        self.preprocessing = preprocessing
 
     def follow(self, record: SplitRecord) -> None:
         """Take the splits of a model whose weights are trained further, if it records these images."""
@@ -213,7 +211,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         return max(1, self.batch_size // rank_and_world_size(trainer)[1])
 
     def train_dataloader(self) -> DataLoader:
-        transform = self.preprocessing.training(self.train_scale, self.stride, self.min_size)
+        transform = self.preprocessing.training(self.train_scale)
         load = load_reduced if self.cache else load_image
         return self._loader(self.train, transform, None, load, self.train_sampler(self.trainer))
 
@@ -224,7 +222,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         return self.evaluation_dataloader(shard(self.test, self.trainer))
 
     def sample_dataloader(self, images: int = 256) -> DataLoader:
-        """Return centre crops of at most so many training images, drawn by `seed` within each class."""
+        """Return evaluation's views of so many training images at most, drawn by `seed` by class."""
         # Made once, with workers that stay: every validation uses it.
         key = images, rank_and_world_size(self.trainer), self.preprocessing
         if key not in self._sample_loaders:
@@ -237,7 +235,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     def evaluation_dataloader(
         self, samples: Sequence[tuple[str, int]], batch_size: int | None = None
     ) -> DataLoader:
-        """Return centre crops of these images, in order: batches of (uint8 images, labels)."""
+        """Return evaluation's views of these images, in order: batches of `collate`."""
         return self._loader(samples, self.preprocessing.evaluation(), batch_size)
 
     def _loader(
@@ -258,6 +256,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             ImageList(samples, transform, partial(load, side=self.preprocessing.side)),
             batch_size,
             sampler=sampler,
+            collate_fn=collate,
             drop_last=sampler is not None and len(sampler) > batch_size,  # one image has no variance
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -297,4 +296,5 @@ class FineGrainedDataModule(L.LightningDataModule):
         for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"data.{name}={share}: choose from over 0 to 1")
+        self.preprocessing.validate()
         splits.validate_fractions(*self.fractions)

@@ -1,13 +1,16 @@
 """Warnings about an image set, from what its check found."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from statistics import median
 
 from bcnn.data.index import ImageIndex
-from bcnn.data.integrity import Findings
+from bcnn.data.integrity import Finding, Findings
 from bcnn.data.lookalikes import near_duplicates
+from bcnn.data.transforms import Preprocessing
 
 IMBALANCE = 20  # images of the largest class for one of the smallest that cause a warning
+CUT_OFF = 0.1  # share of the median image that evaluation may leave out without one
 
 Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with one to train on
 
@@ -16,7 +19,8 @@ def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs
     """Return all warnings about intact images, without and with splits drawn; `near`: `lookalikes`."""
     similar = _leaks(drawn, near, "look the same as one in train")
     copies = shared(drawn, {path: finding.digest for path, finding in findings.items()})
-    return copies + similar + oddities(index, findings) + imbalance(drawn)
+    crop = cut_off([findings[path] for path in index.paths], Preprocessing())
+    return copies + similar + oddities(index, findings) + imbalance(drawn) + crop
 
 
 def shared(index: ImageIndex, groups: Mapping[str, str], what: str = "are in train too") -> list[str]:
@@ -69,6 +73,20 @@ def imbalance(index: ImageIndex) -> list[str]:
     return [
         f"{many} training images of {common} and {few} of {rare}, {many / few:.0f} to 1: "
         "data.sampler=balanced draws every class equally often"
+    ]
+
+
+def cut_off(images: Iterable[Finding], preprocessing: Preprocessing) -> list[str]:
+    """Return a warning if evaluation's crop leaves out over `CUT_OFF` of the median image."""
+    shares = []
+    for width, height in ((image.width, image.height) for image in images):
+        left, top, right, bottom = preprocessing.crop(width, height)
+        shares.append(1 - (right - left) * (bottom - top) / (width * height))
+    if not shares or median(shares) <= CUT_OFF:
+        return []
+    return [
+        f"a centre crop cuts off {median(shares):.0%} of the median image: data.resize=whole shows the "
+        "network all of it"
     ]
 
 

@@ -10,20 +10,31 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image
 
-Resize = Literal["keep", "squash"]
+from bcnn.utils.errors import UserError
+
+Resize = Literal["keep", "squash", "whole"]
 Interpolation = Literal["bilinear", "bicubic"]
 
-STRIP = 8  # an image over this many times as long as wide is cut before it is resized
+STRIP = 8  # an image over this many times as long as wide is cut or, if whole, squashed
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the square that the network takes."""
+    """How an image becomes what the network takes: a square, or the whole image at a square's area."""
 
     size: int = 448  # px, side of the square
-    resize: Resize = "keep"  # the short side to `side`; "squash": both sides
+    resize: Resize = "keep"  # the short side to `side`; "squash": both; "whole": to `whole_sides`
     crop_pct: float = 1.0  # share of the resized side that the square takes, as in timm
     interpolation: Interpolation = "bilinear"
+    divisor: int = 1  # of the sides of whole images and training crops: `BCNN` sets what it needs
+    min_size: int = 1  # px, the smallest of these sides
+
+    def validate(self) -> None:
+        """Raise UserError at an option that would have no effect."""
+        if self.resize == "whole" and self.crop_pct != 1:
+            raise UserError(
+                f"data.crop_pct={self.crop_pct:g} has no effect on data.resize=whole: use crop_pct=1"
+            )
 
     def __str__(self) -> str:
         return f"{self.size} px ({self.resize}, crop_pct {self.crop_pct:g}, {self.interpolation})"
@@ -34,30 +45,41 @@ class Preprocessing:
         return round(self.size / self.crop_pct)
 
     def evaluation(self) -> v2.Compose:
-        """Return resize and centre crop: PIL image → uint8 tensor (3, size, size)."""
+        """Return resize and centre crop: PIL image → uint8 tensor (3, size, size).
+
+        Of "whole" there is no crop, and the sides are `whole_sides`.
+        """
+        if self.resize == "whole":
+            return v2.Compose([v2.ToImage(), v2.Lambda(self._whole, Image)])
         return v2.Compose([v2.ToImage(), self._resized(self.side), v2.CenterCrop(self.size)])
 
-    def training(self, scale: float | None = None, stride: int = 1, min_size: int = 1) -> v2.Compose:
+    def training(self, scale: float | None = None) -> v2.Compose:
         """Return random crop and horizontal flip: PIL image → uint8 tensor (3, side, side).
 
         Args:
             scale: least share of the image's area that a crop takes, of an aspect from 4:5 to 5:4
                 (Szegedy et al., CVPR 2015, §6). It is resized to nine tenths of `size`, as crops show
                 objects larger than evaluation does (Touvron et al., NeurIPS 2019, §3).
-                None: resize as in evaluation and crop `size`.
-            stride: of the network's maps; the smaller side is a multiple of it.
-            min_size: smallest side that the network takes.
+                None: resize as in evaluation, "whole" as "keep", and crop `size`.
         """
         crop: list[torch.nn.Module]
         if scale is None:
             crop = [self._resized(self.side), v2.RandomCrop(self.size)]
         else:
-            side = max(min_size, stride * round(0.9 * self.size / stride))
+            side = self._multiple(0.9 * self.size)
             mode = InterpolationMode(self.interpolation)
             crop = [v2.RandomResizedCrop(side, (scale, 1.0), (0.8, 1.25), mode)]
             if self.resize == "squash":  # to a side at which the smallest crop is not enlarged
                 crop.insert(0, self._resized(math.ceil(side / math.sqrt(scale))))
         return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
+
+    def whole_sides(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height in pixels that a whole image is resized to.
+
+        Their product is about size², their ratio that of the image, up to `STRIP`.
+        """
+        ratio = min(max(width / height, 1 / STRIP), STRIP)
+        return self._multiple(self.size * ratio**0.5), self._multiple(self.size / ratio**0.5)
 
     def crop(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return left, top, right, bottom of `evaluation`'s crop in pixels of an image, not rounded."""
@@ -66,6 +88,15 @@ class Preprocessing:
             across = down = min(across, down)
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down
+
+    def _multiple(self, side: float) -> int:
+        """Return the side in pixels nearest to this one that the network takes."""
+        return max(self.min_size, self.divisor * round(side / self.divisor))
+
+    def _whole(self, image: Image) -> Image:
+        height, width = image.shape[-2:]
+        across, down = self.whole_sides(width, height)
+        return F.resize(image, [down, across], InterpolationMode(self.interpolation))
 
     def _resized(self, side: int) -> torch.nn.Module:
         mode = InterpolationMode(self.interpolation)

@@ -70,15 +70,16 @@ def see(model: BCNN, image: Image.Image) -> Seen:
     """Pass an upright RGB image through the network, in the fastest precision of the model's device."""
     device = model.head.bias.device
     with autocast(device):
-        maps = model.backbone(model.preprocessing.evaluation()(image)[None].to(device))
+        x = model.preprocessing.evaluation()(image)[None].to(device)
+        maps = model.backbone(x)
         descriptor = model.pooling(maps)
         logits = model.head(descriptor)
     left, top, right, bottom = crop = model.preprocessing.crop(*image.size)
-    # Where the locations begin and end in the crop, as shares of its side.
-    stride, size = model.backbone.stride, model.preprocessing.size
-    start = (model.backbone.offset - stride / 2) / size
-    width, height = (start + stride * count / size for count in (maps.shape[3], maps.shape[2]))
-    across, down = right - left, bottom - top
+    # Where the locations begin and end in the network's input, and its pixels in those of the image.
+    stride = model.backbone.stride
+    start = model.backbone.offset - stride / 2
+    height, width = (start + stride * count for count in maps.shape[2:])
+    down, across = (bottom - top) / x.shape[2], (right - left) / x.shape[3]
     box = left + across * start, top + down * start, left + across * width, top + down * height
     output = output_of(model, logits, descriptor)
     return Seen(image, maps, descriptor, logits[0], output, crop, box)
@@ -113,7 +114,7 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
     figure.suptitle(printable_lines(f"{name}\n{likeliest}"), fontsize=11, parse_math=False)
     axes = figure.subplots(1, 3)
     axes[0].imshow(crop)
-    axes[0].set_title("input crop", fontsize=10)
+    axes[0].set_title("input", fontsize=10)
     maps = (explanation.evidence, explanation.contrast)
     for panel, words, values in zip(axes[1:], ("", against), maps, strict=True):
         limit = float(values.abs().max()) or 1.0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bcnn.data.batches import Images, stack_images
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.levels import answer
@@ -55,7 +56,7 @@ class Output(NamedTuple):
 
 
 @torch.no_grad()
-def infer(model: BCNN, inputs: Tensor, precision: str | None = None, mirror: bool = False) -> Output:
+def infer(model: BCNN, inputs: Images, precision: str | None = None, mirror: bool = False) -> Output:
     """Return what a model makes of images, or of stored descriptors.
 
     Args:
@@ -66,7 +67,7 @@ def infer(model: BCNN, inputs: Tensor, precision: str | None = None, mirror: boo
     device = model.head.bias.device
     with autocast(device, precision):
         x = inputs.to(device)
-        descriptors = x if x.ndim == 2 else model.descriptor(x)
+        descriptors = x if isinstance(x, Tensor) and x.ndim == 2 else model.descriptor(x)
         if mirror:
             descriptors = (descriptors + model.descriptor(x.flip(-1))) / 2
         logits = model.head(descriptors)
@@ -224,7 +225,7 @@ def predict_split(
     )
 
 
-def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], list[str], Tensor]:
+def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], list[str], Images]:
     """Return paths, errors and images; one that cannot be read has an error, and is black."""
     transform, errors, images = preprocessing.evaluation(), [""] * len(paths), []
     for index, path in enumerate(paths):
@@ -233,4 +234,4 @@ def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], li
         except Exception as error:  # decoders raise anything, and one file must not stop the others
             errors[index] = str(error) or repr(error)
             images.append(torch.zeros(3, preprocessing.size, preprocessing.size, dtype=torch.uint8))
-    return paths, errors, torch.stack(images)
+    return paths, errors, stack_images(images)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bcnn.data.batches import Images, RaggedBatch, stack_images
 from bcnn.data.image_io import load_image, upright_rgb
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import Taxonomy
@@ -34,7 +35,8 @@ class BCNN(nn.Module):
 
     Args:
         classes: names, in the order of the logits.
-        preprocessing: how an image becomes the square of training and evaluation.
+        preprocessing: how an image becomes the input of training and evaluation; its `divisor` and
+            `min_size` become those of the backbone.
         backbone: name and options for `make_backbone`; None: VGG-16.
         pooling: name and options for `make_pooling`; None: bilinear.
         project: channels to project the maps to; None: no projection.
@@ -58,13 +60,14 @@ class BCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.classes = list(classes)
-        self.preprocessing = preprocessing
         self.split = split
         self.taxonomy = taxonomy
         backbone, pooling = dict(backbone or DEFAULT["backbone"]), dict(pooling or DEFAULT["pooling"])
         chosen: dict[str, Any] = {"backbone": backbone, "pooling": pooling, "project": project}
         self.chosen = chosen
         self.backbone = make_backbone(**backbone, project=project)
+        divisor = math.lcm(self.backbone.stride, self.backbone.size_divisor)
+        self.preprocessing = replace(preprocessing, divisor=divisor, min_size=self.backbone.min_size)
         self.pooling = make_pooling(self.backbone.channels, **pooling)
         self.head = Head(self.pooling.width, len(self.classes))
         self.calibration = Calibration(**calibration) if calibration else None
@@ -87,11 +90,13 @@ class BCNN(nn.Module):
         self.classes, self.calibration, self.taxonomy = list(classes), None, None
         self.head = Head(self.pooling.width, len(self.classes))
 
-    def descriptor(self, images: Tensor) -> Tensor:
+    def descriptor(self, images: Images) -> Tensor:
         """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length."""
+        if isinstance(images, RaggedBatch):
+            return torch.cat([self.descriptor(stack) for stack in images.stacks])[images.order]
         return self.pooling(self.backbone(images))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Images) -> Tensor:
         """Images (see `Backbone.forward`) → logits (batch, classes)."""
         return self.head(self.descriptor(images))
 
@@ -120,10 +125,10 @@ class BCNN(nn.Module):
             images = images[None]
         probabilities = [self.head.bias.new_empty(0, len(self.classes))]
         for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
+            batch: Any = images[start : start + batch_size]
             if not isinstance(batch, Tensor):
-                batch = torch.stack([self._preprocessed(image) for image in batch])
-            if batch.is_floating_point() and not ((batch - 0.5).abs() < 0.5 + ROUNDING).all():
+                batch = stack_images([self._preprocessed(image) for image in batch])
+            elif batch.is_floating_point() and not ((batch - 0.5).abs() < 0.5 + ROUNDING).all():
                 raise ValueError("pixels are outside 0..1: the model normalises images itself")
             probabilities.append(self.probabilities(self(batch.to(self.head.bias.device))))
         return torch.cat(probabilities)

@@ -69,7 +69,13 @@ def describe(model: BCNN) -> dict[str, str]:
     """
     preprocessing = model.preprocessing
     size, side = preprocessing.size, preprocessing.side
-    resized = f"short side to {side} px" if preprocessing.resize == "keep" else f"to {side} × {side} px"
+    multiples = f"multiples of {preprocessing.divisor} px from {preprocessing.min_size} px up"
+    resized = {
+        "keep": f"short side to {side} px",
+        "squash": f"to {side} × {side} px",
+        "whole": f"to an area of {size} × {size} px at its aspect, sides being {multiples}",
+    }[preprocessing.resize]
+    crop = f", centre crop of {size} × {size} px" * (preprocessing.resize != "whole")
     calibration: dict[str, str] = {}
     if model.calibration:
         thresholds = {coverage: model.calibration.threshold(coverage) for coverage in COVERAGES}
@@ -80,5 +86,5 @@ def describe(model: BCNN) -> dict[str, str]:
         "classes": json.dumps(model.classes),
         **{name: str(value) for name, value in asdict(preprocessing).items()},
         "preprocessing": f"upright (EXIF), RGB, resized {resized} ({preprocessing.interpolation}, "
-        f"antialiased), centre crop of {size} × {size} px, uint8 in 0..255; the model normalises",
+        f"antialiased){crop}, uint8 in 0..255; the model normalises",
     }

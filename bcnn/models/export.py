@@ -104,13 +104,23 @@ def export_model(
 
 
 def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:
-    """Yield the images one by one, or, if there are none, one batch of random pixels."""
-    if not paths:
-        shape = (3, 3, model.preprocessing.size, model.preprocessing.size)
-        yield torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    """Yield the images one by one, or, if there are none, batches of random pixels."""
+    generator = torch.Generator().manual_seed(0)
+    for count, width, height in () if paths else _input_sides(model):
+        shape = (count, 3, height, width)
+        yield torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     transform = model.preprocessing.evaluation()
     for path in paths:
         yield transform(load_image(path, model.preprocessing.side))[None].as_subclass(Tensor)
+
+
+def _input_sides(model: BCNN) -> list[tuple[int, int, int]]:
+    """Return batches to try an exported model on: number, width and height of the images."""
+    preprocessing = model.preprocessing
+    if preprocessing.resize != "whole":
+        return [(3, preprocessing.size, preprocessing.size)]
+    shapes = {1: (3, 2), 2: (1, 1), 3: (1, 4)}
+    return [(count, *preprocessing.whole_sides(*shape)) for count, shape in shapes.items()]
 
 
 def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
@@ -126,7 +136,7 @@ def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
     output = "probabilities" if softmax else "logits"
     network = Outputs(model, softmax, novelty=True, pooling=model.pooling.exportable())
     program = torch.onnx.export(
-        _exported(network, model.preprocessing.size),
+        _exported(network, model),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
@@ -153,13 +163,19 @@ def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     extra = {"metadata.json": json.dumps(describe(model))}
     content = io.BytesIO()  # torch's own writing to a full disk ends the process
     network = Outputs(model, softmax, novelty=False)
-    torch.export.save(_exported(network, model.preprocessing.size), content, extra_files=extra)
+    torch.export.save(_exported(network, model), content, extra_files=extra)
     path.write_bytes(content.getbuffer())
 
 
-def _exported(network: nn.Module, size: int) -> ExportedProgram:
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    return torch.export.export(network, (example,), dynamic_shapes=({0: Dim("batch")},))
+def _exported(network: nn.Module, model: BCNN) -> ExportedProgram:
+    """Return the program for any number of images and, of whole ones, for any sides."""
+    dynamic, preprocessing = {0: Dim("batch")}, model.preprocessing
+    (_, width, height), *_ = _input_sides(model)
+    if preprocessing.resize == "whole":
+        divisor, least = preprocessing.divisor, -(-preprocessing.min_size // preprocessing.divisor)
+        dynamic |= {2: divisor * Dim("rows", min=least), 3: divisor * Dim("columns", min=least)}
+    example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
+    return torch.export.export(network, (example,), dynamic_shapes=(dynamic,))
 
 
 # How to write each format, and how to load it as a network.

@@ -73,10 +73,16 @@ def validate(cfg: DictConfig) -> None:
 
 def validate_network(cfg: DictConfig, model: BCNN) -> None:
     """Check the options that depend on the network."""
-    backbone, size, tuning = model.backbone, model.preprocessing.size, cfg.finetune
-    if size < backbone.min_size or size % backbone.size_divisor:
+    preprocessing, backbone, tuning = model.preprocessing, model.backbone, cfg.finetune
+    preprocessing.validate()
+    size, least = preprocessing.size, backbone.min_size
+    if size < least or size % backbone.size_divisor:
         divisor = f", a multiple of {backbone.size_divisor}" if backbone.size_divisor > 1 else ""
-        raise UserError(f"data.size={size}: this backbone takes {backbone.min_size} or more{divisor}")
+        raise UserError(f"data.size={size}: this backbone takes {least} or more{divisor}")
+    if preprocessing.resize == "whole" and not backbone.locations(least + preprocessing.divisor, least):
+        raise UserError(
+            "data.resize=whole: this backbone takes square images alone; use keep or squash"
+        )
     if tuning.unfreeze_from not in (None, *backbone.layers):
         layers = ", ".join(backbone.layers)
         raise UserError(f"finetune.unfreeze_from={tuning.unfreeze_from}: choose from null, {layers}")

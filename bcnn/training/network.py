@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
+from bcnn.data.review import cut_off
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import arrange
 from bcnn.models.bilinear_cnn import BCNN
@@ -26,13 +27,15 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     model = _new_model(cfg, data) if cfg.ckpt is None else _model_of_checkpoint(cfg, data)
     if cfg.ckpt or model.split:
         data.follow(model.split or SplitRecord())
-    data.use_preprocessing(model.preprocessing, model.backbone.stride, model.backbone.min_size)
+    data.use_preprocessing(model.preprocessing)
     validate_network(cfg, model)
     model.split = data.split
     model.taxonomy = data.taxonomy or model.taxonomy
     logger.info(
         f"{data.root}: {len(data.classes)} classes ({listed(data.classes, 3)}), {data.numbers()}"
     )
+    for remark in cut_off(data.findings.values(), model.preprocessing):
+        logger.info(remark)
     return model
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bcnn.data.batches import stacks
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.models.backbones import Backbone
 from bcnn.training.feature_data import identify_maps
@@ -47,7 +48,11 @@ def fit_principal_axes(
         backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
         batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):
-            axes = principal_axes(backbone.unprojected(images.to(device)) for images, _ in batches)
+            axes = principal_axes(
+                backbone.unprojected(stack.to(device))
+                for images, _ in batches
+                for stack in stacks(images)
+            )
         with atomic_write(file) as part:
             np.save(part, axes)
         backbone.to("cpu")

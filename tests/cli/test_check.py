@@ -34,6 +34,18 @@ def test_counts_sizes_formats_and_a_contact_sheet(bcnn: Bcnn) -> None:
     assert np.asarray(Image.open("sheets/contact_sheet.png")).std() > 20
 
 
+def test_what_a_centre_crop_would_cut_off(bcnn: Bcnn) -> None:
+    for width, share in ((105, ""), (150, "33%"), (300, "67%")):
+        for index in range(20):
+            noise = np.random.default_rng(index).integers(0, 255, (100, width, 3), np.uint8)
+            path = Path(str(width), "ab"[index % 2], f"{index}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise).save(path)
+        outcome = bcnn("check", str(width))
+        assert ("data.resize=whole" in outcome.out) == bool(share)
+        assert not share or f"a centre crop cuts off {share} of the median image" in outcome.out
+
+
 def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
     for seed, folder in enumerate(["train/cat", "train/dog", "test/cat", "test/dog"]):
         Path("photos", folder).mkdir(parents=True)

@@ -109,10 +109,10 @@ def test_copies_and_imbalance_are_warned_of(images: Path, logged: pytest.LogCapt
 def test_a_network_s_preprocessing_is_used(images: Path) -> None:
     data = set_up(images)
     assert data.preprocessing == Preprocessing(32)
-    data.use_preprocessing(Preprocessing(64, "squash", 0.875, "bicubic"), stride=16, min_size=32)
+    data.use_preprocessing(Preprocessing(64, "squash", 0.875, "bicubic", divisor=16))
     assert next(iter(data.train_dataloader()))[0].shape[1:] == (3, 64, 64)  # 57.6, a multiple of 16
     assert next(iter(data.test_dataloader()))[0].shape[1:] == (3, 64, 64)
-    data.use_preprocessing(Preprocessing(32), stride=8, min_size=48)
+    data.use_preprocessing(Preprocessing(32, divisor=8, min_size=48))
     assert next(iter(data.train_dataloader()))[0].shape[1:] == (3, 48, 48)
 
 

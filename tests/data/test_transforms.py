@@ -1,11 +1,14 @@
 """Preprocessing: crops of evaluation and training, strips, and their agreement with Pillow."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
@@ -41,6 +44,27 @@ def test_keep_crops_the_centre_and_squash_keeps_everything() -> None:
     assert 70 < squashed.float().mean() < 100
 
 
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 14, 16, 32]))
+def test_a_whole_image_has_the_area_of_the_square_and_sides_that_the_network_takes(
+    width: int, height: int, divisor: int
+) -> None:
+    preprocessing = Preprocessing(224, "whole", divisor=divisor, min_size=2 * divisor)
+    across, down = preprocessing.whole_sides(width, height)
+    ratio = min(max(width / height, 1 / 8), 8)  # of a longer strip
+    assert across % divisor == down % divisor == 0
+    assert abs(across - 224 * ratio**0.5) <= divisor / 2 and abs(down - 224 / ratio**0.5) <= divisor / 2
+
+
+def test_a_whole_image_is_neither_cut_nor_padded() -> None:
+    preprocessing = Preprocessing(64, "whole", divisor=16, min_size=32)
+    found = preprocessing.evaluation()(ramp(200, 100))
+    assert found.shape == (3, 48, 96) and found.dtype == torch.uint8
+    assert found[0, :, 0].max() <= 2 and found[0, :, -1].min() >= 197
+    assert preprocessing.crop(200, 100) == (0, 0, 200, 100)
+    crops = [preprocessing.training(0.25)(ramp(200, 100)) for _ in range(20)]
+    assert {crop.shape for crop in crops} == {(3, 64, 64)}  # 57.6, a multiple of 16
+
+
 def test_crop_pct_resizes_to_more_than_the_crop() -> None:
     image = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
     inner = Preprocessing(32, "squash", 0.5).evaluation()(image)
@@ -58,10 +82,11 @@ def test_crop_is_where_evaluation_looks() -> None:
 @pytest.mark.parametrize("resize", ["keep", "squash"])
 def test_training_crops_take_shares_of_the_image(resize: Resize) -> None:
     torch.manual_seed(0)
-    transform = Preprocessing(32, resize).training(0.25, 16, 32)
+    transform = Preprocessing(32, resize, divisor=16, min_size=32).training(0.25)
     crops = [transform(ramp(200, 100))[0].float() for _ in range(50)]
     assert {crop.shape for crop in crops} == {(32, 32)}
-    assert Preprocessing(160, resize).training(0.25, 16, 32)(ramp(200, 100)).shape == (3, 144, 144)
+    larger = Preprocessing(160, resize, divisor=16).training(0.25)
+    assert larger(ramp(200, 100)).shape == (3, 144, 144)
     assert {bool(crop[0, 0] < crop[0, -1]) for crop in crops} == {True, False}  # mirrored or not
     spans = [float(crop.max() - crop.min()) for crop in crops]
     # A quarter of the area is 71 px square, at 4:5 63 px across; the most is 100 high, 125 across.
@@ -76,7 +101,7 @@ def test_images_are_resized_as_pillow_does(interpolation: Interpolation, resize:
     square = photograph((160, 160), np.random.default_rng(1))
     preprocessing = Preprocessing(80, resize, interpolation=interpolation)
     # Of a square, the one crop of all of its area and such an aspect is the whole.
-    training = preprocessing.training(), preprocessing.training(1.0, stride=16)
+    training = preprocessing.training(), replace(preprocessing, divisor=16).training(1.0)
     for transform in (preprocessing.evaluation(), *training):
         found = transform(square).permute(1, 2, 0).numpy().astype(int)
         pillows = square.resize(found.shape[:2], Image.Resampling[interpolation.upper()])
@@ -99,17 +124,17 @@ def test_the_middle_of_a_strip_is_that_of_the_whole(
     assert (whole.int() - ours.int()).abs().max() <= (little if 21 in size or crop_pct < 1 else 0)
 
 
-@pytest.mark.parametrize("resize", ["keep", "squash"])
+@pytest.mark.parametrize("resize", ["keep", "squash", "whole"])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_a_line_takes_the_memory_of_any_image(resize: Resize, scale: float | None) -> None:
     line = Image.new("RGB", (1, 3000), (255, 0, 0))
-    preprocessing = Preprocessing(448, resize)
-    for transform in (preprocessing.evaluation(), preprocessing.training(scale, 16, 32)):
+    preprocessing = Preprocessing(448, resize, divisor=16)
+    for transform in (preprocessing.evaluation(), preprocessing.training(scale)):
         assert transform.transforms[1](v2.functional.to_image(line)).numel() < 10e6
         assert transform(line).float().mean(dim=(1, 2)).tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("resize", ["keep", "squash"])
+@pytest.mark.parametrize("resize", ["keep", "squash", "whole"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_the_crop_of_a_reduced_jpeg_is_that_of_the_whole(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcnn.data.transforms import Preprocessing
+from bcnn.data.transforms import Preprocessing, Resize
 from bcnn.models.backbones import Timm, make_backbone
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model, save_model
@@ -29,10 +29,10 @@ FAMILIES = {  # a name of each, and the stride of the last maps
 }
 
 
-def bilinear(name: str, size: int = 64) -> BCNN:
+def bilinear(name: str, size: int = 64, resize: Resize = "keep") -> BCNN:
     torch.manual_seed(0)
     pooling = {"name": "compact", "width": 64}
-    return BCNN(["a", "b"], Preprocessing(size), {"name": "timm", "model": name}, pooling)
+    return BCNN(["a", "b"], Preprocessing(size, resize), {"name": "timm", "model": name}, pooling)
 
 
 @pytest.mark.parametrize(("name", "stride"), FAMILIES.items())
@@ -146,8 +146,12 @@ def test_published_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-def test_an_onnx_file_agrees(tmp_path: Path) -> None:
-    model = bilinear("resnet10t")
+@pytest.mark.parametrize(
+    ("name", "resize"), [("resnet10t", "keep"), ("tf_mobilenetv3_small_minimal_100", "whole")]
+)
+def test_an_onnx_file_agrees(name: str, resize: Resize, tmp_path: Path) -> None:
+    """Also where TensorFlow's padding depends on sides that the file leaves open."""
+    model = bilinear(name, resize=resize)
     nn.init.normal_(model.head.weight)
     difference, largest = export_model(model.eval(), tmp_path / "model.onnx", softmax=True)
     assert difference < 1e-3 * largest

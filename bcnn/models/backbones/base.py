@@ -91,10 +91,10 @@ class Backbone(nn.Module):
         return (smallest - (count - 1) * self.stride) / 2
 
     @torch.no_grad()
-    def locations(self, side: int) -> int:
-        """Return how many locations a row of a square image has: 0 if it is too small."""
+    def locations(self, width: int, height: int | None = None) -> int:
+        """Return how many locations a row of an image, by default a square, has: 0 if it is refused."""
         try:
-            return self.forward_features(self.mean.new_zeros(1, 3, side, side)).shape[3]
+            return self.forward_features(self.mean.new_zeros(1, 3, height or width, width)).shape[3]
         except Exception:  # networks raise many types
             return 0
 

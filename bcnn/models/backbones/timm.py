@@ -1,9 +1,11 @@
 """Networks of timm, convolutional or transformers, up to their last maps."""
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 from bcnn.models.backbones.base import Backbone
@@ -61,9 +63,10 @@ class Timm(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         self.network.set_grad_checkpointing(self.grad_checkpointing)
-        return self.network.forward_intermediates(
-            x, indices=self.levels, norm=True, output_fmt="NCHW", intermediates_only=True
-        )[-1]
+        with _constant_padding() if torch.compiler.is_exporting() else nullcontext():
+            return self.network.forward_intermediates(
+                x, indices=self.levels, norm=True, output_fmt="NCHW", intermediates_only=True
+            )[-1]
 
 
 def _create(model: str, **options: Any) -> Any:
@@ -84,6 +87,18 @@ def _create(model: str, **options: Any) -> Any:
         return timm.create_model(model, dynamic_img_size=True, **options)
     except TypeError:  # most have no such option, and need none
         return timm.create_model(model, **options)
+
+
+def _constant_padding() -> AbstractContextManager[Any]:
+    """Have timm pad as TensorFlow does without asking for the sides, which are multiples of the stride.
+
+    Where sides are unknown, torch.export does not come to an end with timm's formula.
+    """
+
+    def padding(side: int, kernel_size: int, stride: int, dilation: int) -> int:
+        return max((kernel_size - 1) * dilation + 1 - stride, 0)
+
+    return patch("timm.layers.padding.get_same_padding", padding)
 
 
 def _layer(parameter: str) -> str:

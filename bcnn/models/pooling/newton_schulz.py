@@ -33,7 +33,8 @@ class NewtonSchulz(Bilinear):
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         b = weighted_features(maps, mass, self.centred)
-        thin = b.shape[2] < b.shape[1]
+        # An export of any number of locations has no integer for it.
+        thin = isinstance(b.shape[2], int) and b.shape[2] < b.shape[1]
         gram = b.mT @ b if thin else b @ b.mT
         # The trace keeps the result homogeneous; clamped, its root has a finite gradient at zero.
         trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None].clamp_min(1e-24)

@@ -84,7 +84,7 @@ def _svd(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     In float32, LAPACK fails to converge on matrices with many eigenvalues of zero. Where s is zero or
     rounding it is replaced by 1, and the columns of U and V by zeros.
     """
-    if b.shape[1] < b.shape[2]:
+    if isinstance(b.shape[2], int) and b.shape[1] < b.shape[2]:  # an export of any n has no integer
         v, s, u = _svd(b.mT)
         return u, s, v
     b = b.to("cpu" if b.device.type == "mps" else b.device, torch.float64)  # mps has no float64
