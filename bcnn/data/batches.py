@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 class RaggedBatch:
     """Images of several shapes, with what callers ask of images (batch, 3, height, width).
 
-    `BCNN.descriptor` computes the images of each shape at once and restores their order.
+    What computes with them takes the `stacks`, and `in_order` restores the order.
     """
 
     stacks: Sequence[Tensor]  # the images of each shape (n, 3, height, width)
@@ -55,6 +55,11 @@ def stack_images(images: Sequence[Tensor]) -> Images:
 def stacks(images: Images) -> Sequence[Tensor]:
     """Return the images of each shape together, (n, 3, height, width)."""
     return images.stacks if isinstance(images, RaggedBatch) else [images]
+
+
+def in_order(images: Images, found: Sequence[Tensor]) -> Tensor:
+    """Return what was found for the images (batch, …), from what was found for each of their `stacks`."""
+    return torch.cat([*found])[images.order] if isinstance(images, RaggedBatch) else found[0]
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Images, Tensor]:

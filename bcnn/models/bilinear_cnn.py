@@ -1,5 +1,6 @@
 """The network: a backbone, a second-order pooling, a linear head."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bcnn.data.batches import Images, RaggedBatch, stack_images
+from bcnn.data.batches import Images, in_order, stack_images, stacks
 from bcnn.data.image_io import load_image, upright_rgb
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import Taxonomy
@@ -85,6 +86,25 @@ class BCNN(nn.Module):
             "taxonomy": self.taxonomy,
         }
 
+    def with_pooling(self, pooling: Mapping[str, Any], project: int | None = None) -> "BCNN":
+        """Return a network with another pooling and a new head, whose layers below share the weights.
+
+        This network has no projection; the other one projects maps to `project` channels.
+        """
+        tensors = (*self.backbone.parameters(), *self.backbone.buffers())
+        other = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        if project is not None:
+            other.backbone.project(project)
+        other.pooling = make_pooling(other.backbone.channels, **pooling)
+        other.chosen = {**self.chosen, "pooling": dict(pooling), "project": project}
+        other.replace_head(self.classes)
+        return other
+
+    def become(self, other: "BCNN") -> None:
+        """Take the parts and the calibration of another network of the same classes."""
+        self.chosen, self.backbone, self.pooling = other.chosen, other.backbone, other.pooling
+        self.head, self.calibration = other.head, other.calibration
+
     def replace_head(self, classes: Sequence[str]) -> None:
         """Set the classes, with a new head and without what belongs to the old one."""
         self.classes, self.calibration, self.taxonomy = list(classes), None, None
@@ -92,9 +112,12 @@ class BCNN(nn.Module):
 
     def descriptor(self, images: Images) -> Tensor:
         """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length."""
-        if isinstance(images, RaggedBatch):
-            return torch.cat([self.descriptor(stack) for stack in images.stacks])[images.order]
-        return self.pooling(self.backbone(images))
+        found = [self.pool(self.backbone.unprojected(stack)) for stack in stacks(images)]
+        return in_order(images, found)
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """Maps of `Backbone.unprojected` → descriptors (batch, width) of unit length."""
+        return self.pooling(self.backbone.projection(maps))
 
     def forward(self, images: Images) -> Tensor:
         """Images (see `Backbone.forward`) → logits (batch, classes)."""

@@ -15,6 +15,7 @@ from bcnn.models.description import LARGEST
 from bcnn.utils.device import AUTOCAST
 from bcnn.utils.errors import UserError
 
+AUTO = "auto"  # a name of a pooling: stage `last` chooses one
 STAGES = {"both": ("last", "finetune"), "last": ("last",), "finetune": ("finetune",)}
 
 # Least and largest values; null is allowed where an option may be null.
@@ -66,6 +67,7 @@ def validate(cfg: DictConfig) -> None:
     _validate_limits(cfg)
     _validate_arguments(cfg)
     _validate_checkpoint(cfg)
+    _validate_pooling(cfg)
     _validate_finetune(cfg.finetune)
     _validate_trainer(cfg)
     _validate_callbacks(cfg)
@@ -142,6 +144,21 @@ def _validate_checkpoint(cfg: DictConfig) -> None:
         raise UserError("stage=finetune starts from a checkpoint of stage=last: add ckpt=PATH")
 
 
+def _validate_pooling(cfg: DictConfig) -> None:
+    if cfg.model.pooling.get("name") != AUTO or cfg.ckpt or cfg.stage == "finetune":
+        return
+    if cfg.last.solver != "convex" or cfg.last.folds is None:
+        raise UserError(
+            "model/pooling=auto compares solutions of last=convex by last.folds: choose a pooling, as "
+            "model/pooling=bilinear"
+        )
+    if cfg.model.project is not None:
+        raise UserError(
+            f"model.project={cfg.model.project} has no effect on model/pooling=auto, which compares "
+            "projections of its own: choose a pooling"
+        )
+
+
 def _validate_finetune(options: DictConfig) -> None:
     kind = options.optimizer._target_
     if options.polyak is not None and kind.startswith("torch.optim.") and kind not in SCALED:
@@ -190,7 +207,8 @@ def _validate_same_network(cfg: DictConfig, model: BCNN) -> None:
             differ = any(have[name] != want[name] for name in have.keys() & want.keys())
         else:
             differ = want != have
-        if want != default and differ:
+        left_open = want == default or (part == "pooling" and want["name"] == AUTO)
+        if differ and not left_open:
             raise UserError(
                 f"model.{part} is {want}, and {cfg.ckpt} has {have}: leave it out, or train stage=last "
                 "with it and without ckpt"

@@ -1,9 +1,11 @@
 """Stage `last` solved to its optimum, for one λ after the other."""
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,10 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from bcnn.data.index import Samples
 from bcnn.evaluation.predictions import Predictions
-from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.head import Head
 from bcnn.training.callbacks import table_row, validation_cells
 from bcnn.training.feature_data import CachedFeatureDataModule
@@ -42,96 +42,145 @@ class HeldOut(NamedTuple):
         return Predictions(classes, paths, self.labels, self.logits.softmax(dim=1).float())
 
 
-class ConvexResult(NamedTuple):
-    checkpoint: Path
+class Solved(NamedTuple):
+    """The best solution for a network, which is in its head."""
+
+    features: CachedFeatureDataModule  # of the network
+    l2: float
     metrics: dict[str, float]  # of validation or cross-validation, if any
     held_out: HeldOut | None
+    path: list[dict[str, float]]  # figures of each λ
+    seconds: float
+
+
+class ConvexResult(NamedTuple):
+    checkpoint: Path
+    solved: Solved  # the best, of several networks
 
 
 def run_convex_stage(
     trainer: L.Trainer,
-    model: BCNN,
-    features: CachedFeatureDataModule,
+    candidates: Sequence[CachedFeatureDataModule],
     *,
     l2: Sequence[float],
     folder: Path,
     loss: nn.Module | None = None,
     folds: int | None = None,
+    choose: Callable[[Sequence[Solved]], Solved] = itemgetter(0),
 ) -> ConvexResult:
-    """Train the head for each λ, and keep the best by validation loss.
-
-    To several λ, tenths of the last are added while it has the lowest validation loss. Without
-    validation images, several λ are compared by cross-validation.
+    """Train the head of a network, or of each of several, and keep the one that `choose` returns.
 
     Args:
         trainer: its ranks, device and loggers are used; every rank solves the same problem.
-        l2: the λ, from strong to weak: each solution starts the next.
+        candidates: descriptors by networks that differ in projection and pooling.
+        l2: see `solve`.
         folder: gets best.ckpt, or last.ckpt where nothing chooses λ.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
         folds: of the cross-validation; None: there is none.
     """
-    module = BCNNModule(model, "last")
-    trainer.predict(module, datamodule=features, return_predictions=False)  # starts ranks, calls setup
-    device, train, val = trainer.strategy.root_device, features.data.train, features.data.val
-    model.to(device).eval()
-    descriptors, labels = features.descriptors(train, views=2)
-    problem = ConvexProblem(descriptors, labels, len(model.classes), loss, device, track)
-    fold = fold_numbers(labels, folds or 1, [features.data.groups[path] for path, _ in train])
-    known = comparable(labels, fold)
-    held_out = cache(lambda strength: problem.held_out(strength, fold).cpu()[known])
-    crossed = folds and not val and len(l2) > 1 and len(known)
-    if crossed:
-        logger.info(f"no validation images: λ is chosen by {folds}-fold cross-validation")
-
-    def validate(strength: float) -> dict[str, float]:
-        if val:
-            return _validate(model.head, *features.descriptors(val))
-        return _figures("val", held_out(strength), labels[known]) if crossed else {}
-
-    best, metrics = _solve_path(problem, model.head, list(l2), validate, trainer.loggers)
-    file = folder / ("best.ckpt" if metrics else "last.ckpt")
+    first, *others = candidates
+    first.beside = others
+    _start(trainer, first)
+    options = list(l2), loss, folds, trainer.strategy.root_device
+    level = logging.DEBUG if others else logging.INFO
+    solved = choose([solve(features, *options, level) for features in candidates])
+    _start(trainer, solved.features)
+    file = folder / ("best.ckpt" if solved.metrics else "last.ckpt")
     trainer.save_checkpoint(file, weights_only=True)
     if trainer.is_global_zero:  # wandb uploads it where log_model asks for that
         saved = ModelCheckpoint(folder)
         saved.best_model_path = str(file)
         for each in trainer.loggers:
+            for step, figures in enumerate(solved.path):
+                each.log_metrics(figures, step)
+            each.save()
             each.after_save_checkpoint(saved)
+    return ConvexResult(file, solved)
+
+
+def solve(
+    features: CachedFeatureDataModule,
+    l2: Sequence[float],
+    loss: nn.Module | None = None,
+    folds: int | None = None,
+    device: torch.device | str = "cpu",
+    level: int = logging.INFO,
+) -> Solved:
+    """Train the head for each λ, and leave the best by validation loss in it.
+
+    Several λ are compared until this loss no longer falls by a standard error; tenths of the last are
+    added until then. Without validation images they are compared by cross-validation.
+
+    Args:
+        features: set up already.
+        l2: the λ, from strong to weak: each solution starts the next.
+        loss, folds: see `run_convex_stage`.
+        level: of the table that is logged.
+    """
+    begin, model, data = time.monotonic(), features.model.to(device).eval(), features.data
+    descriptors, labels = features.descriptors(data.train, views=2)
+    problem = ConvexProblem(descriptors, labels, len(model.classes), loss, device, track)
+    fold = fold_numbers(labels, folds or 1, [data.groups[path] for path, _ in data.train])
+    known = comparable(labels, fold)
+    held_out = cache(lambda strength: problem.held_out(strength, fold).cpu()[known])
+    crossed = folds and not data.val and len(l2) > 1 and len(known)
+    if crossed:
+        logger.log(level, f"no validation images: λ is chosen by {folds}-fold cross-validation")
+
+    def judge(strength: float) -> tuple[Tensor, Tensor] | None:
+        """Return logits and labels of images that the solution in the head has not seen."""
+        if data.val:
+            return _validate(model.head, *features.descriptors(data.val))
+        return (held_out(strength), labels[known]) if crossed else None
+
+    best, metrics, path = _solve_path(problem, model.head, list(l2), judge, level)
     found = HeldOut(fold, known, labels[known], held_out(best)) if folds and len(known) else None
-    return ConvexResult(file, metrics, found)
+    return Solved(features, best, metrics, found, path, time.monotonic() - begin)
+
+
+def _start(trainer: L.Trainer, features: CachedFeatureDataModule) -> None:
+    """Have a trainer start its ranks, set up a data module and hold its network."""
+    module = BCNNModule(features.model, "last")
+    trainer.predict(module, datamodule=features, return_predictions=False)
 
 
 def _solve_path(
     problem: ConvexProblem,
     head: Head,
     path: list[float],
-    validate: Callable[[float], dict[str, float]],
-    loggers: Sequence[Logger],
-) -> tuple[float, dict[str, float]]:
-    """Leave the best solution of a path, which grows, in the head; return its λ and figures."""
-    logger.info(table_row("λ", "train loss", "val loss", "val top-1", "time"))
-    losses: list[float] = []
+    judge: Callable[[float], tuple[Tensor, Tensor] | None],
+    level: int,
+) -> tuple[float, dict[str, float], list[dict[str, float]]]:
+    """Leave the best solution of a path, which grows, in the head; return its λ, its figures, all."""
+    logger.log(level, table_row("λ", "train loss", "val loss", "val top-1", "time"))
+    rows: list[dict[str, float]] = []
+    losses: list[Tensor] = []  # of the images that judge, at each λ
     for number, strength in enumerate(path):
         start = time.monotonic()
         solution = problem.solve(strength)
         state = {"mean": problem.mean, "weight": solution.weight, "bias": solution.bias}
         head.load_state_dict(state)
-        metrics = validate(strength)
-        improved = metrics.get("val_loss", 0.0) < min(losses, default=torch.inf)
-        if improved or number == 0:
-            best = strength, state, metrics
+        judged = judge(strength)
+        metrics = _figures("val", *judged) if judged else {}
+        improved = all(metrics.get("val_loss", 0.0) < row.get("val_loss", 1.0) for row in rows)
+        if improved:
+            best = strength, metrics, state
         train, took = _figures("train", solution.logits, problem.labels), span(time.monotonic() - start)
-        row = (f"{strength:.3g}", f"{train['train_loss']:.3g}", *validation_cells(metrics), took)
-        logger.info(table_row(*row) + "  best so far" * bool(improved and metrics))
+        cells = (f"{train['train_loss']:.3g}", *validation_cells(metrics), took)
+        logger.log(
+            level, table_row(f"{strength:.3g}", *cells) + "  best so far" * bool(improved and metrics)
+        )
         solver = {"l2": strength, "gradient_norm": float(solution.gradient_norm)}
-        for each in loggers:
-            each.log_metrics({**solver, **train, **metrics}, step=number)
-            each.save()
-        if metrics:
-            losses.append(metrics["val_loss"])
-            path += _weaker(path, losses)
-    strength, state, metrics = best
+        rows.append({**solver, **train, **metrics})
+        if judged:
+            losses.append(F.cross_entropy(*judged, reduction="none"))
+            if not _falls(losses) or metrics["val_loss"] < LOW_LOSS:
+                break
+            if number == len(path) - 1 > 0 and strength > 1.5 * MIN_L2:
+                path.append(strength / 10)
+    strength, metrics, state = best
     head.load_state_dict(state)
-    return strength, metrics
+    return strength, metrics, rows
 
 
 def comparable(labels: Tensor, folds: Tensor) -> Tensor:
@@ -161,10 +210,11 @@ def fold_numbers(labels: Tensor, folds: int, groups: Sequence[Hashable]) -> Tens
 
 
 @torch.no_grad()
-def _validate(head: Head, descriptors: Descriptors, labels: Tensor) -> dict[str, float]:
+def _validate(head: Head, descriptors: Descriptors, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of validation images."""
     starts = range(0, len(labels), BLOCK)
-    logits = [head(descriptors[i : i + BLOCK].to(head.bias.device)) for i in starts]
-    return _figures("val", torch.cat(logits), labels)
+    logits = [head(descriptors[i : i + BLOCK].to(head.bias.device)).cpu() for i in starts]
+    return torch.cat(logits), labels
 
 
 def _figures(split: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -176,9 +226,9 @@ def _figures(split: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def _weaker(path: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """Return a tenth of the last λ, where it is the weakest of several and the best by over 1 %."""
-    *before, loss = losses
-    at_end = before and len(losses) == len(path) and path[-1] == min(path)
-    better = at_end and LOW_LOSS < loss < 0.99 * min(before)
-    return [path[-1] / 10] if better and path[-1] > 1.5 * MIN_L2 else []
+def _falls(losses: Sequence[Tensor]) -> bool:
+    """Return whether the last two losses of the same images fall by more than a standard error."""
+    if len(losses) < 2:
+        return True
+    fall = losses[-2] - losses[-1]
+    return bool(fall.mean() > fall.std() / len(fall) ** 0.5)

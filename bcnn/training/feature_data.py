@@ -2,12 +2,15 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -17,7 +20,7 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import MARGIN, VERSION
 from bcnn.data.sampler import Draw, SeededSampler, rank_and_world_size, shard
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.training.feature_store import SHARD, VIEWS, FeatureStore
+from bcnn.training.feature_store import SHARD, VIEWS, FeatureStore, in_shards
 from bcnn.utils.console import logger, progress
 from bcnn.utils.device import autocast
 from bcnn.utils.distributed import on_rank_zero
@@ -33,6 +36,9 @@ class CachedFeatureDataModule(L.LightningDataModule):
     An image has a descriptor of its evaluation crop and, if it is trained on, one of that crop's mirror
     image. Training draws one of the two, or takes their mean; evaluation reads the first.
 
+    `beside` are others that `setup` computes in the same pass: of the same images, by networks that
+    differ in projection and pooling.
+
     Args:
         precision: of the computation, by Lightning's name.
         dtype: of the descriptors on disk.
@@ -45,6 +51,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self.data, self.model, self.precision = data, model, precision
         self.paths = sorted(path for path, _ in (*data.train, *data.val, *data.test))
         self._position = {path: i for i, path in enumerate(self.paths)}
+        self.beside: Sequence[CachedFeatureDataModule] = ()
         self._ready = False
         self.store = FeatureStore(
             identify_maps(model.backbone.state_dict(), data, precision)
@@ -62,26 +69,27 @@ class CachedFeatureDataModule(L.LightningDataModule):
             return
         assert self.trainer is not None
         self.data.trainer = self.trainer  # whose ranks share the cores
-        strategy, lock = self.trainer.strategy, self.store.lock()
-        rank, ranks = rank_and_world_size(self.trainer)
-        try:
-            if not on_rank_zero(rank, strategy.broadcast, lambda: _acquire(lock, 0)):
-                logger.info("another run is computing descriptors of this network: waiting for it")
-                while not on_rank_zero(rank, strategy.broadcast, lambda: _acquire(lock, WAIT)):
-                    pass
-            missing = on_rank_zero(rank, strategy.broadcast, self.store.open)
-            if missing:
-                self._compute(missing[rank::ranks], strategy.root_device)
+        strategy, (rank, ranks) = self.trainer.strategy, rank_and_world_size(self.trainer)
+        modules = [self, *self.beside]
+        stores = [each.store for each in modules]
+        with ExitStack() as locks:
+            for store in sorted(
+                stores, key=attrgetter("key")
+            ):  # so that no two runs wait for each other
+                locks.enter_context(_locked(store, rank, strategy.broadcast))
+            opened = on_rank_zero(rank, strategy.broadcast, lambda: [store.open() for store in stores])
+            lacking = [set(chain(*shards)) for shards in opened]
+            if shards := in_shards(chain(*chain(*opened))):
+                self._compute(shards[rank::ranks], lacking, strategy.root_device)
                 strategy.barrier()
-            complete = strategy.reduce_boolean_decision(not self.store.scan())
-        finally:
-            lock.release()
+            complete = strategy.reduce_boolean_decision(not any([store.scan() for store in stores]))
         if not complete:
             raise UserError(
                 f"not every machine of this run sees the same {self.store.folder}: set BCNN_STORES to "
                 "a folder on a disk that they share, or choose last=sgd last.store=false"
             )
-        self._ready = True
+        for each in modules:
+            each.trainer, each._ready = self.trainer, True
 
     def train_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(self.data.train, self.data.train_sampler(self.trainer))
@@ -120,39 +128,63 @@ class CachedFeatureDataModule(L.LightningDataModule):
         stored = StoredDescriptors(self.store, self.numbers(samples), samples, views)
         return stored, stored.labels
 
-    def _compute(self, shards: list[list[str]], device: torch.device) -> None:
+    def _compute(self, shards: list[list[str]], lacking: list[set[str]], device: torch.device) -> None:
+        """Compute shards of descriptors, for this module and those beside it that lack an image."""
         # Only the very last shard has fewer images, so a batch of SHARD images is one shard.
         path_of = dict(zip(self.store.digests, self.paths, strict=True))
         samples = [(path_of[digest], 0) for each in shards for digest in each]
         loader = self.data.evaluation_dataloader(samples, batch_size=SHARD)
-        model = self.model.to(device)
-        model.backbone.eval()
-        dtype = getattr(torch, self.store.dtype.name)
+        modules = [self, *self.beside]
+        for each in modules:
+            each.model.to(device).backbone.eval()
         written: deque[Future[None]] = deque()
         with (
             progress("computing descriptors", len(samples)) as task,
             ThreadPoolExecutor(WRITERS) as writers,
             torch.no_grad(),
         ):
-            for each, (images, _) in zip(shards, loader, strict=True):
+            for digests, (images, _) in zip(shards, loader, strict=True):
                 images = images.to(device, non_blocking=True)
-                flipped = [images.flip(-1)] if self.store.views(each) > 1 else []
+                flipped = [images.flip(-1)] if self.store.views(digests) > 1 else []
                 with autocast(device, self.precision):
-                    views = [model.descriptor(view) for view in (images, *flipped)]
-                descriptors = torch.stack(views, dim=1).to(dtype)
-                finite = descriptors.isfinite().flatten(1).all(dim=1)
-                if not finite.all():  # an overflow, which no later run would notice on disk
-                    path = path_of[each[int(finite.int().argmin())]]
-                    raise UserError(
-                        f"the descriptor of {path} is not finite in {self.precision}: try "
-                        "trainer.precision=32-true, or other weights"
-                    )
-                written.append(writers.submit(self.store.write, each, descriptors.cpu().numpy()))
+                    maps = [self.model.backbone.unprojected(view) for view in (images, *flipped)]
+                for each, lacks in zip(modules, lacking, strict=True):
+                    if lacks.isdisjoint(digests):
+                        continue
+                    descriptors = each._pool(maps, [path_of[digest] for digest in digests])
+                    written.append(writers.submit(each.store.write, digests, descriptors))
                 if len(written) > 2 * WRITERS:
                     written.popleft().result()
                 task.advance(len(images))
             for future in written:
                 future.result()
+
+    def _pool(self, views: Sequence[Tensor], paths: Sequence[str]) -> np.ndarray:
+        """Return descriptors (images, views, width) of the maps of each view, as they are stored."""
+        with autocast(views[0].device, self.precision):
+            pooled = [self.model.pool(maps) for maps in views]
+        descriptors = torch.stack(pooled, dim=1).to(getattr(torch, self.store.dtype.name))
+        finite = descriptors.isfinite().flatten(1).all(dim=1)
+        if not finite.all():  # an overflow, which no later run would notice on disk
+            raise UserError(
+                f"the descriptor of {paths[int(finite.int().argmin())]} is not finite in "
+                f"{self.precision}: try trainer.precision=32-true, or other weights"
+            )
+        return descriptors.cpu().numpy()
+
+
+@contextmanager
+def _locked(store: FeatureStore, rank: int, broadcast: Callable[[Any], Any]) -> Iterator[None]:
+    """Keep other runs from adding to a store; rank zero waits for those that do."""
+    lock = store.lock()
+    try:
+        if not on_rank_zero(rank, broadcast, lambda: _acquire(lock, 0)):
+            logger.info("another run is computing descriptors of this network: waiting for it")
+            while not on_rank_zero(rank, broadcast, lambda: _acquire(lock, WAIT)):
+                pass
+        yield
+    finally:
+        lock.release()
 
 
 def _acquire(lock: FileLock, seconds: float) -> bool:

@@ -96,7 +96,7 @@ class FeatureStore:
                         found[digest] = str(path), start, views
         self._found = {digest: found[digest] for digest in self._needed if digest in found}
         missing = [d for d, views in self._needed.items() if d not in found or found[d][2] < views]
-        return [missing[i : i + SHARD] for i in range(0, len(missing), SHARD)]
+        return in_shards(missing)
 
     def views(self, shard: Iterable[str]) -> int:
         """Return how many descriptors of each image a shard needs."""
@@ -131,6 +131,12 @@ class FeatureStore:
                 if file.readinto(descriptor.data) != descriptor.nbytes:
                     raise UserError(f"{path} was cut short while in use: run again")
         return descriptors
+
+
+def in_shards(digests: Iterable[str]) -> list[list[str]]:
+    """Return digests by shard, each digest once; only the last shard may have fewer images."""
+    each = [*dict.fromkeys(digests)]
+    return [each[i : i + SHARD] for i in range(0, len(each), SHARD)]
 
 
 def remove_store(folder: Path) -> None:

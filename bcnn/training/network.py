@@ -14,7 +14,7 @@ from bcnn.data.taxonomy import arrange
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.weights import initialise_backbone
-from bcnn.training.config import validate_network
+from bcnn.training.config import AUTO, validate_network
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
@@ -40,17 +40,17 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
 
 
 def load_weights(model: BCNN, checkpoint: Path | None) -> None:
-    """Load the weights of a checkpoint of the same network into a model, and its calibration."""
+    """Load the network of a checkpoint into a model of the same classes."""
     if checkpoint is not None:
-        loaded = load_model(checkpoint, model.classes)
-        model.calibration = loaded.calibration
-        model.load_state_dict(loaded.state_dict())
+        model.become(load_model(checkpoint, model.classes))
 
 
 def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     options: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    network = (options["backbone"], options["pooling"], options["project"])
-    model = BCNN(data.classes, data.preprocessing, *network)
+    pooling = options["pooling"]
+    if pooling["name"] == AUTO:  # any will do until stage `last` has chosen
+        pooling = {"name": "average"}
+    model = BCNN(data.classes, data.preprocessing, options["backbone"], pooling, options["project"])
     of_network = replace(model.preprocessing, interpolation=model.backbone.interpolation)
     model.preprocessing = replace(of_network, **data.given_preprocessing)
     initialise_backbone(model, cfg.model.weights, cfg.model.normalization)

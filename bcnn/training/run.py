@@ -129,7 +129,7 @@ def _write_report(
         return None
     curves = logged_stages(Path(cfg.ckpt)) if cfg.stage == "finetune" else []
     curves += [(result.stage, state.folder / result.stage / "metrics.csv") for result in results]
-    used = OmegaConf.merge(cfg, {"model": model.chosen})  # that of ckpt, if given
+    used = OmegaConf.create({**cfg, "model": {**cfg.model, **model.chosen}})  # that of ckpt, if given
     content = ReportContent(
         last.predictions,
         title=f"{data.root.resolve().name}, {'test' if data.test else 'validation'}",

@@ -1,7 +1,9 @@
 """One stage: fit it, keep its best weights, test them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from bcnn.data.datamodule import FineGrainedDataModule
@@ -29,8 +31,9 @@ from bcnn.training.callbacks import (
     TrainingDiverged,
 )
 from bcnn.training.checkpointing import AtomicCheckpointIO, BestOrLastCheckpoint, add_calibration
-from bcnn.training.config import STAGES, validate_batches
-from bcnn.training.convex_stage import HeldOut, run_convex_stage
+from bcnn.training.choose_pooling import POOLINGS, choose_pooling, make_candidates
+from bcnn.training.config import AUTO, STAGES, validate_batches
+from bcnn.training.convex_stage import HeldOut, Solved, run_convex_stage
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import close, log_options, log_results, make_loggers
 from bcnn.training.module import BCNNModule
@@ -87,21 +90,35 @@ class Stage:
     def _solve(self) -> StageResult:
         """Find the optimum of stage `last` on stored descriptors."""
         self.trainer = self._make_trainer([])
-        self._fit_projection()
-        self.features: Data = CachedFeatureDataModule(self.data, self.model, self.state.precision)
-        solved = run_convex_stage(
+        candidates, choose = self._candidates()
+        checkpoint, solved = run_convex_stage(
             self.trainer,
-            self.model,
-            self.features,
+            candidates,
             l2=list(self.options.l2),
             # It sees every image once: to draw classes equally often is to weigh them equally.
             loss=self._loss(balanced=self.data.sampler == "balanced"),
             folds=self.options.folds,
             folder=self.folder,
+            choose=choose,
         )
+        self.model.become(solved.features.model)
+        self.features: Data = solved.features
         self.held_out = found = solved.held_out
         predictions = found and found.predictions(self.model.classes, self.data.train)
-        return StageResult(self.name, solved.checkpoint, solved.metrics, held_out=predictions)
+        return StageResult(self.name, checkpoint, solved.metrics, held_out=predictions)
+
+    def _candidates(
+        self,
+    ) -> tuple[list[CachedFeatureDataModule], Callable[[Sequence[Solved]], Solved]]:
+        """Return the descriptors to solve for, and what chooses among the solutions."""
+        pooling, precision = self.cfg.model.pooling, self.state.precision
+        if pooling.name != AUTO or self.cfg.ckpt:
+            self._fit_projection()
+            return [CachedFeatureDataModule(self.data, self.model, precision)], itemgetter(0)
+        device = self.trainer.strategy.root_device
+        choices: Any = OmegaConf.to_container(pooling.candidates, resolve=True)
+        found = make_candidates(self.model, choices, pooling.largest, self.data, device, precision)
+        return found, partial(choose_pooling, file=self.folder / POOLINGS)
 
     def _train(self) -> StageResult:
         """Train by gradient descent, from the state of an interrupted stage if there is one."""

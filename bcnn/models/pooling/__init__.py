@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from bcnn.models.pooling.average import Average
 from bcnn.models.pooling.base import Pooling
 from bcnn.models.pooling.bilinear import Bilinear
 from bcnn.models.pooling.compact import Compact
@@ -13,6 +14,7 @@ from bcnn.utils.errors import UserError
 
 # By the name in a configuration and in a checkpoint. Add your own before you train or load a model.
 POOLINGS: dict[str, Callable[..., Pooling]] = {
+    "average": Average,
     "bilinear": Bilinear,
     "compact": Compact,
     "democratic": Democratic,
