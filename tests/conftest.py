@@ -153,13 +153,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of images that passed the backbone, a batch each."""
     found: list[int] = []
-    original = BCNN.descriptor
+    original = Backbone.unprojected
 
-    def counted(self: BCNN, images: Tensor) -> Tensor:
+    def counted(self: Backbone, images: Tensor) -> Tensor:
         found.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(BCNN, "descriptor", counted)
+    monkeypatch.setattr(Backbone, "unprojected", counted)
     return found
 
 

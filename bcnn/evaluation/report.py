@@ -54,6 +54,7 @@ class ReportContent:
     facts: Mapping[str, str] = field(default_factory=dict)  # how the model was made; empty: left out
     unknown: tuple[Predictions, UnknownMetrics] | None = None  # images of no class that it knows
     before: Before | None = None  # the stage before the last, compared if it is of the same images
+    poolings: Sequence[Sequence[str]] = ()  # heading and rows of the poolings that were compared
     nearest: Mapping[int, Sequence[Neighbour]] = field(default_factory=dict)  # by index of a mistake
 
 

@@ -5,6 +5,7 @@ images. The narrowest wins whose loss is at most a standard error above the lowe
 "Classification and Regression Trees", 1984, §3.4.3).
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
         logger.info(f"gain of {names[best]} over average: {gain:.1f} points")
     write_csv(file, HEADING, rows)
     return found[best]
+
+
+def read_poolings(folder: Path) -> list[list[str]]:
+    """Return heading and rows that `choose_pooling` wrote in the folder of a stage; none without it."""
+    file = folder / POOLINGS
+    return [*csv.reader(file.read_text().splitlines())] if file.is_file() else []
 
 
 def described(chosen: Mapping[str, Any]) -> str:

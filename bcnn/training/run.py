@@ -16,6 +16,7 @@ from bcnn.evaluation.moves import write_moves
 from bcnn.evaluation.report import Before, ReportContent
 from bcnn.evaluation.results import kept_predictions, logged_stages, write_images, write_results
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.training.choose_pooling import read_poolings
 from bcnn.training.config import STAGES, validate
 from bcnn.training.logging import facts, log_figures, log_how_to_resume, log_where, quiet_lightning
 from bcnn.training.network import build_model, load_weights
@@ -138,6 +139,7 @@ def _write_report(
         held_out=held_out,
         facts=facts(cfg, state, last, data) | circumstances,
         before=_before(cfg, results),
+        poolings=read_poolings(state.folder / "last"),
         nearest=last.nearest,
     )
     return write_results(state.folder, model, content)

@@ -1,13 +1,13 @@
 """Stage `last` by the convex solver: the path of λ, what chooses among them, what is written."""
 
-import csv
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, folder_data, quiet_trainer
+from conftest import build, folder_data, quiet_trainer, read_csv
 from lightning.pytorch.loggers import CSVLogger
 
 from bcnn.models.bilinear_cnn import BCNN
@@ -28,9 +28,8 @@ def solve(
     data = CachedFeatureDataModule(folder_data(images, val_fraction=val), model, "32-true")
     options = {"l2": PATH, "folder": folder, **options}
     trainer = quiet_trainer(logger=CSVLogger(folder, name="", version=""))
-    result = run_convex_stage(trainer, model, data, **options)  # type: ignore[arg-type]
-    with (folder / "metrics.csv").open() as lines:
-        return result, [*csv.DictReader(lines)], data
+    result = run_convex_stage(trainer, [data], **options)  # type: ignore[arg-type]
+    return result, read_csv(folder / "metrics.csv"), data
 
 
 def problem_of(data: CachedFeatureDataModule) -> ConvexProblem:
@@ -41,19 +40,19 @@ def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path
     result, rows, data = solve(images, tmp_path, tiny)
     assert [float(row["l2"]) for row in rows[:3]] == PATH
     assert [row["step"] for row in rows] == [str(k) for k in range(len(rows))]
-    problem, losses, weights = problem_of(data), [], []
+    problem, weights = problem_of(data), []
     images_, labels = next(iter(data.data.evaluation_dataloader(data.data.val)))
     for row in rows:
         solution = problem.solve(float(row["l2"]))
         weights.append(solution.weight)
         with torch.no_grad():
             logits = (tiny.descriptor(images_) - problem.mean) @ solution.weight.mT + solution.bias
-        losses.append(F.cross_entropy(logits, labels).item())
-        assert float(row["val_loss"]) == pytest.approx(losses[-1], rel=1e-2)
+        assert float(row["val_loss"]) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-2)
         assert float(row["train_loss"]) == pytest.approx(float(solution.loss), rel=1e-5)
         assert float(row["gradient_norm"]) < 1e-5
+    losses = [float(row["val_loss"]) for row in rows]
     best = losses.index(min(losses))
-    assert result.metrics["val_loss"] == pytest.approx(float(rows[best]["val_loss"]))
+    assert result.solved.metrics["val_loss"] == pytest.approx(losses[best])
     assert torch.equal(tiny.head.weight, weights[best])
 
 
@@ -64,7 +63,7 @@ def test_the_checkpoint_opens_in_every_way(images: Path, tmp_path: Path, tiny: B
     for model in (loaded, module.model):
         assert all(torch.equal(a, tiny.state_dict()[name]) for name, a in model.state_dict().items())
     found = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]
-    assert found == pytest.approx(result.metrics, rel=1e-5)
+    assert found == pytest.approx(result.solved.metrics, rel=1e-5)
 
 
 def test_without_validation_images_a_cross_validation_chooses_lambda(
@@ -75,11 +74,11 @@ def test_without_validation_images_a_cross_validation_chooses_lambda(
         path.rename(path.parents[1] / ("blue", "green", "red")[i % 3] / f"moved{i}.png")
     result, rows, data = solve(images, tmp_path, tiny, val=0, l2=[1, 1e-2, 1e-6], folds=3)
     losses = [float(row["val_loss"]) for row in rows]
-    assert len(losses) == 3 and losses.index(min(losses)) == 0
+    assert len(losses) == 2 and losses[0] < losses[1]  # a weaker one is not tried
     torch.testing.assert_close(tiny.head.weight, problem_of(data).solve(1).weight)
-    assert result.held_out is not None
-    found = F.cross_entropy(result.held_out.logits, result.held_out.labels)
-    assert found.item() == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+    assert result.solved.held_out is not None
+    found = F.cross_entropy(result.solved.held_out.logits, result.solved.held_out.labels)
+    assert found.item() == pytest.approx(result.solved.metrics["val_loss"], rel=1e-5)
     assert result.checkpoint.name == "best.ckpt"
 
 
@@ -87,7 +86,11 @@ def test_where_nothing_chooses_the_last_lambda_is_kept(
     images: Path, tmp_path: Path, tiny: BCNN
 ) -> None:
     result, rows, data = solve(images, tmp_path, tiny, val=0)
-    assert (result.metrics, result.held_out, result.checkpoint.name) == ({}, None, "last.ckpt")
+    assert (result.solved.metrics, result.solved.held_out, result.checkpoint.name) == (
+        {},
+        None,
+        "last.ckpt",
+    )
     assert len(rows) == len(PATH) and "val_loss" not in rows[0]
     weight = [problem.solve(l2).weight for problem in [problem_of(data)] for l2 in PATH][-1]
     assert torch.equal(tiny.head.weight, weight)
@@ -100,33 +103,45 @@ def test_images_alone_in_their_class_are_not_cross_validated(
     for path in sorted((images / "train" / "red").glob("*.png"))[1:]:
         path.unlink()
     result, rows, _ = solve(images, tmp_path, tiny, val=0, l2=[1e-1, 1e-3], folds=3)
-    assert result.held_out is not None
-    assert set(result.held_out.labels.tolist()) == {0, 1} and len(result.held_out.images) == 12
+    assert result.solved.held_out is not None
+    assert (
+        set(result.solved.held_out.labels.tolist()) == {0, 1}
+        and len(result.solved.held_out.images) == 12
+    )
     assert float(rows[-1]["val_loss"]) < 5
 
 
 @pytest.mark.parametrize(
-    ("losses", "path"),
+    ("losses", "asked", "path"),
     [
-        ([3.0, 2.0, 1.0, 1.5], [1e-3, 1e-4, 1e-5, 1e-6]),  # better still, then worse
-        ([3.0, 1.0, 2.0], [1e-3, 1e-4, 1e-5]),  # the best is inside
-        ([3.0, 2.0, 1.999], [1e-3, 1e-4, 1e-5]),  # hardly better
-        ([2.0, 1.0, *[1 / n for n in range(2, 20)]], [10.0**-n for n in range(3, 10)]),  # to the end
-        ([1.0], [1e-3]),  # one λ is what was asked for
+        ([3.0, 2.0, 1.0, 1.5], [1e-3, 1e-4], [1e-3, 1e-4, 1e-5, 1e-6]),  # better still, then worse
+        ([3.0, 1.0, 2.0], PATH, PATH),  # the best is inside
+        ([3.0, 2.0, 1.99], PATH, PATH),  # hardly better
+        ([1.0, 2.0], PATH, PATH[:2]),  # worse at once
+        ([1.0, 0.005], PATH, PATH[:2]),  # nothing left to gain
+        (range(8, 0, -1), [1e-3, 1e-4], [10.0**-n for n in range(3, 10)]),  # to the end
+        ([1.0], [1e-3], [1e-3]),  # one λ is what was asked for
     ],
 )
-def test_the_path_is_extended_while_its_end_is_best(
+def test_the_path_is_followed_while_the_loss_falls_by_a_standard_error(
     images: Path,
     tmp_path: Path,
     tiny: BCNN,
     monkeypatch: pytest.MonkeyPatch,
-    losses: list[float],
+    losses: Iterable[float],
+    asked: list[float],
     path: list[float],
 ) -> None:
-    validated = iter(losses)
-    figures = {"val_top1": 1.0, "val_top5": 1.0}
-    monkeypatch.setattr(convex_stage, "_validate", lambda *_: {"val_loss": next(validated), **figures})
-    asked = path[: 2 if len(path) > 3 else 3]
+    """Two images, whose losses differ by twice 0.01, now this, now that: the standard error is 0.02."""
+    labels, signs = torch.tensor([0, 1]), torch.tensor([0.01, -0.01])
+    means = iter(enumerate(losses))
+
+    def validate(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        step, mean = next(means)
+        loss = (mean + (-1) ** step * signs).clamp(min=1e-4)
+        return F.one_hot(labels, 3) * -(loss.expm1() / 2).log()[:, None], labels
+
+    monkeypatch.setattr(convex_stage, "_validate", validate)
     _, rows, _ = solve(images, tmp_path, tiny, l2=asked)
     assert [float(row["l2"]) for row in rows] == pytest.approx(path)
 

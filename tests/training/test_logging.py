@@ -98,7 +98,7 @@ def test_a_convex_stage_uploads_its_checkpoint(
     logger: WandbLogger, images: Path, tmp_path: Path, staged: Path, tiny: BCNN
 ) -> None:
     data = CachedFeatureDataModule(folder_data(images), tiny, "32-true")
-    result = run_convex_stage(quiet_trainer(logger=logger), tiny, data, l2=[1e-3], folder=tmp_path)
+    result = run_convex_stage(quiet_trainer(logger=logger), [data], l2=[1e-3], folder=tmp_path)
     close([logger])
     kept = result.checkpoint.read_bytes()
     assert any(path.is_file() and path.read_bytes() == kept for path in staged.rglob("*"))

@@ -1,0 +1,140 @@
+"""`model/pooling=auto`: what is compared, what is kept, and what the run is afterwards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import FINETUNE, SMALL, build, configure, folder_data, read_csv, toy, weights
+from torch import Tensor
+
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import load_model
+from bcnn.training.choose_pooling import choose_pooling, make_candidates
+from bcnn.training.convex_stage import HeldOut, Solved
+from bcnn.training.feature_data import CachedFeatureDataModule
+from bcnn.training.feature_store import VIEWS
+from bcnn.training.run import train
+from bcnn.utils.errors import UserError
+
+CHOICES = [{"name": "average"}, {"name": "sqrt", "project": 2}, {"name": "bilinear"}]
+AUTO = ["model/pooling=auto", SMALL]
+
+
+def candidates(
+    images: Path, model: BCNN, choices: Sequence[dict[str, Any]] = CHOICES, largest: int = 100
+) -> list[CachedFeatureDataModule]:
+    cpu = torch.device("cpu")
+    return make_candidates(model, choices, largest, folder_data(images), cpu, "32-true")
+
+
+@pytest.fixture
+def bare(tiny: BCNN) -> BCNN:
+    return tiny.with_pooling({"name": "average"})
+
+
+def test_one_pass_makes_all_descriptors_that_are_missing(
+    images: Path, bare: BCNN, passes: list[int]
+) -> None:
+    build(candidates(images, bare)[1])  # those of the projection are there already
+    passes.clear()
+    first, *first.beside = found = candidates(images, bare)
+    build(first)
+    data = first.data
+    assert len(data.train) * VIEWS + len(data.val) + len(data.test) <= sum(passes) <= 24 * VIEWS
+    passes.clear()
+    pixels, _ = next(iter(data.evaluation_dataloader(data.val)))
+    for each in found:
+        with torch.no_grad():
+            expected = each.model.descriptor(pixels)
+        descriptors, _ = each.descriptors(data.val)
+        torch.testing.assert_close(descriptors[:].float(), expected, rtol=1e-3, atol=1e-6)
+    for each in candidates(images, bare):
+        build(each)
+    assert sum(passes) == len(found) * len(pixels)  # those of this test
+
+
+def test_candidates_that_do_not_suit_the_backbone_are_left_out(images: Path, bare: BCNN) -> None:
+    choices = [*CHOICES, {"name": "sqrt", "project": 4}, {"name": "compact", "width": 101}]
+    names = [each.model.chosen["pooling"]["name"] for each in candidates(images, bare, choices)]
+    assert names == ["average", "sqrt", "bilinear"]
+    with pytest.raises(UserError, match="none suits this backbone"):
+        candidates(images, bare, largest=1)
+
+
+def solved(width: int, losses: Sequence[float]) -> Solved:
+    """A solution with these cross-validated losses of images, whose class is the first of two."""
+    logits = torch.stack([Tensor(losses).expm1().log().neg(), torch.zeros(len(losses))], dim=1)
+    count = torch.arange(len(losses))
+    held_out = HeldOut(count, count, torch.zeros(len(losses), dtype=torch.long), logits)
+    chosen = {"pooling": {"name": f"of {width}"}, "project": None}
+    features = SimpleNamespace(store=SimpleNamespace(width=width), model=SimpleNamespace(chosen=chosen))
+    return Solved(features, 1e-4, {}, held_out, [], 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("means", "kept"),
+    [
+        ([0.5, 0.6, 0.7], 30),  # the lowest loss is that of the narrowest
+        ([0.5, 0.45, 0.7], 30),  # the lowest is less than a standard error, 0.1, better
+        ([0.5, 0.3, 0.25], 60),
+        ([0.9, 0.6, 0.3], 90),
+    ],
+)
+def test_the_narrowest_within_a_standard_error_of_the_lowest_loss_is_kept(
+    tmp_path: Path, means: list[float], kept: int
+) -> None:
+    spread = 0.1 * 5**0.5 * Tensor([-1, 1, -1, 1, 0])  # its standard error is 0.1
+    found = [
+        solved(width, (mean + spread).tolist()) for width, mean in zip((30, 60, 90), means, strict=True)
+    ]
+    file = tmp_path / "poolings.csv"
+    assert choose_pooling(found, file).features.store.width == kept
+    rows = read_csv(file)
+    assert [row["loss"] for row in rows] == [f"{mean:.3f} ± 0.100" for mean in means]
+    assert [row["width"] for row in rows if row[""] == "kept"] == [str(kept)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
+def test_the_run_continues_with_the_pooling_that_was_kept(images: Path, tmp_path: Path) -> None:
+    """It ends with the same weights, calibration and record as a run with this pooling alone."""
+    choices = "model.pooling.candidates=[{name: average}, {name: sqrt, project: 3}]"
+    train(configure(*toy(images, *AUTO, choices, *FINETUNE, f"output={tmp_path / 'auto'}")))
+    kept = load_model(tmp_path / "auto").chosen
+    pooling = [f"model/pooling={kept['pooling']['name']}", f"model.project={kept['project']}"]
+    alone = [SMALL, *pooling, *FINETUNE, f"output={tmp_path / 'alone'}"]
+    train(configure(*toy(images, *alone)))
+    for stage in ("last", "finetune"):
+        auto, single = (next((tmp_path / run / stage).glob("*.ckpt")) for run in ("auto", "alone"))
+        first, second = weights(auto), weights(single)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    report = (tmp_path / "auto" / "report.html").read_text()
+    assert "<h2>Poolings</h2>" in report and "3 axes" in report
+    assert "<h2>Poolings</h2>" not in (tmp_path / "alone" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["last=sgd"], "model/pooling=auto compares solutions of last=convex"),
+        (["last.folds=null"], "model/pooling=auto compares solutions of last=convex"),
+        (["model.project=2"], "model.project=2 has no effect on model/pooling=auto"),
+    ],
+)
+def test_options_that_have_no_effect_are_refused(
+    images: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(configure(*toy(images, *AUTO, *overrides)))
+
+
+def test_a_checkpoint_keeps_its_pooling(images: Path, tmp_path: Path, tiny: BCNN) -> None:
+    first = [SMALL, "model/pooling=sqrt", "stage=last", f"output={tmp_path / 'first'}"]
+    train(configure(*toy(images, *first)))
+    second = [*AUTO, "stage=last", f"ckpt={tmp_path / 'first'}", f"output={tmp_path / 'second'}"]
+    train(configure(*toy(images, *second)))
+    assert load_model(tmp_path / "second").chosen["pooling"]["name"] == "sqrt"
