@@ -113,7 +113,9 @@ def toy(images: Path, *overrides: str) -> list[str]:
     """Overrides for runs of seconds: 32 px, random weights, float32 on the CPU."""
     data = [f"data.root={images}", "data.size=32", "data.num_workers=0", "data.val_fraction=0.34"]
     trainer = ["trainer=cpu", "trainer.precision=32-true"]
-    return ["data=folder", *data, "model.weights=random", *trainer, *overrides]
+    chosen = any(each.startswith("model/pooling=") for each in overrides)
+    pooling = [] if chosen else ["model/pooling=bilinear"]
+    return ["data=folder", *data, *pooling, "model.weights=random", *trainer, *overrides]
 
 
 def set_up(root: Path | None = None, **options: Any) -> FineGrainedDataModule:
