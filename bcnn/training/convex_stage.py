@@ -120,6 +120,7 @@ def solve(
     begin, model, data = time.monotonic(), features.model.to(device).eval(), features.data
     descriptors, labels = features.descriptors(data.train, views=2)
     problem = ConvexProblem(descriptors, labels, len(model.classes), loss, device, track)
+    logger.log(level, f"solver: {problem.way}")
     fold = fold_numbers(labels, folds or 1, [data.groups[path] for path, _ in data.train])
     known = comparable(labels, fold)
     held_out = cache(lambda strength: problem.held_out(strength, fold).cpu()[known])

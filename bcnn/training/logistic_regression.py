@@ -8,16 +8,20 @@ there are more descriptors than columns, X is smaller than L and takes its place
 
 The mean descriptor is subtracted first, and the bias makes up for it: what descriptors share would
 drown their differences in rounding and make the problem badly conditioned.
+
+What memory has no room for is read from disk: θ is Wᵀ then, and the centred descriptors are multiplied
+block by block, in float32, twice for every step.
 """
 
 import copy
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bcnn.utils.device import double_device, without_tf32
+from bcnn.utils.device import double_device, free_memory, without_tf32
 from bcnn.utils.errors import UserError
 
 TOLERANCE = 1e-7  # largest entry of the gradient of a converged solution
@@ -26,6 +30,7 @@ FOLD_STEPS = 100  # for one fold, whose weights are not kept
 HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
 HISTORY_BYTES = 2**31  # that these may take; a shorter history takes more steps
 
+MEMORY_SHARE = 0.8  # of the free memory, that the matrix may take
 BLOCK = 512  # descriptors in memory at a time: 0.27 GB in float32
 
 Progress = Callable[..., Iterable[Any]]  # (parts, what, unit=…) → parts, as `bcnn.utils.console.track`
@@ -77,19 +82,29 @@ class ConvexProblem:
         self.descriptors = descriptors = _resident(descriptors, device, progress)
         self.labels, self.progress = labels.to(double), progress
         self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(double, torch.float64)
-        starts = range(0, len(descriptors), BLOCK)
+        rows, starts = len(descriptors), range(0, len(descriptors), BLOCK)
         sums = [descriptors[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
-        self.mean = torch.stack(sums).sum(dim=0) / len(descriptors)
+        self.mean = torch.stack(sums).sum(dim=0) / rows
         if not self.mean.isfinite().all():
             raise UserError("the descriptors are not finite: the file of weights may be damaged")
-        self.primal = len(descriptors) > len(self.mean)
-        if self.primal:
-            blocks = [_centred(descriptors, i, self.mean).to(double).double() for i in starts]
-            self.factor = torch.cat(blocks)
+        width, self.lower = len(self.mean), None
+        self.factor: Factor
+        if 12 * rows * min(rows, width) > MEMORY_SHARE * free_memory(double):
+            self.way = f"{rows:,} descriptors, more than memory holds, read for every step"
+            self.factor = Streamed(descriptors, self.mean)
+        elif rows > width:
+            self.way = f"{rows:,} descriptors in memory"
+            x = torch.empty(rows, width, dtype=torch.float64, device=double)
+            for i in starts:
+                x[i : i + BLOCK] = _centred(descriptors, i, self.mean)
+            self.factor = Dense(x)
         else:
-            self.factor = cholesky(gram_matrix(descriptors, self.mean, progress).to(double))
-        self.theta = self.factor.new_zeros(self.factor.shape[1], classes).requires_grad_()
-        self.bias = self.factor.new_zeros(classes).requires_grad_()
+            self.way = f"Gram matrix of {rows:,} descriptors"
+            self.lower = cholesky(gram_matrix(descriptors, self.mean, progress).to(double))
+            self.factor = Dense(self.lower)
+        length = width if self.lower is None else rows
+        self.theta = torch.zeros(length, classes, dtype=torch.float64, device=double)
+        self.bias = torch.zeros(classes, dtype=torch.float64, device=double)
         self.history = min(HISTORY, max(1, HISTORY_BYTES // (2 * self.theta.nbytes)))
 
     def solve(self, l2: float) -> Solution:
@@ -110,19 +125,21 @@ class ConvexProblem:
         Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
         loss, solved from zero in `FOLD_STEPS` at most.
         """
-        folds = folds.to(self.factor.device)
-        logits = self.factor.new_empty(len(folds), len(self.bias))
+        folds = folds.to(self.bias.device)
+        logits = self.bias.new_empty(len(folds), len(self.bias))
         for fold in self.progress(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
-            theta, bias = (torch.zeros_like(p, requires_grad=True) for p in (self.theta, self.bias))
+            theta, bias = torch.zeros_like(self.theta), torch.zeros_like(self.bias)
             self._minimise(theta, bias, l2, ~held, FOLD_STEPS)
-            logits[held] = (self.factor @ theta + bias)[held].detach()
+            logits[held] = (self.factor.times(theta) + bias)[held]
         return logits
 
     def _minimise(
         self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice, steps: int
     ) -> None:
         """Minimise over the descriptors that are seen, and leave the gradients at the optimum."""
+        all_seen = isinstance(seen, slice)
+        shown = iter(self.progress(count(), f"λ = {l2:.3g}", unit="steps") if all_seen else count())
         optimizer = torch.optim.LBFGS(
             [theta, bias],
             max_iter=steps,
@@ -135,26 +152,66 @@ class ConvexProblem:
         )
 
         def closure() -> Tensor:
-            optimizer.zero_grad()
-            logits = self.factor @ theta + bias
+            next(shown)
+            logits = (self.factor.times(theta) + bias).requires_grad_()
             loss: Tensor = self.loss(logits[seen], self.labels[seen])
-            value = loss + l2 / 2 * theta.square().sum()
-            value.backward()
-            return value
+            (gradient,) = torch.autograd.grad(loss, logits)
+            theta.grad = self.factor.transposed_times(gradient) + l2 * theta
+            bias.grad = gradient.sum(dim=0)
+            return loss.detach() + l2 / 2 * theta.square().sum()
 
         optimizer.step(closure)
         closure()
 
     def _weight(self) -> Tensor:
         """Return W = αᵀX."""
-        if self.primal:
+        if self.lower is None:
             return self.theta.mT.float().to(self.mean.device)
-        alpha = torch.linalg.solve_triangular(self.factor.mT, self.theta, upper=True)
+        alpha = torch.linalg.solve_triangular(self.lower.mT, self.theta, upper=True)
         alpha = alpha.float().to(self.mean.device)
         weight = self.mean.new_zeros(alpha.shape[1], len(self.mean))
         for i in range(0, len(alpha), BLOCK):
             weight.addmm_(alpha[i : i + BLOCK].mT, _centred(self.descriptors, i, self.mean))
         return weight
+
+
+class Factor(Protocol):
+    """The matrix (n, m) by which θ (m, classes) gives the logits of the descriptors."""
+
+    def times(self, theta: Tensor) -> Tensor: ...
+
+    def transposed_times(self, logits: Tensor) -> Tensor: ...
+
+
+class Dense(NamedTuple):
+    """A matrix in memory."""
+
+    matrix: Tensor
+
+    def times(self, theta: Tensor) -> Tensor:
+        return self.matrix @ theta
+
+    def transposed_times(self, logits: Tensor) -> Tensor:
+        return self.matrix.mT @ logits
+
+
+class Streamed(NamedTuple):
+    """The centred descriptors, read block by block, and multiplied where `mean` is."""
+
+    descriptors: Descriptors
+    mean: Tensor
+
+    @without_tf32()
+    def times(self, theta: Tensor) -> Tensor:
+        starts, right = range(0, len(self.descriptors), BLOCK), theta.to(self.mean)
+        return torch.cat([_centred(self.descriptors, i, self.mean) @ right for i in starts]).to(theta)
+
+    @without_tf32()
+    def transposed_times(self, logits: Tensor) -> Tensor:
+        right, total = logits.to(self.mean), self.mean.new_zeros(len(self.mean), logits.shape[1])
+        for i in range(0, len(self.descriptors), BLOCK):
+            total.addmm_(_centred(self.descriptors, i, self.mean).mT, right[i : i + BLOCK])
+        return total.to(logits)
 
 
 def _resident(descriptors: Descriptors, device: torch.device, progress: Progress) -> Descriptors:

@@ -129,7 +129,8 @@ class Task:
 
     def __str__(self) -> str:
         done, total, speed = self.state.completed, self.state.total, self.state.speed
-        counts = f"{done:.0f} of {total:.0f} {self.unit}" if total else ""
+        of_total = f" of {total:.0f}" if total else ""
+        counts = f"{done:.0f}{of_total} {self.unit}" if total or done else ""
         rate = f"{speed:{'.0f' if speed >= 10 else '.2g'}} {self.unit}/s" if speed else ""
         left = f"about {span(self.state.time_remaining)} left" if self.state.time_remaining else ""
         return ", ".join(filter(None, (counts, rate, left)))

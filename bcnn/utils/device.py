@@ -1,8 +1,10 @@
 """The device of a run and its precision."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import psutil
 import torch
 from omegaconf import DictConfig
 
@@ -12,6 +14,9 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # NVIDIA's compute capabilities whose rate in float64 is half that in float32; of others it is a 32nd or
 # a 64th ("CUDA C++ Programming Guide", throughput of native arithmetic instructions).
 FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+
+MEMORY = Path("/sys/fs/cgroup")  # of a container
 
 
 def fastest_precision(accelerator: str = "auto") -> str:
@@ -49,6 +54,17 @@ def autocast(device: torch.device, precision: str | None = None) -> torch.autoca
     """Return the context that computes in a precision, by default the fastest of the device."""
     dtype = AUTOCAST.get(precision or fastest_precision(device.type))
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that are free on a device; of a GPU's, the driver's figure."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # a container's own limit
+        limit, used = (int((MEMORY / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 @contextmanager

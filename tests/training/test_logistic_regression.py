@@ -141,6 +141,28 @@ def test_solution_is_that_of_scikit_learn(
 
 
 @pytest.mark.parametrize("width", [90, 20])
+def test_descriptors_that_memory_does_not_hold_are_read_and_have_the_same_solution(
+    descriptors: Tensor, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, folds = descriptors[:, :width], torch.arange(40) // 8
+    held = ConvexProblem(x, LABELS, CLASSES)
+    monkeypatch.setattr(logistic_regression, "free_memory", lambda device: 12 * 40 * min(40, width))
+    monkeypatch.setattr(logistic_regression, "BLOCK", 7)
+    counted = Counted(x)
+    read = ConvexProblem(counted, LABELS, CLASSES)
+    assert ("in memory" in held.way or "Gram" in held.way) and "more than memory holds" in read.way
+    found = []
+    for problem in (held, read):
+        problem.solve(1e-2)
+        solution = problem.solve(L2)
+        found.append(solution.loss + L2 / 2 * solution.weight.double().square().sum())
+    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-5)
+    assert counted.read > 400
+    logits = [problem.held_out(L2, folds).softmax(1) for problem in (held, read)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [90, 20])
 def test_held_out_logits_are_those_of_scikit_learn_without_the_fold(
     descriptors: Tensor, width: int
 ) -> None:
