@@ -109,7 +109,7 @@ class ConvexProblem:
 
     def solve(self, l2: float) -> Solution:
         """Return the optimum for λ = `l2`, found from the previous one: go from strong to weak."""
-        self._minimise(self.theta, self.bias, l2, slice(None), STEPS)
+        self._minimise(self.factor, self.theta, self.bias, l2, slice(None), STEPS)
         norm = nn.utils.get_total_norm([p.grad for p in (self.theta, self.bias) if p.grad is not None])
         with torch.no_grad(), without_tf32():
             weight, bias, x = self._weight(), self.bias.float(), self.descriptors
@@ -123,19 +123,25 @@ class ConvexProblem:
         """Return logits (n, classes) of descriptors by solutions that have not seen their fold (n,).
 
         Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
-        loss, solved from zero in `FOLD_STEPS` at most.
+        loss, solved from zero in `FOLD_STEPS` at most, in float32.
         """
-        folds = folds.to(self.bias.device)
-        logits = self.bias.new_empty(len(folds), len(self.bias))
+        folds, factor = folds.to(self.bias.device), self.factor.single()
+        logits = self.bias.new_empty(len(folds), len(self.bias), dtype=torch.float32)
         for fold in self.progress(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
-            theta, bias = torch.zeros_like(self.theta), torch.zeros_like(self.bias)
-            self._minimise(theta, bias, l2, ~held, FOLD_STEPS)
-            logits[held] = (self.factor.times(theta) + bias)[held]
+            theta, bias = self.theta.float().zero_(), self.bias.float().zero_()
+            self._minimise(factor, theta, bias, l2, ~held, FOLD_STEPS)
+            logits[held] = (factor.times(theta) + bias)[held]
         return logits
 
     def _minimise(
-        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice, steps: int
+        self,
+        factor: "Factor",
+        theta: Tensor,
+        bias: Tensor,
+        l2: float,
+        seen: Tensor | slice,
+        steps: int,
     ) -> None:
         """Minimise over the descriptors that are seen, and leave the gradients at the optimum."""
         all_seen = isinstance(seen, slice)
@@ -153,10 +159,10 @@ class ConvexProblem:
 
         def closure() -> Tensor:
             next(shown)
-            logits = (self.factor.times(theta) + bias).requires_grad_()
-            loss: Tensor = self.loss(logits[seen], self.labels[seen])
+            logits = (factor.times(theta) + bias).requires_grad_()
+            loss: Tensor = self.loss(logits[seen].double(), self.labels[seen])
             (gradient,) = torch.autograd.grad(loss, logits)
-            theta.grad = self.factor.transposed_times(gradient) + l2 * theta
+            theta.grad = factor.transposed_times(gradient) + l2 * theta
             bias.grad = gradient.sum(dim=0)
             return loss.detach() + l2 / 2 * theta.square().sum()
 
@@ -182,6 +188,8 @@ class Factor(Protocol):
 
     def transposed_times(self, logits: Tensor) -> Tensor: ...
 
+    def single(self) -> "Factor": ...  # for θ in float32
+
 
 class Dense(NamedTuple):
     """A matrix in memory."""
@@ -193,6 +201,9 @@ class Dense(NamedTuple):
 
     def transposed_times(self, logits: Tensor) -> Tensor:
         return self.matrix.mT @ logits
+
+    def single(self) -> "Dense":
+        return Dense(self.matrix.float())
 
 
 class Streamed(NamedTuple):
@@ -212,6 +223,9 @@ class Streamed(NamedTuple):
         for i in range(0, len(self.descriptors), BLOCK):
             total.addmm_(_centred(self.descriptors, i, self.mean).mT, right[i : i + BLOCK])
         return total.to(logits)
+
+    def single(self) -> "Streamed":
+        return self
 
 
 def _resident(descriptors: Descriptors, device: torch.device, progress: Progress) -> Descriptors:

@@ -170,7 +170,7 @@ def test_held_out_logits_are_those_of_scikit_learn_without_the_fold(
     folds = torch.arange(40) // 8
     problem = ConvexProblem(x, LABELS, CLASSES)
     before = problem.solve(L2)
-    logits = problem.held_out(L2, folds)
+    logits = problem.held_out(L2, folds).double()
     for fold in range(5):
         held = folds == fold
         reference = scikit_learn(x[~held], LABELS[~held])
