@@ -4,6 +4,7 @@ Unknown options and wrong types are refused by Hydra (see `bcnn.training.schema`
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -59,14 +60,18 @@ UNUSABLE_CALLBACKS = {
 SCALED = {"torch.optim.SGD", "torch.optim.ASGD"}
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check a configuration before anything is built; raise UserError at the first mistake."""
+def validate(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
+    """Check a configuration before anything is built; raise UserError at the first mistake.
+
+    Args:
+        overrides: those that the user wrote, as far as it was composed from any.
+    """
     if cfg.stage not in STAGES:
         raise UserError(f"stage={cfg.stage}: choose from {', '.join(STAGES)}")
     _validate_names(cfg)
     _validate_limits(cfg)
     _validate_arguments(cfg)
-    _validate_checkpoint(cfg)
+    _validate_checkpoint(cfg, overrides)
     _validate_pooling(cfg)
     _validate_finetune(cfg.finetune)
     _validate_trainer(cfg)
@@ -139,7 +144,9 @@ def _validate_arguments(node: Any, name: str = "") -> None:
         _validate_arguments(node._get_node(key), f"{name}.{key!s}".lstrip("."))
 
 
-def _validate_checkpoint(cfg: DictConfig) -> None:
+def _validate_checkpoint(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    if cfg.ckpt and any(word.startswith("model.weights=") for word in overrides):
+        raise UserError(f"model.weights has no effect: the run starts from {cfg.ckpt}; leave one out")
     if cfg.stage == "finetune" and cfg.ckpt is None:
         raise UserError("stage=finetune starts from a checkpoint of stage=last: add ckpt=PATH")
 

@@ -1,6 +1,7 @@
 """What a run logs: to Lightning's loggers beside the curves; figures and the next commands."""
 
 import logging
+import re
 import shlex
 import warnings
 from collections.abc import Iterable, Mapping
@@ -139,7 +140,10 @@ def facts(
 
 
 def _next_command(cfg: DictConfig, overrides: list[str], result: StageResult) -> str:
-    """Return the command that fine-tunes the checkpoint; a fine-tuned one at a tenth of the rate."""
+    """Return the command that fine-tunes the checkpoint; a fine-tuned one at a tenth of the rate.
+
+    Options of the network are left out: the checkpoint has them.
+    """
     change = {
         "stage": "finetune",
         "ckpt": QuotedString(str(result.checkpoint), Quote.double).with_quotes(),
@@ -147,7 +151,8 @@ def _next_command(cfg: DictConfig, overrides: list[str], result: StageResult) ->
     if result.stage == "finetune":
         change["finetune.optimizer.lr"] = f"{cfg.finetune.optimizer.lr / 10:g}"
     given = OverridesParser.create().parse_overrides(overrides)
-    kept = [each.input_line for each in given if each.key_or_group not in {*change, "output"}]
+    dropped = re.compile("|".join([*map(re.escape, change), "output", "model[./].*"]))
+    kept = [each.input_line for each in given if not dropped.fullmatch(each.key_or_group)]
     return train_command(*(f"{name}={value}" for name, value in change.items()), *map(str, kept))
 
 

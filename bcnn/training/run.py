@@ -45,7 +45,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
     """
     setup_logging()
     quiet_lightning()
-    validate(cfg)
+    validate(cfg, overrides or ())
     folder = Path(RunState.read(Path(cfg.output)).directory) if resume else working_folder()
     cfg = absolute_paths(cfg, folder)
     state = RunState.resume(cfg) if resume else RunState.create(cfg, overrides)

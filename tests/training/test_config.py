@@ -67,6 +67,15 @@ def test_options_that_do_not_go_together(options: list[str], sentence: str) -> N
     assert "\n" not in str(refusal.value)
 
 
+def test_weights_beside_a_checkpoint_are_refused() -> None:
+    options = toy(Path("images"), "output=out", "stage=last", "ckpt=best.ckpt")  # names model.weights
+    with pytest.raises(
+        UserError, match=r"model\.weights has no effect: the run starts from best\.ckpt"
+    ):
+        validate(configure(*options), options)
+    validate(configure(*options), [each for each in options if not each.startswith("model.")])
+
+
 def test_a_text_option_that_looks_like_a_number_is_text() -> None:
     assert configure("data=folder", "data.root=2024").data.root == "2024"
 

@@ -1,6 +1,7 @@
 """What wandb keeps of a run, offline: configuration, confusion matrix, images, checkpoint."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training import logging as training_logging
 from bcnn.training.convex_stage import run_convex_stage
 from bcnn.training.feature_data import CachedFeatureDataModule
-from bcnn.training.logging import close, log_options, log_results
+from bcnn.training.logging import _next_command, close, log_options, log_results
+from bcnn.training.run_state import StageResult
 
 
 @pytest.fixture
@@ -102,6 +104,16 @@ def test_a_convex_stage_uploads_its_checkpoint(
     close([logger])
     kept = result.checkpoint.read_bytes()
     assert any(path.is_file() and path.read_bytes() == kept for path in staged.rglob("*"))
+
+
+def test_the_next_command_leaves_the_network_to_the_checkpoint(tmp_path: Path) -> None:
+    network = ["model/pooling=sqrt", "model.weights=own.pth", "model.backbone.name=tiny"]
+    given = ["data=folder", "data.root=a b", *network, "last.l2=[1e-5]", "output=run", "stage=both"]
+    result = StageResult("finetune", tmp_path / "best.ckpt", {})
+    command = _next_command(configure(*given), given, result)
+    expected = ["stage=finetune", f'ckpt="{tmp_path}/best.ckpt"', "finetune.optimizer.lr=0.003"]
+    kept = ["data=folder", "data.root=a b", "last.l2=[1e-5]"]
+    assert shlex.split(command) == ["bcnn", "train", *expected, *kept]
 
 
 def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:
