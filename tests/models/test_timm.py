@@ -1,11 +1,13 @@
 """timm's networks as backbones."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import Tensor, nn
 
 from bcnn.data.transforms import Preprocessing, Resize
@@ -161,3 +163,17 @@ def test_an_onnx_file_agrees(name: str, resize: Resize, tmp_path: Path) -> None:
 def test_a_network_knows_whether_it_can_checkpoint_gradients(model: str, can: bool) -> None:
     with torch.device("meta"):
         assert make_backbone("timm", model=model).supports_grad_checkpointing == can
+
+
+def test_the_networks_that_the_docs_and_configurations_name_are_timms() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    table = page.partition("| images | `model.backbone.model=`")[2].partition("\n\n")[0]
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    stated = {name: row[-1].strip(" |") for row in rows for name in re.findall(r"`(\w+\.\w+)`", row[1])}
+    names = {"Apache 2.0": "apache-2.0", "DINOv3's own": "dinov3-license"}
+    assert len(stated) > 8
+    for name, licence in stated.items():
+        assert timm.get_pretrained_cfg(name).license == names[licence]
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        for name in re.findall(r" model: (\w+\.\w+)", file.read_text()):
+            assert timm.list_pretrained(name) == [name], file
