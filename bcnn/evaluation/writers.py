@@ -39,7 +39,8 @@ Writer = Callable[[Prediction], object]
 def _table(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, model.classes))
-    print(f"{'image':{first}}  {'class':{second}}  probability  in the set", file=out)
+    in_set = "  in the set" * bool(model.calibration)
+    print(f"{'image':{first}}  {'class':{second}}  probability{in_set}", file=out)
 
     def write(prediction: Prediction) -> None:
         lines = [f"error: {printable(prediction.error)}"] if prediction.error else []

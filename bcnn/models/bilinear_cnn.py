@@ -97,7 +97,7 @@ class BCNN(nn.Module):
             other.backbone.project(project)
         other.pooling = make_pooling(other.backbone.channels, **pooling)
         other.chosen = {**self.chosen, "pooling": dict(pooling), "project": project}
-        other.replace_head(self.classes)
+        other.head, other.calibration = Head(other.pooling.width, len(self.classes)), None
         return other
 
     def become(self, other: "BCNN") -> None:
