@@ -65,7 +65,7 @@ def test_images() -> None:
 
 def test_images_that_the_convex_solver_takes() -> None:
     """A matrix of images × images, or of short descriptors, of as many entries."""
-    assert "Up to 12,000 training images" in TEXT
+    assert "1.7 GB for 12,000 images" in TEXT
     assert f"up to {12_000**2 // widths()[1]:,} images" in TEXT.replace("\n  ", " ")
 
 
