@@ -58,7 +58,7 @@ def stacks(images: Images) -> Sequence[Tensor]:
 
 
 def in_order(images: Images, found: Sequence[Tensor]) -> Tensor:
-    """Return what was found for the images (batch, …), from what was found for each of their `stacks`."""
+    """Return what was found for images (batch, …), from what was found for each of their `stacks`."""
     return torch.cat([*found])[images.order] if isinstance(images, RaggedBatch) else found[0]
 
 
