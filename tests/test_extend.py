@@ -43,7 +43,7 @@ def test_every_example_is_under_forty_lines() -> None:
 def test_a_backbone_and_a_pooling_train_and_come_back(
     images: Path, tmp_path: Path, python: Run
 ) -> None:
-    new = ["model.backbone.name=resnet18", "model.pooling.name=average", "data.size=64"]
+    new = ["model.backbone.name=resnet18", "model.pooling.name=diagonal", "data.size=64"]
     short = ["finetune.epochs=1", "finetune.batch_size=6", "finetune.unfreeze_from=layer4"]
     words = toy(images, *new, *short, f"output={tmp_path / 'out'}")
     finished = python(str(tmp_path / "examples" / "my_bcnn.py"), "train", *words)

@@ -193,3 +193,10 @@ def test_its_options_are_in_the_configuration(name: str) -> None:
 def test_an_option_out_of_its_range_is_refused(name: str, option: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"model\.pooling\.{option}={value}: "):
         make_pooling(5, name, **{option: value})
+
+
+def test_the_name_alone_of_another_pooling_is_refused() -> None:
+    """The options stay those of the pooling before, which it does not take."""
+    chosen = configure("data=folder", "model.pooling.name=sqrt").model.pooling
+    with pytest.raises(UserError, match=r"argument 'candidates'; model/pooling=sqrt changes name and"):
+        make_pooling(5, **chosen)

@@ -1,5 +1,6 @@
 """Poolings: the feature maps of an image → its descriptor."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,4 +28,10 @@ def make_pooling(channels: int, name: str, **options: Any) -> Pooling:
     """Return a pooling of maps of `channels` by a key of `POOLINGS` and its class's options."""
     if name not in POOLINGS:
         raise UserError(f"there is no pooling {name}: choose from {', '.join(POOLINGS)}")
+    try:
+        inspect.signature(POOLINGS[name]).bind(channels, **options)
+    except TypeError as error:
+        raise UserError(
+            f"model.pooling.name={name}: {error}; model/pooling={name} changes name and options"
+        ) from error
     return POOLINGS[name](channels, **options)
