@@ -155,13 +155,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> BCNN:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of images that passed the backbone, a batch each."""
     found: list[int] = []
-    original = Backbone.unprojected
+    original = BCNN.maps
 
-    def counted(self: Backbone, images: Tensor) -> Tensor:
+    def counted(self: BCNN, images: Tensor) -> list[Tensor]:
         found.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(Backbone, "unprojected", counted)
+    monkeypatch.setattr(BCNN, "maps", counted)
     return found
 
 

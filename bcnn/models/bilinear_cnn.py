@@ -112,12 +112,15 @@ class BCNN(nn.Module):
 
     def descriptor(self, images: Images) -> Tensor:
         """Images (see `Backbone.forward`) → descriptors (batch, width) of unit length."""
-        found = [self.pool(self.backbone.unprojected(stack)) for stack in stacks(images)]
-        return in_order(images, found)
+        return self.pool(images, self.maps(images))
 
-    def pool(self, maps: Tensor) -> Tensor:
-        """Maps of `Backbone.unprojected` → descriptors (batch, width) of unit length."""
-        return self.pooling(self.backbone.projection(maps))
+    def maps(self, images: Images) -> list[Tensor]:
+        """Images → their maps before the projection, for each of their `stacks`."""
+        return [self.backbone.unprojected(stack) for stack in stacks(images)]
+
+    def pool(self, images: Images, maps: Sequence[Tensor]) -> Tensor:
+        """Images and their `maps` → descriptors (batch, width) of unit length."""
+        return in_order(images, [self.pooling(self.backbone.projection(x)) for x in maps])
 
     def forward(self, images: Images) -> Tensor:
         """Images (see `Backbone.forward`) → logits (batch, classes)."""

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bcnn.data.batches import Images, in_order, stacks
+from bcnn.data.batches import Images
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import MARGIN, VERSION
 from bcnn.data.sampler import Draw, SeededSampler, rank_and_world_size, shard
@@ -148,10 +148,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
                 images = images.to(device, non_blocking=True)
                 flipped = [images.flip(-1)] if self.store.views(digests) > 1 else []
                 with autocast(device, self.precision):
-                    maps = [
-                        [self.model.backbone.unprojected(stack) for stack in stacks(view)]
-                        for view in (images, *flipped)
-                    ]
+                    maps = [self.model.maps(view) for view in (images, *flipped)]
                 for each, lacks in zip(modules, lacking, strict=True):
                     if lacks.isdisjoint(digests):
                         continue
@@ -168,7 +165,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
     ) -> np.ndarray:
         """Return descriptors (images, views, width) of the maps of each view, as they are stored."""
         with autocast(views[0][0].device, self.precision):
-            pooled = [in_order(images, [self.model.pool(maps) for maps in view]) for view in views]
+            pooled = [self.model.pool(images, maps) for maps in views]
         descriptors = torch.stack(pooled, dim=1).to(getattr(torch, self.store.dtype.name))
         finite = descriptors.isfinite().flatten(1).all(dim=1)
         if not finite.all():  # an overflow, which no later run would notice on disk
