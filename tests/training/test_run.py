@@ -35,7 +35,8 @@ def test_both_stages_train_test_and_hand_over(
     assert figure >= 0.8  # three flat colours are easy
     printed = capsys.readouterr().out
     *λs, start, epoch = rows(printed)
-    assert [float(row[0]) for row in λs[:4]] == [1e-4, 1e-5, 1e-6, 1e-7]
+    path = [1e-4, 1e-5, 1e-6, 1e-7]  # as far as the loss falls
+    assert len(λs) > 1 and [float(row[0]) for row in λs] == path[: len(λs)]
     logged = read_csv(tmp_path / "out" / "last" / "metrics.csv")
     losses = [float(row["val_loss"]) for row in logged if row["val_loss"]]
     assert [float(row[2]) for row in λs] == pytest.approx(losses, rel=1e-2)
