@@ -14,6 +14,7 @@ from bcnn.cli.evaluate import evaluate
 from bcnn.cli.explain import explain
 from bcnn.cli.export import export
 from bcnn.cli.predict import predict
+from bcnn.cli.push import push
 
 HELP = {"help_option_names": ["-h", "--help"]}
 # Hydra reads every word after `train`, --help and -m among them.
@@ -37,7 +38,7 @@ def train(context: typer.Context) -> int:
     return train_main(context.args)
 
 
-for command in (check, evaluate, compare, predict, explain, export, demo, cache):
+for command in (check, evaluate, compare, predict, explain, export, push, demo, cache):
     app.command()(command)
 
 

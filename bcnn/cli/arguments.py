@@ -7,8 +7,16 @@ import typer
 
 from bcnn.utils.files import checkpoint_of
 
-STATE_DICT = "Checkpoint, the folder of a run, or a .pth or .safetensors state dict."
-CHECKPOINT = typer.Argument(metavar="CKPT", exists=True, callback=checkpoint_of, help=STATE_DICT)
+STATE_DICT = "Checkpoint, folder of a run, .pth or .safetensors state dict, or hf://user/name."
+
+
+def _checkpoint(text: str) -> Path:
+    path = checkpoint_of(text)
+    path.stat()  # raises OSError now, not once PyTorch is loaded
+    return path
+
+
+CHECKPOINT = typer.Argument(metavar="CKPT", parser=_checkpoint, help=STATE_DICT)
 Checkpoint = Annotated[Path, CHECKPOINT]
 
 PATHS = "Files, folders, quoted patterns such as '**/*.jpg', or - for a list on standard input."

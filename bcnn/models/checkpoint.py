@@ -24,8 +24,8 @@ def load_model(
     """Load a model, on the CPU and in evaluation mode.
 
     Args:
-        path: a checkpoint, the folder of a run, or a state dict of the original or of HaoMood's
-            bilinear-cnn.
+        path: a checkpoint, the folder of a run, hf://user/name on the Hugging Face Hub, or a state dict
+            of the original or of HaoMood's bilinear-cnn.
         classes: names for the classes of a state dict of theirs; by default "0", "1", ….
         normalization: of a state dict of theirs, "imagenet" (the default) or "imagenet_features".
     """

@@ -36,16 +36,17 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", module=module)
 
 
-def make_loggers(cfg: DictConfig, folder: Path, identity: str) -> list[Logger]:
+def make_loggers(cfg: DictConfig, folder: Path, run: str) -> list[Logger]:
     """Return the loggers of the configuration, writing to the folder of a stage.
 
-    A resumed stage continues its wandb run, which is known by `identity`.
+    In wandb, a stage is a run of its own, which a resumed stage continues, in the group `run`.
     """
+    stage = folder.name
+    of_wandb = {"id": f"{run}-{stage}", "group": run, "job_type": stage}
     loggers: list[Logger] = []
     for options in (cfg.logger or {}).values():
-        wandb_run = options["_target_"].endswith("WandbLogger") and "id" not in options
-        extra = {"id": identity} if wandb_run else {}
-        loggers.append(instantiate(options, save_dir=folder, **extra))
+        defaults = of_wandb if options["_target_"].endswith("WandbLogger") else {}
+        loggers.append(instantiate({**defaults, **options}, save_dir=folder))
     return loggers
 
 

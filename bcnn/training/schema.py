@@ -12,9 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from bcnn.utils.files import RESULT, checkpoint_of
+from bcnn.utils.hub import SCHEME
 
 # Options that may name a file.
-PATHS = ("output", "ckpt", "data.root", "data.list", "data.taxonomy", "model.weights")
+CHECKPOINTS = ("ckpt", "model.weights")
+PATHS = ("output", "data.root", "data.list", "data.taxonomy", *CHECKPOINTS)
 
 
 @dataclass
@@ -129,15 +131,17 @@ def working_folder() -> Path:
 
 
 def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return a copy: relative paths begin at a folder, and the folder of a run is its checkpoint."""
+    """Return a copy: relative paths begin at a folder, and checkpoints are files (see `checkpoint_of`)."""
     copy = cfg.copy()
     OmegaConf.set_struct(copy, False)
     OmegaConf.resolve(copy)
     for key in PATHS:
         value = OmegaConf.select(copy, key)
+        if key in CHECKPOINTS and str(value).startswith(SCHEME):
+            value = str(checkpoint_of(value))
         path = folder / Path(str(value)).expanduser()
         is_path = key != "model.weights" or path.is_file() or any(path.glob(f"*/{RESULT}"))
         if isinstance(value, str) and is_path:
-            found = checkpoint_of(path) if key in ("ckpt", "model.weights") else path
+            found = checkpoint_of(path) if key in CHECKPOINTS else path
             OmegaConf.update(copy, key, str(found))
     return copy

@@ -62,9 +62,7 @@ class Stage:
         """Train the stage, or resume it, leave its best weights in `model`, and test them."""
         L.seed_everything(self.cfg.seed, workers=True, verbose=False)  # a stage alone does the same
         self.options, self.folder = self.cfg[self.name], self.state.folder / self.name
-        self.loggers: list[Logger] = make_loggers(
-            self.cfg, self.folder, f"{self.state.identity}-{self.name}"
-        )
+        self.loggers: list[Logger] = make_loggers(self.cfg, self.folder, self.state.identity)
         self.checkpoint: BestOrLastCheckpoint | None = None
         self.held_out: HeldOut | None = None
         self.model.calibration = None  # it was of the weights to start from

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from bcnn.utils import hub
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
@@ -97,7 +98,12 @@ def new_output(verb: str) -> Path:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """Return the checkpoint that the run in a folder has ended with so far; other paths unchanged."""
+    """Return the checkpoint that the run in a folder has ended with so far; other paths unchanged.
+
+    hf://user/name is the file of weights in that repository, which is downloaded if necessary.
+    """
+    if str(path).startswith(hub.SCHEME):
+        return hub.download(str(path).removeprefix(hub.SCHEME))
     folder = Path(path)
     for stage in ("finetune", "last") if folder.is_dir() else ():
         result = folder / stage / RESULT

@@ -1,0 +1,84 @@
+"""Models on the Hugging Face Hub: hf://user/name is a repository with a file model.safetensors."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bcnn.utils.errors import UserError
+
+SCHEME = "hf://"
+WEIGHTS = "model.safetensors"  # all that is downloaded: opening it runs no code
+
+
+def download(name: str) -> Path:
+    """Return the weights in a repository, kept in the cache of huggingface_hub.
+
+    They are those of the newest commit, or without network those that the cache has.
+    """
+    from huggingface_hub import hf_hub_download
+
+    _validate_name(name)
+    with _one_sentence(name):
+        return Path(hf_hub_download(name, WEIGHTS))
+
+
+def validate_upload(name: str) -> None:
+    """Raise UserError if `upload` would fail for its name, or for lack of a token."""
+    from huggingface_hub import get_token
+
+    _validate_name(name)
+    if not get_token():
+        raise UserError("the hub asks for a token: log in by `hf auth login`, or set HF_TOKEN")
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
+    """Put files into a repository, made if necessary, in one commit; return its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, added = HfApi(), [CommitOperationAdd(path, content) for path, content in files.items()]
+    with _one_sentence(name):
+        # Not False, which would overrule an organisation that makes all of its repositories private.
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise UserError(f"--private: {name} exists and is public: make it private, or choose another")
+        api.create_commit(name, added, commit_message="bcnn push")
+    return str(address)
+
+
+def _validate_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        valid = "/" in name
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(f"{name!r} is no name of a repository: give user/name")
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Make what huggingface_hub raises a UserError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no repository {name} that you may use: check the name, or log in by "
+            "`hf auth login`"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{SCHEME}{name} is not in the cache, and the hub cannot be reached: check the network, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(
+            f"{SCHEME}{name} has no {WEIGHTS}: only what `bcnn push` wrote can be opened"
+        ) from error
+    except (OSError, errors.HTTPError, RuntimeError) as error:  # of an upload that broke off: the last
+        reason = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
+        raise UserError(f"{name}: the hub refuses or cannot be reached ({reason})") from error
