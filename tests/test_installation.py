@@ -34,7 +34,7 @@ def site(wheel: zipfile.ZipFile, tmp_path: Path) -> str:
 def test_the_wheel_holds_package_configuration_and_templates_alone(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if not name.startswith("bcnn-")}
     files = [path for part in PARTS for path in (ROOT / part).rglob("*")]
-    suffixes = (".py", ".yaml", ".css", ".html", ".mplstyle", ".typed")
+    suffixes = (".py", ".yaml", ".css", ".html", ".md", ".mplstyle", ".typed")
     ours = {path for path in files if path.suffix in suffixes}
     names = {path.relative_to(ROOT).as_posix() for path in ours}
     assert packed == {f"bcnn/{name}" if name.startswith("conf/") else name for name in names}

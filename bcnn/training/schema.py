@@ -131,7 +131,7 @@ def working_folder() -> Path:
 
 
 def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return a copy: relative paths begin at a folder, and checkpoints are files (see `checkpoint_of`)."""
+    """Return a copy: relative paths begin at a folder, checkpoints are files (see `checkpoint_of`)."""
     copy = cfg.copy()
     OmegaConf.set_struct(copy, False)
     OmegaConf.resolve(copy)

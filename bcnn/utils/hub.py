@@ -40,7 +40,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
         # Not False, which would overrule an organisation that makes all of its repositories private.
         address = api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
-            raise UserError(f"--private: {name} exists and is public: make it private, or choose another")
+            raise UserError(f"--private: {name} exists and is public: make it private, or name another")
         api.create_commit(name, added, commit_message="bcnn push")
     return str(address)
 

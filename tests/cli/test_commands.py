@@ -23,7 +23,7 @@ from bcnn.cli.app import main
 from bcnn.cli.errors import NO_SHARED_MEMORY, exit_code_of
 from bcnn.utils.errors import UserError
 
-COMMANDS = ["check", "evaluate", "compare", "predict", "explain", "export", "demo", "cache"]
+COMMANDS = ["check", "evaluate", "compare", "predict", "explain", "export", "push", "demo", "cache"]
 
 HELP = """
 import sys
@@ -56,6 +56,7 @@ def test_help_imports_nothing_heavy(python: Run) -> None:
         (["predcit"], "Did you mean 'predict'?"),
         (["check", ".", "--val-fractoin", "0.1"], "--val-fraction"),
         (["check", "nowhere"], "'nowhere' does not exist"),
+        (["predict", "nowhere", "x"], "nowhere: No such file or directory"),
         (["predict", __file__, "x", "--format", "xml"], "'table', 'jsonl', 'csv', 'labelstudio'"),
     ],
 )

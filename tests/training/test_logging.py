@@ -19,7 +19,7 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training import logging as training_logging
 from bcnn.training.convex_stage import run_convex_stage
 from bcnn.training.feature_data import CachedFeatureDataModule
-from bcnn.training.logging import _next_command, close, log_options, log_results
+from bcnn.training.logging import _next_command, close, log_options, log_results, make_loggers
 from bcnn.training.run_state import StageResult
 
 
@@ -114,6 +114,16 @@ def test_the_next_command_leaves_the_network_to_the_checkpoint(tmp_path: Path) -
     expected = ["stage=finetune", f'ckpt="{tmp_path}/best.ckpt"', "finetune.optimizer.lr=0.003"]
     kept = ["data=folder", "data.root=a b", "last.l2=[1e-5]"]
     assert shlex.split(command) == ["bcnn", "train", *expected, *kept]
+
+
+def test_stages_are_runs_of_one_group(staged: Path, tmp_path: Path) -> None:
+    cfg = configure("logger=wandb", "logger.wandb.project=birds", "+logger.wandb.tags=[small]")
+    for stage in ("last", "finetune"):
+        loggers = make_loggers(cfg, tmp_path / stage, "a1b2")
+        (run,) = (each.experiment for each in loggers if isinstance(each, WandbLogger))
+        assert (run.id, run.group, run.job_type) == (f"a1b2-{stage}", "a1b2", stage)
+        assert (run.project, run.tags) == ("birds", ("small",))
+        close(loggers)
 
 
 def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:
