@@ -1,8 +1,7 @@
-"""`bcnn push` and hf://: against a stand-in for the hub's HTTP interface on this machine."""
+"""`bcnn push` and hf://, against a stand-in for the hub's HTTP interface."""
 
-import base64
 import json
-import socket
+from base64 import b64decode
 from collections.abc import Iterator
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,9 +15,9 @@ import torch
 from conftest import Bcnn, Tiny, configure, save_checkpoint
 from huggingface_hub import constants
 
-import bcnn as package
 from bcnn.data.splits import SplitRecord
-from bcnn.evaluation.metrics import as_text, proportion
+from bcnn.evaluation.card import model_card
+from bcnn.evaluation.metrics import NAMES, as_text, headline
 from bcnn.evaluation.predictions import Predictions
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
@@ -26,24 +25,15 @@ from bcnn.training.run_state import StageResult
 from bcnn.training.schema import absolute_paths
 from bcnn.utils.errors import UserError
 
-
-class Hub(ThreadingHTTPServer):
-    """Repositories as the hub has them: what a push and a download ask for."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.private: set[str] = set()
-        self.commits = 0
-        self.stored: dict[str, bytes] = {}  # large files, by SHA-256
-        self.asked: list[str] = []
+NOBODY = "http://127.0.0.1:1"
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Hub
+    """What pushes and downloads ask for; every file is small enough to be sent with its commit."""
 
-    def answer(self, content: object, code: int = 200, **headers: str) -> None:
+    server: Any  # with `private`, names of repositories, and `files`, by name and path
+
+    def answer(self, content: Any, code: int = 200, **headers: str) -> None:
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
         for name, value in {"Content-Length": str(len(raw)), **headers}.items():
@@ -51,67 +41,47 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else raw)
 
-    def log_message(self, *_: object) -> None:
-        self.server.asked.append(f"{self.command} {self.path}")
-
-    def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.stored[self.path.rpartition("/")[2]] = body
-        self.answer({})
-
     def do_POST(self) -> None:
         hub, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.endswith("/commit/main"):
-            *_, user, name, _, _ = self.path.split("/")
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "lfsFile":
-                    hub.repositories[f"{user}/{name}"][value["path"]] = hub.stored[value["oid"]]
-                elif line["key"] == "file":
-                    content = base64.b64decode(value["content"])
-                    hub.repositories[f"{user}/{name}"][value["path"]] = content
-            hub.commits += 1
-            address = f"{hub.url}/{user}/{name}/commit/{hub.commits:040x}"
-            return self.answer({"commitUrl": address, "commitOid": address[-40:]})
-        asked: Any = json.loads(body)
+        asked, *lines = map(json.loads, body.splitlines())
         if self.path == "/api/repos/create":
             if self.headers["Authorization"] != "Bearer mine":
                 return self.answer({"error": "Invalid username or password."}, 401)
             name = f"{asked['organization']}/{asked['name']}"
-            known = name in hub.repositories
-            hub.repositories.setdefault(name, {})
-            hub.private |= {name} if not known and asked.get("visibility") == "private" else set()
-            return self.answer({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+            code = 409 if name in hub.files else 200
+            hub.files.setdefault(name, {})
+            if code == 200 and asked.get("visibility") == "private":
+                hub.private.add(name)
+            return self.answer({"url": f"{constants.ENDPOINT}/{name}"}, code)
         if self.path.endswith("/preupload/main"):
-            paths = [file["path"] for file in asked["files"]]
-            modes = {path: "regular" if path.endswith(".md") else "lfs" for path in paths}
-            found = [{"path": p, "uploadMode": modes[p], "shouldIgnore": False} for p in paths]
-            return self.answer({"files": found})
-        if self.path.endswith("/objects/batch"):
-            links = {each["oid"]: {"href": f"{hub.url}/{each['oid']}"} for each in asked["objects"]}
-            found = [{**o, "actions": {"upload": links[o["oid"]]}} for o in asked["objects"]]
-            return self.answer({"objects": found, "transfer": "basic"})
-        assert self.path == "/api/validate-yaml"
-        self.answer({})
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer({"files": [{"path": each["path"], **mode} for each in asked["files"]]})
+        if self.path.endswith("/commit/main"):
+            name = self.path.removeprefix("/api/models/").removesuffix("/commit/main")
+            values = [line["value"] for line in lines]
+            hub.files[name] |= {each["path"]: b64decode(each["content"]) for each in values}
+            address = f"{constants.ENDPOINT}/{name}/commit/{0:040}"
+            return self.answer({"commitUrl": address, "commitOid": f"{0:040}"})
+        self.answer({})  # /api/validate-yaml
 
     def do_GET(self) -> None:
-        hub, name = self.server, "/".join(self.path.removeprefix("/api/models").split("/")[1:3])
-        if name not in hub.repositories:
+        hub, path = self.server, self.path.removeprefix("/api/models")
+        name, _, file = path[1:].partition("/resolve/main/")
+        if name not in hub.files:
             return self.answer({}, 404, X_Error_Code="RepoNotFound")
-        if self.path.startswith("/api/models/"):
+        if not file:
             return self.answer({"id": name, "private": name in hub.private})
-        content = hub.repositories[name].get(self.path.rpartition("/")[2])
-        if content is None:
+        if file not in hub.files[name]:
             return self.answer({}, 404, X_Error_Code="EntryNotFound")
-        commit = f"{hub.commits:040x}"
-        self.answer(content, ETag=f'"{sha1(content).hexdigest()}"', X_Repo_Commit=commit)
+        content = hub.files[name][file]
+        self.answer(content, ETag=sha1(content).hexdigest(), X_Repo_Commit=f"{0:040}")
 
     do_HEAD = do_GET
 
 
 @pytest.fixture
 def setenv(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Set environment variables that huggingface_hub reads once, when it is imported."""
+    """Set environment variables that huggingface_hub reads when it is imported."""
 
     def change(**variables: str) -> None:
         for name, value in variables.items():
@@ -124,12 +94,13 @@ def setenv(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def hub(setenv: Any, tmp_path: Path) -> Iterator[Hub]:
-    server = Hub()
+def hub(setenv: Any, tmp_path: Path) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.private = {}, set()
     thread = Thread(target=server.serve_forever)
     thread.start()
-    own = {"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "mine", "HF_HUB_DISABLE_XET": "1"}
-    setenv(HF_ENDPOINT=server.url, **own)
+    setenv(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0")
+    setenv(HF_HOME=str(tmp_path / "hf"), HF_TOKEN="mine")
     yield server
     server.shutdown()
     server.server_close()
@@ -137,121 +108,95 @@ def hub(setenv: Any, tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def predictions() -> Predictions:
-    """Forty test images, the last five of which are mistaken."""
+def run(calibrated: BCNN, tmp_path: Path) -> Path:
+    """A run that ended with `last/best.ckpt`; 5 of its 40 test images are mistaken."""
+    used = (frozenset(f"{i:032x}" for i in range(*ends)) for ends in ((0, 7), (7, 9), (9, 49)))
+    calibrated.split = SplitRecord({"seed": 0}, *used)
     labels = torch.arange(40) % 3
-    predicted = torch.where(torch.arange(40) < 35, labels, (labels + 1) % 3)
-    shares = torch.eye(3)[predicted] * 0.7 + 0.1
-    paths = [f"{i}.png" for i in range(40)]
-    return Predictions(["blue", "green", "red"], paths, labels, shares, split="test")
-
-
-@pytest.fixture
-def run(calibrated: BCNN, predictions: Predictions, tmp_path: Path) -> Path:
-    """A run that ended with `last/best.ckpt`, where another checkpoint lies, too."""
-    names = [frozenset({f"{i:032x}" for i in range(*ends)}) for ends in ((0, 7), (7, 9), (9, 49))]
-    calibrated.split = SplitRecord({"seed": 0}, *names)
-    for name in ("best", "other"):
-        save_checkpoint(calibrated, tmp_path / "run" / "last" / f"{name}.ckpt")
-    ended = StageResult("last", tmp_path / "run" / "last" / "best.ckpt", {}, predictions=predictions)
-    ended.write(tmp_path / "run")
+    shares = torch.eye(3)[torch.where(torch.arange(40) < 35, labels, 2 - labels)] * 0.7 + 0.1
+    found = Predictions(
+        calibrated.classes, [f"{i}.png" for i in range(40)], labels, shares, split="test"
+    )
+    best = save_checkpoint(calibrated, tmp_path / "run" / "last" / "best.ckpt")
+    StageResult("last", best, {}, predictions=found).write(tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_what_was_pushed_is_loaded_and_is_the_same_model(
-    bcnn: Bcnn, hub: Hub, run: Path, calibrated: BCNN, setenv: Any
+def test_a_pushed_model_is_loaded_by_its_name_also_from_the_cache(
+    bcnn: Bcnn, hub: Any, run: Path, calibrated: BCNN, setenv: Any
 ) -> None:
     outcome = bcnn("push", run, "me/colours")
-    assert outcome.code == 0, outcome.err
-    assert f"{hub.url}/me/colours" in outcome.out
-    assert hub.repositories["me/colours"].keys() == {"model.safetensors", "README.md"}
-    assert hub.commits == 1 and not hub.private
+    assert outcome.code == 0 and f"{constants.ENDPOINT}/me/colours" in outcome.out
+    assert hub.files["me/colours"].keys() == {"model.safetensors", "README.md"} and not hub.private
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    loaded = package.load_model("hf://me/colours")
-    assert torch.equal(loaded(images), calibrated(images))
-    assert loaded.classes == calibrated.classes and loaded.split == calibrated.split
-    assert not any("README.md" in each for each in hub.asked if each.startswith("GET"))
-    hub.asked.clear()
-    setenv(HF_HUB_OFFLINE="1")  # from the cache
-    assert torch.equal(package.load_model("hf://me/colours")(images), calibrated(images))
-    assert not hub.asked
+    for variables in ({}, {"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": NOBODY}):
+        setenv(**variables)
+        loaded = load_model("hf://me/colours")
+        assert torch.equal(loaded(images), calibrated(images))
+        assert (loaded.classes, loaded.split) == (calibrated.classes, calibrated.split)
 
 
 def test_a_name_on_the_hub_is_a_checkpoint_for_commands_and_training(
-    bcnn: Bcnn, hub: Hub, run: Path, images: Path, tmp_path: Path
+    bcnn: Bcnn, hub: Any, run: Path, images: Path, tmp_path: Path
 ) -> None:
     bcnn("push", run, "me/colours", "--private")
     assert hub.private == {"me/colours"}
-    here, there = (
-        bcnn("predict", ckpt, images, "--format", "csv") for ckpt in (run, "hf://me/colours")
-    )
+    words = [images / "test", "--format", "csv", "--workers", 0]
+    here, there = (bcnn("predict", ckpt, *words) for ckpt in (run, "hf://me/colours"))
     assert there.code == 0 and there.out == here.out
-    cfg = configure("ckpt=hf://me/colours", "model.weights=hf://me/colours", "output=new")
-    found = absolute_paths(cfg, tmp_path)
+    found = absolute_paths(configure("ckpt=hf://me/colours", "model.weights=hf://me/colours"), tmp_path)
     assert load_model(found.ckpt).classes == ["blue", "green", "red"]
     assert found.model.weights == found.ckpt
 
 
-def test_the_card_has_the_figures_of_these_weights_alone(
-    bcnn: Bcnn, hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_card_has_the_figures_of_these_weights_and_of_no_others(
+    bcnn: Bcnn, hub: Any, run: Path, calibrated: BCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tiny, "licence", "cc-by-nc-4.0")
     bcnn("push", run, "me/colours")
-    card = hub.repositories["me/colours"]["README.md"].decode()
-    value, interval = as_text("top1", proportion(35, 40))
-    assert f"| top-1 | {value} | {interval} |" in card and "Of 40 test images" in card
-    assert "| 7 | 2 | 40 |" in card and "perceptual hash" in card
+    card = hub.files["me/colours"]["README.md"].decode()
+    figures = headline(Predictions.load(run / "last" / "predictions.npz"))
+    for key in ("top1", "macro_top1", "nll"):
+        assert "| {} | {} | {} |".format(NAMES[key], *as_text(key, figures[key])) in card
+    assert "Of 40 test images" in card and "| 7 | 2 | 40 |" in card and "perceptual hash" in card
     assert "cc-by-nc-4.0" in card and "short side to 32 px" in card
     assert "95 % of the images, if these are like the 40 held-out images" in card
-    assert 'bcnn.load_model("hf://me/colours")' in card
-    assert card.endswith("- blue\n- green\n- red\n")
+    assert 'bcnn.load_model("hf://me/colours")' in card and "predict hf://me/colours IMAGE" in card
 
-    outcome = bcnn("push", run / "last" / "other.ckpt", "me/colours")
-    assert "the card shows no figures" in outcome.err
-    card = hub.repositories["me/colours"]["README.md"].decode()
-    assert "No figures of this model are known" in card and "%" not in card.partition("## Images")[0]
+    other = save_checkpoint(calibrated, run / "last" / "other.ckpt")
+    assert "the card shows no figures" in bcnn("push", other, "me/colours").err
+    card = hub.files["me/colours"]["README.md"].decode()
+    assert "No figures of this model are known" in card and NAMES["top1"] not in card
 
 
-def test_a_class_is_named_in_the_card_whatever_it_is_called(
-    bcnn: Bcnn, hub: Hub, tiny: BCNN, tmp_path: Path
-) -> None:
+def test_a_card_says_what_is_not_known_and_shows_class_names_as_they_are(tiny: BCNN) -> None:
     tiny.classes = ["a_b*", "<img src=x>", "two\nlines"]
-    bcnn("push", save_checkpoint(tiny, tmp_path / "m.safetensors"), "me/odd")
-    card = hub.repositories["me/odd"]["README.md"].decode()
+    card = model_card("me/odd", tiny, None)
     assert card.endswith("- a\\_b\\*\n- \\<img src=x\\>\n- two\\\\nlines\n")
     assert "It is not recorded which images" in card and "this model is not calibrated" in card
 
 
-def test_mistakes_are_one_sentence(
-    bcnn: Bcnn, hub: Hub, run: Path, setenv: Any, tmp_path: Path
-) -> None:
-    hub.repositories = {"me/empty": {}}
+def test_mistakes_are_one_sentence(bcnn: Bcnn, hub: Any, run: Path, setenv: Any) -> None:
+    def refused(name: str, sentence: str, *words: str) -> None:
+        outcome = bcnn("push", run, name, *words)
+        assert outcome.code == 1 and sentence in outcome.err and outcome.err.count("\n") == 1
+
+    hub.files = {"me/empty": {}}
     for name, sentence in (
         ("me/empty", "hf://me/empty has no model.safetensors"),
         ("me/nothing", "the hub has no repository me/nothing that you may use"),
-        ("colours", "'colours' is no name of a repository: give user/name"),
-        ("me/../colours", "is no name of a repository"),
+        ("me/../colours", "is no name of a repository: give user/name"),
     ):
         with pytest.raises(UserError, match=sentence):
             load_model(f"hf://{name}")
-    for words, sentence in (
-        (["colours"], "'colours' is no name of a repository: give user/name"),
-        (["me/empty", "--private"], "--private: me/empty exists and is public"),
-    ):
-        outcome = bcnn("push", run, *words)
-        assert outcome.code == 1 and sentence in outcome.err.replace("\n", " ")
-    assert hub.repositories == {"me/empty": {}}
-
+    refused("colours", "'colours' is no name of a repository: give user/name")
+    refused("me/empty", "--private: me/empty exists and is public", "--private")
     setenv(HF_TOKEN="another's")
-    assert "(Invalid username or password.)" in bcnn("push", run, "me/new").err
-    setenv(HF_TOKEN="", HF_TOKEN_PATH=str(tmp_path / "none"))
-    outcome = bcnn("push", run, "me/new")
-    assert outcome.code == 1 and "log in by `hf auth login`, or set HF_TOKEN" in outcome.err
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        closed = listener.getsockname()[1]
-    setenv(HF_TOKEN="mine", HF_ENDPOINT=f"http://127.0.0.1:{closed}")
-    outcome = bcnn("push", run, "me/new")
-    assert outcome.code == 1 and "me/new: the hub refuses or cannot be reached (" in outcome.err
+    refused("me/new", "me/new: the hub refuses or cannot be reached (Invalid username or password.)")
+    setenv(HF_TOKEN="", HF_TOKEN_PATH="none")
+    refused("me/new", "log in by `hf auth login`, or set HF_TOKEN")
+    setenv(HF_TOKEN="mine", HF_ENDPOINT=NOBODY)
+    refused("me/new", "me/new: the hub refuses or cannot be reached (")
     with pytest.raises(UserError, match="is not in the cache, and the hub cannot be reached"):
         load_model("hf://me/new")
+    assert hub.files == {"me/empty": {}}
