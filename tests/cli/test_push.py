@@ -33,6 +33,9 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Any  # with `private`, names of repositories, and `files`, by name and path
 
+    def log_message(self, *_: object) -> None:
+        pass
+
     def answer(self, content: Any, code: int = 200, **headers: str) -> None:
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
@@ -144,7 +147,8 @@ def test_a_name_on_the_hub_is_a_checkpoint_for_commands_and_training(
     words = [images / "test", "--format", "csv", "--workers", 0]
     here, there = (bcnn("predict", ckpt, *words) for ckpt in (run, "hf://me/colours"))
     assert there.code == 0 and there.out == here.out
-    found = absolute_paths(configure("ckpt=hf://me/colours", "model.weights=hf://me/colours"), tmp_path)
+    names = ("ckpt=hf://me/colours", "model.weights=hf://me/colours")
+    found = absolute_paths(configure(*names, "output=new"), tmp_path)
     assert load_model(found.ckpt).classes == ["blue", "green", "red"]
     assert found.model.weights == found.ckpt
 
