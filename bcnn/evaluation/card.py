@@ -21,12 +21,13 @@ def model_card(name: str, model: BCNN, predictions: Predictions | None) -> str:
     Args:
         predictions: of the images that the model was tested on; None: the card shows no figures.
     """
+    backbone = model.chosen["backbone"]
     escaped = (MARKDOWN.sub(r"\\\g<0>", printable(each)) for each in model.classes)
     return template("card.md").render(
         name=name,
         model=model,
         classes=[Markup(each) for each in escaped],
-        backbone=" ".join(map(str, model.chosen["backbone"].values())),
+        backbone=backbone.get("model", backbone["name"]),  # timm's name
         pooling=model.chosen["pooling"]["name"],
         preprocessing=describe(model)["preprocessing"],
         predictions=predictions,

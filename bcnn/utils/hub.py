@@ -79,6 +79,8 @@ def _one_sentence(name: str) -> Iterator[None]:
         raise UserError(
             f"{SCHEME}{name} has no {WEIGHTS}: only what `bcnn push` wrote can be opened"
         ) from error
-    except (OSError, errors.HTTPError, RuntimeError) as error:  # of an upload that broke off: the last
+    except (OSError, errors.HTTPError, RuntimeError) as error:  # the last: an upload broke off
         reason = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
-        raise UserError(f"{name}: the hub refuses or cannot be reached ({reason})") from error
+        raise UserError(
+            f"{SCHEME}{name}: {reason.rstrip('.')}: check the network, the token and the disk"
+        ) from error

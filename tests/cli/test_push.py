@@ -196,11 +196,11 @@ def test_mistakes_are_one_sentence(bcnn: Bcnn, hub: Any, run: Path, setenv: Any)
     refused("colours", "'colours' is no name of a repository: give user/name")
     refused("me/empty", "--private: me/empty exists and is public", "--private")
     setenv(HF_TOKEN="another's")
-    refused("me/new", "me/new: the hub refuses or cannot be reached (Invalid username or password.)")
+    refused("me/new", "hf://me/new: Invalid username or password: check the network, the token")
     setenv(HF_TOKEN="", HF_TOKEN_PATH="none")
     refused("me/new", "log in by `hf auth login`, or set HF_TOKEN")
     setenv(HF_TOKEN="mine", HF_ENDPOINT=NOBODY)
-    refused("me/new", "me/new: the hub refuses or cannot be reached (")
+    refused("me/new", "Connection refused: check the network")
     with pytest.raises(UserError, match="is not in the cache, and the hub cannot be reached"):
         load_model("hf://me/new")
     assert hub.files == {"me/empty": {}}
