@@ -1,21 +1,42 @@
 """`bcnn predict`: the likeliest classes of images."""
 
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
+from functools import partial
+from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from subprocess import DEVNULL, Popen
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bcnn.cli.arguments import Checkpoint, Group, Images, Mirror
 from bcnn.utils.console import error_console, progress, track
+from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, validate_writable
+from bcnn.utils.files import validate_writable
 
-FORMAT = typer.Option(help="labelstudio: tasks to correct there, see docs/labels.md.")
-OUTPUT = typer.Option(help="New file to write once all is done. Default: standard output.")
+if TYPE_CHECKING:
+    from bcnn.evaluation.writers import Predictor, WriteTo
+
+FORMAT = typer.Option(help="labelstudio: see docs/labels.md; parquet: pip install 'bcnn\\[parquet]'.")
+OUTPUT = typer.Option(
+    help="New file, written once all is done; or, without a suffix, a folder of parts, where the same "
+    "command resumes. Default: standard output."
+)
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    """Return I and N of `I/N`."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard {text}: expected I/N with I from 1 to N, such as 3/8")
+    return int(number), int(count)
+
+
+SHARES = "Write the I-th of N shares of the parts, from 1/N to N/N. Default: one for each GPU."
+SHARD = typer.Option(metavar="I/N", parser=_parse_shard, help=SHARES)
 COVERAGE = typer.Option(
     min=0.01, max=0.999, help="Share of images whose true class is in their prediction set."
 )
@@ -23,15 +44,18 @@ SURE = typer.Option(min=0.01, max=0.999, help="Least probability of a sure name.
 BY = typer.Option(help="group: one answer a group, by the mean of its images' logits.")
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
 
+Format = Literal["table", "jsonl", "csv", "parquet", "labelstudio"]
+
 
 def predict(
     ckpt: Checkpoint,
     images: Images,
     top_k: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
-    format: Annotated[Literal["table", "jsonl", "csv", "labelstudio"], FORMAT] = "table",
+    format: Annotated[Format, FORMAT] = "table",
     coverage: Annotated[float, COVERAGE] = 0.95,
     sure: Annotated[float | None, SURE] = None,
     output: Annotated[Path | None, OUTPUT] = None,
+    shard: Annotated[tuple | None, SHARD] = None,
     by: Annotated[Literal["image", "group"], BY] = "image",
     group: Group = None,
     mirror: Mirror = False,
@@ -48,49 +72,108 @@ def predict(
     from bcnn.data.groups import find_groups
     from bcnn.data.image_files import find_images
 
-    _validate_new(output)
-    named = by == "group" or group is not None
-    if named and format == "labelstudio":
-        raise UserError("--format labelstudio has a task for each image: leave out --by group")
-    members = find_groups(images, group) if named else {}
-    paths = [*chain(*members.values())] or find_images(images)
-    groups = [name for name, each in members.items() for _ in each]
+    grouped = by == "group" or group is not None
+    folder = _validate_output(output, shard, format, grouped)
+    members = find_groups(images, group) if grouped else {}
+    paths = [*chain(*members.values())] or ([] if folder else find_images(images))
     with progress("loading PyTorch"):
         from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
         from bcnn.evaluation.writers import FORMATS
-        from bcnn.utils.device import best_device
+        from bcnn.utils.device import best_device, cuda_devices
 
+    if folder and not shard and "-" not in images and len(devices := cuda_devices()) > 1:
+        return _predict_on(devices)
     model = open_model(ckpt).to(best_device())
     if sure and not model.taxonomy:
         raise UserError(f"--sure: {ckpt} has no taxonomy: train it with data.taxonomy=FILE")
-    top_k, failed = min(top_k, len(model.classes)), 0
-    rows = [*members] or paths
-    with _opened(output) as out, FORMATS[format](out, model, rows, top_k) as write:
-        found = predict_paths(model, paths, top_k, coverage, batch_size, workers, mirror, groups, sure)
-        for prediction in track(found, "predicting", len(rows)):
-            write(prediction)
-            failed += bool(prediction.error)
-    if not named:
+    asked: dict[str, Any] = {"coverage": coverage, "sure": sure, "mirror": mirror}
+    asked["top"] = min(top_k, len(model.classes))
+    predictor = partial(predict_paths, model=model, batch=batch_size, workers=workers, **asked)
+    writer = partial(FORMATS[format], model=model, top=asked["top"])
+    if folder:
+        settings = {"checkpoint": sha256(ckpt.read_bytes()).hexdigest()[:16], "format": format, **asked}
+        failed = _write_parts(folder, settings, images, shard or (1, 1), predictor, writer)
+    else:
+        failed = _write_rows(output, paths, members, predictor, writer)
+    if not grouped:
         error_console.print(what_sets_promise(model, coverage))
-    error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)
 
 
-def _validate_new(output: Path | None) -> None:
-    if output and output.exists():
+def _validate_output(
+    output: Path | None, shard: tuple[int, int] | None, format: str, grouped: bool
+) -> Path | None:
+    """Return `output` if it is to be a folder of parts; raise UserError where options do not fit it."""
+    folder = output if output and (output.is_dir() or not output.suffix) else None
+    if grouped and format == "labelstudio":
+        raise UserError("--format labelstudio has a task for each image: leave out --by group")
+    if folder and (grouped or format in ("table", "labelstudio")):
+        mistake = "leave out --by group" if grouped else "add --format csv, jsonl or parquet"
+        raise UserError(f"--output {folder} is a folder of parts: {mistake}, or name a file (rows.csv)")
+    if shard and not folder:
+        raise UserError("--shard needs a folder of parts: add --output FOLDER")
+    if format == "parquet" and not output:
+        raise UserError("--format parquet is no text: add --output")
+    if output and not folder and output.exists():
         raise UserError(f"--output {output} exists: remove it or name another file")
     if output:
-        validate_writable(output.parent)
+        validate_writable(folder or output.parent)
+    return folder
 
 
-@contextmanager
-def _opened(output: Path | None) -> Iterator[TextIO]:
-    """Open the file to write, or standard output; names that are no valid Unicode are their bytes."""
-    if output is None:
-        yield sys.stdout
-        return
-    with (
-        atomic_write(output) as part,
-        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        yield file
+def _predict_on(devices: list[str]) -> int:
+    """Run this command on each GPU, for a shard of its own; return 1 if any of them failed."""
+    command = [sys.executable, *sys.orig_argv[1:], "--shard"]
+    options = {"stdout": DEVNULL}  # lines in place of bars, which would overwrite each other
+    share = {**os.environ, "BCNN_CORES": str(max(1, cores() // len(devices)))}
+    runs = [
+        Popen([*command, f"{k}/{len(devices)}"], env=share | {"CUDA_VISIBLE_DEVICES": gpu}, **options)
+        for k, gpu in enumerate(devices, 1)
+    ]
+    try:
+        return int(any([run.wait() for run in runs]))
+    finally:
+        for run in runs:
+            run.terminate()
+
+
+def _write_rows(
+    output: Path | None,
+    paths: list[str],
+    members: dict[str, list[str]],
+    predictor: "Predictor",
+    writer: "WriteTo",
+) -> int:
+    """Write all rows, of images or of groups by their `members`; return how many images failed."""
+    from bcnn.evaluation.writers import write_rows
+
+    rows, groups = [*members] or paths, [name for name, each in members.items() for _ in each]
+    found = write_rows(output, rows, predictor(paths=paths, groups=groups), writer)
+    failed = sum(bool(each.error) for each in track(found, "predicting", len(rows)))
+    error_console.print(f"{len(paths)} images, of which {failed} failed")
+    return failed
+
+
+def _write_parts(
+    folder: Path,
+    settings: dict[str, Any],
+    images: list[str],
+    shard: tuple[int, int],
+    predictor: "Predictor",
+    writer: "WriteTo",
+) -> int:
+    """Write the parts that are absent, and the summary of all; return how many images failed."""
+    from bcnn.data.image_files import stream_images
+    from bcnn.evaluation.parts import SHOWN, PartFolder, summary_table, write_parts
+
+    parts = PartFolder(folder, settings)
+    found = write_parts(parts.absent(stream_images(images), *shard), predictor, writer)
+    failed = sum(bool(each.error) for each in track(found, "predicting"))
+    if not parts.complete:
+        error_console.print(f"{folder}: this shard is done; the last one writes summary.json")
+        return failed
+    summary = parts.summarize()
+    error_console.print(summary_table(summary))
+    for path, reason in islice(summary["broken"].items(), SHOWN):
+        error_console.print(f"{path}: {reason}")
+    return len(summary["broken"])

@@ -10,8 +10,9 @@ from pathlib import Path
 from scipy.cluster.hierarchy import DisjointSet
 
 from bcnn.data.image_files import find_images, is_image
-from bcnn.data.index import ImageIndex, read_rows
+from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Findings
+from bcnn.data.lists import read_rows
 from bcnn.data.lookalikes import near_pairs
 from bcnn.utils.errors import UserError
 

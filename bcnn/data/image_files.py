@@ -4,11 +4,13 @@ import glob
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 from bcnn.data.image_io import SUFFIXES
+from bcnn.data.lists import SUFFIXES as LISTS
+from bcnn.data.lists import paths_of_list
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
@@ -52,37 +54,53 @@ def files_below(folder: str | Path) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in sorted(files) if not is_ignored(name))
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Return the images that paths name, in their order, and sorted by name within each.
+def find_images(paths: Iterable[str]) -> list[str]:
+    """Return the images of `stream_images`."""
+    return [*stream_images(paths)]
 
-    A path is a file, whatever its name, a folder with all below it, a pattern (`*.jpg`, `**/*.png`), or
-    "-": standard input, a file a line.
+
+def stream_images(paths: Iterable[str]) -> Iterator[str]:
+    """Yield the images that paths name, in their order, and sorted by name within each.
+
+    A path is a file, whatever its name; a list of `data.lists.SUFFIXES`; a folder with all below it; a
+    pattern (`*.jpg`, `**/*.png`); or "-": standard input, a file a line. All but patterns are read as
+    the images are needed.
     """
-    found: list[str] = []
-    left_out: dict[str, None] = {}  # a set in order
+    left_out: Counter[str] = Counter()
     for path in paths:
-        if path == "-":
-            images = [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line]
-        elif os.path.isfile(path):
-            images = [path]
-        else:
-            matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
-            each = (files_below(match) if os.path.isdir(match) else [match] for match in matches)
-            files = dict.fromkeys(chain(*each))  # "**" matches folders, and the files in them
-            images = [file for file in files if is_image(file)]
-            left_out |= dict.fromkeys(file for file in files if not is_image(file))
-        if not images:
+        images = _images_of(path, left_out)
+        if (first := next(images, None)) is None:
             raise UserError(f"no images: {'standard input is empty' if path == '-' else path}")
-        found += images
+        yield first
+        yield from images
     if left_out:
-        logger.warning(f"{len(left_out)} files left out: {count_suffixes(left_out)}")
-    return found
+        logger.warning(f"{left_out.total()} files left out: {suffix_counts(left_out)}")
 
 
-def count_suffixes(files: Collection[str]) -> str:
-    """Return how many of the files have each suffix: `2 .txt, 1 without a suffix`."""
-    counts = Counter(os.path.splitext(file)[1] or "without a suffix" for file in files)
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+def _images_of(path: str, left_out: Counter[str]) -> Iterator[str]:
+    """Yield the images of one path; count the suffixes of other files in its folders."""
+    if path == "-":
+        yield from (os.fsdecode(line) for each in sys.stdin.buffer if (line := each.rstrip(b"\r\n")))
+    elif os.path.isfile(path):
+        yield from paths_of_list(path) if path.lower().endswith(LISTS) else [path]
+    else:
+        matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
+        files = chain(*(files_below(each) if os.path.isdir(each) else [each] for each in matches))
+        for file in dict.fromkeys(files) if len(matches) > 1 else files:  # "**" finds some twice
+            if is_image(file):
+                yield file
+            else:
+                left_out[suffix_of(file)] += 1
+
+
+def suffix_of(file: str) -> str:
+    """Return the suffix of a file, or words for none."""
+    return os.path.splitext(file)[1] or "without a suffix"
+
+
+def suffix_counts(suffixes: Counter[str]) -> str:
+    """Return how many files have each `suffix_of`: `2 .txt, 1 without a suffix`."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
@@ -93,4 +111,4 @@ def listed(names: Iterable[str], most: int = 10) -> str:
 
 
 def _raise(error: OSError) -> None:
-    raise error
+    raise UserError(f"{error.filename}: {error.strerror}") from error

@@ -1,7 +1,5 @@
 """From a folder or a list to an index of images: the class and the split of each."""
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -11,12 +9,12 @@ from pathlib import Path
 import torch
 
 from bcnn.data import split_folders as folders
-from bcnn.data.image_files import count_suffixes, files_below, is_image, listed
+from bcnn.data.image_files import files_below, is_image, listed, suffix_counts, suffix_of
+from bcnn.data.lists import read_rows
 from bcnn.utils.errors import UserError
 
 Samples = list[tuple[str, int]]  # (path, label) pairs
 
-COLUMNS = ("path", "label", "split")  # of a list without a heading
 METADATA = "metadata.csv"  # Hugging Face's list of file_name,label beside the images
 
 
@@ -74,7 +72,7 @@ def read_folder(root: Path) -> ImageIndex:
     if index := _read_metadata(root):
         return index
     parts = folders.split_folders(root)
-    entries, inside, others = [], {}, []
+    entries, inside, others = [], {}, Counter[str]()
     for split, part in (parts or {"train": root}).items():
         for folder in folders.subfolders(part):
             name = folders.class_name(folder.name)
@@ -82,12 +80,12 @@ def read_folder(root: Path) -> ImageIndex:
             images = [path for path in files if is_image(path)]
             entries += [(path, name, split) for path in images]
             inside[name] = {os.path.dirname(path)[len(str(folder)) + 1 :] for path in images} - {""}
-            others += [path for path in files if not is_image(path)]
+            others.update(suffix_of(path) for path in files if not is_image(path))
     if not parts:
         folders.validate_class_folders(root, inside)
     index = ImageIndex.of(entries, inside, divided=bool(parts))
     if others:
-        index.remarks.append(f"{len(others)} files left out, no images: {count_suffixes(others)}")
+        index.remarks.append(f"{others.total()} files left out, no images: {suffix_counts(others)}")
     if parts and (test := folders.unlabelled_test(root)):
         index.remarks.append(
             f"{test} is left out, as its images have no class folders: bcnn predict CKPT {test}"
@@ -199,55 +197,3 @@ def _read_metadata(root: Path) -> ImageIndex | None:
     return replace(
         index, groups={p: name for each in found.values() for p, name in each.groups.items()}
     )
-
-
-def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the columns of a list, and (line number, cell by column) of each row.
-
-    The first line may name the columns, among them `path` (or `file_name`) and `label` or `group`;
-    without names they are path, label and, if there are three, split. See `read_cells`.
-    """
-    rows = read_cells(file, "lines of path,label or path,label,split")
-    names = ["path" if cell.lower() == "file_name" else cell.lower() for cell in rows[0][1]]
-    if "path" in names and {"label", "group"} & set(names):
-        if twice := [name for name in (*COLUMNS, "group") if names.count(name) > 1]:
-            raise UserError(
-                f"{file}: two columns are read as {twice[0]} ({', '.join(rows[0][1])}); rename one"
-            )
-        rows = rows[1:]
-    else:
-        names = [*COLUMNS[: len(rows[0][1])]]
-    for line, cells in rows:
-        if len(cells) != len(names):
-            raise UserError(
-                f"{file}, line {line}: {len(cells)} columns where {len(names)} are expected "
-                f"({','.join(names)}); put a path with blanks or commas in double quotes"
-            )
-    return names, [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
-
-
-def read_cells(file: Path, expected: str) -> list[tuple[int, list[str]]]:
-    """Return (line number, cells) of each row of a CSV or text file, of at least one.
-
-    Tabs, commas, semicolons or blanks separate the columns: the first of these that divides the
-    first line.
-    """
-    rows, line = [], 1
-    try:
-        text = file.read_bytes().decode("utf-8-sig")  # of spreadsheets, which begin with a mark
-        delimiter = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-        for cells in reader:
-            if any(cells := [cell.strip() for cell in cells]):
-                rows.append((line, cells))
-            line = reader.line_num + 1
-    except (UnicodeDecodeError, csv.Error) as error:
-        sentence = f"{file}, line {line}: {error}: expected UTF-8 text, quotes in pairs"
-        raise UserError(sentence) from error
-    if not rows:
-        raise UserError(f"{file} is empty: expected {expected}")
-    return rows
-
-
-def _first_row(text: str, delimiter: str) -> list[str]:
-    return next(filter(any, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), [])

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bcnn.data.image_files import listed
-from bcnn.data.index import read_cells, read_rows
+from bcnn.data.lists import read_cells, read_rows
 from bcnn.data.split_folders import class_name
 from bcnn.utils.errors import UserError
 

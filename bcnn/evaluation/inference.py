@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
+from operator import itemgetter, length_hint
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.batches import Images, stack_images
 from bcnn.data.image_io import load_image
@@ -109,7 +109,7 @@ def validate_finite(outputs: Tensor, paths: Sequence[str]) -> None:
 
 def predict_paths(
     model: BCNN,
-    paths: Sequence[str],
+    paths: Iterable[str],
     top: int = 5,
     coverage: float = COVERAGE,
     batch: int | None = None,
@@ -119,6 +119,8 @@ def predict_paths(
     sure: float | None = None,
 ) -> Iterator[Prediction]:
     """Yield the `top` classes of image files in their order, holding a few batches in memory at a time.
+
+    The paths are read a few batches ahead of the predictions.
 
     A calibrated model adds the prediction set of a `coverage`, and whether the image is unlike the
     training images; a model with a taxonomy adds its `answer`. An image that cannot be read yields a
@@ -134,10 +136,11 @@ def predict_paths(
         # Maps of many images slow down a CPU in float32, which allocates their memory page by page.
         batch = 2 if device == "cpu" and fastest_precision(device) == "32-true" else 16
     loader: DataLoader[str] = DataLoader(
-        paths,  # type: ignore[arg-type]  # a sequence is a dataset
+        _Itself(),
         batch_size=batch,
+        sampler=paths,  # read in this process, as far as it is needed
         collate_fn=partial(_load, model.preprocessing),
-        num_workers=workers if len(paths) > batch else 0,
+        num_workers=workers if length_hint(paths, batch + 1) > batch else 0,
         pin_memory=device == "cuda",
     )
     threshold = model.calibration.threshold(coverage) if model.calibration and not groups else None
@@ -150,6 +153,13 @@ def predict_paths(
                 yield Prediction(path, error=error or NOT_FINITE)
             else:
                 yield _prediction(path, model, each, top, threshold, sure)
+
+
+class _Itself(Dataset[str]):
+    """The data set of all paths: each is its own index."""
+
+    def __getitem__(self, path: str) -> str:
+        return path
 
 
 def _prediction(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
-from bcnn.data.index import COLUMNS, ImageIndex, read_rows
+from bcnn.data.index import ImageIndex
+from bcnn.data.lists import COLUMNS, read_rows
 from bcnn.data.split_folders import class_name
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.tables import write_csv

@@ -3,17 +3,19 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from bcnn.evaluation.levels import ANSWER, Answer, answer_text
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import printable
+from bcnn.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,13 @@ class Prediction:
     unlike_training: bool | None = None  # None: not calibrated
     answer: Answer = field(default_factory=dict)  # on the levels of a taxonomy; empty without one
 
-    @property
-    def unlike(self) -> str:
-        """yes, no, or nothing where it is not known."""
-        return {None: "", False: "no", True: "yes"}[self.unlike_training]
-
 
 Writer = Callable[[Prediction], object]
+Predictor = Callable[..., Iterator[Prediction]]  # `predict_paths` but for `paths`
+WriteTo = Callable[[TextIO, Sequence[str]], AbstractContextManager[Writer]]  # a file, and its images
 
 
-def _table(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
+def _table(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, model.classes))
     in_set = "  in the set" * bool(model.calibration)
@@ -60,7 +59,7 @@ def _table(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Wri
     yield write
 
 
-def _jsonl(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
+def _jsonl(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write an object per line: path and what was predicted, or path and error."""
 
     def write(prediction: Prediction) -> None:
@@ -73,29 +72,61 @@ def _jsonl(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Wri
     yield write
 
 
-def _csv(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
-    """Write a row per image, with the columns of `heading`."""
-    writer = csv.writer(out, lineterminator="\n")
+def _csv(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
+    """Write a row per image, with the cells of `_row` as text."""
     shown = printable if out.isatty() else str  # control characters would act on a terminal
-    names = [f"{name}{rank}" for rank in range(2, top + 1) for name in ("top", "probability")]
-    levels = ANSWER if model.taxonomy else ()
-    known = ["prediction_set", "unlike_training", *levels]
-    heading = ["image", "top1", "probability", *known, *names, "error"]
-    writer.writerow(heading)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_row(Prediction(""), model, top))
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.6f}"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return shown("; ".join(value) if isinstance(value, list) else value or "")
+
+    yield lambda prediction: writer.writerow(map(text, _row(prediction, model, top).values()))
+
+
+def _parquet(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
+    """Write a row per image at the end, with the cells of `_row`: text, numbers, truth values, lists.
+
+    Parquet holds Unicode only: a byte of a name that is none becomes an escape (`\\udcff`).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def type_of(name: str) -> pa.DataType:
+        special = {"prediction_set": pa.list_(pa.string()), "unlike_training": pa.bool_()}
+        return special.get(name, pa.float32() if "probability" in name else pa.string())
+
+    rows: list[dict[str, Any]] = []
 
     def write(prediction: Prediction) -> None:
-        cells = [cell for label, p in prediction.pairs for cell in (shown(label), f"{p:.6f}")]
-        cells += [""] * (2 * top - len(cells))
-        held = [shown("; ".join(prediction.set or [])), prediction.unlike]
-        held += [shown(str(prediction.answer.get(name) or "")) for name in levels]
-        writer.writerow(
-            [shown(prediction.path), *cells[:2], *held, *cells[2:], shown(prediction.error)]
+        path, error = (
+            text.encode(errors="backslashreplace").decode()
+            for text in (prediction.path, prediction.error)
         )
+        rows.append(_row(replace(prediction, path=path, error=error), model, top))
 
     yield write
+    schema = pa.schema({name: type_of(name) for name in _row(Prediction(""), model, top)})
+    pq.write_table(pa.Table.from_pylist(rows, schema), out.buffer)
 
 
-def _labelstudio(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterator[Writer]:
+def _row(prediction: Prediction, model: BCNN, top: int) -> dict[str, Any]:
+    """Return the columns of a prediction; None: no value."""
+    pairs = [*prediction.pairs, *[(None, None)] * (top - len(prediction.pairs))]
+    (first, probability), *others = pairs
+    row: dict[str, Any] = {"image": prediction.path, "top1": first, "probability": probability}
+    row |= {"prediction_set": prediction.set, "unlike_training": prediction.unlike_training}
+    row |= {name: prediction.answer.get(name) for name in (ANSWER if model.taxonomy else ())}
+    for rank, (name, share) in enumerate(others, 2):
+        row |= {f"top{rank}": name, f"probability{rank}": share}
+    return row | {"error": prediction.error or None}
+
+
+def _labelstudio(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a list of Label Studio's tasks: the most probable class chosen, the others as text.
 
     Images are addressed as Label Studio serves local files, by their path from the root of the disk.
@@ -121,5 +152,29 @@ def _labelstudio(out: TextIO, model: BCNN, paths: list[str], top: int) -> Iterat
     print("\n]", file=out)
 
 
-_FORMATS = {"table": _table, "jsonl": _jsonl, "csv": _csv, "labelstudio": _labelstudio}
+_FORMATS = {
+    "table": _table,
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "parquet": _parquet,
+    "labelstudio": _labelstudio,
+}
 FORMATS = {name: contextmanager(written) for name, written in _FORMATS.items()}
+
+
+def write_rows(
+    output: Path | None, images: Sequence[str], predictions: Iterable[Prediction], write_to: WriteTo
+) -> Iterator[Prediction]:
+    """Yield the predictions of images while they are written to a file, or to standard output.
+
+    The file appears after the last one. Names that are no valid Unicode are their bytes.
+    """
+    with ExitStack() as stack:
+        out = sys.stdout
+        if output:
+            part, text = stack.enter_context(atomic_write(output)), {"encoding": "utf-8", "newline": ""}
+            out = stack.enter_context(part.open("w", errors="surrogateescape", **text))
+        write = stack.enter_context(write_to(out, images))
+        for prediction in predictions:
+            write(prediction)
+            yield prediction

@@ -1,5 +1,6 @@
 """The device of a run and its precision."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +43,12 @@ def chosen_precision(trainer: DictConfig) -> str:
 def best_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def cuda_devices() -> list[str]:
+    """Return the GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(numbers)).split(",")[: len(numbers)]
 
 
 def double_device(device: torch.device) -> torch.device:
