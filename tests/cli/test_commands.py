@@ -57,7 +57,7 @@ def test_help_imports_nothing_heavy(python: Run) -> None:
         (["check", ".", "--val-fractoin", "0.1"], "--val-fraction"),
         (["check", "nowhere"], "'nowhere' does not exist"),
         (["predict", "nowhere", "x"], "nowhere: No such file or directory"),
-        (["predict", __file__, "x", "--format", "xml"], "'table', 'jsonl', 'csv', 'labelstudio'"),
+        (["predict", __file__, "x", "--format", "xml"], "'jsonl', 'csv', 'parquet', 'labelstudio'"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(bcnn: Bcnn, words: list[str], sentence: str) -> None:

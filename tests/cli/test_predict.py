@@ -248,7 +248,7 @@ def test_output_goes_to_a_new_file_and_never_over_an_old_one(
 def test_an_output_that_is_not_complete_is_not_there(
     bcnn: Bcnn, ckpt: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_: object) -> Iterator[Prediction]:
+    def stopped(**_: object) -> Iterator[Prediction]:
         yield Prediction("photos/red/0.png", error="none")
         raise OSError("stopped")
 

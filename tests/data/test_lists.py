@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write, write_images
 
+from bcnn.data.image_files import find_images
 from bcnn.data.index import read_folder, read_list
 from bcnn.utils.errors import UserError
 
@@ -67,6 +70,22 @@ def test_a_mistake_in_a_list_is_told_by_its_line(text: str, sentence: str, tmp_p
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(UserError, match=rf"labels\.csv.*{sentence}"):
         read_list(tmp_path / "labels.csv")
+
+
+def test_a_list_may_be_parquet(tmp_path: Path) -> None:
+    paths = [tmp_path / "deep" / f"{name}.png" for name in "abc"]
+    for path in paths:
+        write(path)
+    cells = {"date": [1, 2, None], "file_name": ["deep/a.png", "deep/b.png", str(paths[2])]}
+    file = tmp_path / "list.parquet"
+    pq.write_table(pa.table(cells | {"label": ["red", "blue", "red"]}), file)
+    assert read_list(file).samples == [(str(paths[0]), 1), (str(paths[1]), 0), (str(paths[2]), 1)]
+    assert find_images([str(file)]) == [*map(str, paths)]
+    (tmp_path / "list.csv").write_text("path\ndeep/a.png\n")
+    assert find_images([str(tmp_path / "list.csv")]) == [str(paths[0])]
+    pq.write_table(pa.table({"image": ["a.png"]}), file)
+    with pytest.raises(UserError, match=r"list\.parquet has no column path, but image"):
+        read_list(file)
 
 
 def describe(folder: Path, **labels: str) -> None:

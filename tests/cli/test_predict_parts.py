@@ -1,0 +1,185 @@
+"""`bcnn predict --output FOLDER`: parts are whole or absent, and hold every image once."""
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, Bcnn, Outcome, read_csv, register_tiny, write, write_classes
+
+from bcnn.cli.app import main
+from bcnn.evaluation import parts
+from bcnn.evaluation.inference import predict_paths
+from bcnn.evaluation.writers import FORMATS
+from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.checkpoint import save_model
+
+SIZE = 16  # images of a part, in these tests
+WORDS = ["predict", "best.safetensors", "photos", "--workers", "0", "--format", "csv"]
+
+
+@pytest.fixture
+def photos(calibrated: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a model and photos/{a,b}/*.png: 47 images, or three parts."""
+    monkeypatch.setattr(parts, "IMAGES", SIZE)
+    monkeypatch.chdir(tmp_path)
+    save_model(calibrated, "best.safetensors")
+    write_classes(tmp_path / "photos", a=30, b=17)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def predict(bcnn: Bcnn, photos: Path) -> partial[Outcome]:
+    return partial(bcnn, *WORDS)
+
+
+def content(folder: str) -> dict[str, bytes]:
+    """The bytes of each part by name, and of the summary."""
+    files = [*Path(folder, "parts").iterdir(), Path(folder, "summary.json")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def rows_of(folder: str) -> list[dict[str, str]]:
+    return [row for file in sorted(Path(folder, "parts").glob("p*.csv")) for row in read_csv(file)]
+
+
+def run_tiny(words: list[str]) -> None:
+    """The program, in a process of its own."""
+    parts.IMAGES = SIZE
+    register_tiny()
+    sys.exit(main(words))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_parts_are_those_of_one_run(photos: Path) -> None:
+    write_classes(photos, c=250)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["bcnn.evaluation.inference", "conftest"])
+
+    def run(output: str, seconds: float | None = None) -> int | None:
+        process = server.Process(target=run_tiny, args=([*WORDS, "--output", output],))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    run("first")
+    begun = time.monotonic()
+    assert run("whole") == 0
+    duration, draws, before = time.monotonic() - begun, random.Random(0), 0
+    for _ in range(8):
+        run("killed", draws.uniform(0.3, 0.7) * duration)
+        sizes = [len(read_csv(file)) for file in Path("killed/parts").glob("p*.csv")]
+        assert {*sizes} <= {SIZE, 297 % SIZE} and len(sizes) >= before  # whole or absent
+        before = len(sizes)
+    assert before > 0 and run("killed") == 0 and content("killed") == content("whole")
+    images = Counter(row["image"] for row in rows_of("killed"))
+    assert images == Counter(map(str, Path("photos").rglob("*.png")))
+
+
+def test_shards_share_the_parts_and_the_last_one_sums_up(predict: partial[Outcome]) -> None:
+    assert predict("--output", "whole").code == 0
+    for number, shard in enumerate((3, 1, 2), 1):
+        assert not Path("out/summary.json").exists()
+        outcome = predict("--output", "out", "--shard", f"{shard}/3")
+        assert outcome.code == 0 and len(list(Path("out/parts").iterdir())) == number
+        assert len(list(Path("out/parts").glob(f"part-{shard - 1:06}-*"))) == 1
+    assert content("out") == content("whole")
+
+
+def test_the_summary_counts_every_image_once_and_gives_reasons(
+    predict: partial[Outcome], photos: Path
+) -> None:
+    (photos / "a" / "3.png").write_bytes(b"none")
+    outcome, rows = predict("--output", "out"), rows_of("out")
+    summary = json.loads(Path("out/summary.json").read_text())
+    marks = Counter(row["unlike_training"] for row in rows)
+    expected = {"answered": marks["no"], "broken": 1, "unlike the training images": marks["yes"]}
+    assert {**Counter(expected)} == {"unlike the training images": 0} | summary["images"]
+    assert summary["classes"] == Counter(row["top1"] for row in rows if row["unlike_training"] == "no")
+    assert "cannot read the image" in summary["broken"].pop("photos/a/3.png") and not summary["broken"]
+    for each in (outcome, predict("--output", "out")):  # the second has nothing left to predict
+        assert each.code == 1 and "photos/a/3.png: cannot read the image" in each.err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("--coverage 0.5", "predictions by coverage 0.95, not 0.5"),
+        ("--format jsonl", "predictions by format csv, not jsonl"),
+        ("checkpoint", "predictions by checkpoint "),
+        ("photos/a/0a.png", "part-000000-"),  # in the first part
+        ("photos/b/999.png", "part-000002-"),  # in the last one
+        ("fewer", "part-000002-"),
+        ("--format table", "add --format csv, jsonl or parquet"),
+        ("--by group --group a|b", "leave out --by group"),
+        ("--shard 0/2", "expected I/N with I from 1 to N"),
+    ],
+)
+def test_what_does_not_fit_a_folder_is_one_sentence(
+    predict: partial[Outcome], calibrated: BCNN, photos: Path, change: str, sentence: str
+) -> None:
+    predict("--output", "out")
+    before = content("out")
+    if change == "checkpoint":
+        calibrated.head.bias.data.add_(1)
+        save_model(calibrated, "best.safetensors")
+    elif change == "fewer":
+        for file in sorted(photos.glob("b/*"))[1 - SIZE :]:  # the last part, to its last image
+            file.unlink()
+    elif change.startswith("photos"):
+        write(Path(change))
+    outcome = predict("--output", "out", *(change.split() if change.startswith("--") else []))
+    assert outcome.code == 1 and sentence in outcome.err and outcome.err.count("\n") == 1
+    assert content("out") == before
+
+
+def test_every_format_has_the_same_rows(predict: partial[Outcome], photos: Path) -> None:
+    (photos / "a" / "3.png").write_bytes(b"none")
+    for form in ("csv", "jsonl", "parquet"):
+        predict("--output", form, "--format", form)
+    expected, table = rows_of("csv"), pq.read_table("parquet/parts")
+    assert table.column_names == [*expected[0]]
+    lines = [line for file in sorted(Path("jsonl/parts").iterdir()) for line in file.open()]
+    for row, cells, line in zip(expected, table.to_pylist(), map(json.loads, lines), strict=True):
+        assert row["image"] == cells["image"] == line["path"]
+        assert row["error"] == (cells["error"] or "") == line.get("error", "")
+        if not row["error"]:
+            assert cells["probability"] == pytest.approx(float(row["probability"]), abs=1e-6)
+            assert (
+                row["prediction_set"].split("; ") == cells["prediction_set"] == line["prediction_set"]
+            )
+            assert cells["unlike_training"] == (row["unlike_training"] == "yes")
+
+
+def test_a_part_is_written_before_the_images_are_listed(tiny: BCNN, photos: Path) -> None:
+    paths = iter(["photos/a/0.png"] * 100 * SIZE)
+    predictor = partial(predict_paths, tiny, workers=0, batch=4)
+    writer = partial(FORMATS["csv"], model=tiny, top=3)
+    folder = parts.PartFolder(Path("out"), {"format": "csv"})
+    found = parts.write_parts(folder.absent(paths), predictor, writer)
+    for _ in range(SIZE + 1):
+        next(found)
+    assert len(rows_of("out")) == SIZE and len(list(paths)) == 98 * SIZE
+
+
+@pytest.mark.slow
+def test_each_gpu_writes_a_shard(predict: partial[Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two GPUs that are not there: their processes use the CPU."""
+    predict("--output", "whole")
+    script = "import sys, test_predict_parts\ntest_predict_parts.run_tiny(sys.argv[1:])"
+    command = [sys.executable, "-c", script, *WORDS, "--output", "out"]
+    monkeypatch.setattr(sys, "orig_argv", command)
+    folders = (ROOT, ROOT / "tests", Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    monkeypatch.setattr("bcnn.utils.device.cuda_devices", lambda: ["0", "1"])
+    assert predict("--output", "out").code == 0
+    assert content("out") == content("whole")
