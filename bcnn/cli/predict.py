@@ -124,12 +124,12 @@ def _validate_output(
 def _predict_on(devices: list[str]) -> int:
     """Run this command on each GPU, for a shard of its own; return 1 if any of them failed."""
     command = [sys.executable, *sys.orig_argv[1:], "--shard"]
-    options = {"stdout": DEVNULL}  # lines in place of bars, which would overwrite each other
     share = {**os.environ, "BCNN_CORES": str(max(1, cores() // len(devices)))}
-    runs = [
-        Popen([*command, f"{k}/{len(devices)}"], env=share | {"CUDA_VISIBLE_DEVICES": gpu}, **options)
-        for k, gpu in enumerate(devices, 1)
-    ]
+    runs = []
+    for number, device in enumerate(devices, 1):
+        words, variables = [*command, f"{number}/{len(devices)}"], {"CUDA_VISIBLE_DEVICES": device}
+        # Without bars, which would overwrite each other, but with lines on standard error.
+        runs.append(Popen(words, env=share | variables, stdout=DEVNULL))
     try:
         return int(any([run.wait() for run in runs]))
     finally:
@@ -169,10 +169,9 @@ def _write_parts(
     parts = PartFolder(folder, settings)
     found = write_parts(parts.absent(stream_images(images), *shard), predictor, writer)
     failed = sum(bool(each.error) for each in track(found, "predicting"))
-    if not parts.complete:
+    if not (summary := parts.summarize()):
         error_console.print(f"{folder}: this shard is done; the last one writes summary.json")
         return failed
-    summary = parts.summarize()
     error_console.print(summary_table(summary))
     for path, reason in islice(summary["broken"].items(), SHOWN):
         error_console.print(f"{path}: {reason}")

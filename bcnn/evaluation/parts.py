@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from bcnn.evaluation.tables import console_table
 from bcnn.evaluation.writers import Prediction, Predictor, WriteTo, write_rows
 from bcnn.utils.console import printable
 from bcnn.utils.errors import UserError
@@ -73,15 +74,13 @@ class PartFolder:
         if there:
             raise _changed(min(there.values()))
 
-    @property
-    def complete(self) -> bool:
-        """Whether every part is there, once `absent` has come to its end."""
-        return all(file.exists() for file in self.files)
-
-    def summarize(self) -> dict[str, Any]:
-        """Write and return the summary of all parts, which are there."""
+    def summarize(self) -> dict[str, Any] | None:
+        """Write and return the summary once every part is there; `absent` has come to its end."""
+        if not all(file.exists() for file in self.files):
+            return None
         remove_parts(self.folder)  # files of commands that were killed
-        images, classes, broken = Counter[str](), Counter[str](), {}
+        images, classes = Counter[str](), Counter[str]()
+        broken: dict[str, str] = {}
         for file in self.files:
             counts = json.loads(_counts_of(file).read_text())
             images.update(counts["images"])
@@ -103,12 +102,8 @@ def write_parts(parts: Iterable[Part], predictor: Predictor, write_to: WriteTo) 
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Return the most frequent classes, and how many images have an answer."""
-    table, classes = Table("class", "images"), [*summary["classes"].items()]
-    rest = sum(number for _, number in classes[SHOWN:])
-    more = [(f"{len(classes) - SHOWN} other classes", rest)] if rest else []
-    for name, number in (*classes[:SHOWN], *more, *summary["images"].items()):
-        table.add_row(printable(name), str(number))
-    return table
+    rows = [*[*summary["classes"].items()][:SHOWN], *summary["images"].items()]
+    return console_table(("", "images"), [(printable(name), str(number)) for name, number in rows])
 
 
 def _counted(predictions: Iterable[Prediction], file: Path) -> Iterator[Prediction]:

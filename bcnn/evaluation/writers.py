@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -165,16 +165,21 @@ FORMATS = {name: contextmanager(written) for name, written in _FORMATS.items()}
 def write_rows(
     output: Path | None, images: Sequence[str], predictions: Iterable[Prediction], write_to: WriteTo
 ) -> Iterator[Prediction]:
-    """Yield the predictions of images while they are written to a file, or to standard output.
-
-    The file appears after the last one. Names that are no valid Unicode are their bytes.
-    """
-    with ExitStack() as stack:
-        out = sys.stdout
-        if output:
-            part, text = stack.enter_context(atomic_write(output)), {"encoding": "utf-8", "newline": ""}
-            out = stack.enter_context(part.open("w", errors="surrogateescape", **text))
-        write = stack.enter_context(write_to(out, images))
+    """Yield the predictions of images while they are written; a file appears after the last one."""
+    with _opened(output) as out, write_to(out, images) as write:
         for prediction in predictions:
             write(prediction)
             yield prediction
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    """Open the file to write, or standard output; names that are no valid Unicode are their bytes."""
+    if output is None:
+        yield sys.stdout
+        return
+    with (
+        atomic_write(output) as part,
+        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        yield file

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -42,12 +41,15 @@ def predict(bcnn: Bcnn, photos: Path) -> partial[Outcome]:
 
 def content(folder: str) -> dict[str, bytes]:
     """The bytes of each part by name, and of the summary."""
-    files = [*Path(folder, "parts").iterdir(), Path(folder, "summary.json")]
-    return {file.name: file.read_bytes() for file in files}
+    return {file.name: file.read_bytes() for file in (*parts_of(folder), Path(folder, "summary.json"))}
+
+
+def parts_of(folder: str) -> list[Path]:
+    return sorted(Path(folder, "parts").glob("part-*"))
 
 
 def rows_of(folder: str) -> list[dict[str, str]]:
-    return [row for file in sorted(Path(folder, "parts").glob("p*.csv")) for row in read_csv(file)]
+    return [row for file in parts_of(folder) for row in read_csv(file)]
 
 
 def run_tiny(words: list[str]) -> None:
@@ -59,28 +61,30 @@ def run_tiny(words: list[str]) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_parts_are_those_of_one_run(photos: Path) -> None:
-    write_classes(photos, c=250)
+    write_classes(photos, c=550)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["bcnn.evaluation.inference", "conftest"])
 
-    def run(output: str, seconds: float | None = None) -> int | None:
+    draws = random.Random(0)
+
+    def run(output: str, more: int = 99) -> int | None:
+        """Kill the program a moment after it has written so many more parts, if it has not ended."""
         process = server.Process(target=run_tiny, args=([*WORDS, "--output", output],))
+        goal = len(parts_of(output)) + more
         process.start()
-        process.join(seconds)
+        while len(parts_of(output)) < goal and process.exitcode is None:
+            process.join(0.005)
+        process.join(draws.uniform(0, 0.02))
         process.kill()
         process.join()
         return process.exitcode
 
-    run("first")
-    begun = time.monotonic()
     assert run("whole") == 0
-    duration, draws, before = time.monotonic() - begun, random.Random(0), 0
-    for _ in range(8):
-        run("killed", draws.uniform(0.3, 0.7) * duration)
-        sizes = [len(read_csv(file)) for file in Path("killed/parts").glob("p*.csv")]
-        assert {*sizes} <= {SIZE, 297 % SIZE} and len(sizes) >= before  # whole or absent
-        before = len(sizes)
-    assert before > 0 and run("killed") == 0 and content("killed") == content("whole")
+    for more in (1, 0, 3, 1, 0, 2, 4, 1):
+        run("killed", more)
+        sizes = {len(read_csv(file)) for file in parts_of("killed")}
+        assert sizes and sizes <= {SIZE, 597 % SIZE}  # whole or absent
+    assert run("killed") == 0 and content("killed") == content("whole")
     images = Counter(row["image"] for row in rows_of("killed"))
     assert images == Counter(map(str, Path("photos").rglob("*.png")))
 
@@ -90,7 +94,7 @@ def test_shards_share_the_parts_and_the_last_one_sums_up(predict: partial[Outcom
     for number, shard in enumerate((3, 1, 2), 1):
         assert not Path("out/summary.json").exists()
         outcome = predict("--output", "out", "--shard", f"{shard}/3")
-        assert outcome.code == 0 and len(list(Path("out/parts").iterdir())) == number
+        assert outcome.code == 0 and len(parts_of("out")) == number
         assert len(list(Path("out/parts").glob(f"part-{shard - 1:06}-*"))) == 1
     assert content("out") == content("whole")
 
@@ -148,7 +152,7 @@ def test_every_format_has_the_same_rows(predict: partial[Outcome], photos: Path)
         predict("--output", form, "--format", form)
     expected, table = rows_of("csv"), pq.read_table("parquet/parts")
     assert table.column_names == [*expected[0]]
-    lines = [line for file in sorted(Path("jsonl/parts").iterdir()) for line in file.open()]
+    lines = [line for file in parts_of("jsonl") for line in file.open()]
     for row, cells, line in zip(expected, table.to_pylist(), map(json.loads, lines), strict=True):
         assert row["image"] == cells["image"] == line["path"]
         assert row["error"] == (cells["error"] or "") == line.get("error", "")
