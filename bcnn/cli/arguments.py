@@ -19,7 +19,10 @@ def _checkpoint(text: str) -> Path:
 CHECKPOINT = typer.Argument(metavar="CKPT", parser=_checkpoint, help=STATE_DICT)
 Checkpoint = Annotated[Path, CHECKPOINT]
 
-PATHS = "Files, folders, quoted patterns such as '**/*.jpg', or - for a list on standard input."
+PATHS = (
+    "Files, folders, lists (.csv, .txt, .parquet), quoted patterns such as '**/*.jpg', or - for a list on "
+    "standard input."
+)
 Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
 
 LABELS = "Image folder as for training, or list of path,label[,split][,group]."
