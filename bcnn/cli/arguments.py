@@ -20,8 +20,7 @@ CHECKPOINT = typer.Argument(metavar="CKPT", parser=_checkpoint, help=STATE_DICT)
 Checkpoint = Annotated[Path, CHECKPOINT]
 
 PATHS = (
-    "Files, folders, lists (.csv, .txt, .parquet), quoted patterns such as '**/*.jpg', or - for a list on "
-    "standard input."
+    "Files, folders, lists (.csv, .parquet), quoted patterns like '**/*.jpg', or - for standard input."
 )
 Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
 
