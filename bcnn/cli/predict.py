@@ -80,7 +80,6 @@ def predict(
         from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
         from bcnn.evaluation.writers import FORMATS
         from bcnn.utils.device import best_device, cuda_devices
-
     if folder and not shard and "-" not in images and len(devices := cuda_devices()) > 1:
         return _predict_on(devices)
     model = open_model(ckpt).to(best_device())
