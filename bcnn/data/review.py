@@ -85,8 +85,8 @@ def cut_off(images: Iterable[Finding], preprocessing: Preprocessing) -> list[str
     if not shares or median(shares) <= CUT_OFF:
         return []
     return [
-        f"a centre crop cuts off {median(shares):.0%} of the median image: data.resize=whole shows the "
-        "network all of it"
+        f"a centre crop cuts off {median(shares):.0%} of the median image: compare data.resize=squash "
+        "and data.resize=whole, which cut nothing off"
     ]
 
 
