@@ -59,7 +59,7 @@ if __name__ == "__main__":
     options.add_argument(
         "--rows", nargs="*", type=int, default=[500, 1000, 2000], help="numbers of descriptors"
     )
-    options.add_argument("train", nargs="*", help="arguments of bcnn train")
+    options.add_argument("train", nargs="*", help="arguments of bcnn train, with one model/pooling")
     asked = options.parse_intermixed_args()
     data = instantiate(config(asked, "output=unused").data)
     data.prepare_data()

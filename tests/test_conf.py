@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.training.config import validate
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -138,6 +139,6 @@ def test_the_documented_defaults() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_documented_commands_compose(command: str) -> None:
+def test_documented_commands_compose_and_are_accepted(command: str) -> None:
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
-    configure(*(re.sub(",.*", "", word) for word in words))
+    validate(configure("output=out", *(re.sub(",.*", "", word) for word in words)), words)
