@@ -223,8 +223,8 @@ class FineGrainedDataModule(L.LightningDataModule):
 
     def sample_dataloader(self, images: int = 256) -> DataLoader:
         """Return evaluation's views of so many training images at most, drawn by `seed` by class."""
-        # Made once, with workers that stay: every validation uses it.
-        key = images, rank_and_world_size(self.trainer), self.preprocessing
+        # Made once, with workers that stay, for a batch size: a resumed run must round the same way.
+        key = images, self.batch_size, rank_and_world_size(self.trainer), self.preprocessing
         if key not in self._sample_loaders:
             drawn = draw_sample(self.train, self.digests, images, self.seed)
             self._sample_loaders[key] = self._loader(
