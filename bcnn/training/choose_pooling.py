@@ -99,7 +99,7 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
 def read_poolings(folder: Path) -> list[list[str]]:
     """Return heading and rows that `choose_pooling` wrote in the folder of a stage; none without it."""
     file = folder / POOLINGS
-    return [*csv.reader(file.read_text().splitlines())] if file.is_file() else []
+    return [*csv.reader(file.read_text("utf-8").splitlines())] if file.is_file() else []
 
 
 def described(chosen: Mapping[str, Any]) -> str:
