@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from bcnn.data.batches import Images, stack_images
 from bcnn.data.image_io import load_image
 from bcnn.data.transforms import Preprocessing
-from bcnn.evaluation.levels import answer
+from bcnn.evaluation.answers import answer
 from bcnn.evaluation.predictions import COVERAGE, Predictions
 from bcnn.evaluation.writers import Prediction
 from bcnn.models.bilinear_cnn import BCNN

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from bcnn.utils.files import atomic_write
 
@@ -62,7 +59,9 @@ class Predictions:
     @property
     def confusion(self) -> Tensor:
         """(classes, classes) numbers of images: rows are true classes, columns predicted ones."""
-        return multiclass_confusion_matrix(self.predicted, self.labels, len(self.classes))
+        count = len(self.classes)
+        cells = self.labels * count + self.predicted
+        return cells.bincount(minlength=count**2).view(count, count)
 
     def confident_mistakes(self, count: int) -> list[int]:
         """Return the indices of misclassified images, the most confident first."""
@@ -138,6 +137,9 @@ def confusion_order(predictions: Predictions) -> list[int]:
     Average linkage on the negative logarithm of the mean probability that two classes give each other,
     with the leaves in optimal order (Bar-Joseph et al., Bioinformatics 2001) for up to 1000 classes.
     """
+    from scipy.cluster.hierarchy import leaves_list, linkage  # here, since prediction needs no scipy
+    from scipy.spatial.distance import squareform
+
     shared = soft_confusion(predictions).numpy()
     shared = shared + shared.T
     np.fill_diagonal(shared, shared.max())

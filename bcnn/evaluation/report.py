@@ -14,8 +14,9 @@ from PIL import Image
 
 from bcnn.data.image_io import load_image
 from bcnn.data.taxonomy import Taxonomy
+from bcnn.evaluation.answers import common_parent
 from bcnn.evaluation.heatmap import printable_lines
-from bcnn.evaluation.levels import common_parent, level_metrics
+from bcnn.evaluation.levels import level_metrics
 from bcnn.evaluation.metrics import (
     NAMES,
     UnknownMetrics,

@@ -13,9 +13,10 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_files import find_images
 from bcnn.data.splits import SplitRecord, choose
 from bcnn.data.taxonomy import Taxonomy
+from bcnn.evaluation.answers import common_parent
 from bcnn.evaluation.explain import explain_mistakes
 from bcnn.evaluation.inference import open_model, predict_split
-from bcnn.evaluation.levels import common_parent, level_metrics
+from bcnn.evaluation.levels import level_metrics
 from bcnn.evaluation.metrics import (
     NAMES,
     Estimate,

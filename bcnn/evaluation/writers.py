@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
-from bcnn.evaluation.levels import ANSWER, Answer, answer_text
+from bcnn.evaluation.answers import ANSWER, Answer, answer_text
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import printable
 from bcnn.utils.files import atomic_write

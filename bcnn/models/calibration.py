@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 AXES = 64  # principal axes of the training images' descriptors
@@ -155,6 +154,8 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     temperature would be 0. Sources: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
     §4.2; Platt, "Probabilistic Outputs for Support Vector Machines", 1999, §2.2.
     """
+    from scipy.optimize import minimize_scalar  # here, since prediction needs no scipy
+
     smoothing = 1 / (len(labels) + 2)
 
     def loss(log_temperature: float) -> float:

@@ -4,10 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Lightning's precisions that need autocast, and the type that it computes convolutions in.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -15,7 +18,6 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # NVIDIA's compute capabilities whose rate in float64 is half that in float32; of others it is a 32nd or
 # a 64th ("CUDA C++ Programming Guide", throughput of native arithmetic instructions).
 FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-
 
 MEMORY = Path("/sys/fs/cgroup")  # of a container
 
@@ -34,7 +36,7 @@ def fastest_precision(accelerator: str = "auto") -> str:
     return "bf16-mixed" if on_cpu and native else "32-true"
 
 
-def chosen_precision(trainer: DictConfig) -> str:
+def chosen_precision(trainer: "DictConfig") -> str:
     """Return `trainer.precision`, where "auto" is the fastest of the device."""
     precision = str(trainer.precision)
     return fastest_precision(trainer.accelerator) if precision == "auto" else precision

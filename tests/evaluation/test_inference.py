@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import folder_data, write_images
+from conftest import Run, folder_data, network, save_checkpoint, write_images
 from PIL import Image
 
 from bcnn.evaluation.inference import predict_paths, predict_split
@@ -65,3 +65,17 @@ def test_outputs_that_are_not_finite_become_no_figures(tiny: BCNN, images: Path)
     assert "not finite numbers" in found.error and not found.pairs
     hidden = tiny.probabilities(torch.tensor([[0.0, -math.inf], [0.0, 0.0]]))
     assert hidden[0].isnan().all() and hidden[1].tolist() == [0.5, 0.5]
+
+
+def test_prediction_imports_none_of_the_libraries_of_training(python: Run, paths: list[Path]) -> None:
+    checkpoint = save_checkpoint(network(), paths[0].with_name("model.ckpt"))
+    code = (
+        "import bcnn, sys; model = bcnn.load_model(sys.argv[1]);"
+        "print(*next(bcnn.predict_paths(model, sys.argv[2:])).pairs[0]);"
+        "print('imported:', *sys.modules)"
+    )
+    run = python("-c", code, str(checkpoint), str(paths[0]))
+    assert run.returncode == 0 and run.stdout.split()[0] in network().classes, run.stderr
+    imported = {*run.stdout.partition("imported:")[2].split()}
+    of_training = {"lightning", "torchmetrics", "hydra", "omegaconf", "scipy", "matplotlib", "jinja2"}
+    assert "bcnn.models.bilinear_cnn" in imported and not of_training & imported

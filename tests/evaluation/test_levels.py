@@ -12,7 +12,8 @@ from conftest import FINETUNE, SMALL, Bcnn, configure, read_csv, save_checkpoint
 from torch import Tensor
 
 from bcnn.data.taxonomy import Taxonomy
-from bcnn.evaluation.levels import answer, common_parent, level_metrics, numbered, summed
+from bcnn.evaluation.answers import answer, common_parent, numbered, summed
+from bcnn.evaluation.levels import level_metrics
 from bcnn.evaluation.predictions import Predictions
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
