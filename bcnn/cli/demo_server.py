@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bcnn.data.image_io import decode, open_image
-from bcnn.evaluation import levels
+from bcnn.evaluation import answers
 from bcnn.evaluation.explain import SIDE, see
 from bcnn.evaluation.heatmap import overlay, scaled
 from bcnn.evaluation.inference import validate_finite
@@ -116,7 +116,7 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
         if model.calibration:
             numbers["in_set"] = bool(in_set[label])
         classes.append({"name": model.classes[label], "picture": thumbnail(picture, SIDE), **numbers})
-    sure = model.taxonomy and levels.answer(seen.probabilities, [], model.taxonomy)
+    sure = model.taxonomy and answers.answer(seen.probabilities, [], model.taxonomy)
     neighbours = []
     distances, indices = nearest(seen.descriptor, gallery[1], SHOWN)
     for index, distance in zip(indices[0], distances[0].tolist(), strict=True):
@@ -131,7 +131,7 @@ def answer(model: BCNN, gallery: Gallery, content: bytes) -> dict[str, Any]:
         "nearest": neighbours,
         "unlike_training": seen.unlike_training,
         "set_size": int(in_set.sum()) if model.calibration else None,
-        "sure": levels.answer_text(sure) if sure else "",
+        "sure": answers.answer_text(sure) if sure else "",
     }
 
 

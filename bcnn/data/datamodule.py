@@ -20,13 +20,20 @@ from bcnn.data.image_io import load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import Finding, check, without_broken
 from bcnn.data.review import imbalance, oddities, shared
-from bcnn.data.sampler import ImageList, SeededSampler, current_epoch, rank_and_world_size, shard
+from bcnn.data.sampler import (
+    NO_LABEL,
+    ImageList,
+    SeededSampler,
+    rank_and_world_size,
+    shard,
+)
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import Taxonomy, find_taxonomy
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
+from bcnn.data.unlabelled import find_unlabelled
 from bcnn.utils.console import logger
 from bcnn.utils.environment import default_workers
-from bcnn.utils.errors import UserError, validate_choice
+from bcnn.utils.errors import UserError, validate_choice, validate_share
 
 OnInvalidImage = Literal["raise", "skip"]
 Sampling = Literal["balanced"]
@@ -41,7 +48,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     `setup` checks every image and draws the splits. After it, `classes` are names by label, `train`,
     `val` and `test` (path, label) pairs, `findings` what the check found by path, `digests` the digests
     among it, `groups` the group of each path, and `split` the record of the splits. `val` and `test`
-    may be empty.
+    may be empty. `others` are findings of the images without labels.
 
     For a data set with files of its own, override `read_index`.
 
@@ -58,6 +65,8 @@ class FineGrainedDataModule(L.LightningDataModule):
             smaller share are among those of a larger one.
         val_fraction: share of each class to draw for validation if no image is in val; 0: train on all.
         test_fraction: the same for test; None: 0.2 if no splits are given, else 0.
+        unlabelled: a folder, list or pattern of images without labels, for training by a teacher: those
+            that look like none of the labelled ones are trained on, too, with the label `NO_LABEL`.
         group: regular expression, in place of the list's column: its first group, or its match, in a
             path from `root` or the list is the name of the image's group, which no split or fold cuts.
         near_duplicates: "together" puts images that look the same into one group.
@@ -75,6 +84,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     test: Samples
     split: SplitRecord
     findings: dict[str, Finding]
+    others: dict[str, Finding]
     digests: dict[str, str]
     groups: dict[str, str]
     taxonomy: Taxonomy | None
@@ -94,6 +104,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         train_fraction: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float | None = None,
+        unlabelled: str | Path | None = None,
         group: str | None = None,
         near_duplicates: NearDuplicates | None = None,
         on_invalid_image: OnInvalidImage = "raise",
@@ -114,6 +125,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.chosen_classes, self.given_taxonomy = classes, taxonomy
         self.train_fraction = train_fraction
         self.fractions = val_fraction, test_fraction
+        self.unlabelled = unlabelled
         self.group, self.near_duplicates = group, near_duplicates
         self.on_invalid_image = on_invalid_image
         self.sampler = sampler
@@ -134,6 +146,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError(found[0])
         val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
+        self.others = find_unlabelled(self.unlabelled, self.findings) if self.unlabelled else {}
         self._drawn = splits.draw_splits(index, self.digests, self.groups, *self.fractions, self.seed)
         self._assign(self._drawn, recipe)
         lacking = splits.without_images(self._drawn, val, test) if self.grouped else []
@@ -193,18 +206,16 @@ class FineGrainedDataModule(L.LightningDataModule):
         counts = torch.bincount(labels, minlength=len(self.classes)).clamp(min=1)
         return len(self.train) / (len(self.classes) * counts.float())
 
-    def train_sampler(self, trainer: L.Trainer | None) -> SeededSampler:
-        """Return the sampler of training images, by the epochs of a trainer if there is one."""
+    def train_sampler(self, trainer: L.Trainer | None, others: int = 0) -> SeededSampler:
+        """Return the sampler of training images, and of so many others after them.
+
+        It goes by the epochs of the trainer, if there is one.
+        """
         weights = None
         if self.sampler == "balanced":
-            weights = self.class_weights()[[label for _, label in self.train]]
-        rank, ranks = rank_and_world_size(trainer)
-        if len(self.train) < ranks:
-            raise UserError(f"{len(self.train)} training images are too few for {ranks} devices")
-        sampler = SeededSampler(len(self.train), self.seed, weights, rank=rank, ranks=ranks)
-        if trainer:
-            sampler.epoch = partial(current_epoch, trainer)
-        return sampler
+            balanced = self.class_weights()[[label for _, label in self.train]]
+            weights = torch.cat([balanced, torch.ones(others)])
+        return SeededSampler.of(len(self.train) + others, self.seed, weights, trainer)
 
     def rank_batch(self, trainer: L.Trainer | None) -> int:
         """Return the number of images of a batch that a rank takes."""
@@ -213,7 +224,9 @@ class FineGrainedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         transform = self.preprocessing.training(self.train_scale)
         load = load_reduced if self.cache else load_image
-        return self._loader(self.train, transform, None, load, self.train_sampler(self.trainer))
+        samples = [*self.train, *((path, NO_LABEL) for path in self.others)]
+        sampler = self.train_sampler(self.trainer, len(self.others))
+        return self._loader(samples, transform, None, load, sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_dataloader(shard(self.val, self.trainer))
@@ -272,7 +285,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             logger.warning(warning)
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()
-        self.split = SplitRecord.of(index, self.findings, recipe)
+        self.split = SplitRecord.of(index, self.findings, recipe, self.others.values())
         self._sample_loaders = {}
 
     def _validate_arguments(self) -> None:
@@ -280,21 +293,13 @@ class FineGrainedDataModule(L.LightningDataModule):
         if self.sources.count(None) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
         choices = {
-            "resize": (self.preprocessing.resize, get_args(Resize)),
-            "interpolation": (self.preprocessing.interpolation, (None, *get_args(Interpolation))),
             "on_invalid_image": (self.on_invalid_image, get_args(OnInvalidImage)),
             "sampler": (self.sampler, (None, *get_args(Sampling))),
             "near_duplicates": (self.near_duplicates, (None, *get_args(NearDuplicates))),
         }
         for name, (value, allowed) in choices.items():
             validate_choice(f"data.{name}", value, allowed)
-        shares = {
-            "crop_pct": self.preprocessing.crop_pct,
-            "train_scale": self.train_scale,
-            "train_fraction": self.train_fraction,
-        }
-        for name, share in shares.items():
-            if share is not None and not 0 < share <= 1:
-                raise UserError(f"data.{name}={share}: choose from over 0 to 1")
+        validate_share("data.train_scale", self.train_scale)
+        validate_share("data.train_fraction", self.train_fraction)
         self.preprocessing.validate()
         splits.validate_fractions(*self.fractions)

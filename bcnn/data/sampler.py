@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from bcnn.data.image_io import load_image
+from bcnn.utils.errors import UserError
 
 Draw = tuple[int, int]  # index of an image, and the seed of its crop and flip
-PADDING = -1  # label of an image that metrics ignore
+NO_LABEL = -1  # of an image that metrics ignore
 
 
 @dataclass(eq=False)
@@ -55,6 +57,19 @@ class SeededSampler(Sampler[Draw]):
     rank: int = 0
     ranks: int = 1
 
+    @classmethod
+    def of(
+        cls, count: int, seed: int, weights: Tensor | None, trainer: L.Trainer | None
+    ) -> "SeededSampler":
+        """Return the sampler of a rank of a trainer, by its epochs, or that of one process."""
+        rank, ranks = rank_and_world_size(trainer)
+        if count < ranks:
+            raise UserError(f"{count} training images are too few for {ranks} devices")
+        sampler = cls(count, seed, weights, rank=rank, ranks=ranks)
+        if trainer:
+            sampler.epoch = partial(current_epoch, trainer)
+        return sampler
+
     def __len__(self) -> int:
         return self.count // self.ranks
 
@@ -77,7 +92,7 @@ def rank_and_world_size(trainer: L.Trainer | None) -> tuple[int, int]:
 def shard(samples: Sequence[tuple[str, int]], trainer: L.Trainer | None) -> list[tuple[str, int]]:
     """Return a rank's part of (path, label) pairs, padded so that every rank has as many."""
     rank, ranks = rank_and_world_size(trainer)
-    padding = [(path, PADDING) for path, _ in samples[:1]] * (-len(samples) % ranks)
+    padding = [(path, NO_LABEL) for path, _ in samples[:1]] * (-len(samples) % ranks)
     return [*samples, *padding][rank::ranks]
 
 

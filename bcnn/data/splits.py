@@ -1,14 +1,14 @@
 """Which images validate and test: drawn within each class, or taken from a model's record."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bcnn.data.draws import Digests, Groups, hold_out
 from bcnn.data.index import ImageIndex, Samples, listed
-from bcnn.data.integrity import Findings
+from bcnn.data.integrity import Finding, Findings
 from bcnn.data.lookalikes import near_duplicates
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
@@ -33,9 +33,16 @@ class SplitRecord:
     hashes: Mapping[str, int] = field(default_factory=dict)  # by digest; nearly flat images have none
 
     @classmethod
-    def of(cls, index: ImageIndex, findings: Findings, recipe: Mapping[str, Any]) -> "SplitRecord":
-        """Return the record of an index with splits drawn."""
+    def of(
+        cls,
+        index: ImageIndex,
+        findings: Findings,
+        recipe: Mapping[str, Any],
+        unlabelled: Iterable[Finding] = (),
+    ) -> "SplitRecord":
+        """Return the record of an index with splits drawn; unlabelled images are trained on, too."""
         parts = [[findings[path] for path, _ in samples] for samples in index.splits.values()]
+        parts[0] += unlabelled
         hashes = {f.digest: f.perceptual_hash for part in parts for f in part}
         known = {digest: value for digest, value in hashes.items() if value is not None}
         digests = (frozenset(finding.digest for finding in part) for part in parts)

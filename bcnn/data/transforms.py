@@ -3,14 +3,14 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image
 
-from bcnn.utils.errors import UserError
+from bcnn.utils.errors import UserError, validate_choice, validate_share
 
 Resize = Literal["keep", "squash", "whole"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -30,7 +30,10 @@ class Preprocessing:
     min_size: int = 1  # px, the smallest of these sides
 
     def validate(self) -> None:
-        """Raise UserError at an option that would have no effect."""
+        """Raise UserError at a value that is no choice, or an option that would have no effect."""
+        validate_choice("data.resize", self.resize, get_args(Resize))
+        validate_choice("data.interpolation", self.interpolation, (None, *get_args(Interpolation)))
+        validate_share("data.crop_pct", self.crop_pct)
         if self.resize == "whole" and self.crop_pct != 1:
             raise UserError(
                 f"data.crop_pct={self.crop_pct:g} has no effect on data.resize=whole: use crop_pct=1"

@@ -122,14 +122,26 @@ def thumbnail(picture: Image.Image | str, side: int = THUMBNAIL) -> str:
 
 
 def _change(name: str, earlier: Predictions, after: Predictions) -> dict[str, Any] | None:
-    """Return the metrics of the stage before, and images that only one stage classified correctly."""
+    """Return what differs between earlier and later predictions of the same images, for the template.
+
+    None if they are of other images. Classes whose recall differs begin with the largest loss.
+    """
     images, others = ((x.classes, x.paths, x.labels.tolist()) for x in (after, earlier))
     if images != others:
         return None
     corrected, lost = (earlier, earlier.corrected_by(after)), (after, after.corrected_by(earlier))
     now = displayed(after)
     metrics = {key: estimate for key, estimate in displayed(earlier).items() if key in now}
-    return {"before": name, "metrics": metrics, "corrected": corrected, "lost": lost}
+    pairs = zip(per_class(earlier), per_class(after), strict=True)
+    moved = [pair for pair in pairs if pair[0].images and pair[0].recall != pair[1].recall]
+    moved.sort(key=lambda pair: pair[1].recall.value - pair[0].recall.value)
+    return {
+        "before": name,
+        "metrics": metrics,
+        "classes": moved,
+        "corrected": corrected,
+        "lost": lost,
+    }
 
 
 def _accepted(unknown: Predictions) -> list[int]:

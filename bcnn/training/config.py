@@ -4,6 +4,7 @@ Unknown options and wrong types are refused by Hydra (see `bcnn.training.schema`
 """
 
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -74,6 +75,7 @@ def validate(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
     _validate_checkpoint(cfg, overrides)
     _validate_pooling(cfg)
     _validate_finetune(cfg.finetune)
+    _validate_teacher(cfg, overrides)
     _validate_trainer(cfg)
     _validate_callbacks(cfg)
 
@@ -176,6 +178,20 @@ def _validate_finetune(options: DictConfig) -> None:
         raise UserError(
             f"finetune.batch_size={options.batch_size} is too small for finetune.centering: use 4 or "
             "more, with finetune.accumulate, or finetune.centering=false"
+        )
+
+
+def _validate_teacher(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Refuse options that a teacher replaces, and unlabelled images that nothing trains on."""
+    dropped = re.compile(r"finetune\.(class_weights|loss)")
+    word = next(filter(dropped.match, overrides), None)
+    if word and cfg.finetune.teacher:
+        raise UserError(f"{word} has no effect with finetune.teacher, which replaces the labels")
+    labels_needed = cfg.stage == "last" or (cfg.stage == "both" and cfg.last.solver != "convex")
+    if cfg.data.get("unlabelled") and (labels_needed or not cfg.finetune.teacher):
+        raise UserError(
+            "data.unlabelled is for stage finetune with a teacher: add finetune.teacher=CKPT to "
+            "stage=finetune, or to stage=both with last=convex"
         )
 
 

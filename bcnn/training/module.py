@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
-from bcnn.data.sampler import PADDING, current_epoch
+from bcnn.data.batches import Images
+from bcnn.data.sampler import NO_LABEL, current_epoch
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
+from bcnn.training.distillation import divergence
 from bcnn.utils.device import training_layout
 from bcnn.utils.distributed import mean_over_ranks
 
@@ -60,6 +62,8 @@ class BCNNModule(L.LightningModule):
             paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
             Polyak Step-size for SGD", AISTATS 2021, §3).
         unfreeze_from: the first layer that "finetune" trains (see `Backbone.unfreeze_from`).
+        teacher: images → probabilities (batch, classes) to learn from, in place of the labels; images
+            may then have the label `NO_LABEL`.
     """
 
     def __init__(
@@ -72,9 +76,11 @@ class BCNNModule(L.LightningModule):
         centering: bool = False,
         polyak: float | None = None,
         unfreeze_from: str | None = None,
+        teacher: Callable[[Images], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.scheduler, self.polyak = model, stage, scheduler, polyak
+        self.teacher = teacher
         default = partial(torch.optim.SGD, lr=DEFAULT_LR[stage], momentum=0.9, weight_decay=1e-5)
         self.optimizer = optimizer or default
         self.loss = loss or nn.CrossEntropyLoss()
@@ -128,9 +134,9 @@ class BCNNModule(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         inputs, labels = batch
         logits = self(inputs)
-        cross_entropy = F.cross_entropy(logits, labels).detach()
-        self.train_metrics.update(logits, labels)
-        self.log("train_loss", cross_entropy, on_step=False, on_epoch=True, sync_dist=True)
+        if self.teacher is not None:
+            return self._distil(logits, labels, self.teacher(inputs))
+        cross_entropy = self._measure(logits, labels)
         self._losses.append(cross_entropy)
         loss: Tensor = self.loss(logits, labels)
         weight = getattr(self.loss, "weight", None)
@@ -138,6 +144,29 @@ class BCNNModule(L.LightningModule):
             weight_here = weight[labels].sum()
             loss = loss * (weight_here / mean_over_ranks(weight_here))
         return loss
+
+    def _distil(self, logits: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
+        """Return the loss of learning from a teacher's probabilities (batch, classes)."""
+        known = labels != NO_LABEL
+        if known.any():
+            self._measure(logits[known], labels[known])
+        loss = divergence(logits, probabilities)
+        self._losses.append(loss.detach())
+        return loss
+
+    def _measure(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Update the training metrics, and return the cross-entropy."""
+        cross_entropy = F.cross_entropy(logits, labels).detach()
+        self.train_metrics.update(logits, labels)
+        self.log(
+            "train_loss",
+            cross_entropy,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(labels),
+        )
+        return cross_entropy
 
     def on_train_epoch_end(self) -> None:
         # Logging in every step would take a tenth of a step on cached descriptors.
@@ -175,7 +204,7 @@ class BCNNModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         inputs, labels = batch
-        counted = labels != PADDING
+        counted = labels != NO_LABEL
         metrics = self.test_metrics if self.trainer.testing else self.val_metrics
         metrics.update(self(inputs)[counted], labels[counted])
         self.log_dict(metrics)
@@ -214,6 +243,6 @@ class BCNNModule(L.LightningModule):
         for images, labels in self.trainer.datamodule.sample_dataloader():  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 descriptors = self.model.descriptor(images.to(self.device))
-            total += descriptors[labels != PADDING].sum(dim=0)
-            count += (labels != PADDING).sum()
+            total += descriptors[labels != NO_LABEL].sum(dim=0)
+            count += (labels != NO_LABEL).sum()
         return mean_over_ranks(total) / mean_over_ranks(count)

@@ -15,18 +15,21 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.weights import initialise_backbone
 from bcnn.training.config import AUTO, validate_network
+from bcnn.training.distillation import Teacher
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 
-def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
+def build_model(cfg: DictConfig, data: FineGrainedDataModule, teacher: Teacher | None = None) -> BCNN:
     """Return the network, on the CPU, and have the data module prepare images as it needs them.
 
-    Preprocessing and splits are decided here, once: the network keeps them.
+    Preprocessing and splits are decided here, once: the network keeps them. No image that a teacher was
+    trained on is tested on.
     """
     model = _new_model(cfg, data) if cfg.ckpt is None else _model_of_checkpoint(cfg, data)
-    if cfg.ckpt or model.split:
-        data.follow(model.split or SplitRecord())
+    if cfg.ckpt or model.split or teacher:
+        record, earlier = model.split or SplitRecord(), teacher and teacher.model.split
+        data.follow(record.after(earlier) if earlier else record)
     data.use_preprocessing(model.preprocessing)
     validate_network(cfg, model)
     model.split = data.split
@@ -37,6 +40,19 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     for remark in cut_off(data.findings.values(), model.preprocessing):
         logger.info(remark)
     return model
+
+
+def load_teacher(cfg: DictConfig, data: FineGrainedDataModule) -> Teacher | None:
+    """Return the network that stage `finetune` learns from; None where it learns from the labels."""
+    if cfg.finetune.teacher is None:
+        return None
+    teacher = Teacher(load_model(cfg.finetune.teacher))
+    if teacher.model.classes != data.classes:
+        raise UserError(
+            f"finetune.teacher={cfg.finetune.teacher} was trained on other classes than {data.root} "
+            f"has ({_difference(teacher.model.classes, data.classes)}): choose another teacher"
+        )
+    return teacher
 
 
 def load_weights(model: BCNN, checkpoint: Path | None) -> None:

@@ -18,8 +18,9 @@ from bcnn.evaluation.results import kept_predictions, logged_stages, write_image
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.choose_pooling import read_poolings
 from bcnn.training.config import STAGES, validate
+from bcnn.training.distillation import Teacher, compare_with
 from bcnn.training.logging import facts, log_figures, log_how_to_resume, log_where, quiet_lightning
-from bcnn.training.network import build_model, load_weights
+from bcnn.training.network import build_model, load_teacher, load_weights
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.training.schema import absolute_paths, working_folder
 from bcnn.training.stage import Stage
@@ -59,22 +60,27 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         data.prepare_data()
         data.setup()
         L.seed_everything(cfg.seed, workers=True, verbose=False)  # every rank draws the same weights
-        model = build_model(cfg, data)
+        teacher = load_teacher(cfg, data)
+        model = build_model(cfg, data, teacher)
         state.begin(data)
         begin_log()
-        results = _run_stages(cfg, state, data, model)
+        results = _run_stages(cfg, state, data, model, teacher)
         log_figures(results, data)
         since = " (since it was resumed)" if resume else ""
         known = {"training took": span(time.monotonic() - began), **versions}
         circumstances = {name: value and value + since for name, value in known.items()}
-        report = _write_report(cfg, state, results, data, model, circumstances)
+        report = _write_report(cfg, state, results, data, model, teacher, circumstances)
         state.finish()
         log_where(cfg, state, results, report)
     return _outcome(results)
 
 
 def _run_stages(
-    cfg: DictConfig, state: RunState, data: FineGrainedDataModule, model: BCNN
+    cfg: DictConfig,
+    state: RunState,
+    data: FineGrainedDataModule,
+    model: BCNN,
+    teacher: Teacher | None,
 ) -> list[StageResult]:
     """Run the stages that have not ended yet, and return the results of all up to one that failed."""
     results: list[StageResult] = []
@@ -84,7 +90,7 @@ def _run_stages(
             # Stage last begins with a new head, so that no file holds what it starts from.
             first = cfg.ckpt if stage == "finetune" else None
             start = results[-1].checkpoint if results else first
-            result = Stage(stage, cfg, state, model, data, start and Path(start)).run()
+            result = Stage(stage, cfg, state, model, data, start and Path(start), teacher).run()
         else:
             logger.info(f"stage {stage} has ended already: {result.checkpoint}")
             load_weights(model, result.checkpoint)
@@ -118,6 +124,7 @@ def _write_report(
     results: list[StageResult],
     data: FineGrainedDataModule,
     model: BCNN,
+    teacher: Teacher | None,
     circumstances: dict[str, str],
 ) -> Path | None:
     """Write the report on what the last stage ended with; None without images to test on."""
@@ -131,14 +138,17 @@ def _write_report(
     curves = logged_stages(Path(cfg.ckpt)) if cfg.stage == "finetune" else []
     curves += [(result.stage, state.folder / result.stage / "metrics.csv") for result in results]
     used = OmegaConf.create({**cfg, "model": {**cfg.model, **model.chosen}})  # that of ckpt, if given
+    before, costs = _before(cfg, results), dict[str, str]()
+    if teacher and last.stage == "finetune":
+        before, costs = compare_with(teacher, model, last.predictions, data, state.precision)
     content = ReportContent(
         last.predictions,
         title=f"{data.root.resolve().name}, {'test' if data.test else 'validation'}",
         stages=curves,
         configuration=OmegaConf.to_yaml(used, resolve=True),
         held_out=held_out,
-        facts=facts(cfg, state, last, data) | circumstances,
-        before=_before(cfg, results),
+        facts=facts(cfg, state, last, data) | circumstances | costs,
+        before=before,
         poolings=read_poolings(state.folder / "last"),
         nearest=last.nearest,
     )

@@ -165,14 +165,15 @@ def resumable_overrides(state: RunState, given: list[str]) -> list[str]:
 
 
 def data_digest(data: FineGrainedDataModule) -> str:
-    """Return a digest of the classes, and of the content, class and split of every image."""
+    """Return a digest of the classes, and of the content, class and split, if any, of every image."""
     splits = {"train": data.train, "val": data.val, "test": data.test}
     images = sorted(
         (data.digests[path], data.classes[label], split)
         for split, samples in splits.items()
         for path, label in samples
     )
-    return hashlib.sha256(json.dumps([data.classes, images]).encode()).hexdigest()
+    others = sorted(finding.digest for finding in data.others.values())
+    return hashlib.sha256(json.dumps([data.classes, images, others]).encode()).hexdigest()
 
 
 @rank_zero_only

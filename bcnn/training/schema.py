@@ -15,8 +15,8 @@ from bcnn.utils.files import RESULT, checkpoint_of
 from bcnn.utils.hub import SCHEME
 
 # Options that may name a file.
-CHECKPOINTS = ("ckpt", "model.weights")
-PATHS = ("output", "data.root", "data.list", "data.taxonomy", *CHECKPOINTS)
+CHECKPOINTS = ("ckpt", "model.weights", "finetune.teacher")
+PATHS = ("output", "data.root", "data.list", "data.taxonomy", "data.unlabelled", *CHECKPOINTS)
 
 
 @dataclass
@@ -47,6 +47,7 @@ class DataOptions:
     train_fraction: float
     val_fraction: float
     test_fraction: float | None
+    unlabelled: str | None
     group: str | None
     near_duplicates: str | None
     on_invalid_image: str
@@ -97,6 +98,7 @@ class FinetuneOptions(GradientOptions):
     compile: bool
     centering: bool
     polyak: float | None
+    teacher: str | None
 
 
 @dataclass

@@ -34,6 +34,7 @@ from bcnn.training.checkpointing import AtomicCheckpointIO, BestOrLastCheckpoint
 from bcnn.training.choose_pooling import POOLINGS, choose_pooling, make_candidates
 from bcnn.training.config import AUTO, STAGES, validate_batches
 from bcnn.training.convex_stage import HeldOut, Solved, run_convex_stage
+from bcnn.training.distillation import Teacher
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import close, log_options, log_results, make_loggers
 from bcnn.training.module import BCNNModule
@@ -57,6 +58,7 @@ class Stage:
     model: BCNN  # the weights to start from; changed in place
     data: FineGrainedDataModule  # set up already
     start: Path | None  # the file that holds these weights, if any
+    teacher: Teacher | None = None  # of stage `finetune`
 
     def run(self) -> StageResult:
         """Train the stage, or resume it, leave its best weights in `model`, and test them."""
@@ -193,7 +195,8 @@ class Stage:
         if self.name == "finetune":
             self.model.backbone.grad_checkpointing = self.options.grad_checkpointing
             self.model.backbone.compiling = self.options.compile
-            tuning = {name: self.options[name] for name in ("centering", "polyak", "unfreeze_from")}
+            names = ("centering", "polyak", "unfreeze_from")
+            tuning = {**{name: self.options[name] for name in names}, "teacher": self.teacher}
         return BCNNModule(
             self.model,
             self.name,  # type: ignore[arg-type]

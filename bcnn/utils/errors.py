@@ -28,6 +28,12 @@ def validate_choice(option: str, value: object, choices: Collection[str | None])
         raise UserError(f"{option}={value}: choose from {names}")
 
 
+def validate_share(option: str, share: float | None) -> None:
+    """Raise UserError if the value of an option is a number that is no share, or 0."""
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"{option}={share}: choose from over 0 to 1")
+
+
 class Interruption(BaseException):
     """Raised in the main thread when a signal asks the process to end.
 

@@ -9,7 +9,7 @@ from conftest import set_up, write_classes
 from torch.utils.data import SequentialSampler
 
 from bcnn.data.datamodule import FineGrainedDataModule, Sampling
-from bcnn.data.sampler import PADDING, SeededSampler
+from bcnn.data.sampler import NO_LABEL, SeededSampler
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_ranks_evaluate_every_image_once_in_as_many_batches(
     batches = [list(of_rank(uneven, rank, ranks).val_dataloader()) for rank in range(ranks)]
     assert len({len(each) for each in batches}) == 1
     labels = torch.cat([labels for each in batches for _, labels in each])
-    assert sorted(labels[labels != PADDING].tolist()) == sorted(label for _, label in uneven.val)
+    assert sorted(labels[labels != NO_LABEL].tolist()) == sorted(label for _, label in uneven.val)
 
 
 def test_draws_are_a_function_of_seed_and_epoch() -> None:
