@@ -1,12 +1,12 @@
 """Toy image folders, networks, trainers; the program as a command, and in this process."""
 
 import csv
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.utils.console import logger
 
 ROOT = Path(__file__).parents[1]
+# Children of a process that has imported all this once: importing takes seconds.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["bcnn.training.run", "torch._dynamo", "conftest"])
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
@@ -297,9 +300,27 @@ def python(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def train(python: Run) -> Run:
-    """Run `python train.py *overrides`."""
-    return partial(python, str(ROOT / "train.py"))
+def train(tmp_path: Path) -> Run:
+    """Run `bcnn train *overrides` in an empty folder, in a child of `fork`."""
+
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        files = tmp_path / "stdout", tmp_path / "stderr"
+        process = fork.Process(target=_train, args=(words, {**os.environ, **variables}, files))
+        process.start()
+        process.join(300)
+        out, err = (file.read_text() for file in files)
+        return subprocess.CompletedProcess(words, process.exitcode or 0, out, err)
+
+    return run
+
+
+def _train(words: list[str], variables: dict[str, str], files: tuple[Path, Path]) -> None:
+    """Run `bcnn train`, with its output in files, and exit as the command does."""
+    os.environ.update(variables)
+    os.chdir(files[0].parent)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.exit(main(["train", *words]))
 
 
 def watched(browser: Any) -> tuple[Any, list[str], list[str]]:

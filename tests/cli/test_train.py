@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import ROOT, SMALL, Run, configure, read_csv, toy
 
 from bcnn.cli import train as command
 from bcnn.training import run as runs
+
+TRAIN = str(ROOT / "train.py")
 
 
 def next_command(printed: str) -> list[str]:
@@ -32,7 +35,7 @@ def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
         return run.stdout
 
     options = toy(Path("..", "images"), "experiment=quick", "finetune.epochs=1")
-    last = output(shlex.join([sys.executable, str(ROOT / "train.py"), "stage=last", *options]))
+    last = output(shlex.join([sys.executable, TRAIN, "stage=last", *options]))
     assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
     checkpoint = re.search(r"best checkpoint: (.+)", last)
     assert checkpoint and Path(checkpoint[1]).is_file()
@@ -43,7 +46,7 @@ def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
         next(w for w in overrides if w.startswith("ckpt=")),
         *(kept := [word for word in options if not word.startswith("model")]),  # ckpt has the network
     ]
-    finetune = output(shlex.join([sys.executable, str(ROOT / "train.py"), *overrides]))
+    finetune = output(shlex.join([sys.executable, TRAIN, *overrides]))
     _, _, *again = next_command(finetune)
     assert {"stage=finetune", "finetune.optimizer.lr=0.003", *kept} <= {*again}
 
@@ -68,9 +71,9 @@ def test_wandb_offline_and_tensorboard_need_no_account(
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_building_under_ddp(train: Run, images: Path, stores: Path) -> None:
+def test_two_processes_share_the_building_under_ddp(python: Run, images: Path, stores: Path) -> None:
     ddp = ["stage=last", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    run = train(*toy(images, *ddp), OMP_NUM_THREADS="1")
+    run = python(TRAIN, *toy(images, *ddp), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("best checkpoint") == 1
     assert len([*stores.glob("*/*.npy")]) == 2
@@ -156,8 +159,9 @@ def test_broken_images_stop_a_run_before_it_trains(train: Run, images: Path, tmp
     ],
 )
 def test_processes_that_were_started_together_need_one_folder(
-    train: Run, tmp_path: Path, launched: dict[str, str]
+    python: Run, tmp_path: Path, launched: dict[str, str]
 ) -> None:
+    train = partial(python, TRAIN)
     run = train("stage=last", **launched)
     assert run.returncode == 1 and "add output=FOLDER" in run.stderr
     assert not (tmp_path / "outputs").exists()
@@ -167,9 +171,9 @@ def test_processes_that_were_started_together_need_one_folder(
     assert "optimiser" in named.stderr
 
 
-def test_train_takes_text_and_prints_on_any_terminal(train: Run) -> None:
+def test_train_takes_text_and_prints_on_any_terminal(python: Run) -> None:
     options = ["data=folder", "data.root=2024_01", "data.list='set (1)'", "ckpt='λ/a=b'"]
-    run = train("--cfg", "job", *options, PYTHONIOENCODING="cp1252")
+    run = python(TRAIN, "--cfg", "job", *options, PYTHONIOENCODING="cp1252")
     assert run.returncode == 0, run.stderr
     assert "\n  root: '2024_01'\n  list: set (1)\n" in run.stdout
     assert "ckpt: \\u03bb/a=b\n" in run.stdout

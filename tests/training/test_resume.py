@@ -14,17 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Run, configure, register_tiny, toy, weights, write
+from conftest import ROOT, SMALL, Run, configure, fork, register_tiny, toy, weights, write
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.run import train
 from bcnn.training.run_state import RunState
 from bcnn.utils.errors import Interruption, UserError, raise_interruptions
-
-# Children of a process that has imported all this once.
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["bcnn.training.run", "torch._dynamo", "test_resume"])
-
 
 Kill = tuple[str, int]  # at the n-th of an event
 

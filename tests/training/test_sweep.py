@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Run, read_csv, toy
+from conftest import ROOT, SMALL, Run, read_csv, toy
 from filelock import FileLock
 
 from bcnn.cli import train as command
@@ -165,7 +165,7 @@ exec "$@"
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "slurm", "ray"])
 def test_launchers_run_jobs_in_other_processes_that_share_a_store(
-    launcher: str, train: Run, images: Path, tmp_path: Path, stores: Path
+    launcher: str, python: Run, images: Path, tmp_path: Path, stores: Path
 ) -> None:
     if launcher == "ray":
         pytest.importorskip("ray")  # 70 MB, not in the development environment
@@ -177,7 +177,8 @@ def test_launchers_run_jobs_in_other_processes_that_share_a_store(
     if launcher == "joblib":
         words.append("hydra.launcher.n_jobs=2")
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    done = train("-m", *toy(images, *words), "hydra.sweep.dir=s", PATH=path, HOME=str(tmp_path))
+    words = ["-m", *toy(images, *words), "hydra.sweep.dir=s"]
+    done = python(str(ROOT / "train.py"), *words, PATH=path, HOME=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(rows(tmp_path / "s")) == 2 and "train it again: " in done.stdout
     assert len(list(stores.glob("*/store.json"))) == 1
