@@ -14,6 +14,7 @@ from bcnn.utils.files import validate_writable
 FORMAT = typer.Option(help="pth: a state dict in the names of the two-script original.")
 OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, with its name.")
 SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2).")
+PRECISION = typer.Option(help="Of the convolutions of an ONNX file; int8 needs --images.")
 IMAGES = typer.Option(help="Compare on these, not on random images; may be given several times.")
 
 
@@ -22,6 +23,7 @@ def export(
     format: Annotated[Literal["onnx", "pt2", "pth", "safetensors"], FORMAT] = "onnx",
     output: Annotated[Path | None, OUTPUT] = None,
     softmax: Annotated[bool, SOFTMAX] = False,
+    precision: Annotated[Literal["float32", "float16", "int8"], PRECISION] = "float32",
     images: Annotated[list[str] | None, IMAGES] = None,
 ) -> None:
     """Write a model for other programs, once the file agrees with PyTorch.
@@ -30,6 +32,10 @@ def export(
     width) and normalise them. safetensors is for bcnn.load_model. All but pth hold class names and
     preprocessing as metadata.
     """
+    if precision != "float32" and format != "onnx":
+        raise UserError(f"--precision {precision} is for --format onnx")
+    if precision == "int8" and not images:
+        raise UserError("--precision int8 needs typical images: add --images IMAGES, a hundred or more")
     path = output or ckpt.with_suffix(f".{format}")
     if path.suffix != f".{format}":
         raise UserError(f"--output {path}: its name has to end in .{format}")
@@ -46,7 +52,10 @@ def export(
     model = open_model(ckpt)
     path.parent.mkdir(parents=True, exist_ok=True)
     compared = partial(track, what="comparing", total=max(1, len(paths)))
-    difference, largest = export_model(model, path, format, softmax, paths, compared)
+    found = export_model(model, path, format, softmax, paths, compared, precision)
     what = f"{len(paths)} images" if paths else "random images"
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(model.classes)} classes")
-    console.print(f"largest difference to PyTorch on {what}: {difference:.1e} of {largest:.3g}")
+    console.print(
+        f"largest difference to PyTorch on {what}: {found.difference:.1e} of {found.largest:.3g}; "
+        f"{found.agreement:.1%} have the same likeliest class"
+    )

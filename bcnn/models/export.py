@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from bcnn.data.image_io import load_image
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import describe, load_model, save_model
+from bcnn.models.quantization import Precision, quantize
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import PART, atomic_write
 
@@ -23,6 +24,14 @@ OPSET = 20  # of ONNX, for ONNX Runtime 1.17 (January 2024) and later
 TOLERANCE = 1e-2  # of the largest output; rounding makes 1e-5, padding in `to_original` 2e-4
 
 Network = Callable[[Tensor], Any]  # uint8 images → logits or probabilities, and maybe novelty
+
+
+class Comparison(NamedTuple):
+    """A file beside the model that it was made of, on the same images."""
+
+    difference: float  # the largest of an output
+    largest: float  # output
+    agreement: float  # share of the images that both classify alike
 
 
 class Outputs(nn.Module):
@@ -63,17 +72,18 @@ def export_model(
     softmax: bool = False,
     images: Sequence[str | Path] = (),
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-) -> tuple[float, float]:
+    precision: Precision = "float32",
+) -> Comparison:
     """Write a model to a file, load it again, and compare the outputs of both.
 
-    Returns the largest difference between the outputs, and the largest output. A file that does not
-    agree with the model never gets the name `path`.
+    A file in float32 that does not agree with the model never gets the name `path`.
 
     Args:
         model: on the CPU, in evaluation mode.
         softmax: give probabilities instead of logits (onnx and pt2).
         images: files to compare the outputs on; none: random images.
         progress: wraps the batches of the comparison, as to show a bar.
+        precision: of the convolutions (onnx); int8 needs images, whose activations give the ranges.
     """
     write, read = FORMATS[format]
     path = Path(path)
@@ -84,6 +94,8 @@ def export_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters', about their own code
             write(model, file, softmax)
+            if precision != "float32":
+                quantize(file, precision, _comparison_images(model, images))
         network = Outputs(model, softmax, novelty=format == "onnx")
         batches = progress(_comparison_images(model, images))
         loaded = read(file)
@@ -92,7 +104,9 @@ def export_model(
             outputs = torch.cat(pairs)
         # torch's max keeps a nan
         difference, largest = (float(t.abs().max()) for t in (outputs.diff(dim=1), outputs[:, 0]))
-        if not difference <= TOLERANCE * largest:  # nor nan
+        expected, found = outputs[..., : len(model.classes)].argmax(dim=2).unbind(dim=1)
+        agreement = float((expected == found).float().mean())
+        if precision == "float32" and not difference <= TOLERANCE * largest:  # nor nan
             raise UserError(
                 f"{path} would differ from the model by {difference:.1e}, where outputs are up to "
                 f"{largest:.3g}: not kept"
@@ -100,7 +114,7 @@ def export_model(
         for written in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights over 2 GB first
             with atomic_write(path.with_name(written.name)) as part:
                 written.replace(part)
-    return difference, largest
+    return Comparison(difference, largest, agreement)
 
 
 def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:

@@ -165,6 +165,8 @@ def test_mistakes_are_one_sentence_and_nothing_is_replaced(
         (["--output", tmp_path / "mine.onnx"], "mine.onnx exists"),
         (["--format", "safetensors"], "best.safetensors exists"),
         (["--output", tmp_path / "model.bin"], "has to end in .onnx"),
+        (["--precision", "int8", "--output", tmp_path / "m.onnx"], "add --images IMAGES"),
+        (["--precision", "float16", "--format", "pt2"], "float16 is for --format onnx"),
     ):
         outcome = bcnn("export", ckpt, *words)
         assert outcome.code == 1 and sentence in outcome.err

@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
+from torch import nn
 
+from bcnn.data.transforms import Preprocessing
 from bcnn.models import export
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.export import export_model
+from bcnn.models.quantization import Precision
 from bcnn.utils.errors import UserError
 
 
@@ -16,8 +21,10 @@ def test_a_file_that_agrees_is_kept(tiny: BCNN, images: Path, tmp_path: Path) ->
     path.parent.mkdir()
     paths = sorted(images.glob("test/*/*.png"))
     watch = lambda batches: (seen.append(batch) or batch for batch in batches)  # noqa: E731
-    difference, largest = export_model(tiny, path, "safetensors", images=paths, progress=watch)
-    assert difference == 0 < largest and len(seen) == len(paths)
+    difference, largest, agreement = export_model(
+        tiny, path, "safetensors", images=paths, progress=watch
+    )
+    assert difference == 0 < largest and agreement == 1 and len(seen) == len(paths)
     assert load_model(path).description() == tiny.description()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -30,6 +37,40 @@ def test_a_file_that_disagrees_is_not_kept(
     monkeypatch.setitem(export.FORMATS, "safetensors", (write, lambda path: lambda x: tiny(x) + error))
     with pytest.raises(UserError, match=f"would differ from the model by {error}"):
         export_model(tiny, tmp_path / "tiny.safetensors", "safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small() -> BCNN:
+    """A CNN of several convolutions, of random weights."""
+    torch.manual_seed(0)
+    backbone = {"name": "timm", "model": "test_efficientnet"}
+    model = BCNN(["blue", "green", "red"], Preprocessing(64), backbone, {"name": "sqrt"}, project=8)
+    nn.init.normal_(model.head.weight)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float16", 0.02), ("int8", 0.5)])
+def test_a_smaller_onnx_file_describes_itself_and_classifies_alike(
+    small: BCNN, images: Path, tmp_path: Path, precision: Precision, error: float
+) -> None:
+    paths = sorted(images.glob("train/*/*.png"))
+    whole, smaller = tmp_path / "whole.onnx", tmp_path / "smaller.onnx"
+    assert export_model(small, whole, images=paths).agreement == 1
+    found = export_model(small, smaller, images=paths, precision=precision)
+    assert found.agreement >= 0.8 and 0 < found.difference < error * found.largest
+    assert smaller.stat().st_size < 0.8 * whole.stat().st_size
+    before, after = (onnx.load(file) for file in (whole, smaller))
+    described, again = ({x.key: x.value for x in file.metadata_props} for file in (before, after))
+    assert "classes" in described and described.items() <= again.items()
+    assert [each.name for each in before.graph.output] == [each.name for each in after.graph.output]
+    types = {x.data_type for x in after.graph.initializer if "head" in x.name}
+    assert types == {onnx.TensorProto.FLOAT}
+
+
+def test_a_backbone_of_few_convolutions_has_no_smaller_file(tiny: BCNN, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="float16 is for convolutional backbones"):
+        export_model(tiny, tmp_path / "tiny.onnx", precision="float16")
     assert not list(tmp_path.iterdir())
 
 
