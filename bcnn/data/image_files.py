@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from posixpath import normpath
 
 from bcnn.data.image_io import SUFFIXES
 from bcnn.data.lists import SUFFIXES as LISTS
 from bcnn.data.lists import paths_of_list
+from bcnn.data.urls import files_at, is_file, is_url, member
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
@@ -28,7 +30,7 @@ def is_ignored(name: str) -> bool:
 
 def is_image(path: str) -> bool:
     """Return whether a file of this name is taken for an image; decoding may need a plug-in."""
-    name = os.path.basename(path)
+    name = os.path.basename(member(path))
     return not is_ignored(name) and name.lower().endswith(SUFFIXES)
 
 
@@ -63,8 +65,8 @@ def stream_images(paths: Iterable[str]) -> Iterator[str]:
     """Yield the images that paths name, in their order, and sorted by name within each.
 
     A path is a file, whatever its name; a list of `data.lists.SUFFIXES`; a folder with all below it; a
-    pattern (`*.jpg`, `**/*.png`); or "-": standard input, a file a line. All but patterns are read as
-    the images are needed.
+    pattern (`*.jpg`, `**/*.png`); a URL of one of these; or "-": standard input, a file a line. All but
+    patterns and URLs of folders are read as the images are needed.
     """
     left_out: Counter[str] = Counter()
     for path in paths:
@@ -81,21 +83,29 @@ def _images_of(path: str, left_out: Counter[str]) -> Iterator[str]:
     """Yield the images of one path; count the suffixes of other files in its folders."""
     if path == "-":
         yield from (os.fsdecode(line) for each in sys.stdin.buffer if (line := each.rstrip(b"\r\n")))
-    elif os.path.isfile(path):
-        yield from paths_of_list(path) if path.lower().endswith(LISTS) else [path]
+    elif is_file(path):
+        yield from paths_of_list(path) if member(path).lower().endswith(LISTS) else [path]
     else:
-        matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
-        files = chain(*(files_below(each) if os.path.isdir(each) else [each] for each in matches))
-        for file in dict.fromkeys(files) if len(matches) > 1 else files:  # "**" finds some twice
+        for file in _files_of(path):
             if is_image(file):
                 yield file
             else:
                 left_out[suffix_of(file)] += 1
 
 
+def _files_of(path: str) -> Iterable[str]:
+    """Return the files of a folder, a pattern, or a URL of one of these, without ignored ones."""
+    if is_url(path):
+        names = {url: normpath(member(url).removeprefix(path)) for url in files_at(path)}
+        return (url for url, name in names.items() if not any(map(is_ignored, name.split("/"))))
+    matches = [path] if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
+    files = chain(*(files_below(each) if os.path.isdir(each) else [each] for each in matches))
+    return dict.fromkeys(files) if len(matches) > 1 else files  # "**" finds some twice
+
+
 def suffix_of(file: str) -> str:
     """Return the suffix of a file, or words for none."""
-    return os.path.splitext(file)[1] or "without a suffix"
+    return os.path.splitext(member(file))[1] or "without a suffix"
 
 
 def suffix_counts(suffixes: Counter[str]) -> str:

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import jpeg_factory
 
 from bcnn.data.repair import PNG, START, jpeg_with_end, png_pixels
+from bcnn.data.urls import is_url, open_file
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, cache_dir
 
@@ -115,8 +116,9 @@ def load_reduced(path: str | Path, side: int) -> Image.Image:
 def opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
     """Open an image as `open_image` does; errors here and in the block are UserErrors that name it."""
     try:
-        file_state(path)
-        with open(path, "rb") as content, open_image(content) as file:
+        if not is_url(path):
+            file_state(path)
+        with open_file(path) as content, open_image(content) as file:
             yield file
     except Exception as error:  # decoders raise many types
         raise UserError(f"cannot read the image {path}: {reason(path, error)}") from error

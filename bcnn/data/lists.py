@@ -2,11 +2,11 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from bcnn.data.urls import beside, member, open_file
 from bcnn.utils.errors import UserError
 
 COLUMNS = ("path", "label", "split")  # of a list without a heading
@@ -22,18 +22,18 @@ def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 
 
 def paths_of_list(file: str) -> Iterator[str]:
-    """Yield the column path of a list; paths may begin at the list."""
-    for _, row in stream_rows(Path(file))[1]:
-        yield os.path.join(os.path.dirname(file), row["path"])
+    """Yield the column path of a list; paths may begin at the list, and both may be URLs."""
+    for _, row in stream_rows(file)[1]:
+        yield beside(file, row["path"])
 
 
-def stream_rows(file: Path) -> tuple[list[str], Rows]:
+def stream_rows(file: str | Path) -> tuple[list[str], Rows]:
     """Return the columns of a list, and its rows; those of a Parquet file are read as they are needed.
 
     The first line may name the columns, among them `path` (or `file_name`); without names they are
     path, label and, if there are three, split. See `read_cells`.
     """
-    parquet = file.suffix.lower() == ".parquet"
+    parquet = member(str(file)).lower().endswith(".parquet")
     expected = "lines of path,label or path,label,split"
     rows = _parquet_cells(file) if parquet else iter(read_cells(file, expected))
     line, first = next(rows)
@@ -50,7 +50,7 @@ def stream_rows(file: Path) -> tuple[list[str], Rows]:
     return names, _by_column(file, names, rows)
 
 
-def _by_column(file: Path, names: list[str], rows: Iterator[tuple[int, list[str]]]) -> Rows:
+def _by_column(file: str | Path, names: list[str], rows: Iterator[tuple[int, list[str]]]) -> Rows:
     for line, cells in rows:
         if len(cells) != len(names):
             raise UserError(
@@ -60,18 +60,18 @@ def _by_column(file: Path, names: list[str], rows: Iterator[tuple[int, list[str]
         yield line, dict(zip(names, cells, strict=True))
 
 
-def _parquet_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
+def _parquet_cells(file: str | Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the names of the columns as row 0, and then (row number, cells); no value is ""."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as table:
+    with open_file(file) as content, pq.ParquetFile(content) as table:
         yield 0, table.schema_arrow.names
         rows = (zip(*batch.to_pydict().values(), strict=True) for batch in table.iter_batches())
         for line, cells in enumerate(chain.from_iterable(rows), 1):
             yield line, ["" if cell is None else str(cell) for cell in cells]
 
 
-def read_cells(file: Path, expected: str) -> list[tuple[int, list[str]]]:
+def read_cells(file: str | Path, expected: str) -> list[tuple[int, list[str]]]:
     """Return (line number, cells) of each row of a CSV or text file, of at least one.
 
     Tabs, commas, semicolons or blanks separate the columns: the first of these that divides the
@@ -79,7 +79,8 @@ def read_cells(file: Path, expected: str) -> list[tuple[int, list[str]]]:
     """
     rows, line = [], 1
     try:
-        text = file.read_bytes().decode("utf-8-sig")  # of spreadsheets, which begin with a mark
+        with open_file(file) as content:
+            text = content.read().decode("utf-8-sig")  # of spreadsheets, which begin with a mark
         delimiter = next((mark for mark in "\t,;" if len(_first_row(text, mark)) > 1), " ")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
         for cells in reader:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from bcnn.data.urls import is_url
 from bcnn.evaluation.answers import ANSWER, Answer, answer_text
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.console import printable
@@ -129,13 +130,14 @@ def _row(prediction: Prediction, model: BCNN, top: int) -> dict[str, Any]:
 def _labelstudio(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a list of Label Studio's tasks: the most probable class chosen, the others as text.
 
-    Images are addressed as Label Studio serves local files, by their path from the root of the disk.
+    Images are addressed by URL, or as Label Studio serves local files: by path from the disk's root.
     """
     separators = chain(["[\n"], repeat(",\n"))
 
     def write(prediction: Prediction) -> None:
         path = Path(os.path.abspath(prediction.path)).as_posix().lstrip("/")
-        address = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
+        local = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
+        address = prediction.path if is_url(prediction.path) else local
         text = ", ".join(f"{label} {p:.1%}" for label, p in prediction.pairs) or prediction.error
         text += "; unlike the training images" * bool(prediction.unlike_training)
         text += f"; {answer_text(prediction.answer)}" if prediction.answer else ""
