@@ -4,6 +4,7 @@ import os
 import sys
 from functools import partial
 from hashlib import sha256
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -19,6 +20,7 @@ from bcnn.utils.files import validate_writable
 
 if TYPE_CHECKING:
     from bcnn.evaluation.writers import Predictor, WriteTo
+    from bcnn.models.bilinear_cnn import BCNN
 
 FORMAT = typer.Option(help="labelstudio: see docs/labels.md; parquet: pip install 'bcnn\\[parquet]'.")
 OUTPUT = typer.Option(
@@ -37,6 +39,8 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 SHARES = "Write the I-th of N shares of the parts, from 1/N to N/N. Default: one for each GPU."
 SHARD = typer.Option(metavar="I/N", parser=_parse_shard, help=SHARES)
+CLUSTER = "Write the parts on a Ray cluster: host:port, auto, or local (pip install 'bcnn\\[ray]')."
+RAY = typer.Option(metavar="ADDRESS", help=CLUSTER)
 COVERAGE = typer.Option(
     min=0.01, max=0.999, help="Share of images whose true class is in their prediction set."
 )
@@ -56,6 +60,7 @@ def predict(
     sure: Annotated[float | None, SURE] = None,
     output: Annotated[Path | None, OUTPUT] = None,
     shard: Annotated[tuple | None, SHARD] = None,
+    ray: Annotated[str | None, RAY] = None,
     by: Annotated[Literal["image", "group"], BY] = "image",
     group: Group = None,
     mirror: Mirror = False,
@@ -73,16 +78,16 @@ def predict(
     from bcnn.data.image_files import find_images
 
     grouped = by == "group" or group is not None
-    folder = _validate_output(output, shard, format, grouped)
+    folder = _validate_output(output, shard, ray, format, grouped)
     members = find_groups(images, group) if grouped else {}
     paths = [*chain(*members.values())] or ([] if folder else find_images(images))
     with progress("loading PyTorch"):
         from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
         from bcnn.evaluation.writers import FORMATS
         from bcnn.utils.device import best_device, cuda_devices
-    if folder and not shard and "-" not in images and len(devices := cuda_devices()) > 1:
+    if folder and not (shard or ray) and "-" not in images and len(devices := cuda_devices()) > 1:
         return _predict_on(devices)
-    model = open_model(ckpt).to(best_device())
+    model = open_model(ckpt).to("cpu" if ray else best_device())
     if sure and not model.taxonomy:
         raise UserError(f"--sure: {ckpt} has no taxonomy: train it with data.taxonomy=FILE")
     asked: dict[str, Any] = {"coverage": coverage, "sure": sure, "mirror": mirror}
@@ -91,7 +96,8 @@ def predict(
     writer = partial(FORMATS[format], model=model, top=asked["top"])
     if folder:
         settings = {"checkpoint": sha256(ckpt.read_bytes()).hexdigest()[:16], "format": format, **asked}
-        failed = _write_parts(folder, settings, images, shard or (1, 1), predictor, writer)
+        tools = (model, predictor, writer)
+        failed = _write_parts(folder, settings, images, shard or (1, 1), ray, tools)
     else:
         failed = _write_rows(output, paths, members, predictor, writer)
     if not grouped:
@@ -100,7 +106,7 @@ def predict(
 
 
 def _validate_output(
-    output: Path | None, shard: tuple[int, int] | None, format: str, grouped: bool
+    output: Path | None, shard: tuple[int, int] | None, ray: str | None, format: str, grouped: bool
 ) -> Path | None:
     """Return `output` if it is to be a folder of parts; raise UserError where options do not fit it."""
     folder = output if output and (output.is_dir() or not output.suffix) else None
@@ -109,8 +115,10 @@ def _validate_output(
     if folder and (grouped or format in ("table", "labelstudio")):
         mistake = "leave out --by group" if grouped else "add --format csv, jsonl or parquet"
         raise UserError(f"--output {folder} is a folder of parts: {mistake}, or name a file (rows.csv)")
-    if shard and not folder:
-        raise UserError("--shard needs a folder of parts: add --output FOLDER")
+    if (shard or ray) and not folder:
+        raise UserError(f"--{'shard' if shard else 'ray'} needs a folder of parts: add --output FOLDER")
+    if ray and not find_spec("ray"):
+        raise UserError("--ray needs Ray: pip install 'bcnn[ray]'")
     if format == "parquet" and not output:
         raise UserError("--format parquet is no text: add --output")
     if output and not folder and output.exists():
@@ -158,16 +166,22 @@ def _write_parts(
     settings: dict[str, Any],
     images: list[str],
     shard: tuple[int, int],
-    predictor: "Predictor",
-    writer: "WriteTo",
+    ray: str | None,
+    tools: "tuple[BCNN, Predictor, WriteTo]",
 ) -> int:
     """Write the parts that are absent, and the summary of all; return how many images failed."""
     from bcnn.data.image_files import stream_images
     from bcnn.evaluation.parts import SHOWN, PartFolder, summary_table, write_parts
 
     parts = PartFolder(folder, settings)
-    found = write_parts(parts.absent(stream_images(images), *shard), predictor, writer)
-    failed = sum(bool(each.error) for each in track(found, "predicting"))
+    absent = parts.absent(stream_images(images), *shard)
+    if ray:
+        from bcnn.evaluation.cluster import write_parts_on_ray
+
+        errors = write_parts_on_ray(ray, absent, tools)
+    else:
+        errors = (each.error for each in write_parts(absent, *tools[1:]))
+    failed = sum(map(bool, track(errors, "predicting")))
     if not (summary := parts.summarize()):
         error_console.print(f"{folder}: this shard is done; the last one writes summary.json")
         return failed

@@ -4,10 +4,14 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +20,7 @@ from conftest import ROOT, Bcnn, Outcome, read_csv, register_tiny, write, write_
 from bcnn.cli.app import main
 from bcnn.evaluation import parts
 from bcnn.evaluation.inference import predict_paths
-from bcnn.evaluation.writers import FORMATS
+from bcnn.evaluation.writers import FORMATS, Prediction
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 
@@ -37,6 +41,13 @@ def photos(calibrated: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def predict(bcnn: Bcnn, photos: Path) -> partial[Outcome]:
     return partial(bcnn, *WORDS)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let other processes import what is in this file and in conftest.py."""
+    folders = (ROOT, ROOT / "tests", Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
 
 
 def content(folder: str) -> dict[str, bytes]:
@@ -87,6 +98,41 @@ def test_killed_at_random_moments_the_parts_are_those_of_one_run(photos: Path) -
     assert run("killed") == 0 and content("killed") == content("whole")
     images = Counter(row["image"] for row in rows_of("killed"))
     assert images == Counter(map(str, Path("photos").rglob("*.png")))
+
+
+def predict_and_die(*arguments: Any, **options: Any) -> Iterator[Prediction]:
+    """`predict_paths`, where the first process that is within a part is killed."""
+    Path(f"actor-{os.getpid()}").touch()
+    for number, prediction in enumerate(predict_paths(*arguments, **options)):
+        if number == SIZE // 2:
+            with suppress(FileExistsError):
+                Path("killed").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        yield prediction
+
+
+@pytest.mark.slow
+def test_an_actor_of_a_ray_cluster_is_killed_and_the_parts_are_those_of_one_run(
+    predict: partial[Outcome], photos: Path, importable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two machines, both of which are this one, with a core each."""
+    pytest.importorskip("ray.data")  # not in the development environment
+    from ray.cluster_utils import Cluster
+
+    write_classes(photos, c=150)
+    predict("--output", "whole")
+    predict("--output", "out", "--shard", "2/3")  # what is there is kept
+    before = {file: file.stat().st_mtime_ns for file in parts_of("out")}
+    monkeypatch.setattr("bcnn.evaluation.inference.predict_paths", predict_and_die)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        assert predict("--output", "out", "--ray", cluster.address).code == 0
+    finally:
+        cluster.shutdown()
+    assert Path("killed").exists() and len(list(Path().glob("actor-*"))) == 3
+    assert content("out") == content("whole")
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in parts_of("out")}.items()
 
 
 def test_shards_share_the_parts_and_the_last_one_sums_up(predict: partial[Outcome]) -> None:
@@ -176,14 +222,14 @@ def test_a_part_is_written_before_the_images_are_listed(tiny: BCNN, photos: Path
 
 
 @pytest.mark.slow
-def test_each_gpu_writes_a_shard(predict: partial[Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_writes_a_shard(
+    predict: partial[Outcome], importable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two GPUs that are not there: their processes use the CPU."""
     predict("--output", "whole")
     script = "import sys, test_predict_parts\ntest_predict_parts.run_tiny(sys.argv[1:])"
     command = [sys.executable, "-c", script, *WORDS, "--output", "out"]
     monkeypatch.setattr(sys, "orig_argv", command)
-    folders = (ROOT, ROOT / "tests", Path(__file__).parent)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     monkeypatch.setattr("bcnn.utils.device.cuda_devices", lambda: ["0", "1"])
     assert predict("--output", "out").code == 0
     assert content("out") == content("whole")
