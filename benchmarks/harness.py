@@ -30,6 +30,7 @@ ARGUMENTS: dict[str, tuple[object, str]] = {
     "classes": (17, "number of classes"),
     "epochs": (55, "epochs of stage last"),
     "root": ("", "folder of images; default: made ones"),
+    "members": (10_000, "images in a shard"),
     "pooling": ("", "a pooling to measure, too"),
     "project": (0, "channels that this pooling's maps are projected to; 0: all"),
 }

@@ -18,6 +18,7 @@ SCRIPTS = ROOT / "benchmarks"
         ("finetune", ["the original", "bcnn", "with grad_checkpointing", "with sqrt, project=8"]),
         ("predict", ["a plain loop", "bcnn predict"]),
         ("data", ["torchvision", "bcnn", "bcnn, data.cache=true"]),
+        ("shards", ["files, at random", "members, at random", "and an index", "members, in order"]),
     ],
 )
 def test_each_contender_has_a_row(
@@ -35,6 +36,7 @@ def test_each_contender_has_a_row(
         "finetune": ["--batch=2", "--pooling=sqrt", "--project=8"],
         "predict": [f"--root={images}"],
         "data": [f"--root={images / 'train'}"],
+        "shards": ["--members=8"],
     }[script]
     if script == "last":
         options += ["model/pooling=bilinear", "model.weights=random"]

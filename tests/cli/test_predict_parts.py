@@ -210,6 +210,14 @@ def test_every_format_has_the_same_rows(predict: partial[Outcome], photos: Path)
             assert cells["unlike_training"] == (row["unlike_training"] == "yes")
 
 
+def test_ray_needs_a_folder_of_parts_and_its_extra(
+    predict: partial[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bcnn.cli.predict.find_spec", lambda name: None)
+    assert "--ray needs a folder of parts: add --output FOLDER" in predict("--ray", "auto").err
+    assert "pip install 'bcnn[ray]'" in predict("--output", "out", "--ray", "auto").err
+
+
 def test_a_part_is_written_before_the_images_are_listed(tiny: BCNN, photos: Path) -> None:
     paths = iter(["photos/a/0.png"] * 100 * SIZE)
     predictor = partial(predict_paths, tiny, workers=0, batch=4)
