@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,11 @@ def test_an_actor_of_a_ray_cluster_is_killed_and_the_parts_are_those_of_one_run(
     predict("--output", "out", "--shard", "2/3")  # what is there is kept
     before = {file: file.stat().st_mtime_ns for file in parts_of("out")}
     monkeypatch.setattr("bcnn.evaluation.inference.predict_paths", predict_and_die)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster()
     try:
-        cluster.add_node(num_cpus=1)
+        with chdir("/"):  # where the actors start, too
+            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1)
         assert predict("--output", "out", "--ray", cluster.address).code == 0
     finally:
         cluster.shutdown()

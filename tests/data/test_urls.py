@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write
 from fsspec.implementations.tar import TarFileSystem
+from PIL import Image
 
 from bcnn.data.image_files import find_images
 from bcnn.data.image_io import load_image
@@ -67,13 +69,17 @@ def test_members_of_a_shard_have_the_predictions_of_their_files(
         "__init__",
         lambda *args, **options: opened.append(1) or original(*args, **options),
     )
-    shard, names = "tar://{}::photos.tar", sorted(NAMES) * 8
-    assert find_images([shard.format("")]) and len(opened) == 1  # open here when the workers are forked
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 400, 400, 3), np.uint8)
+    for number, each in enumerate(pixels):
+        Image.fromarray(each).save(photos / f"{number}.png")
+    shutil.make_archive("photos", "tar", "photos")
+    files = [str(photos / f"{number}.png") for number in range(4)] * 16
+    expected = [each.pairs for each in predict_paths(tiny, files, batch=2, workers=0)]
+    assert find_images(["tar://::photos.tar"]) and len(opened) == 1  # before workers are forked
+    paths = [f"tar://./{Path(file).name}::photos.tar" for file in files]
     for workers in (0, 2):
-        paths = [shard.format(f"./{name}") for name in names]
         found = [each.pairs for each in predict_paths(tiny, paths, batch=2, workers=workers)]
-        files = [str(photos / name) for name in names]
-        assert found == [each.pairs for each in predict_paths(tiny, files, batch=2, workers=0)]
+        assert found == expected
     assert len(opened) == 1
 
 
