@@ -65,12 +65,14 @@ def _locate(url: str) -> tuple[Any, str]:
     name, chain, rest = name.partition("::")
     if not chain or "::" in scheme:
         return url_to_fs(url)
-    return _archive(f"{scheme}://::{rest}", os.getpid(), threading.get_ident()), name
+    status = None if is_url(rest) else os.stat(rest)
+    state = status and (status.st_ino, status.st_mtime_ns)
+    return _archive(f"{scheme}://::{rest}", state, os.getpid(), threading.get_ident()), name
 
 
 @lru_cache(ARCHIVES)
-def _archive(url: str, process: int, thread: int) -> Any:
-    """Open an archive, in a file of this process and thread alone, as reading a member moves in it.
+def _archive(url: str, state: object, process: int, thread: int) -> Any:
+    """Open an archive in this state, in a file of this process and thread alone: reading moves in it.
 
     fsspec would list the members again for each that is read.
     """

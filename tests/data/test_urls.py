@@ -62,6 +62,7 @@ def test_lists_hold_urls_and_are_read_by_url(photos: Path) -> None:
 def test_members_of_a_shard_have_the_predictions_of_their_files(
     tiny: BCNN, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    load_image("tar://./c.png::photos.tar")
     opened: list[int] = []
     original = TarFileSystem.__init__
     monkeypatch.setattr(
@@ -72,7 +73,7 @@ def test_members_of_a_shard_have_the_predictions_of_their_files(
     pixels = np.random.default_rng(0).integers(0, 255, (4, 400, 400, 3), np.uint8)
     for number, each in enumerate(pixels):
         Image.fromarray(each).save(photos / f"{number}.png")
-    shutil.make_archive("photos", "tar", "photos")
+    shutil.make_archive("photos", "tar", "photos")  # not the one that was open before
     files = [str(photos / f"{number}.png") for number in range(4)] * 16
     expected = [each.pairs for each in predict_paths(tiny, files, batch=2, workers=0)]
     assert find_images(["tar://::photos.tar"]) and len(opened) == 1  # before workers are forked
