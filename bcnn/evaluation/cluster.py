@@ -1,6 +1,7 @@
 """Parts of predictions that Ray Data's actors write, on this machine or on a cluster."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ from bcnn.evaluation.writers import Predictor, WriteTo
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.device import best_device
 
+PARTS = 8  # at most, that an actor is sent at a time: its decoding processes start anew for them
+
 
 class PartWriter:
-    """An actor: it holds the model, and writes a part at a time."""
+    """An actor: it holds the model, and writes some parts at a time."""
 
     def __init__(self, tools: ray.ObjectRef, folder: str, cores: int) -> None:
         """Fetch the arguments of `write_parts_on_ray`; relative paths begin at the folder."""
@@ -24,10 +27,11 @@ class PartWriter:
         model, self.predictor, self.write_to = ray.get(tools)
         model.to(best_device())
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write the part of a row."""
-        part = Part(Path(row["file"]), os.fsdecode(row["images"]).split("\0"))
-        return {"errors": [each.error for each in write_parts([part], self.predictor, self.write_to)]}
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Write the parts of rows, but for those that are there: by an actor that died after them."""
+        texts = zip(map(Path, rows["file"]), map(os.fsdecode, rows["images"]), strict=True)
+        parts = [Part(file, text.split("\0")) for file, text in texts if not file.exists()]
+        return {"errors": [[each.error for each in write_parts(parts, self.predictor, self.write_to)]]}
 
 
 def write_parts_on_ray(
@@ -35,7 +39,8 @@ def write_parts_on_ray(
 ) -> Iterator[str]:
     """Yield the error of each image, "" where there is none, while actors write the parts.
 
-    A part whose actor dies is written by another. All parts are listed first, and held in memory.
+    What an actor has not written when it dies is sent to another. All parts are listed first, and held
+    in memory.
 
     Args:
         address: of a cluster; auto: that of this machine; local: a cluster made for this call.
@@ -52,9 +57,16 @@ def write_parts_on_ray(
         pool = ray.data.ActorPoolStrategy(
             min_size=1, initial_size=min(actors, len(rows)), max_size=len(rows)
         )
-        sent = (ray.put(tools), os.getcwd(), share["num_cpus"])
-        items = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for row in items.map(PartWriter, fn_constructor_args=sent, compute=pool, **share).iter_rows():
+        at_once = max(1, min(PARTS, len(rows) // (4 * actors)))  # all actors end at about the same time
+        items = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / at_once))
+        written = items.map_batches(
+            PartWriter,
+            batch_size=None,
+            fn_constructor_args=(ray.put(tools), os.getcwd(), share["num_cpus"]),
+            compute=pool,
+            **share,
+        )
+        for row in written.iter_rows():
             yield from row["errors"]
 
 
