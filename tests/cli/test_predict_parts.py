@@ -135,7 +135,7 @@ def test_an_actor_of_a_ray_cluster_is_killed_and_the_parts_are_those_of_one_run(
         cluster.shutdown()
     actors = list(Path().glob("actor-*"))
     images = Counter(path for file in actors for path in file.read_text().splitlines())
-    assert len(actors) == 3 and images.total() - len(images) == SIZE // 2  # one part is lost
+    assert len(actors) > 1 and images.total() - len(images) == SIZE // 2  # of one part, twice
     assert content("out") == content("whole")
     assert before.items() <= {file: file.stat().st_mtime_ns for file in parts_of("out")}.items()
 
