@@ -20,7 +20,8 @@ CHECKPOINT = typer.Argument(metavar="CKPT", parser=_checkpoint, help=STATE_DICT)
 Checkpoint = Annotated[Path, CHECKPOINT]
 
 PATHS = (
-    "Files, folders, lists (.csv, .parquet), quoted patterns like '**/*.jpg', or - for standard input."
+    "Files, folders, lists (.csv, .parquet), quoted patterns like '**/*.jpg', URLs of these, or - for "
+    "standard input."
 )
 Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
 
