@@ -1,5 +1,6 @@
 """From a file to an upright RGB image with values 0..255."""
 
+import errno
 import hashlib
 import importlib
 import math
@@ -130,6 +131,8 @@ def reason(path: str | Path, error: Exception) -> str:
         if str(path).lower().endswith(HEIC) and "HEIF" not in Image.OPEN:
             return "HEIC needs a plug-in: pip install pillow-heif"
         return "not an image, damaged at its beginning, or of a format that is not supported"
+    if isinstance(error, FileNotFoundError):  # fsspec's has a name alone
+        return os.strerror(errno.ENOENT)
     message = getattr(error, "strerror", None) or str(error)
     return " ".join(message.split()) or type(error).__name__
 

@@ -75,6 +75,6 @@ def _actors() -> tuple[int, dict[str, int]]:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = [each for each in machines if each.get("GPU")]
     if not gpus:
-        return int(sum(each.get("CPU", 0) for each in machines)), {"num_cpus": 1}
+        return max(1, int(sum(each.get("CPU", 0) for each in machines))), {"num_cpus": 1}
     cores = max(1, min(int(each.get("CPU", 0) // each["GPU"]) for each in gpus))
     return int(sum(each["GPU"] for each in gpus)), {"num_gpus": 1, "num_cpus": cores}
