@@ -14,6 +14,7 @@ from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Findings
 from bcnn.data.lists import read_rows
 from bcnn.data.lookalikes import near_pairs
+from bcnn.data.urls import beside
 from bcnn.utils.errors import UserError
 
 
@@ -57,7 +58,7 @@ def find_groups(images: Sequence[str], pattern: str | None) -> dict[str, list[st
         columns, rows = read_rows(file)
         if "group" not in columns:
             raise UserError(f"{file} has no column group: add it, or use --group REGEX")
-        names = {str(file.parent / row["path"]): row["group"] for _, row in rows}
+        names = {beside(images[0], row["path"]): row["group"] for _, row in rows}
         if empty := [line for line, row in rows if not row["group"]]:
             raise UserError(f"{file}, line {empty[0]}: no group: name one, or use --group REGEX")
     groups: dict[str, list[str]] = defaultdict(list)
