@@ -70,6 +70,26 @@ def log_results(
         each.log_metrics({key: value for key, value in metrics.items() if key.startswith("test")})
 
 
+@rank_zero_only
+def log_report(cfg: DictConfig, state: RunState, stage: str, report: Path | None) -> None:
+    """Keep the report in wandb, as an artifact of the run of the last stage, which has ended."""
+    of_wandb = {
+        name: options
+        for name, options in (cfg.logger or {}).items()
+        if options["_target_"].endswith("WandbLogger")
+    }
+    if report and of_wandb:
+        loggers = make_loggers(
+            OmegaConf.create({"logger": of_wandb}), state.folder / stage, state.identity
+        )
+        artifact = wandb.Artifact(f"report-{state.identity}", "report")
+        artifact.add_file(str(report))
+        for each in loggers:
+            assert isinstance(each, WandbLogger)
+            each.experiment.log_artifact(artifact)
+        close(loggers)
+
+
 def close(loggers: Iterable[Logger]) -> None:
     """Write what the loggers hold; a stage's wandb run ends with the stage."""
     for each in loggers:

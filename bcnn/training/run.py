@@ -19,7 +19,14 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.choose_pooling import read_poolings
 from bcnn.training.config import STAGES, validate
 from bcnn.training.distillation import Teacher, compare_with
-from bcnn.training.logging import facts, log_figures, log_how_to_resume, log_where, quiet_lightning
+from bcnn.training.logging import (
+    facts,
+    log_figures,
+    log_how_to_resume,
+    log_report,
+    log_where,
+    quiet_lightning,
+)
 from bcnn.training.network import build_model, load_teacher, load_weights
 from bcnn.training.run_state import RunState, StageResult
 from bcnn.training.schema import absolute_paths, working_folder
@@ -70,6 +77,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         known = {"training took": span(time.monotonic() - began), **versions}
         circumstances = {name: value and value + since for name, value in known.items()}
         report = _write_report(cfg, state, results, data, model, teacher, circumstances)
+        log_report(cfg, state, results[-1].stage, report)
         state.finish()
         log_where(cfg, state, results, report)
     return _outcome(results)

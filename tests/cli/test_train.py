@@ -60,13 +60,18 @@ def test_wandb_offline_and_tensorboard_need_no_account(
             images, "stage=last", "last.folds=null", f"logger={logger}", f"output={tmp_path / logger}"
         )
 
-    run = train(*words("wandb"))
+    run = train(*words("wandb"), WANDB_DATA_DIR=str(tmp_path / "data"))
     assert run.returncode == 0, run.stderr
     runs.train(configure(*words("tensorboard")))
     for logger in ("wandb", "tensorboard"):
         log = read_csv(tmp_path / logger / "last" / "metrics.csv")
         assert any(row["val_top1"] for row in log)
-    assert len(list((tmp_path / "wandb").glob("last/wandb/offline-run-*"))) == 1
+    runs_of_wandb = list((tmp_path / "wandb").glob("last/wandb/offline-run-*"))
+    assert len(runs_of_wandb) == 2 and len({each.name.split("-")[-1] for each in runs_of_wandb}) == 1
+    report = (tmp_path / "wandb" / "report.html").read_bytes()
+    assert any(
+        path.is_file() and path.read_bytes() == report for path in (tmp_path / "data").rglob("*")
+    )
     assert list((tmp_path / "tensorboard" / "last").glob("tensorboard/events.*"))
 
 
