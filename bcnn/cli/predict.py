@@ -90,14 +90,15 @@ def predict(
     model = open_model(ckpt).to("cpu" if ray else best_device())
     if sure and not model.taxonomy:
         raise UserError(f"--sure: {ckpt} has no taxonomy: train it with data.taxonomy=FILE")
-    asked: dict[str, Any] = {"coverage": coverage, "sure": sure, "mirror": mirror}
-    asked["top"] = min(top_k, len(model.classes))
+    top = min(top_k, len(model.classes))
+    asked: dict[str, Any] = {"coverage": coverage, "sure": sure, "mirror": mirror, "top": top}
     predictor = partial(predict_paths, model=model, batch=batch_size, workers=workers, **asked)
-    writer = partial(FORMATS[format], model=model, top=asked["top"])
+    writer = partial(FORMATS[format], model=model, top=top)
     if folder:
         settings = {"checkpoint": sha256(ckpt.read_bytes()).hexdigest()[:16], "format": format, **asked}
-        tools = (model, predictor, writer)
-        failed = _write_parts(folder, settings, images, shard or (1, 1), ray, tools)
+        failed = _write_parts(
+            folder, settings, images, shard or (1, 1), ray, (model, predictor, writer)
+        )
     else:
         failed = _write_rows(output, paths, members, predictor, writer)
     if not grouped:

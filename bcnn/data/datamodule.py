@@ -20,13 +20,7 @@ from bcnn.data.image_io import load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import Finding, check, without_broken
 from bcnn.data.review import imbalance, oddities, shared
-from bcnn.data.sampler import (
-    NO_LABEL,
-    ImageList,
-    SeededSampler,
-    rank_and_world_size,
-    shard,
-)
+from bcnn.data.sampler import NO_LABEL, ImageList, SeededSampler, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import Taxonomy, find_taxonomy
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
@@ -292,13 +286,9 @@ class FineGrainedDataModule(L.LightningDataModule):
         """Raise UserError at values that would silently mean something else."""
         if self.sources.count(None) != 1:
             raise UserError("give either data.root=FOLDER or data.list=FILE")
-        choices = {
-            "on_invalid_image": (self.on_invalid_image, get_args(OnInvalidImage)),
-            "sampler": (self.sampler, (None, *get_args(Sampling))),
-            "near_duplicates": (self.near_duplicates, (None, *get_args(NearDuplicates))),
-        }
-        for name, (value, allowed) in choices.items():
-            validate_choice(f"data.{name}", value, allowed)
+        validate_choice("data.on_invalid_image", self.on_invalid_image, get_args(OnInvalidImage))
+        validate_choice("data.sampler", self.sampler, (None, *get_args(Sampling)))
+        validate_choice("data.near_duplicates", self.near_duplicates, (None, *get_args(NearDuplicates)))
         validate_share("data.train_scale", self.train_scale)
         validate_share("data.train_fraction", self.train_fraction)
         self.preprocessing.validate()
