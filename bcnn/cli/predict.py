@@ -74,13 +74,9 @@ def predict(
     sure is added. With --by group, IMAGES may be a list with the columns path and group, in place of
     --group; a group has no set. A file that cannot be read has a row with the reason, and exit code 1.
     """
-    from bcnn.data.groups import find_groups
-    from bcnn.data.image_files import find_images
-
     grouped = by == "group" or group is not None
     folder = _validate_output(output, shard, ray, format, grouped)
-    members = find_groups(images, group) if grouped else {}
-    paths = [*chain(*members.values())] or ([] if folder else find_images(images))
+    paths, groups = ([], []) if folder else _paths_and_groups(images, grouped, group)
     with progress("loading PyTorch"):
         from bcnn.evaluation.inference import open_model, predict_paths, what_sets_promise
         from bcnn.evaluation.writers import FORMATS
@@ -96,11 +92,9 @@ def predict(
     writer = partial(FORMATS[format], model=model, top=top)
     if folder:
         settings = {"checkpoint": sha256(ckpt.read_bytes()).hexdigest()[:16], "format": format, **asked}
-        failed = _write_parts(
-            folder, settings, images, shard or (1, 1), ray, (model, predictor, writer)
-        )
+        failed = _write_parts(folder, settings, images, shard, ray, (model, predictor, writer))
     else:
-        failed = _write_rows(output, paths, members, predictor, writer)
+        failed = _write_rows(output, paths, groups, predictor, writer)
     if not grouped:
         error_console.print(what_sets_promise(model, coverage))
     return int(failed > 0)
@@ -145,17 +139,30 @@ def _predict_on(devices: list[str]) -> int:
             run.terminate()
 
 
+def _paths_and_groups(
+    images: list[str], grouped: bool, pattern: str | None
+) -> tuple[list[str], list[str]]:
+    """Return the images, and the group of each; no groups where every image gets an answer."""
+    from bcnn.data.groups import find_groups
+    from bcnn.data.image_files import find_images
+
+    if not grouped:
+        return find_images(images), []
+    members = find_groups(images, pattern)
+    return [*chain(*members.values())], [name for name, each in members.items() for _ in each]
+
+
 def _write_rows(
     output: Path | None,
     paths: list[str],
-    members: dict[str, list[str]],
+    groups: list[str],
     predictor: "Predictor",
     writer: "WriteTo",
 ) -> int:
-    """Write all rows, of images or of groups by their `members`; return how many images failed."""
+    """Write a row for each image, or for each group; return how many images failed."""
     from bcnn.evaluation.writers import write_rows
 
-    rows, groups = [*members] or paths, [name for name, each in members.items() for _ in each]
+    rows = [*dict.fromkeys(groups)] or paths
     found = write_rows(output, rows, predictor(paths=paths, groups=groups), writer)
     failed = sum(bool(each.error) for each in track(found, "predicting", len(rows)))
     error_console.print(f"{len(paths)} images, of which {failed} failed")
@@ -166,7 +173,7 @@ def _write_parts(
     folder: Path,
     settings: dict[str, Any],
     images: list[str],
-    shard: tuple[int, int],
+    shard: tuple[int, int] | None,
     ray: str | None,
     tools: "tuple[BCNN, Predictor, WriteTo]",
 ) -> int:
@@ -175,7 +182,7 @@ def _write_parts(
     from bcnn.evaluation.parts import SHOWN, PartFolder, summary_table, write_parts
 
     parts = PartFolder(folder, settings)
-    absent = parts.absent(stream_images(images), *shard)
+    absent = parts.absent(stream_images(images), *(shard or (1, 1)))
     if ray:
         from bcnn.evaluation.cluster import write_parts_on_ray
 
