@@ -24,6 +24,14 @@ from bcnn.utils.errors import UserError
 
 Task = Callable[[], object]
 
+
+class _JobFailed(BaseException):
+    """Carries an error past Hydra, which would print the overrides before it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 PACKAGE = Path(__file__).parents[1]
 # In the package where it is installed, beside it in a clone.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
@@ -62,6 +70,8 @@ def _main_of(words: list[str], task: Task) -> None:
     try:
         with ranked(words):
             task()
+    except _JobFailed as failure:
+        raise failure.error from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if HydraConfig.initialized():
             raise
@@ -76,6 +86,10 @@ def train(cfg: DictConfig) -> float:
         cfg = absolute_paths(cfg, working_folder())  # raises where ${name} stands for nothing
         overrides = list(HydraConfig.get().overrides.task)
         return run_job(cfg, overrides) if in_sweep() else _run(cfg, overrides, resume=_requeued(cfg))
+    except Exception as error:
+        if in_sweep():  # Hydra's launchers carry it from one process to another
+            raise
+        raise _JobFailed(error) from None
     finally:  # Hydra has made a folder: if it is empty still, remove it
         os.chdir(working_folder())
         with suppress(OSError):
