@@ -13,14 +13,14 @@ from bcnn.utils.files import validate_writable
 
 FORMAT = typer.Option(help="pth: a state dict in the names of the two-script original.")
 OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, with its name.")
-SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2).")
+SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2, pte).")
 PRECISION = typer.Option(help="Of the convolutions of an ONNX file; int8 needs --images.")
 IMAGES = typer.Option(help="Compare on these, not on random images; may be given several times.")
 
 
 def export(
     ckpt: Checkpoint,
-    format: Annotated[Literal["onnx", "pt2", "pth", "safetensors"], FORMAT] = "onnx",
+    format: Annotated[Literal["onnx", "pt2", "pte", "pth", "safetensors"], FORMAT] = "onnx",
     output: Annotated[Path | None, OUTPUT] = None,
     softmax: Annotated[bool, SOFTMAX] = False,
     precision: Annotated[Literal["float32", "float16", "int8"], PRECISION] = "float32",
@@ -28,9 +28,9 @@ def export(
 ) -> None:
     """Write a model for other programs, once the file agrees with PyTorch.
 
-    onnx (ONNX Runtime and its like) and pt2 (torch.export) take uint8 RGB images (batch, 3, height,
-    width) and normalise them. safetensors is for bcnn.load_model. All but pth hold class names and
-    preprocessing as metadata.
+    onnx (ONNX Runtime and its like), pt2 (torch.export) and pte (ExecuTorch, one image at a time) take
+    uint8 RGB images (batch, 3, height, width) and normalise them. safetensors is for bcnn.load_model.
+    All but pte and pth hold class names and preprocessing as metadata.
     """
     if precision != "float32" and format != "onnx":
         raise UserError(f"--precision {precision} is for --format onnx")

@@ -1,5 +1,6 @@
 """Export a model to a file for other programs, and compare the file with PyTorch."""
 
+import copy
 import io
 import json
 import logging
@@ -80,7 +81,7 @@ def export_model(
 
     Args:
         model: on the CPU, in evaluation mode.
-        softmax: give probabilities instead of logits (onnx and pt2).
+        softmax: give probabilities instead of logits (onnx, pt2 and pte).
         images: files to compare the outputs on; none: random images.
         progress: wraps the batches of the comparison, as to show a bar.
         precision: of the convolutions (onnx); int8 needs images, whose activations give the ranges.
@@ -88,7 +89,7 @@ def export_model(
     write, read = FORMATS[format]
     path = Path(path)
     if softmax and read is load_model:
-        raise UserError("softmax is for format onnx and pt2: a state dict holds no layers")
+        raise UserError("softmax is for format onnx, pt2 and pte: a state dict holds no layers")
     with tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as folder:
         file = Path(folder, path.name)
         with warnings.catch_warnings():
@@ -181,6 +182,31 @@ def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
     path.write_bytes(content.getbuffer())
 
 
+def _write_pte(model: BCNN, path: Path, softmax: bool) -> None:
+    """Write an ExecuTorch program of one image, by the kernels of XNNPACK."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    if model.preprocessing.resize == "whole":
+        raise UserError("--format pte takes images of one size: train with data.resize=keep or squash")
+    network = Outputs(model, softmax, novelty=False, pooling=model.pooling.exportable())
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    size = model.preprocessing.size
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    program = torch.export.export(network, (image,))
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(edge.to_executorch().buffer)
+
+
+def _read_pte(path: Path) -> Network:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+    run = lambda image: method.execute([image.contiguous()])[0].clone()  # noqa: E731
+    return lambda images: torch.cat([*map(run, images.split(1))])
+
+
 def _exported(network: nn.Module, model: BCNN) -> ExportedProgram:
     """Return the program for any number of images and, of whole ones, for any sides."""
     dynamic, preprocessing = {0: Dim("batch")}, model.preprocessing
@@ -196,6 +222,7 @@ def _exported(network: nn.Module, model: BCNN) -> ExportedProgram:
 FORMATS: dict[str, tuple[Callable[[BCNN, Path, bool], None], Callable[[Path], Network]]] = {
     "onnx": (_write_onnx, _read_onnx),
     "pt2": (_write_pt2, lambda path: torch.export.load(path).module()),
+    "pte": (_write_pte, _read_pte),
     "pth": (lambda model, path, softmax: save_model(model, path), load_model),
     "safetensors": (lambda model, path, softmax: save_model(model, path), load_model),
 }

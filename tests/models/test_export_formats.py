@@ -1,5 +1,6 @@
 """Export: only a file that agrees with the model gets its name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -72,6 +73,16 @@ def test_a_backbone_of_few_convolutions_has_no_smaller_file(tiny: BCNN, tmp_path
     with pytest.raises(UserError, match="float16 is for convolutional backbones"):
         export_model(tiny, tmp_path / "tiny.onnx", precision="float16")
     assert not list(tmp_path.iterdir())
+
+
+def test_executorch_computes_the_same(small: BCNN, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("executorch")  # it wants versions of its own of other packages
+    paths = sorted(images.glob("train/*/*.png"))
+    found = export_model(small, tmp_path / "m.pte", "pte", softmax=True, images=paths)
+    assert found.agreement == 1 and found.difference < 1e-4
+    whole = BCNN(small.classes, replace(small.preprocessing, resize="whole"), **small.chosen)
+    with pytest.raises(UserError, match="takes images of one size"):
+        export_model(whole.eval(), tmp_path / "whole.pte", "pte")
 
 
 def test_weights_have_no_softmax(tiny: BCNN, tmp_path: Path) -> None:

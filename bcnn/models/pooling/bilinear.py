@@ -40,6 +40,8 @@ def weighted_features(maps: Tensor, mass: Tensor | None = None, centred: bool = 
 class Bilinear(Pooling):
     """The packed upper triangle of the pooled matrix, and a root (of `ROOTS`) of its entries."""
 
+    index: Tensor
+
     def __init__(self, channels: int, root: str | None = "signed") -> None:
         if root not in ROOTS:
             raise UserError(f"model.pooling.root={root}: choose signed, plain or null (none)")
@@ -47,6 +49,8 @@ class Bilinear(Pooling):
         self.root = root
         self.width = packed_size(channels)
         self.degree = 0.5 if root else 1.0
+        # A constant: not every program that runs an exported model can compute it.
+        self.register_buffer("index", _upper_triangle(channels), persistent=False)
 
     def matrix(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         """Return the mean of x·xᵀ over locations of features x, (batch, channels, channels)."""
@@ -56,8 +60,8 @@ class Bilinear(Pooling):
 
     def pool(self, maps: Tensor, mass: Tensor | None = None) -> Tensor:
         matrix = self.matrix(maps, mass)
-        index, scale = _upper_triangle(matrix)
-        return ROOTS[self.root](matrix.flatten(1).index_select(1, index)) * scale
+        entries = matrix.flatten(1).index_select(1, self.index)
+        return ROOTS[self.root](entries) * _scale(self.index, matrix)
 
 
 def pack(matrix: Tensor) -> Tensor:
@@ -66,22 +70,26 @@ def pack(matrix: Tensor) -> Tensor:
     Diagonal entries stay, pairs off it become (m_ij + m_ji)/√2. Packing the weights of a linear layer
     on the full matrix gives those of the equivalent layer on packed descriptors.
     """
-    index, scale = _upper_triangle(matrix)
-    return ((matrix + matrix.mT) / 2).flatten(1).index_select(1, index) * scale
+    index = _upper_triangle(matrix.shape[-1]).to(matrix.device)
+    return ((matrix + matrix.mT) / 2).flatten(1).index_select(1, index) * _scale(index, matrix)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """Undo `pack` for symmetric matrices: (n, c·(c + 1)/2) → (n, c, c)."""
     channels = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
     matrix = packed.new_zeros(len(packed), channels, channels)
-    index, scale = _upper_triangle(matrix)
-    matrix.flatten(1).index_copy_(1, index, packed / scale)
+    index = _upper_triangle(channels).to(packed.device)
+    matrix.flatten(1).index_copy_(1, index, packed / _scale(index, matrix))
     return matrix + matrix.triu(1).mT
 
 
-def _upper_triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flat indices of the upper triangle, and their scales: 1 on the diagonal, √2 off it."""
-    channels = matrix.shape[-1]
-    row, column = torch.triu_indices(channels, channels, device=matrix.device)
-    scale = matrix.new_full(row.shape, math.sqrt(2)).masked_fill_(row == column, 1)
-    return row * channels + column, scale
+def _upper_triangle(channels: int) -> Tensor:
+    """Return flat indices of the upper triangle of a matrix (channels, channels)."""
+    row, column = torch.triu_indices(channels, channels)
+    return row * channels + column
+
+
+def _scale(index: Tensor, matrix: Tensor) -> Tensor:
+    """Return the scales of entries at flat indices: 1 on the diagonal, √2 off it."""
+    on_diagonal = index % (matrix.shape[-1] + 1) == 0
+    return matrix.new_full(index.shape, math.sqrt(2)).masked_fill_(on_diagonal, 1)
