@@ -180,7 +180,8 @@ class FineGrainedDataModule(L.LightningDataModule):
     def numbers(self) -> str:
         """Return the number of images, and of groups, of each split."""
         uses = {"train": "to train on", "val": "to validate", "test": "to test"}
-        return ", ".join(f"{self.count(split)} {use}" for split, use in uses.items())
+        counts = [f"{self.count(split)} {use}" for split, use in uses.items()]
+        return ", ".join(counts + [f"{len(self.others)} images without labels"] * bool(self.others))
 
     def use_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Take a network's preprocessing, which has the sides that its backbone takes."""

@@ -92,7 +92,7 @@ def test_a_run_learns_from_a_teacher_and_from_images_without_labels(
     assert len(student.split.train) == len(taught.split.train) + 12
     report = (tmp_path / "student" / "report.html").read_text()
     assert "<h2>From teacher to finetune</h2>" in report and "Recall of the " in report
-    assert report.count("million weights") == 2
+    assert report.count("million weights") == 2 and "12 images without labels" in report
 
 
 def test_a_teacher_of_other_classes_is_refused(photos: Path, teacher: Path, tmp_path: Path) -> None:
