@@ -1,11 +1,15 @@
 """The benchmarks run at toy size."""
 
 import runpy
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+import torch
+from conftest import ROOT
+
+from bcnn.utils.files import cache_folder
 
 SCRIPTS = ROOT / "benchmarks"
 
@@ -25,11 +29,10 @@ def test_each_contender_has_a_row(
     script: str,
     contenders: list[str],
     images: Path,
-    python: Run,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One in processes of its own; the others in this one, since starting a process takes seconds."""
+    """In this process, since starting one takes seconds."""
     options = ["--device", "cpu", "--size", "32", "--images", "4"]
     options += {
         "last": ["--batch=2", "--epochs=2", "--rows", "40", "--", "data=folder", f"data.root={images}"],
@@ -41,17 +44,26 @@ def test_each_contender_has_a_row(
     if script == "last":
         options += ["model/pooling=bilinear", "model.weights=random"]
         options += ["data.num_workers=0", "data.val_fraction=0.34"]
-    if script == "predict":
-        run = python(str(SCRIPTS / f"{script}.py"), *options, PYTHONPATH=str(ROOT))
-        assert run.returncode == 0, run.stderr
-        printed = run.stdout
-    else:
-        monkeypatch.syspath_prepend(SCRIPTS)
-        measure = lambda name, contender, options: {**contender(options), "peak": 1}  # noqa: E731
-        monkeypatch.setattr(import_module("harness"), "measure", measure)
-        monkeypatch.setattr("sys.argv", [script, *options])
-        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
-        printed = capsys.readouterr().out
+    measure = lambda name, contender, options: {**contender(options), "peak": 1}  # noqa: E731
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(import_module("harness"), "measure", measure)
+    monkeypatch.setattr("sys.argv", [script, *options])
+    runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
     rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
     assert len(rows) >= len(contenders)
     assert all(row.startswith(name) for row, name in zip(rows, contenders, strict=False))
+
+
+def cache_and_200_mb(options: Namespace) -> dict[str, float]:
+    """A contender: it takes memory, and finds an empty cache."""
+    assert not [*cache_folder("stores").iterdir()]
+    return {"seconds": float(len(b"x" * options.bytes) > 0)}
+
+
+def test_a_contender_has_a_process_and_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    (cache_folder("stores") / "mine").touch()
+    options = Namespace(device=torch.device("cpu"), bytes=200_000_000)
+    found = import_module("harness").measure("memory", cache_and_200_mb, options)
+    assert found["seconds"] == 1 and found["peak"] > 100e6

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import wandb
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.utils import instantiate
@@ -73,6 +72,8 @@ def log_results(
 @rank_zero_only
 def log_report(cfg: DictConfig, state: RunState, stage: str, report: Path | None) -> None:
     """Keep the report in wandb, as an artifact of the run of the last stage, which has ended."""
+    import wandb  # here, and below: it takes half a second, and most runs do without
+
     of_wandb = {
         name: options
         for name, options in (cfg.logger or {}).items()
@@ -186,6 +187,8 @@ def _confusion(predictions: Predictions) -> Any:
 
     `wandb.plot.confusion_matrix` lists every cell, and wandb cuts a table off after 10,000 rows.
     """
+    import wandb
+
     names, confusion = predictions.classes, predictions.confusion
     cells = [[names[i], names[j], int(confusion[i, j])] for i, j in confusion.nonzero().tolist()]
     columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
@@ -199,6 +202,8 @@ def _confusion(predictions: Predictions) -> Any:
 
 def _hardest(predictions: Predictions) -> list[list[Any]]:
     """Return a row of `COLUMNS` for the images whose class got the least probability."""
+    import wandb
+
     hardest = predictions.true_probability.argsort(stable=True)[:TABLE_IMAGES].tolist()
     p, rows = predictions.select(hardest), []
     columns = (p.labels, p.predicted, p.confidence, p.true_probability)
