@@ -180,7 +180,11 @@ def test_a_card_says_what_is_not_known_and_shows_class_names_as_they_are(tiny: B
     assert "It is not recorded which images" in card and "this model is not calibrated" in card
 
 
-def test_mistakes_are_one_sentence(bcnn: Bcnn, hub: Any, run: Path, setenv: Any) -> None:
+def test_mistakes_are_one_sentence(
+    bcnn: Bcnn, hub: Any, run: Path, setenv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts to reach nobody
+
     def refused(name: str, sentence: str, *words: str) -> None:
         outcome = bcnn("push", run, name, *words)
         assert outcome.code == 1 and sentence in outcome.err and outcome.err.count("\n") == 1
