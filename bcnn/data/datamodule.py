@@ -42,7 +42,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     `setup` checks every image and draws the splits. After it, `classes` are names by label, `train`,
     `val` and `test` (path, label) pairs, `findings` what the check found by path, `digests` the digests
     among it, `groups` the group of each path, and `split` the record of the splits. `val` and `test`
-    may be empty. `others` are findings of the images without labels.
+    may be empty. `unlabelled_findings` are of the images without labels.
 
     For a data set with files of its own, override `read_index`.
 
@@ -78,7 +78,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     test: Samples
     split: SplitRecord
     findings: dict[str, Finding]
-    others: dict[str, Finding]
+    unlabelled_findings: dict[str, Finding]
     digests: dict[str, str]
     groups: dict[str, str]
     taxonomy: Taxonomy | None
@@ -140,7 +140,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             raise UserError(found[0])
         val, test = splits.fractions_to_draw(index, *self.fractions)
         recipe = {"seed": self.seed, "val_fraction": val, "test_fraction": test}
-        self.others = find_unlabelled(self.unlabelled, self.findings) if self.unlabelled else {}
+        self.unlabelled_findings = find_unlabelled(self.unlabelled, self.findings)
         self._drawn = splits.draw_splits(index, self.digests, self.groups, *self.fractions, self.seed)
         self._assign(self._drawn, recipe)
         lacking = splits.without_images(self._drawn, val, test) if self.grouped else []
@@ -181,7 +181,9 @@ class FineGrainedDataModule(L.LightningDataModule):
         """Return the number of images, and of groups, of each split."""
         uses = {"train": "to train on", "val": "to validate", "test": "to test"}
         counts = [f"{self.count(split)} {use}" for split, use in uses.items()]
-        return ", ".join(counts + [f"{len(self.others)} images without labels"] * bool(self.others))
+        if self.unlabelled:
+            counts.append(f"{len(self.unlabelled_findings)} images without labels")
+        return ", ".join(counts)
 
     def use_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Take a network's preprocessing, which has the sides that its backbone takes."""
@@ -201,16 +203,16 @@ class FineGrainedDataModule(L.LightningDataModule):
         counts = torch.bincount(labels, minlength=len(self.classes)).clamp(min=1)
         return len(self.train) / (len(self.classes) * counts.float())
 
-    def train_sampler(self, trainer: L.Trainer | None, others: int = 0) -> SeededSampler:
-        """Return the sampler of training images, and of so many others after them.
+    def train_sampler(self, trainer: L.Trainer | None, unlabelled: int = 0) -> SeededSampler:
+        """Return the sampler of training images, and of so many unlabelled ones after them.
 
         It goes by the epochs of the trainer, if there is one.
         """
         weights = None
         if self.sampler == "balanced":
             balanced = self.class_weights()[[label for _, label in self.train]]
-            weights = torch.cat([balanced, torch.ones(others)])
-        return SeededSampler.of(len(self.train) + others, self.seed, weights, trainer)
+            weights = torch.cat([balanced, torch.ones(unlabelled)])
+        return SeededSampler.of(len(self.train) + unlabelled, self.seed, weights, trainer)
 
     def rank_batch(self, trainer: L.Trainer | None) -> int:
         """Return the number of images of a batch that a rank takes."""
@@ -219,8 +221,8 @@ class FineGrainedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         transform = self.preprocessing.training(self.train_scale)
         load = load_reduced if self.cache else load_image
-        samples = [*self.train, *((path, NO_LABEL) for path in self.others)]
-        sampler = self.train_sampler(self.trainer, len(self.others))
+        samples = [*self.train, *((path, NO_LABEL) for path in self.unlabelled_findings)]
+        sampler = self.train_sampler(self.trainer, len(self.unlabelled_findings))
         return self._loader(samples, transform, None, load, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -280,7 +282,8 @@ class FineGrainedDataModule(L.LightningDataModule):
             logger.warning(warning)
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()
-        self.split = SplitRecord.of(index, self.findings, recipe, self.others.values())
+        others = self.unlabelled_findings.values()
+        self.split = SplitRecord.of(index, self.findings, recipe, others)
         self._sample_loaders = {}
 
     def _validate_arguments(self) -> None:

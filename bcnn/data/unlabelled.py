@@ -8,11 +8,13 @@ from bcnn.data.lookalikes import near_duplicates
 from bcnn.utils.console import logger
 
 
-def find_unlabelled(source: str | Path, labelled: Findings) -> dict[str, Finding]:
+def find_unlabelled(source: str | Path | None, labelled: Findings) -> dict[str, Finding]:
     """Return the findings of intact images that look like none of the labelled; log what is left out.
 
-    The source is a folder with all below it, a list or a pattern.
+    The source is a folder with all below it, a list or a pattern; None: there are none.
     """
+    if source is None:
+        return {}
     found = check(Path(source), find_images([str(source)]))
     intact = {path: finding for path, finding in found.items() if not finding.error}
     hashes, others = (

@@ -172,8 +172,8 @@ def data_digest(data: FineGrainedDataModule) -> str:
         for split, samples in splits.items()
         for path, label in samples
     )
-    others = sorted(finding.digest for finding in data.others.values())
-    return hashlib.sha256(json.dumps([data.classes, images, others]).encode()).hexdigest()
+    unlabelled = sorted(finding.digest for finding in data.unlabelled_findings.values())
+    return hashlib.sha256(json.dumps([data.classes, images, unlabelled]).encode()).hexdigest()
 
 
 @rank_zero_only
