@@ -20,7 +20,7 @@ PLACES = {"scheduler": "scheduler@finetune.scheduler", "optimizer": "optimizer@f
 CHOICES = [f"{PLACES.get(name, name)}={choice}" for name in GROUPS for choice in GROUPS[name]]
 PAGES = [(ROOT / "README.md").read_text(), *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
 PAGE = (ROOT / "docs" / "options.md").read_text()
-OPTIONS = PAGE[PAGE.index("| option of `bcnn train`, with its default") :].split("\n\n")[0]
+OPTIONS = PAGE[PAGE.index("| option of `bcnn train`, with its default for") :].split("\n\n")[0]
 EXAMPLES = {"FLOWERS": "data=folder", "GROCERIES": "data=folder", "NAME": "cub200", "SET": "cub200"}
 COMMANDS = {
     re.sub("|".join(EXAMPLES), lambda found: EXAMPLES[found[0]], command)

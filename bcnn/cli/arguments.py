@@ -25,7 +25,7 @@ PATHS = (
 )
 Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
 
-LABELS = "Image folder as for training, or list of path,label[,split][,group]."
+LABELS = "Image folder as for training, or list of path,label[,split]; a header line may add group."
 LabelledImages = Annotated[Path, typer.Argument(metavar="IMAGES", exists=True, help=LABELS)]
 
 GROUP = "Regular expression: its first group, or its match, in a path names the image's group."
