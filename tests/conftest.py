@@ -308,8 +308,11 @@ def train(tmp_path: Path) -> Run:
         process = fork.Process(target=_train, args=(words, {**os.environ, **variables}, files))
         process.start()
         process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            pytest.fail(f"bcnn train {words} did not end within 300 s")
         out, err = (file.read_text() for file in files)
-        return subprocess.CompletedProcess(words, process.exitcode or 0, out, err)
+        return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
     return run
 
