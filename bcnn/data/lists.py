@@ -62,13 +62,17 @@ def _by_column(file: str | Path, names: list[str], rows: Iterator[tuple[int, lis
 
 def _parquet_cells(file: str | Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the names of the columns as row 0, and then (row number, cells); no value is ""."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open_file(file) as content, pq.ParquetFile(content) as table:
-        yield 0, table.schema_arrow.names
-        rows = (zip(*batch.to_pydict().values(), strict=True) for batch in table.iter_batches())
-        for line, cells in enumerate(chain.from_iterable(rows), 1):
-            yield line, ["" if cell is None else str(cell) for cell in cells]
+    try:
+        with open_file(file) as content, pq.ParquetFile(content) as table:
+            yield 0, table.schema_arrow.names
+            rows = (zip(*batch.to_pydict().values(), strict=True) for batch in table.iter_batches())
+            for line, cells in enumerate(chain.from_iterable(rows), 1):
+                yield line, ["" if cell is None else str(cell) for cell in cells]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no readable Parquet file: {error}") from error
 
 
 def read_cells(file: str | Path, expected: str) -> list[tuple[int, list[str]]]:

@@ -9,7 +9,11 @@ import threading
 from functools import lru_cache
 from glob import has_magic
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
+
+from bcnn.utils.errors import UserError
 
 URL = re.compile(r"([a-z]+::)*[a-z][a-z0-9+.-]+://")  # two letters at least: C: is a drive of Windows
 ARCHIVES = 16  # open at a time, each with the index of its members
@@ -63,11 +67,14 @@ def _locate(url: str) -> tuple[Any, str]:
 
     scheme, _, name = url.partition("://")
     name, chain, rest = name.partition("::")
-    if not chain or "::" in scheme:
-        return url_to_fs(url)
-    status = None if is_url(rest) else os.stat(rest)
-    state = status and (status.st_ino, status.st_mtime_ns)
-    return _archive(f"{scheme}://::{rest}", state, os.getpid(), threading.get_ident()), name
+    try:
+        if not chain or "::" in scheme:
+            return url_to_fs(url)
+        status = None if is_url(rest) else os.stat(rest)
+        state = status and (status.st_ino, status.st_mtime_ns)
+        return _archive(f"{scheme}://::{rest}", state, os.getpid(), threading.get_ident()), name
+    except (ValueError, BadZipFile, TarError) as error:  # an unknown scheme, a damaged archive
+        raise UserError(f"{url}: {error}") from error
 
 
 @lru_cache(ARCHIVES)

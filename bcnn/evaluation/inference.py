@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -243,5 +244,5 @@ def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], li
             images.append(transform(load_image(path, preprocessing.side)).as_subclass(Tensor))
         except Exception as error:  # decoders raise anything, and one file must not stop the others
             errors[index] = str(error) or repr(error)
-            images.append(torch.zeros(3, preprocessing.size, preprocessing.size, dtype=torch.uint8))
+            images.append(transform(Image.new("RGB", (1, 1))).as_subclass(Tensor))
     return paths, errors, stack_images(images)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TextIO
@@ -101,14 +101,15 @@ def _parquet(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterat
         special = {"prediction_set": pa.list_(pa.string()), "unlike_training": pa.bool_()}
         return special.get(name, pa.float32() if "probability" in name else pa.string())
 
+    def escaped(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(escaped, value)]
+        return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
     rows: list[dict[str, Any]] = []
 
     def write(prediction: Prediction) -> None:
-        path, error = (
-            text.encode(errors="backslashreplace").decode()
-            for text in (prediction.path, prediction.error)
-        )
-        rows.append(_row(replace(prediction, path=path, error=error), model, top))
+        rows.append({name: escaped(value) for name, value in _row(prediction, model, top).items()})
 
     yield write
     schema = pa.schema({name: type_of(name) for name in _row(Prediction(""), model, top)})

@@ -86,6 +86,9 @@ def test_a_list_may_be_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": ["a.png"]}), file)
     with pytest.raises(UserError, match=r"list\.parquet has no column path, but image"):
         read_list(file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"list\.parquet is no readable Parquet file: "):
+        read_list(file)
 
 
 def describe(folder: Path, **labels: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from conftest import Run, folder_data, network, save_checkpoint, write_images
 from PIL import Image
 
+from bcnn.data.transforms import Preprocessing
 from bcnn.evaluation.inference import predict_paths, predict_split
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.errors import UserError
@@ -32,6 +33,14 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
         found = list(predict_paths(tiny, ["a", "b", "c"], batch=batch, workers=0))
         assert [each.error for each in found] == ["", "MemoryError()", ""]
         assert [len(each.pairs) for each in found] == [3, 0, 3]
+
+
+def test_nor_does_it_where_the_sides_are_multiples(tmp_path: Path) -> None:
+    backbone = {"name": "timm", "model": "resnet10t"}
+    model = BCNN(["a", "b"], Preprocessing(100, "whole"), backbone, {"name": "average"})
+    (tmp_path / "a.png").write_bytes(b"none")
+    (found,) = predict_paths(model.eval(), [str(tmp_path / "a.png")], workers=0)
+    assert "not an image" in found.error
 
 
 def test_predictions_come_before_the_list_is_read_to_its_end(tiny: BCNN, paths: list[Path]) -> None:

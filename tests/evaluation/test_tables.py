@@ -1,8 +1,13 @@
 """Tables of text: what is written can be read back, and nothing in a name is markup."""
 
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from bcnn.evaluation.tables import console_table, latex, markdown, write_tables
+from bcnn.evaluation.writers import FORMATS, Prediction, write_rows
+from bcnn.models.bilinear_cnn import BCNN
 
 HEADING = ["run", "top-1, %", "last.optimizer.weight_decay"]
 ROWS = [
@@ -35,3 +40,10 @@ def test_the_console_folds_long_names_and_no_figures() -> None:
     table = console_table(HEADING, [["a/very/long/path/of/a/run/in/a/folder", "90.0 ± 2.8", "1e-5"]])
     assert [column.no_wrap for column in table.columns] == [False, True, True]
     assert table.columns[2].header == "last.\noptimizer.\nweight_decay"
+
+
+def test_parquet_escapes_the_bytes_of_names_that_are_no_unicode(tiny: BCNN, tmp_path: Path) -> None:
+    found = [Prediction("x\udcff.png", [("b\udcff", 0.9)], set=["b\udcff"])]
+    [*write_rows(tmp_path / "rows.parquet", [], found, partial(FORMATS["parquet"], model=tiny, top=1))]
+    (row,) = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert (row["image"], row["top1"], row["prediction_set"]) == (r"x\udcff.png", r"b\udcff", [r"b\udcff"])
