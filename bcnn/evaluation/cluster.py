@@ -13,6 +13,7 @@ from bcnn.evaluation.parts import Part, write_parts
 from bcnn.evaluation.writers import Predictor, WriteTo
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.utils.device import best_device
+from bcnn.utils.errors import UserError
 
 PARTS = 8  # at most, that an actor is sent at a time: its decoding processes start anew for them
 
@@ -22,16 +23,21 @@ class PartWriter:
 
     def __init__(self, tools: ray.ObjectRef, folder: str, cores: int) -> None:
         """Fetch the arguments of `write_parts_on_ray`; relative paths begin at the folder."""
-        os.chdir(folder)
+        self.folder = folder
         os.environ["BCNN_CORES"] = str(cores)
         model, self.predictor, self.write_to = ray.get(tools)
         model.to(best_device())
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         """Write the parts of rows, but for those that are there: by an actor that died after them."""
-        texts = zip(map(Path, rows["file"]), map(os.fsdecode, rows["images"]), strict=True)
-        parts = [Part(file, text.split("\0")) for file, text in texts if not file.exists()]
-        return {"errors": [[each.error for each in write_parts(parts, self.predictor, self.write_to)]]}
+        try:
+            os.chdir(self.folder)
+            texts = zip(map(Path, rows["file"]), map(os.fsdecode, rows["images"]), strict=True)
+            parts = [Part(file, text.split("\0")) for file, text in texts if not file.exists()]
+            errors = [each.error for each in write_parts(parts, self.predictor, self.write_to)]
+        except (UserError, OSError) as error:  # Ray would show it inside a traceback of its own
+            return {"errors": [[]], "failure": [str(error)]}
+        return {"errors": [errors], "failure": [""]}
 
 
 def write_parts_on_ray(
@@ -67,6 +73,8 @@ def write_parts_on_ray(
             **share,
         )
         for row in written.iter_rows():
+            if row["failure"]:
+                raise UserError(row["failure"])
             yield from row["errors"]
 
 

@@ -23,6 +23,7 @@ from bcnn.evaluation.inference import predict_paths
 from bcnn.evaluation.writers import FORMATS, Prediction
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
+from bcnn.utils.errors import UserError
 
 SIZE = 16  # images of a part, in these tests
 WORDS = ["predict", "best.safetensors", "photos", "--workers", "0", "--format", "csv"]
@@ -112,6 +113,10 @@ def predict_and_die(*arguments: Any, **options: Any) -> Iterator[Prediction]:
         yield prediction
 
 
+def refuse(*arguments: Any, **options: Any) -> Iterator[Prediction]:
+    raise UserError("this machine lacks the images")
+
+
 @pytest.mark.slow
 def test_an_actor_of_a_ray_cluster_is_killed_and_the_parts_are_those_of_one_run(
     predict: partial[Outcome], photos: Path, importable: None, monkeypatch: pytest.MonkeyPatch
@@ -131,8 +136,11 @@ def test_an_actor_of_a_ray_cluster_is_killed_and_the_parts_are_those_of_one_run(
             cluster.add_node(num_cpus=1)
             cluster.add_node(num_cpus=1)
         assert predict("--output", "out", "--ray", cluster.address).code == 0
+        monkeypatch.setattr("bcnn.evaluation.inference.predict_paths", refuse)
+        refused = predict("--output", "refused", "--ray", cluster.address)
     finally:
         cluster.shutdown()
+    assert refused.code == 1 and refused.err.endswith("error: this machine lacks the images\n")
     actors = list(Path().glob("actor-*"))
     images = Counter(path for file in actors for path in file.read_text().splitlines())
     assert len(actors) > 1 and images.total() - len(images) == SIZE // 2  # of one part, twice
