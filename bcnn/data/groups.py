@@ -54,13 +54,14 @@ def find_groups(images: Sequence[str], pattern: str | None) -> dict[str, list[st
     elif len(images) != 1 or not os.path.isfile(images[0]) or is_image(images[0]):
         raise UserError("--by group: add --group REGEX, or name a list with a column group as IMAGES")
     else:
-        file = Path(images[0])
+        (file,), names = images, {}
         columns, rows = read_rows(file)
         if "group" not in columns:
             raise UserError(f"{file} has no column group: add it, or use --group REGEX")
-        names = {beside(images[0], row["path"]): row["group"] for _, row in rows}
-        if empty := [line for line, row in rows if not row["group"]]:
-            raise UserError(f"{file}, line {empty[0]}: no group: name one, or use --group REGEX")
+        for line, row in rows:
+            if not row["group"]:
+                raise UserError(f"{file}, line {line}: no group: name one, or use --group REGEX")
+            names[beside(file, row["path"])] = row["group"]
     groups: dict[str, list[str]] = defaultdict(list)
     for path, name in names.items():
         groups[name].append(path)

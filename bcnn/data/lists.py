@@ -15,19 +15,13 @@ SUFFIXES = (".csv", ".parquet", ".tsv", ".txt")  # of files that are lists, wher
 Rows = Iterator[tuple[int, dict[str, str]]]  # line number, cell by column
 
 
-def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the columns of a list, and (line number, cell by column) of a row: see `stream_rows`."""
-    names, rows = stream_rows(file)
-    return names, [*rows]
-
-
 def paths_of_list(file: str) -> Iterator[str]:
     """Yield the column path of a list; paths may begin at the list, and both may be URLs."""
-    for _, row in stream_rows(file)[1]:
+    for _, row in read_rows(file)[1]:
         yield beside(file, row["path"])
 
 
-def stream_rows(file: str | Path) -> tuple[list[str], Rows]:
+def read_rows(file: str | Path) -> tuple[list[str], Rows]:
     """Return the columns of a list, and its rows; those of a Parquet file are read as they are needed.
 
     The first line may name the columns, among them `path` (or `file_name`); without names they are

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter, length_hint
@@ -145,15 +144,12 @@ def predict_paths(
         pin_memory=device == "cuda",
     )
     threshold = model.calibration.threshold(coverage) if model.calibration and not groups else None
-    outputs: _Outputs = ((names, errors, infer(model, x, mirror=mirror)) for names, errors, x in loader)
-    if groups:
-        outputs = _by_group(model, groups, outputs)
-    for names, errors, found in outputs:
-        for path, error, each in zip(names, errors, map(found.image, range(len(names))), strict=True):
-            if error or each.probabilities[0].isnan().any():
-                yield Prediction(path, error=error or NOT_FINITE)
-            else:
-                yield _prediction(path, model, each, top, threshold, sure)
+    outputs = _outputs(model, loader, mirror)
+    for name, error, output in _by_group(model, groups, outputs) if groups else outputs:
+        if error or output.probabilities.isnan().any():
+            yield Prediction(name, error=error or NOT_FINITE)
+        else:
+            yield _prediction(name, model, output, top, threshold, sure)
 
 
 class _Itself(Dataset[str]):
@@ -181,29 +177,32 @@ def _prediction(
     )
 
 
-_Outputs = Iterator[tuple[list[str], list[str], Output]]  # of batches: paths, errors, output
+_Outputs = Iterator[tuple[str, str, Output]]  # path or group, error, and the output for a batch of it
 
 
-def _by_group(model: BCNN, groups: Sequence[str], outputs: _Outputs) -> _Outputs:
+def _outputs(model: BCNN, loader: DataLoader, mirror: bool) -> _Outputs:
+    """Yield the output for each image in batches of `_load`."""
+    for paths, errors, images in loader:
+        batch = infer(model, images, mirror=mirror)
+        for row, (path, error) in enumerate(zip(paths, errors, strict=True)):
+            yield path, error, batch.image(row)
+
+
+def _by_group(model: BCNN, groups: Sequence[str], images: _Outputs) -> _Outputs:
     """Yield the mean output of each group, and those of its images that have an error."""
-    images = (
-        (path, error, batch.image(i))
-        for paths, errors, batch in outputs
-        for i, (path, error) in enumerate(zip(paths, errors, strict=True))
-    )
     for group, members in groupby(zip(groups, images, strict=True), key=itemgetter(0)):
         known: list[Output] = []
-        for _, (path, error, single) in members:
-            if error or not single.logits.isfinite().all():
-                yield [path], [error], single
+        for _, (path, error, output) in members:
+            if error or not output.logits.isfinite().all():
+                yield path, error, output
             else:
-                known.append(single)
+                known.append(output)
         if known:
-            logits = torch.cat([single.logits for single in known]).mean(dim=0, keepdim=True)
-            scores = [single.novelty for single in known if single.novelty is not None]
-            mean = torch.cat(scores).mean(dim=0, keepdim=True) if scores else None
+            logits = torch.cat([each.logits for each in known]).mean(dim=0, keepdim=True)
+            scores = [each.novelty for each in known if each.novelty is not None]
+            novelty = torch.cat(scores).mean(dim=0, keepdim=True) if scores else None
             shares = model.probabilities(logits.to(model.head.bias.device)).cpu()
-            yield [group], [""], Output(shares, mean, logits)
+            yield group, "", Output(shares, novelty, logits)
 
 
 def predict_split(
@@ -226,14 +225,12 @@ def predict_split(
     paths, labels = zip(*samples, strict=True)
     found = torch.cat([part.probabilities for part in parts])
     validate_finite(found, paths)
-    predictions = Predictions(model.classes, list(paths), torch.tensor(labels), found)
-    if not model.calibration:
-        return predictions
-    return replace(
-        predictions,
-        sets=prediction_sets(found, model.calibration.threshold(COVERAGE)),
-        novelty=torch.cat([part.novelty for part in parts if part.novelty is not None]),
-    )
+    sets = novelty = None
+    if model.calibration:
+        sets = prediction_sets(found, model.calibration.threshold(COVERAGE))
+        novelty = torch.cat([part.novelty for part in parts if part.novelty is not None])
+    known = model.classes, [*paths], torch.tensor(labels)
+    return Predictions(*known, found, sets=sets, novelty=novelty)
 
 
 def _load(preprocessing: Preprocessing, paths: list[str]) -> tuple[list[str], list[str], Images]:

@@ -70,10 +70,11 @@ def write_corrected(output: Path, images: Path, index: ImageIndex, moves: Moves)
 
 def _write_list(output: Path, images: Path, index: ImageIndex, moves: Moves) -> None:
     """Write a list; further columns of a list stay as they are."""
-    names, rows = read_rows(images) if images.is_file() else ([], [])
-    others = {str(images.parent / row["path"]): row for _, row in rows}
-    columns = [*COLUMNS[: 2 + index.divided], *["group"] * bool(index.groups)]
-    columns += [name for name in names if name not in columns]
+    columns, others = [*COLUMNS[: 2 + index.divided], *["group"] * bool(index.groups)], {}
+    if images.is_file():
+        names, rows = read_rows(images)
+        columns += [name for name in names if name not in columns]
+        others = {str(images.parent / row["path"]): row for _, row in rows}
     written = []
     for split, samples in index.splits.items():
         for path, label in samples:
