@@ -191,9 +191,6 @@ def _read_metadata(root: Path) -> ImageIndex | None:
     if others := parts.keys() - lists:
         raise UserError(f"{parts[min(others)]} has no {METADATA} beside its images: add it")
     found = {split: read_list(file) for split, file in lists.items()}
-    index = ImageIndex.of(
-        [(path, name, split) for split in found for path, name, _ in _entries(found[split])]
-    )
-    return replace(
-        index, groups={p: name for each in found.values() for p, name in each.groups.items()}
-    )
+    entries = [(path, name, split) for split in found for path, name, _ in _entries(found[split])]
+    groups = {path: name for index in found.values() for path, name in index.groups.items()}
+    return replace(ImageIndex.of(entries), groups=groups)

@@ -129,18 +129,16 @@ def _change(name: str, earlier: Predictions, after: Predictions) -> dict[str, An
     images, others = ((x.classes, x.paths, x.labels.tolist()) for x in (after, earlier))
     if images != others:
         return None
-    corrected, lost = (earlier, earlier.corrected_by(after)), (after, after.corrected_by(earlier))
     now = displayed(after)
-    metrics = {key: estimate for key, estimate in displayed(earlier).items() if key in now}
     pairs = zip(per_class(earlier), per_class(after), strict=True)
     moved = [pair for pair in pairs if pair[0].images and pair[0].recall != pair[1].recall]
     moved.sort(key=lambda pair: pair[1].recall.value - pair[0].recall.value)
     return {
         "before": name,
-        "metrics": metrics,
+        "metrics": {key: estimate for key, estimate in displayed(earlier).items() if key in now},
         "classes": moved,
-        "corrected": corrected,
-        "lost": lost,
+        "corrected": (earlier, earlier.corrected_by(after)),
+        "lost": (after, after.corrected_by(earlier)),
     }
 
 

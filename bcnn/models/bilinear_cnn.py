@@ -64,8 +64,7 @@ class BCNN(nn.Module):
         self.split = split
         self.taxonomy = taxonomy
         backbone, pooling = dict(backbone or DEFAULT["backbone"]), dict(pooling or DEFAULT["pooling"])
-        chosen: dict[str, Any] = {"backbone": backbone, "pooling": pooling, "project": project}
-        self.chosen = chosen
+        self.chosen: dict[str, Any] = {"backbone": backbone, "pooling": pooling, "project": project}
         self.backbone = make_backbone(**backbone, project=project)
         divisor = math.lcm(self.backbone.stride, self.backbone.size_divisor)
         self.preprocessing = replace(preprocessing, divisor=divisor, min_size=self.backbone.min_size)
