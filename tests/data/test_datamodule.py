@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import folder_data, set_up, write_classes, write_images
+from conftest import set_up, write_classes, write_images
 from PIL import Image
 
 from bcnn.data.datamodule import SAMPLE_WORKERS, FineGrainedDataModule
@@ -164,6 +164,8 @@ def test_the_sample_s_loader_is_made_once_and_keeps_its_few_workers(images: Path
     assert data.train_dataloader().persistent_workers and data.train_dataloader().num_workers == 16
     data.use_preprocessing(Preprocessing(48))
     assert data.sample_dataloader() is not loader
+    data.batch_size = 2  # a run that is resumed between two stages rounds the same way
+    assert data.sample_dataloader().batch_size == 2
 
 
 def test_the_splits_of_a_checkpoint_are_followed(
@@ -229,11 +231,3 @@ def test_a_record_of_other_images_changes_no_split(images: Path) -> None:
     data.follow(SplitRecord({"seed": 1}, frozenset({"a"}), frozenset({"b"}), frozenset()))
     assert (data.train, data.val, data.test) == before
     assert data.split.train == {"a", *(data.digests[path] for path, _ in data.train)}
-
-
-def test_the_sample_has_the_batch_size_of_the_stage(images: Path) -> None:
-    """Whatever it was in the stage before: a run that is resumed between them rounds the same way."""
-    data = folder_data(images, batch_size=4)
-    assert data.sample_dataloader().batch_size == 4
-    data.batch_size = 2
-    assert data.sample_dataloader().batch_size == 2

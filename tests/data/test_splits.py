@@ -88,9 +88,6 @@ def test_copies_are_on_one_side_and_those_of_two_classes_are_trained_on() -> Non
 
 
 def test_the_seed_decides() -> None:
-    digests = {f"{i}": f"{random.Random(i).getrandbits(64):016x}" for i in range(20)}
-    val, test = hold_out([(path, 0) for path in digests], digests, digests, 0, 0.2, 0.2)
-    assert (val, test) == ({"0", "2", "7", "8", "12", "17"}, {"3", "16"})
     images, digests = samples(40)
     drawn = {frozenset(hold_out(images, digests, digests, seed, 0.1, 0.2)[1]) for seed in range(10)}
     assert len(drawn) == 10
