@@ -173,9 +173,9 @@ class FineGrainedDataModule(L.LightningDataModule):
 
     def count(self, split: str) -> str:
         """Return the number of images of a split and, if there are any but copies, of groups."""
-        samples = {"train": self.train, "val": self.val, "test": self.test}[split]
+        samples: Samples = getattr(self, split)
         groups = len({self.groups[path] for path, _ in samples})
-        return f"{len(samples)} images" + f" of {groups} groups" * self.grouped
+        return f"{len(samples)} images" + (f" of {groups} groups" if self.grouped else "")
 
     def numbers(self) -> str:
         """Return the number of images, and of groups, of each split."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 from rich.table import Table
 
@@ -112,10 +111,7 @@ def _load(folder: Path) -> Predictions:
     file = folder / PREDICTIONS
     if not file.is_file():
         raise UserError(f"{folder} has no {PREDICTIONS}: name a run that has ended and has test images")
-    try:
-        return Predictions.load(file)
-    except (ValueError, TypeError, KeyError, BadZipFile) as error:
-        raise UserError(f"{file} is damaged: evaluate the model again") from error
+    return Predictions.load(file)
 
 
 def _write_images(path: Path, runs: Sequence[Run]) -> None:

@@ -107,7 +107,7 @@ def draw(explanation: Explanation, classes: list[str], name: str) -> Figure:
     """Draw both attribution maps beside the image, under its name and its most probable classes."""
     top = explanation.probabilities.topk(min(3, len(classes)))
     likeliest = ", ".join(f"{classes[k]} {share:.1%}" for share, k in zip(*top, strict=True))
-    likeliest += "; unlike the training images" * bool(explanation.unlike_training)
+    likeliest += "; unlike the training images" if explanation.unlike_training else ""
     target, against = classes[explanation.target], f"rather than {classes[explanation.against]}: "
     crop = explanation.drawn(SIDE)
     figure = Figure(figsize=(crop.width / 50 + 1.5, crop.height / 150 + 1.2), layout="constrained")

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from bcnn.data.index import ImageIndex
-from bcnn.data.lists import COLUMNS, read_rows
+from bcnn.data.lists import read_rows
 from bcnn.data.split_folders import class_name
 from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.tables import write_csv
@@ -70,7 +70,8 @@ def write_corrected(output: Path, images: Path, index: ImageIndex, moves: Moves)
 
 def _write_list(output: Path, images: Path, index: ImageIndex, moves: Moves) -> None:
     """Write a list; further columns of a list stay as they are."""
-    columns, others = [*COLUMNS[: 2 + index.divided], *["group"] * bool(index.groups)], {}
+    columns = ["path", "label"] + ["split"] * index.divided + ["group"] * bool(index.groups)
+    others = {}
     if images.is_file():
         names, rows = read_rows(images)
         columns += [name for name in names if name not in columns]

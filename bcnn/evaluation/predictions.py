@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write
 
 TENSORS = ("labels", "probabilities", "sets", "novelty")
@@ -99,9 +100,12 @@ class Predictions:
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Read what `save` wrote."""
-        with np.load(path) as file:
-            tensors: Any = {name: torch.from_numpy(file[name]) for name in TENSORS if name in file}
-            return cls(**tensors, **{n: file[n].tolist() for n in file.files if n not in tensors})
+        try:
+            with np.load(path) as file:
+                tensors: Any = {name: torch.from_numpy(file[name]) for name in TENSORS if name in file}
+                return cls(**tensors, **{n: file[n].tolist() for n in file.files if n not in tensors})
+        except Exception as error:  # damaged bytes raise many types
+            raise UserError(f"{path} is damaged: evaluate the model again") from error
 
 
 def on_common_images(runs: Sequence[Predictions]) -> list[Predictions]:

@@ -39,7 +39,7 @@ WriteTo = Callable[[TextIO, Sequence[str]], AbstractContextManager[Writer]]  # a
 def _table(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, model.classes))
-    in_set = "  in the set" * bool(model.calibration)
+    in_set = "  in the set" if model.calibration else ""
     print(f"{'image':{first}}  {'class':{second}}  probability{in_set}", file=out)
 
     def write(prediction: Prediction) -> None:
@@ -48,10 +48,10 @@ def _table(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator
             lines.append("unlike the training images: maybe of no class")
         classes = prediction.set or []
         for label, probability in prediction.pairs:
-            mark = "yes" * (label in classes)
+            mark = "yes" if label in classes else ""
             lines.append(f"{printable(label):{second}}  {probability:>11.1%}  {mark}".rstrip())
-        if others := len(classes) - len(prediction.pairs):
-            lines += [f"and {others} more in the set"] * (others > 0)
+        if (others := len(classes) - len(prediction.pairs)) > 0:
+            lines.append(f"and {others} more in the set")
         if prediction.answer:
             lines.append(printable(answer_text(prediction.answer)))
         for name, line in zip(chain([printable(prediction.path)], repeat("")), lines, strict=False):
@@ -140,8 +140,10 @@ def _labelstudio(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> It
         local = f"/data/local-files/?d={quote(path, errors='surrogateescape')}"
         address = prediction.path if is_url(prediction.path) else local
         text = ", ".join(f"{label} {p:.1%}" for label, p in prediction.pairs) or prediction.error
-        text += "; unlike the training images" * bool(prediction.unlike_training)
-        text += f"; {answer_text(prediction.answer)}" if prediction.answer else ""
+        if prediction.unlike_training:
+            text += "; unlike the training images"
+        if prediction.answer:
+            text += f"; {answer_text(prediction.answer)}"
         choice = {"from_name": "class", "to_name": "image", "type": "choices"}
         value = {"choices": [name for name, _ in prediction.pairs[:1]]}
         likeliest = [

@@ -75,7 +75,7 @@ def describe(model: BCNN) -> dict[str, str]:
         "squash": f"to {side} × {side} px",
         "whole": f"to an area of {size} × {size} px at its aspect, sides being {multiples}",
     }[preprocessing.resize]
-    crop = f", centre crop of {size} × {size} px" * (preprocessing.resize != "whole")
+    crop = "" if preprocessing.resize == "whole" else f", centre crop of {size} × {size} px"
     calibration: dict[str, str] = {}
     if model.calibration:
         thresholds = {coverage: model.calibration.threshold(coverage) for coverage in COVERAGES}

@@ -148,21 +148,23 @@ def _write_onnx(model: BCNN, path: Path, softmax: bool) -> None:
 
     for exporter in ("torch.onnx", "onnxscript.optimizer"):  # they log their own insides
         logging.getLogger(exporter).setLevel(logging.ERROR)
-    output = "probabilities" if softmax else "logits"
+    outputs = ["probabilities" if softmax else "logits"]
     network = Outputs(model, softmax, novelty=True, pooling=model.pooling.exportable())
+    if network.novelty:
+        outputs.append("novelty")
     program = torch.onnx.export(
         _exported(network, model),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=[output, "novelty"][: 1 + network.novelty],
+        output_names=outputs,
         verbose=False,
     )
     assert program is not None
     # The indices of the upper triangle follow from shapes alone: constants, above the usual size.
     optimizer.optimize(program.model, input_size_limit=2**24, output_size_limit=2**24)
     ClearMetadataAndDocStringPass()(program.model)  # traces of the exporter, with paths
-    program.model.metadata_props.update(describe(model), output=output)
+    program.model.metadata_props.update(describe(model), output=outputs[0])
     program.save(path)
 
 

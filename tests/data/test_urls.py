@@ -93,8 +93,9 @@ def test_a_pattern_may_be_a_url_and_no_match_is_one_sentence(photos: Path) -> No
         with pytest.raises(UserError, match=f"no images: {url.replace('*', '.')}"):
             find_images([url])
     (photos / "cut.tar").write_bytes(b"no archive")
-    for url, reason in (("foo://a.png", "Protocol not known"), ("tar://a.png::photos/cut.tar", "header")):
-        with pytest.raises(UserError, match=f"{url}: .*{reason}"):
+    odd = {"foo://a.png": "Protocol not known", "tar://a.png::photos/cut.tar": "truncated header"}
+    for url, reason in odd.items():
+        with pytest.raises(UserError, match=f"{url}: {reason}"):
             find_images([url])
     with pytest.raises(UserError, match=r"the image memory://photos/b.png: No such file"):
         load_image("memory://photos/b.png")

@@ -108,9 +108,12 @@ def test_nothing_is_said_of_runs_without_common_images(paths: list[str], tmp_pat
     folders = save(tmp_path, a=predictions(paths[:10], set()), b=predictions(paths[10:], set()))
     with pytest.raises(UserError, match="no image of the same class in common"):
         open_runs(folders)
-    (tmp_path / "b" / "predictions.npz").write_bytes(b"PK damaged")
-    with pytest.raises(UserError, match=r"b/predictions\.npz is damaged"):
-        open_runs(folders)
+    file = tmp_path / "b" / "predictions.npz"
+    content = file.read_bytes()
+    for damaged in (b"PK damaged", content[:200] + bytes(50) + content[250:]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"b/predictions\.npz is damaged"):
+            open_runs(folders)
     with pytest.raises(UserError, match=r"has no predictions\.npz"):
         open_runs([folders[0], tmp_path])
 
