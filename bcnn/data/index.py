@@ -148,7 +148,7 @@ def mistakes(index: ImageIndex, source: Path) -> list[str]:
         return [f"{source} has images of val or test only: add images to train on"]
     train, val, test = (index.counts(split) for split in index.splits)
     found = []
-    if alike := folders.lookalikes(index.classes):
+    if alike := folders.confusable_names(index.classes):
         found.append(
             f"{source}: names of classes look the same: {listed(alike, 3)}; rename one of each"
         )

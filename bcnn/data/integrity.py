@@ -6,10 +6,9 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
-from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,15 +130,9 @@ def cache_file(source: Path, suffix: str) -> Path:
 
 def _inspect_all(paths: Sequence[str]) -> Iterator[Finding]:
     """Yield the finding of each path; threads decode, as Pillow releases the interpreter's lock."""
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    pool = ThreadPoolExecutor(cores())
-    try:
-        results = chain.from_iterable(pool.map(lambda chunk: [*map(inspect, chunk)], chunks))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about files that it can read
-            yield from track(results, "checking images", len(paths))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPool(cores()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about files that it can read
+        yield from track(pool.imap(inspect, paths, CHUNK), "checking images", len(paths))
 
 
 def _state(path: str) -> list[int]:

@@ -10,7 +10,7 @@ from bcnn.data.image_files import images_below, is_ignored, is_image, listed
 from bcnn.utils.errors import UserError
 
 # Names of splits, as folders or in lists.
-SPLITS = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "development"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout", "heldout"), "test"),
@@ -80,13 +80,13 @@ def unlabelled_test(root: Path) -> Path | None:
 def split_of(name: str) -> tuple[str, str] | None:
     """Return the split that a name means, and the rest of the name ("seg" of seg_train)."""
     words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+|\d+", name.casefold())]
-    if "".join(words) in SPLITS:  # hold_out
-        return SPLITS["".join(words)], ""
-    splits = [word for word in words if word in SPLITS]
+    if "".join(words) in SPLIT_NAMES:  # hold_out
+        return SPLIT_NAMES["".join(words)], ""
+    splits = [word for word in words if word in SPLIT_NAMES]
     if len(splits) != 1:
         return None
     affix = (word for word in words if word and word not in {*splits, *FILLERS})
-    return SPLITS[splits[0]], " ".join(affix)
+    return SPLIT_NAMES[splits[0]], " ".join(affix)
 
 
 def _class_folders(folder: Path, split: str) -> Path:
@@ -111,7 +111,7 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def lookalikes(names: Iterable[str]) -> list[str]:
+def confusable_names(names: Iterable[str]) -> list[str]:
     """Return the names that look the same as another on a screen: `'iris' = 'iris\\u200b'`."""
     alike = defaultdict(list)
     for name in names:

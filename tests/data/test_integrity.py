@@ -6,8 +6,9 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,12 @@ def test_the_cache_survives_a_check_of_fewer_and_an_interrupted_one(
     check(tmp_path, paths[:2])
     check(tmp_path, paths[2:4])
 
-    def interrupt(path: str) -> Finding:
-        if path == paths[36]:
-            raise KeyboardInterrupt
-        return inspect(path)
+    def interrupted(results: Iterator[Finding], *_: object) -> Iterator[Finding]:
+        yield from islice(results, 32)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(integrity, "inspect", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(integrity, "track", interrupted)
         check(tmp_path, paths)
     monkeypatch.setattr(integrity, "inspect", None)
     assert len(check(tmp_path, paths[:36])) == 36
