@@ -1,6 +1,7 @@
 """Toy image folders, networks, trainers; the program as a command, and in this process."""
 
 import csv
+import json
 import multiprocessing
 import os
 import shutil
@@ -18,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, settings
 from omegaconf import DictConfig
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +30,6 @@ from bcnn.data.transforms import Preprocessing
 from bcnn.models.backbones import BACKBONES, Backbone
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Calibration, Subspace
-from bcnn.models.checkpoint import save_model
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.utils.console import logger
 
@@ -229,15 +230,26 @@ def logged(
     return caplog
 
 
-def save_checkpoint(model: BCNN, path: Path) -> Path:
-    """Write a model as Lightning does, or as it is exported."""
+def save_checkpoint(
+    model: BCNN, path: Path, about: dict[str, Any] | None = None, **tensors: Tensor
+) -> Path:
+    """Write a model as Lightning does, or `.safetensors`; with another description or other tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    state = {**model.state_dict(), **tensors}
+    about = model.description() if about is None else about
     if path.suffix == ".safetensors":
-        save_model(model, path)
+        copies = {key: value.contiguous().clone() for key, value in state.items()}
+        save_file(copies, path, {"bcnn": json.dumps(about)})
     else:
-        state = {f"model.{key}": value for key, value in model.state_dict().items()}
-        torch.save({"state_dict": state, "hyper_parameters": model.description()}, path)
+        state = {f"model.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(3)}
+        torch.save({"state_dict": state, "hyper_parameters": {**about, "stage": "last"}}, path)
     return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The content of every file in a folder."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def quiet_trainer(**options: Any) -> L.Trainer:

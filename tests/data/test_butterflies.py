@@ -5,15 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import contents
 from PIL import Image
 
 from bcnn.data import butterflies
 from bcnn.data.butterflies import SIZE, SPECIES, draw, write
 from bcnn.utils.errors import UserError
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
 
 
 def images(root: Path) -> dict[str, bytes]:

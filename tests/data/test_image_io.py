@@ -15,13 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
-from bcnn.data.image_io import FORMATS, MARGIN, load_image, upright_rgb
+from bcnn.data.image_io import FORMATS, MARGIN, ORIENTATION, load_image, upright_rgb
 from bcnn.data.integrity import inspect
 from bcnn.utils.errors import UserError
 
 LEFT, RIGHT = (200, 40, 60), (30, 90, 180)
 RAMP = np.arange(256).reshape(16, 16)
-ORIENTATION = 0x0112
 
 
 def photograph(size: tuple[int, int] = (64, 48)) -> Image.Image:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bcnn.data.image_io import ORIENTATION
 from bcnn.data.integrity import inspect
 from bcnn.data.lookalikes import NEAR, near_duplicates
-
-ORIENTATION = 0x0112
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
-from bcnn.data.image_io import MARGIN, load_image, load_reduced
+from bcnn.data.image_io import MARGIN, ORIENTATION, load_image, load_reduced
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from benchmarks.photographs import photograph
 
@@ -178,7 +178,7 @@ def test_copies_are_upright_and_of_large_images_only(
     assert load_reduced(small, SIDE).tobytes() == load_image(small, SIDE).tobytes()
     assert not (tmp_path / "bcnn").exists()
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[ORIENTATION] = 6
     picture.save(turned, exif=exif)
     for _ in range(2):
         width, height = load_reduced(turned, SIDE).size

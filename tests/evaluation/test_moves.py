@@ -4,18 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Bcnn, configure, read_csv, toy, write_images
+from conftest import SMALL, Bcnn, configure, contents, read_csv, toy, write_images
 
 from bcnn.data.index import read_folder, read_list
 from bcnn.evaluation.predictions import Predictions
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.run import train
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The content of every file in a folder."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def moved(folder: Path, *lines: str) -> Path:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_checkpoint
 from fuzz import Damage, damage, junk
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bcnn.data.splits import SplitRecord
@@ -22,22 +22,6 @@ from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.description import LARGEST
 from bcnn.utils.errors import UserError
-
-
-def state_of(model: BCNN) -> dict[str, Tensor]:
-    return {key: value.contiguous().clone() for key, value in model.state_dict().items()}
-
-
-def save(model: BCNN, path: Path, about: dict[str, Any] | None = None, **tensors: Tensor) -> Path:
-    """A checkpoint as Lightning writes it, or `.safetensors`, with other tensors or description."""
-    state = {**state_of(model), **tensors}
-    about = model.description() if about is None else about
-    if path.suffix == ".safetensors":
-        save_file(state, path, {"bcnn": json.dumps(about)})
-    else:
-        state = {f"model.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(3)}
-        torch.save({"state_dict": state, "hyper_parameters": {**about, "stage": "last"}}, path)
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -48,7 +32,7 @@ def test_a_checkpoint_keeps_the_network_and_its_description(
     tiny.taxonomy = {"class": tiny.classes, "kind": ["cold", "cold", "warm"]}
     tiny.head.mean.normal_()
     tiny.backbone.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    loaded = load_model(save(tiny, tmp_path / f"m{suffix}"))
+    loaded = load_model(save_checkpoint(tiny, tmp_path / f"m{suffix}"))
     assert loaded.description() == tiny.description() and not loaded.assumed
     images = torch.rand(2, 3, 32, 48)
     assert torch.equal(loaded(images), tiny(images)) and not loaded.training
@@ -56,7 +40,7 @@ def test_a_checkpoint_keeps_the_network_and_its_description(
 
 def test_a_model_in_half_precision_loads(tiny: BCNN, tmp_path: Path) -> None:
     half = {key: value.bfloat16() for key, value in tiny.state_dict().items()}
-    loaded = load_model(save(tiny, tmp_path / "half.ckpt", **half))
+    loaded = load_model(save_checkpoint(tiny, tmp_path / "half.ckpt", **half))
     torch.testing.assert_close(loaded.head.weight, tiny.head.weight, rtol=1e-2, atol=0)
     assert loaded.head.weight.dtype == torch.float32
 
@@ -81,7 +65,7 @@ def test_a_model_in_half_precision_loads(tiny: BCNN, tmp_path: Path) -> None:
 def test_a_description_that_does_not_fit_is_refused(
     tiny: BCNN, tmp_path: Path, place: str, value: object
 ) -> None:
-    path = save(tiny, tmp_path / "odd.ckpt", described(tiny, {place: value}))
+    path = save_checkpoint(tiny, tmp_path / "odd.ckpt", described(tiny, {place: value}))
     with pytest.raises(UserError, match=r"odd\.ckpt (cannot be understood|is of another network): "):
         load_model(path)
 
@@ -113,15 +97,15 @@ ODD: dict[str, Callable[[Tensor], Tensor]] = {
 def test_weights_that_are_no_finite_numbers_of_the_right_shape_are_refused(
     tiny: BCNN, tmp_path: Path, name: str, odd: str, suffix: str
 ) -> None:
-    path = save(tiny, tmp_path / f"odd{suffix}", **{name: ODD[odd](state_of(tiny)[name])})
+    path = save_checkpoint(tiny, tmp_path / f"odd{suffix}", **{name: ODD[odd](tiny.state_dict()[name])})
     with pytest.raises(UserError, match=rf"odd\{suffix}.*{name}"):
         load_model(path)
 
 
 def test_a_small_file_takes_little_memory(tiny: BCNN, tmp_path: Path) -> None:
     many = torch.ones(1).expand(10**9, tiny.pooling.width)
-    save(tiny, tmp_path / "views.ckpt", **{"head.weight": many})
-    save(tiny, tmp_path / "plain.ckpt", **{"head.weight": torch.zeros(10**6)})
+    save_checkpoint(tiny, tmp_path / "views.ckpt", **{"head.weight": many})
+    save_checkpoint(tiny, tmp_path / "plain.ckpt", **{"head.weight": torch.zeros(10**6)})
     with (
         zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
         zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
@@ -146,7 +130,7 @@ def test_any_description_is_loaded_or_refused(
     tiny: BCNN, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     for suffix in (".ckpt", ".safetensors"):
-        path = save(tiny, tmp_path / f"m{suffix}", described(tiny, changes))
+        path = save_checkpoint(tiny, tmp_path / f"m{suffix}", described(tiny, changes))
         if (loaded := loaded_or_refused(path)) is None:
             continue
         preprocessing = loaded.preprocessing
@@ -169,7 +153,7 @@ def loaded_or_refused(path: Path) -> BCNN | None:
 def test_a_file_with_bytes_changed_is_loaded_or_refused(
     tiny: BCNN, tmp_path: Path, kind: str, changes: Damage
 ) -> None:
-    path = save(tiny, tmp_path / f"damaged.{kind}")
+    path = save_checkpoint(tiny, tmp_path / f"damaged.{kind}")
     if kind == "pickle":  # the one inside the archive
         with zipfile.ZipFile(path) as file:
             members = {name: file.read(name) for name in file.namelist()}
