@@ -10,8 +10,8 @@ class Head(nn.Linear):
     """W·(x − mean) + b: descriptors (batch, width) → logits (batch, classes).
 
     Without centring, a step that moves all descriptors together changes every image's logits alike, and
-    the loss explodes: see docs/finetune.md. In training with `batch_mean` the mean is that of the batch
-    on all ranks, else the constant `mean`.
+    the loss explodes: see docs/finetune.md. In training steps with `batch_mean` the mean is that of the
+    batch on all ranks, else the constant `mean`.
 
     Source: "mean-only batch normalization", Salimans & Kingma, "Weight Normalization", NIPS 2016, §3.
     """
@@ -32,7 +32,8 @@ class Head(nn.Linear):
         """
         with torch.autocast(descriptors.device.type, enabled=False):
             x = descriptors.to(self.weight.dtype)
-            of_batch = self.training and self.batch_mean
+            # Without gradients it predicts, be it in a pause of training: no image may change another.
+            of_batch = self.training and self.batch_mean and torch.is_grad_enabled()
             mean = mean_over_ranks(x.mean(dim=0)) if of_batch else self.mean
             return super().forward(x - mean)
 

@@ -29,14 +29,13 @@ def images() -> Tensor:
 TARGET, AGAINST = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 0])
 
 
-def test_shares_sum_to_the_logit_and_to_the_difference_of_two(model: BCNN, images: Tensor) -> None:
+def test_shares_sum_to_the_difference_of_two_logits(model: BCNN, images: Tensor) -> None:
+    """The contract of poolings has those of one logit."""
     logits, each = model(images), torch.arange(3)
-    one = evidence(model, images, TARGET)
-    assert one.shape == (3, 4, 5) and not one.requires_grad
-    torch.testing.assert_close(one.sum((1, 2)), logits[each, TARGET], rtol=0, atol=5e-6)
-    two = evidence(model, images, TARGET, AGAINST).sum((1, 2))
+    found = evidence(model, images, TARGET, AGAINST)
+    assert found.shape == (3, 4, 5) and not found.requires_grad
     expected = logits[each, TARGET] - logits[each, AGAINST]
-    torch.testing.assert_close(two, expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(found.sum((1, 2)), expected, rtol=0, atol=5e-6)
 
 
 def test_a_share_is_a_part_of_the_logit_and_twice_the_gradient(model: BCNN, images: Tensor) -> None:

@@ -95,6 +95,12 @@ def test_images_are_predicted_in_batches(tiny: BCNN, count: int) -> None:
     assert sizes == {0: [], 1: [1], 7: [3, 3, 1]}[count]
 
 
+def test_a_prediction_depends_on_no_other_image_also_while_training(tiny: BCNN) -> None:
+    tiny.head.batch_mean = True  # as `BCNNModule` leaves it after a fit
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(tiny.train().predict(image), tiny.eval().predict(image))
+
+
 @pytest.mark.parametrize("pixels", [1.5, -0.5, torch.nan])
 def test_pixels_outside_their_range_are_refused(tiny: BCNN, pixels: float) -> None:
     """Normalised images would silently have other classes."""
