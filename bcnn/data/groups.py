@@ -54,7 +54,7 @@ def find_groups(images: Sequence[str], pattern: str | None) -> dict[str, list[st
     elif len(images) != 1 or not os.path.isfile(images[0]) or is_image(images[0]):
         raise UserError("--by group: add --group REGEX, or name a list with a column group as IMAGES")
     else:
-        (file,), names = images, {}
+        file, names = images[0], {}
         columns, rows = read_rows(file)
         if "group" not in columns:
             raise UserError(f"{file} has no column group: add it, or use --group REGEX")

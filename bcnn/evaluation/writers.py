@@ -36,6 +36,7 @@ Predictor = Callable[..., Iterator[Prediction]]  # `predict_paths` but for `path
 WriteTo = Callable[[TextIO, Sequence[str]], AbstractContextManager[Writer]]  # a file, and its images
 
 
+@contextmanager
 def _table(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a line per class. The widths of the columns are known from the start."""
     first, second = (max(len(printable(name)) for name in names) for names in (paths, model.classes))
@@ -60,6 +61,7 @@ def _table(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator
     yield write
 
 
+@contextmanager
 def _jsonl(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write an object per line: path and what was predicted, or path and error."""
 
@@ -73,6 +75,7 @@ def _jsonl(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator
     yield write
 
 
+@contextmanager
 def _csv(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a row per image, with the cells of `_row` as text."""
     shown = printable if out.isatty() else str  # control characters would act on a terminal
@@ -89,6 +92,7 @@ def _csv(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[W
     yield lambda prediction: writer.writerow(map(text, _row(prediction, model, top).values()))
 
 
+@contextmanager
 def _parquet(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a row per image at the end, with the cells of `_row`: text, numbers, truth values, lists.
 
@@ -128,6 +132,7 @@ def _row(prediction: Prediction, model: BCNN, top: int) -> dict[str, Any]:
     return row | {"error": prediction.error or None}
 
 
+@contextmanager
 def _labelstudio(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
     """Write a list of Label Studio's tasks: the most probable class chosen, the others as text.
 
@@ -157,14 +162,14 @@ def _labelstudio(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> It
     print("\n]", file=out)
 
 
-_FORMATS = {
+# Each gives the writer of one prediction to a file, of these images.
+FORMATS = {
     "table": _table,
     "jsonl": _jsonl,
     "csv": _csv,
     "parquet": _parquet,
     "labelstudio": _labelstudio,
 }
-FORMATS = {name: contextmanager(written) for name, written in _FORMATS.items()}
 
 
 def write_rows(
