@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
@@ -63,6 +64,8 @@ def _main_of(words: list[str], task: Task) -> None:
         if not is_rank_zero():
             sys.exit(1)  # the first says why
         raise UserError("processes that are started together need one folder: add output=FOLDER")
+    if unknown := get_args_parser().parse_known_args(words)[1]:
+        raise UserError(_without_dashes(unknown[0], words))
     sys.path.insert(0, os.getcwd())  # for classes of one's own, as python -m has it
     called = sys.argv
     sys.argv = [called[0], *_own_configuration(words), *map(_quoted, words)]
@@ -178,20 +181,39 @@ def _explained(error: Exception, words: list[str]) -> str:
     return re.split(" full_key:| See https:", text)[0]
 
 
+def _without_dashes(flag: str, words: list[str]) -> str:
+    """Return how a flag that there is not, such as `--epochs 5`, is written as an option."""
+    name, _, value = flag.lstrip("-").partition("=")
+    following = words[words.index(flag) + 1 :][:1]
+    value = value or next((word for word in following if re.fullmatch("[^-=][^=]*", word)), "VALUE")
+    near = _similar_options(name.replace("-", "_"), _options())
+    meant = f"did you mean {near[0]}={value}?" if near else "--help lists all"
+    return f"{flag}: options are written OPTION=VALUE, without dashes: {meant}"
+
+
 def _unknown_option(name: str) -> str:
     """Return what may have been meant by the name of an option that there is not."""
-    parent, _, last = name.rpartition(".")
-    plain, sgd = (OmegaConf.to_container(compose(words)) for words in ([], ["last=sgd"]))
-    options = [*_groups(), *_names(plain)]
-    if name in _names(sgd) and name not in options:
+    parent, options = name.rpartition(".")[0], _options()
+    if name in _options("last=sgd") and name not in options:
         return f"{name} is an option of last=sgd: add last=sgd"
-    siblings = [each for each in options if each.rpartition(".")[0] == parent]
-    below = [each for each in options if each.startswith(f"{name}/")]
-    if near := below or _similar(last, siblings) or _similar(last, options):
+    if near := _similar_options(name, options):
         return f"there is no option {name}: did you mean {' or '.join(near[:3])}?"
     of_class = f"{parent}._target_" in options
     rest = f"; +{name}=… passes it to the class at {parent}" if of_class else ""
     return f"there is no option {name}: --help lists all{rest}"
+
+
+def _options(*overrides: str) -> list[str]:
+    """Return the names of all options and groups."""
+    return [*_groups(), *_names(OmegaConf.to_container(compose([*overrides])))]
+
+
+def _similar_options(name: str, options: list[str]) -> list[str]:
+    """Return what a name may stand for: groups below it, its siblings, or any option."""
+    parent, _, last = name.rpartition(".")
+    siblings = [each for each in options if each.rpartition(".")[0] == parent]
+    below = [each for each in options if each.startswith(f"{name}/")]
+    return below or _similar(last, siblings) or _similar(last, options)
 
 
 def _groups() -> list[str]:

@@ -102,6 +102,8 @@ def test_two_processes_share_the_building_under_ddp(python: Run, images: Path, s
         ("model=3", "must be a string or a list"),
         ("seed=${nope}", "Interpolation key 'nope' not found"),
         ("finetune.epochs", "missing EQUAL"),
+        ("--epochs 5", "--epochs: options are written OPTION=VALUE, without dashes: did you mean finetu"),
+        ("--data.root=my-images", "did you mean data.root=my-images?"),
     ],
 )
 def test_words_that_make_no_configuration(
@@ -114,7 +116,7 @@ def test_words_that_make_no_configuration(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    for words in ([word], ["-m", word]):
+    for words in (word.split(), ["-m", *word.split()]):
         assert command.main(words) == 1
         said = capsys.readouterr().err
         assert said.splitlines()[-1].startswith("error: ") and sentence in said
