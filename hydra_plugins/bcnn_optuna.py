@@ -40,7 +40,7 @@ class OptunaSweeper(BasicSweeper):
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         given = {each.get_key_element(): each for each in overrides}  # the last of an option counts
         space = {name: _distribution(each) for name, each in given.items() if each.is_sweep_override()}
-        fixed = [f"{k}={v.get_value_element_as_str()}" for k, v in given.items() if k not in space]
+        fixed = [str(each.input_line) for name, each in given.items() if name not in space]
         if not space:
             raise UserError("hparams_search=optuna has nothing to search: vary an option")
         optuna.logging.set_verbosity(optuna.logging.WARNING)

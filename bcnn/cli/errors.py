@@ -21,6 +21,7 @@ NO_SHARED_MEMORY = (
     "/dev/shm is too small for data-loading processes: add data.num_workers=0 (predict: --workers 0), "
     "or start the container with a larger --shm-size"
 )
+LOST_RANK = "another process of this run has ended, and this one with it"
 
 
 def exit_code_of(act: Callable[[], int | None]) -> int:
@@ -54,9 +55,13 @@ def exit_code_of(act: Callable[[], int | None]) -> int:
 
 def _sentence(error: Exception) -> str:
     """Return a sentence on an expected error; "" on others."""
-    if "shared memory" in str(error):  # torch raises a plain RuntimeError
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    of_torch = str(error) if type(error) is RuntimeError else ""
+    if "shared memory" in of_torch:
         return NO_SHARED_MEMORY
-    if EXPECTED.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+    if "gloo" in of_torch or "DistError" in kinds:
+        return LOST_RANK
+    if EXPECTED.isdisjoint(kinds):
         return ""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -32,10 +32,8 @@ def push(
         from bcnn.models.checkpoint import save_model
         from bcnn.training.run_state import StageResult
 
-    model, file = open_model(ckpt), ckpt.absolute()
-    result = StageResult.read(file.parent.parent, file.parent.name)
-    # A stage may have ended with other weights than these: its figures are not theirs.
-    predictions = result.predictions if result and result.checkpoint == file else None
+    model, result = open_model(ckpt), StageResult.of(ckpt.absolute())
+    predictions = result.predictions if result else None
     if not predictions:
         logger.warning(f"{ckpt} is not what a stage of a run ended with: the card shows no figures")
     with TemporaryDirectory() as folder:

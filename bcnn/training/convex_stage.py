@@ -53,11 +53,6 @@ class Solved(NamedTuple):
     seconds: float
 
 
-class ConvexResult(NamedTuple):
-    checkpoint: Path
-    solved: Solved  # the best, of several networks
-
-
 def run_convex_stage(
     trainer: L.Trainer,
     candidates: Sequence[CachedFeatureDataModule],
@@ -67,8 +62,10 @@ def run_convex_stage(
     loss: nn.Module | None = None,
     folds: int | None = None,
     choose: Callable[[Sequence[Solved]], Solved] = itemgetter(0),
-) -> ConvexResult:
+) -> tuple[Path, Solved]:
     """Train the head of a network, or of each of several, and keep the one that `choose` returns.
+
+    Return its checkpoint and its solution.
 
     Args:
         trainer: its ranks, device and loggers are used; every rank solves the same problem.
@@ -95,7 +92,7 @@ def run_convex_stage(
                 each.log_metrics(figures, step)
             each.save()
             each.after_save_checkpoint(saved)
-    return ConvexResult(file, solved)
+    return file, solved
 
 
 def solve(

@@ -42,12 +42,9 @@ class CachedFeatureDataModule(L.LightningDataModule):
 
     Args:
         precision: of the computation, by Lightning's name.
-        dtype: of the descriptors on disk.
     """
 
-    def __init__(
-        self, data: FineGrainedDataModule, model: BCNN, precision: str, dtype: str = "float16"
-    ) -> None:
+    def __init__(self, data: FineGrainedDataModule, model: BCNN, precision: str) -> None:
         super().__init__()
         self.data, self.model, self.precision = data, model, precision
         self.paths = sorted(path for path, _ in (*data.train, *data.val, *data.test))
@@ -59,9 +56,8 @@ class CachedFeatureDataModule(L.LightningDataModule):
             | {"network": model.chosen, "views": "evaluation crop, mirror image"},
             [data.digests[path] for path in self.paths],
             model.pooling.width,
-            dtype,
-            about=f"{data.root.resolve()} at {data.preprocessing}, {precision}",
             mirrored=[self._position[path] for path, _ in data.train],
+            about=f"{data.root.resolve()} at {data.preprocessing}, {precision}",
         )
 
     def setup(self, stage: str | None = None) -> None:
@@ -74,9 +70,8 @@ class CachedFeatureDataModule(L.LightningDataModule):
         modules = [self, *self.beside]
         stores = [each.store for each in modules]
         with ExitStack() as locks:
-            for store in sorted(
-                stores, key=attrgetter("key")
-            ):  # so that no two runs wait for each other
+            # In one order, so that no two runs wait for each other.
+            for store in sorted(stores, key=attrgetter("key")):
                 locks.enter_context(_locked(store, rank, strategy.broadcast))
             opened = on_rank_zero(rank, strategy.broadcast, lambda: [store.open() for store in stores])
             lacking = [set(chain(*shards)) for shards in opened]
@@ -166,7 +161,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         """Return descriptors (images, views, width) of the maps of each view, as they are stored."""
         with autocast(views[0][0].device, self.precision):
             pooled = [self.model.pool(images, maps) for maps in views]
-        descriptors = torch.stack(pooled, dim=1).to(getattr(torch, self.store.dtype.name))
+        descriptors = torch.stack(pooled, dim=1).half()
         finite = descriptors.isfinite().flatten(1).all(dim=1)
         if not finite.all():  # an overflow, which no later run would notice on disk
             raise UserError(

@@ -15,6 +15,7 @@ from filelock import FileLock
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_write, cache_dir, remove_parts
 
+DTYPE = np.dtype("float16")  # of descriptors on disk
 SHARD = 16  # images at most
 VIEWS = 2  # the evaluation crop and its mirror image, which only training reads
 
@@ -36,8 +37,8 @@ def key_of(identity: dict[str, Any]) -> str:
 class FeatureStore:
     """Descriptors by image: of a list, number 2·i is of image i, number 2·i + 1 of its mirror image.
 
-    The store of the same identity, width and dtype is the same one, whatever the list: images that it
-    lacks are added in shards. A shard without images of `mirrored` (None: all) has no mirror images.
+    The store of the same identity and width is the same one, whatever the list: images that it lacks
+    are added in shards. A shard without images of `mirrored` has no mirror images.
 
     Args:
         digests: of the images of the list; copies of a file have one descriptor.
@@ -49,15 +50,14 @@ class FeatureStore:
         identity: dict[str, Any],
         digests: Sequence[str],
         width: int,
-        dtype: str = "float16",
-        about: str = "",
-        mirrored: Iterable[int] | None = None,
+        mirrored: Iterable[int],
+        about: str,
     ) -> None:
-        self.key = key_of({"identity": identity, "width": width, "dtype": dtype})
+        self.key = key_of({"identity": identity, "width": width})
         self.folder = stores_dir() / self.key
-        self.digests, self.width, self.dtype, self.about = digests, width, np.dtype(dtype), about
+        self.digests, self.width, self.about = digests, width, about
         self._needed = dict.fromkeys(digests, 1)  # views
-        for image in range(len(digests)) if mirrored is None else mirrored:
+        for image in mirrored:
             self._needed[digests[image]] = VIEWS
         self._found: dict[str, tuple[str, int, int]] = {}  # file, offset of its descriptors, views
 
@@ -65,7 +65,7 @@ class FeatureStore:
     def missing_bytes(self) -> int:
         """Size of the shards to be computed."""
         descriptors = sum(len(shard) * self.views(shard) for shard in self.scan())
-        return descriptors * self.width * self.dtype.itemsize
+        return descriptors * self.width * DTYPE.itemsize
 
     def lock(self) -> FileLock:
         """Return the lock of whoever adds to the store."""
@@ -88,7 +88,7 @@ class FeatureStore:
                 array = np.load(path, mmap_mode="r")
                 file.seek(array.offset + array.nbytes)
                 digests, views = np.load(file).tolist(), array.shape[1]
-                if array.shape != (len(digests), views, self.width) or array.dtype != self.dtype:
+                if array.shape != (len(digests), views, self.width) or array.dtype != DTYPE:
                     continue
                 starts = range(array.offset, array.offset + array.nbytes, array.strides[0])
                 for digest, start in zip(digests, starts, strict=True):
@@ -103,11 +103,11 @@ class FeatureStore:
         return max(self._needed[digest] for digest in shard)
 
     def write(self, shard: Sequence[str], descriptors: np.ndarray) -> None:
-        """Write a shard: (images, views, width), finite in the dtype on disk, and the digests."""
+        """Write a shard: float16 (images, views, width), and the digests."""
         name = key_of({"images": shard, "views": descriptors.shape[1]})
         try:
             with atomic_write(self.folder / f"{name}.npy") as part, part.open("wb") as file:
-                np.save(file, descriptors.astype(self.dtype, copy=False))
+                np.save(file, descriptors)
                 np.save(file, np.array(shard))
         except UserError as error:
             raise UserError(
@@ -120,7 +120,7 @@ class FeatureStore:
 
         Plain reads, since the pages of a memory map would count as this process's memory.
         """
-        descriptors = np.empty((len(numbers), self.width), self.dtype)
+        descriptors = np.empty((len(numbers), self.width), DTYPE)
         for number, descriptor in zip(numbers, descriptors, strict=True):
             image, view = divmod(number, VIEWS)
             path, offset, views = self._found[self.digests[image]]

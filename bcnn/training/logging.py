@@ -35,18 +35,21 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", module=module)
 
 
-def make_loggers(cfg: DictConfig, folder: Path, run: str) -> list[Logger]:
-    """Return the loggers of the configuration, writing to the folder of a stage.
+def make_loggers(options: Mapping[str, Any] | None, folder: Path, run: str) -> list[Logger]:
+    """Return the loggers that options at logger.* describe, writing to the folder of a stage.
 
     In wandb, a stage is a run of its own, which a resumed stage continues, in the group `run`.
     """
     stage = folder.name
     of_wandb = {"id": f"{run}-{stage}", "group": run, "job_type": stage}
-    loggers: list[Logger] = []
-    for options in (cfg.logger or {}).values():
-        defaults = of_wandb if options["_target_"].endswith("WandbLogger") else {}
-        loggers.append(instantiate({**defaults, **options}, save_dir=folder))
-    return loggers
+    return [
+        instantiate({**(of_wandb if _is_wandb(each) else {}), **each}, save_dir=folder)
+        for each in (options or {}).values()
+    ]
+
+
+def _is_wandb(options: Mapping[str, Any]) -> bool:
+    return str(options["_target_"]).endswith("WandbLogger")
 
 
 @rank_zero_only
@@ -72,23 +75,12 @@ def log_results(
 @rank_zero_only
 def log_report(cfg: DictConfig, state: RunState, stage: str, report: Path | None) -> None:
     """Keep the report in wandb, as an artifact of the run of the last stage, which has ended."""
-    import wandb  # here, and below: it takes half a second, and most runs do without
-
-    of_wandb = {
-        name: options
-        for name, options in (cfg.logger or {}).items()
-        if options["_target_"].endswith("WandbLogger")
-    }
-    if report and of_wandb:
-        loggers = make_loggers(
-            OmegaConf.create({"logger": of_wandb}), state.folder / stage, state.identity
-        )
-        artifact = wandb.Artifact(f"report-{state.identity}", "report")
-        artifact.add_file(str(report))
-        for each in loggers:
-            assert isinstance(each, WandbLogger)
-            each.experiment.log_artifact(artifact)
-        close(loggers)
+    of_wandb = {name: each for name, each in (cfg.logger or {}).items() if report and _is_wandb(each)}
+    loggers = make_loggers(of_wandb, state.folder / stage, state.identity)
+    for each in loggers:
+        assert isinstance(each, WandbLogger)
+        each.experiment.log_artifact(report, f"report-{state.identity}", "report")
+    close(loggers)
 
 
 def close(loggers: Iterable[Logger]) -> None:
@@ -103,7 +95,8 @@ def log_figures(results: list[StageResult], data: FineGrainedDataModule) -> None
     """Log the figures of the stages, side by side."""
     logger.info("")
     logger.info(_line("", (result.stage for result in results)))
-    cross_validated = f"the {len(data.train)} training images, each held out once"
+    held_out = results[0].held_out  # not images that are alone in their class
+    cross_validated = f"{len(held_out.paths) if held_out else 0} training images, each held out once"
     counts = {"val": data.count("val") if data.val else cross_validated, "test": data.count("test")}
     for split, title in (("val", "validation"), ("test", "test")):
         for name in ("top1", "top5") if len(data.classes) > 5 else ("top1",):
@@ -187,7 +180,7 @@ def _confusion(predictions: Predictions) -> Any:
 
     `wandb.plot.confusion_matrix` lists every cell, and wandb cuts a table off after 10,000 rows.
     """
-    import wandb
+    import wandb  # here, and below: it takes half a second, and most runs do without
 
     names, confusion = predictions.classes, predictions.confusion
     cells = [[names[i], names[j], int(confusion[i, j])] for i, j in confusion.nonzero().tolist()]

@@ -88,7 +88,7 @@ class ConvexProblem:
         if not self.mean.isfinite().all():
             raise UserError("the descriptors are not finite: the file of weights may be damaged")
         width, self.lower = len(self.mean), None
-        self.factor: Factor
+        self.factor: Dense | Streamed
         if 12 * rows * min(rows, width) > MEMORY_SHARE * free_memory(double):
             self.way = f"{rows:,} descriptors, more than memory holds, read for every step"
             self.factor = Streamed(descriptors, self.mean)
@@ -136,7 +136,7 @@ class ConvexProblem:
 
     def _minimise(
         self,
-        factor: "Factor",
+        factor: "Dense | Streamed",
         theta: Tensor,
         bias: Tensor,
         l2: float,
@@ -181,18 +181,8 @@ class ConvexProblem:
         return weight
 
 
-class Factor(Protocol):
-    """The matrix (n, m) by which θ (m, classes) gives the logits of the descriptors."""
-
-    def times(self, theta: Tensor) -> Tensor: ...
-
-    def transposed_times(self, logits: Tensor) -> Tensor: ...
-
-    def single(self) -> "Factor": ...  # for θ in float32
-
-
 class Dense(NamedTuple):
-    """A matrix in memory."""
+    """The matrix (n, m) by which θ (m, classes) gives the logits of the descriptors, in memory."""
 
     matrix: Tensor
 
@@ -203,11 +193,12 @@ class Dense(NamedTuple):
         return self.matrix.mT @ logits
 
     def single(self) -> "Dense":
+        """Return the matrix for θ in float32."""
         return Dense(self.matrix.float())
 
 
 class Streamed(NamedTuple):
-    """The centred descriptors, read block by block, and multiplied where `mean` is."""
+    """The same for centred descriptors, read block by block, and multiplied where `mean` is."""
 
     descriptors: Descriptors
     mean: Tensor

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.moves import write_moves
 from bcnn.evaluation.report import Before, ReportContent
-from bcnn.evaluation.results import kept_predictions, logged_stages, write_images, write_results
+from bcnn.evaluation.results import logged_stages, write_images, write_results
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.choose_pooling import read_poolings
 from bcnn.training.config import STAGES, validate
@@ -32,9 +32,8 @@ from bcnn.training.run_state import RunState, StageResult
 from bcnn.training.schema import absolute_paths, working_folder
 from bcnn.training.stage import Stage
 from bcnn.utils.console import log_file, logger, setup_logging, span
-from bcnn.utils.distributed import explain_lost_ranks
 from bcnn.utils.environment import software
-from bcnn.utils.errors import Interruption, UserError
+from bcnn.utils.errors import UserError
 
 
 def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = False) -> float:
@@ -62,7 +61,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         return _outcome([result for stage in STAGES[cfg.stage] if (result := state.result(stage))])
     began, versions = time.monotonic(), software()  # a clone may be changed before the run ends
     log = log_file(state.folder / "train.log")
-    with log as begin_log, _how_to_resume(state), explain_lost_ranks():
+    with log as begin_log, _how_to_resume(state):
         data: FineGrainedDataModule = instantiate(cfg.data)
         data.prepare_data()
         data.setup()
@@ -73,9 +72,12 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         begin_log()
         results = _run_stages(cfg, state, data, model, teacher)
         log_figures(results, data)
-        since = " (since it was resumed)" if resume else ""
-        known = {"training took": span(time.monotonic() - began), **versions}
-        circumstances = {name: value and value + since for name, value in known.items()}
+        resumed = "time and versions are those since then" if resume else ""
+        circumstances = {
+            "training took": span(time.monotonic() - began),
+            **versions,
+            "resumed": resumed,
+        }
         report = _write_report(cfg, state, results, data, model, teacher, circumstances)
         log_report(cfg, state, results[-1].stage, report)
         state.finish()
@@ -120,7 +122,7 @@ def _how_to_resume(state: RunState) -> Iterator[None]:
     """Log how the run can be resumed where it is interrupted or fails."""
     try:
         yield
-    except (Interruption, UserError, OSError):
+    except BaseException:
         log_how_to_resume(state)
         raise
 
@@ -168,11 +170,9 @@ def _before(cfg: DictConfig, results: list[StageResult]) -> Before | None:
 
     None where they are not known, or where the last stage ended with the weights it started from.
     """
-    checkpoint = results[-1].checkpoint
-    if len(results) > 1:
-        earlier = results[-2]
-        changed = checkpoint != earlier.checkpoint
-        return (earlier.stage, earlier.predictions) if changed and earlier.predictions else None
-    if cfg.ckpt and checkpoint != Path(cfg.ckpt):
-        return kept_predictions(Path(cfg.ckpt).parent)
+    start = results[-2] if len(results) > 1 else None
+    if start is None and cfg.ckpt:
+        start = StageResult.of(Path(cfg.ckpt))
+    if start and start.predictions and start.checkpoint != results[-1].checkpoint:
+        return start.stage, start.predictions
     return None

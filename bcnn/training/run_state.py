@@ -57,6 +57,12 @@ class StageResult:
             part.write_text(json.dumps(plain, indent=1))
 
     @classmethod
+    def of(cls, checkpoint: Path) -> "StageResult | None":
+        """Return the result of the stage that ended with a file; None where no stage of a run did."""
+        result = cls.read(checkpoint.parent.parent, checkpoint.parent.name)
+        return result if result and result.checkpoint == checkpoint else None
+
+    @classmethod
     def read(cls, folder: Path, stage: str) -> "StageResult | None":
         """Return the result of a stage in the folder of a run; None where it has not ended."""
         file = folder / stage / RESULT

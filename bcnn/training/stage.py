@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -64,7 +63,7 @@ class Stage:
         """Train the stage, or resume it, leave its best weights in `model`, and test them."""
         L.seed_everything(self.cfg.seed, workers=True, verbose=False)  # a stage alone does the same
         self.options, self.folder = self.cfg[self.name], self.state.folder / self.name
-        self.loggers: list[Logger] = make_loggers(self.cfg, self.folder, self.state.identity)
+        self.loggers = make_loggers(self.cfg.logger, self.folder, self.state.identity)
         self.checkpoint: BestOrLastCheckpoint | None = None
         self.held_out: HeldOut | None = None
         self.model.calibration = None  # it was of the weights to start from
@@ -153,8 +152,10 @@ class Stage:
         except TrainingDiverged as error:
             failure = f"stage {self.name}: {error}"
         except torch.OutOfMemoryError as error:
-            advice = f"set a smaller {self.name}.batch_size, or finetune.grad_checkpointing=true"
-            raise UserError(f"stage {self.name}: too little memory: {advice}") from error
+            less = ", or finetune.grad_checkpointing=true" if self.name == "finetune" else ""
+            raise UserError(
+                f"stage {self.name}: too little memory: set a smaller {self.name}.batch_size{less}"
+            ) from error
         return self._kept(checkpoint, failure, advice)
 
     def _make_trainer(self, callbacks: list[L.Callback], **limits: Any) -> L.Trainer:

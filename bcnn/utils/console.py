@@ -81,7 +81,7 @@ def log_file(path: Path) -> Iterator[Callable[[], None]]:
 
     Give a function to call once: it appends them to a file from then on. Without it nothing is written.
     """
-    memory = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+    memory = MemoryHandler(0)  # which keeps the records until it has a target, then keeps none
 
     def note(text: str) -> None:
         memory.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
@@ -91,7 +91,6 @@ def log_file(path: Path) -> Iterator[Callable[[], None]]:
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(_Formatter())
         memory.setTarget(file)
-        memory.capacity = 0  # each record is written at once
         memory.flush()
 
     note(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")

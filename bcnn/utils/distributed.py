@@ -1,14 +1,11 @@
 """Ranks: processes that train together, one on each device."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from bcnn.utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -35,17 +32,6 @@ def on_rank_zero(rank: int, broadcast: Callable[[Any], Any], act: Callable[[], T
     if error:
         raise error
     return result  # type: ignore[no-any-return]
-
-
-@contextmanager
-def explain_lost_ranks() -> Iterator[None]:
-    """Raise UserError in place of torch's errors where another rank has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError("another process of this run has ended, and this one with it") from error
-        raise
 
 
 class _Mean(torch.autograd.Function):

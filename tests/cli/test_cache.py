@@ -9,9 +9,9 @@ from bcnn.training.feature_store import FeatureStore
 
 
 def made(about: str, shards: int) -> FeatureStore:
-    store = FeatureStore({"about": about}, [f"{i:032x}" for i in range(32)], width=8, about=about)
+    store = FeatureStore({"about": about}, [f"{i:032x}" for i in range(32)], 8, [], about)
     for shard in store.open()[:shards]:
-        store.write(shard, np.zeros((16, 2, 8)))
+        store.write(shard, np.zeros((16, 1, 8), np.float16))
     return store
 
 

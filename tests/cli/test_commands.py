@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import ROOT, Bcnn, Run
 from hydra.errors import HydraException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from bcnn.cli.app import main
-from bcnn.cli.errors import NO_SHARED_MEMORY, exit_code_of
+from bcnn.cli.errors import LOST_RANK, NO_SHARED_MEMORY, exit_code_of
 from bcnn.utils.errors import UserError
 
 COMMANDS = ["check", "evaluate", "compare", "predict", "explain", "export", "push", "demo", "cache"]
@@ -93,6 +94,9 @@ ERRORS = [
     (OmegaConfBaseException("Key 'x' is not in struct\n  full_key: x"), "Key 'x' is not in struct"),
     (HydraException("Could not override 'x'.\nUse +x"), "Could not override 'x'."),
     (RuntimeError("in a worker:\nunable to allocate shared memory(shm)"), NO_SHARED_MEMORY),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), LOST_RANK),
+    (torch.distributed.DistBackendError("NCCL error"), LOST_RANK),
+    (UserError("shared memory/gloo.csv is empty"), "shared memory/gloo.csv is empty"),
     (MisconfigurationException("No devices found"), "No devices found"),
 ]
 

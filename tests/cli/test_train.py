@@ -102,7 +102,7 @@ def test_two_processes_share_the_building_under_ddp(python: Run, images: Path, s
         ("model=3", "must be a string or a list"),
         ("seed=${nope}", "Interpolation key 'nope' not found"),
         ("finetune.epochs", "missing EQUAL"),
-        ("--epochs 5", "--epochs: options are written OPTION=VALUE, without dashes: did you mean finetu"),
+        ("--epochs 5", "OPTION=VALUE, without dashes: did you mean finetune.epochs=5?"),
         ("--data.root=my-images", "did you mean data.root=my-images?"),
     ],
 )

@@ -7,16 +7,9 @@ import sys
 
 from conftest import configure, register_tiny
 
+from bcnn.cli.errors import exit_code_of
 from bcnn.training.module import BCNNModule
 from bcnn.training.run import train
-from bcnn.utils.errors import UserError
-
-
-def run(overrides: list[str]) -> None:
-    try:
-        train(configure(*overrides))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def die(*_: object) -> None:
@@ -27,7 +20,7 @@ if __name__ == "__main__":
     register_tiny()
     *jobs, last = json.loads(sys.argv[1])
     for overrides in jobs:
-        run(overrides)
+        train(configure(*overrides))
     if os.environ["LOCAL_RANK"] == "1":
         BCNNModule.training_step = die  # type: ignore[method-assign,assignment]
-    run(last)
+    sys.exit(exit_code_of(lambda: bool(train(configure(*last)))))

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.training import convex_stage
-from bcnn.training.convex_stage import ConvexResult, comparable, fold_numbers, run_convex_stage
+from bcnn.training.convex_stage import Solved, comparable, fold_numbers, run_convex_stage
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import ConvexProblem
 from bcnn.training.module import BCNNModule
@@ -23,13 +23,13 @@ PATH = [1e-2, 1e-3, 1e-4]
 
 def solve(
     images: Path, folder: Path, model: BCNN, *, val: float = 0.34, **options: object
-) -> tuple[ConvexResult, list[dict[str, str]], CachedFeatureDataModule]:
-    """Run the stage; its result, the rows of metrics.csv, and the data."""
+) -> tuple[Path, Solved, list[dict[str, str]], CachedFeatureDataModule]:
+    """Run the stage; its checkpoint and solution, the rows of metrics.csv, and the data."""
     data = CachedFeatureDataModule(folder_data(images, val_fraction=val), model, "32-true")
     options = {"l2": PATH, "folder": folder, **options}
     trainer = quiet_trainer(logger=CSVLogger(folder, name="", version=""))
-    result = run_convex_stage(trainer, [data], **options)  # type: ignore[arg-type]
-    return result, read_csv(folder / "metrics.csv"), data
+    checkpoint, solved = run_convex_stage(trainer, [data], **options)  # type: ignore[arg-type]
+    return checkpoint, solved, read_csv(folder / "metrics.csv"), data
 
 
 def problem_of(data: CachedFeatureDataModule) -> ConvexProblem:
@@ -37,7 +37,7 @@ def problem_of(data: CachedFeatureDataModule) -> ConvexProblem:
 
 
 def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path, tiny: BCNN) -> None:
-    result, rows, data = solve(images, tmp_path, tiny)
+    _, solved, rows, data = solve(images, tmp_path, tiny)
     assert [float(row["l2"]) for row in rows[:3]] == PATH
     assert [row["step"] for row in rows] == [str(k) for k in range(len(rows))]
     problem, weights = problem_of(data), []
@@ -52,18 +52,18 @@ def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path
         assert float(row["gradient_norm"]) < 1e-5
     losses = [float(row["val_loss"]) for row in rows]
     best = losses.index(min(losses))
-    assert result.solved.metrics["val_loss"] == pytest.approx(losses[best])
+    assert solved.metrics["val_loss"] == pytest.approx(losses[best])
     assert torch.equal(tiny.head.weight, weights[best])
 
 
 def test_the_checkpoint_opens_in_every_way(images: Path, tmp_path: Path, tiny: BCNN) -> None:
-    result, _, data = solve(images, tmp_path, tiny)
-    assert result.checkpoint == tmp_path / "best.ckpt"
-    loaded, module = load_model(result.checkpoint), BCNNModule.load_from_checkpoint(result.checkpoint)
+    checkpoint, solved, _, data = solve(images, tmp_path, tiny)
+    assert checkpoint == tmp_path / "best.ckpt"
+    loaded, module = load_model(checkpoint), BCNNModule.load_from_checkpoint(checkpoint)
     for model in (loaded, module.model):
         assert all(torch.equal(a, tiny.state_dict()[name]) for name, a in model.state_dict().items())
     found = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]
-    assert found == pytest.approx(result.solved.metrics, rel=1e-5)
+    assert found == pytest.approx(solved.metrics, rel=1e-5)
 
 
 def test_without_validation_images_a_cross_validation_chooses_lambda(
@@ -72,25 +72,22 @@ def test_without_validation_images_a_cross_validation_chooses_lambda(
     """Labels without meaning: the weaker λ, the worse are the predictions of unseen images."""
     for i, path in enumerate(sorted((images / "train").glob("*/*.png"))):
         path.rename(path.parents[1] / ("blue", "green", "red")[i % 3] / f"moved{i}.png")
-    result, rows, data = solve(images, tmp_path, tiny, val=0, l2=[1, 1e-2, 1e-6], folds=3)
+    l2 = [1, 1e-2, 1e-6]
+    checkpoint, solved, rows, data = solve(images, tmp_path, tiny, val=0, l2=l2, folds=3)
     losses = [float(row["val_loss"]) for row in rows]
     assert len(losses) == 2 and losses[0] < losses[1]  # a weaker one is not tried
     torch.testing.assert_close(tiny.head.weight, problem_of(data).solve(1).weight)
-    assert result.solved.held_out is not None
-    found = F.cross_entropy(result.solved.held_out.logits, result.solved.held_out.labels)
-    assert found.item() == pytest.approx(result.solved.metrics["val_loss"], rel=1e-5)
-    assert result.checkpoint.name == "best.ckpt"
+    assert solved.held_out is not None
+    found = F.cross_entropy(solved.held_out.logits, solved.held_out.labels)
+    assert found.item() == pytest.approx(solved.metrics["val_loss"], rel=1e-5)
+    assert checkpoint.name == "best.ckpt"
 
 
 def test_where_nothing_chooses_the_last_lambda_is_kept(
     images: Path, tmp_path: Path, tiny: BCNN
 ) -> None:
-    result, rows, data = solve(images, tmp_path, tiny, val=0)
-    assert (result.solved.metrics, result.solved.held_out, result.checkpoint.name) == (
-        {},
-        None,
-        "last.ckpt",
-    )
+    checkpoint, solved, rows, data = solve(images, tmp_path, tiny, val=0)
+    assert (solved.metrics, solved.held_out, checkpoint.name) == ({}, None, "last.ckpt")
     assert len(rows) == len(PATH) and "val_loss" not in rows[0]
     weight = [problem.solve(l2).weight for problem in [problem_of(data)] for l2 in PATH][-1]
     assert torch.equal(tiny.head.weight, weight)
@@ -102,12 +99,9 @@ def test_images_alone_in_their_class_are_not_cross_validated(
     """No fold without them knows their class: their loss grows without end as λ falls."""
     for path in sorted((images / "train" / "red").glob("*.png"))[1:]:
         path.unlink()
-    result, rows, _ = solve(images, tmp_path, tiny, val=0, l2=[1e-1, 1e-3], folds=3)
-    assert result.solved.held_out is not None
-    assert (
-        set(result.solved.held_out.labels.tolist()) == {0, 1}
-        and len(result.solved.held_out.images) == 12
-    )
+    _, solved, rows, _ = solve(images, tmp_path, tiny, val=0, l2=[1e-1, 1e-3], folds=3)
+    assert solved.held_out is not None
+    assert {*solved.held_out.labels.tolist()} == {0, 1} and len(solved.held_out.images) == 12
     assert float(rows[-1]["val_loss"]) < 5
 
 
@@ -142,7 +136,7 @@ def test_the_path_is_followed_while_the_loss_falls_by_a_standard_error(
         return F.one_hot(labels, 3) * -(loss.expm1() / 2).log()[:, None], labels
 
     monkeypatch.setattr(convex_stage, "_validate", validate)
-    _, rows, _ = solve(images, tmp_path, tiny, l2=asked)
+    _, _, rows, _ = solve(images, tmp_path, tiny, l2=asked)
     assert [float(row["l2"]) for row in rows] == pytest.approx(path)
 
 
@@ -150,7 +144,7 @@ def test_the_loss_reported_is_cross_entropy_whatever_is_minimised(
     images: Path, tmp_path: Path, tiny: BCNN
 ) -> None:
     loss = torch.nn.CrossEntropyLoss(label_smoothing=0.2)
-    _, rows, data = solve(images, tmp_path, tiny, l2=[1e-2], loss=loss)
+    _, _, rows, data = solve(images, tmp_path, tiny, l2=[1e-2], loss=loss)
     descriptors, labels = build(data).descriptors(data.data.train, views=2)
     with torch.no_grad():
         logits = tiny.head(descriptors[:])

@@ -21,11 +21,8 @@ def store_of(images: Path, model: BCNN, **options: object) -> CachedFeatureDataM
     return build(CachedFeatureDataModule(folder_data(images, **options), model, "32-true"))
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 2**-10)])
-def test_descriptors_are_those_of_the_crop_and_its_mirror_image(
-    images: Path, tiny: BCNN, dtype: str, bound: float
-) -> None:
-    data = build(CachedFeatureDataModule(folder_data(images), tiny, "32-true", dtype))
+def test_descriptors_are_those_of_the_crop_and_its_mirror_image(images: Path, tiny: BCNN) -> None:
+    data, bound = store_of(images, tiny), 2**-10
     for split in (data.data.train, data.data.val, data.data.test):
         batch, labels = next(iter(data.data.evaluation_dataloader(split)))
         with torch.no_grad():

@@ -100,9 +100,9 @@ def test_a_convex_stage_uploads_its_checkpoint(
     logger: WandbLogger, images: Path, tmp_path: Path, staged: Path, tiny: BCNN
 ) -> None:
     data = CachedFeatureDataModule(folder_data(images), tiny, "32-true")
-    result = run_convex_stage(quiet_trainer(logger=logger), [data], l2=[1e-3], folder=tmp_path)
+    checkpoint, _ = run_convex_stage(quiet_trainer(logger=logger), [data], l2=[1e-3], folder=tmp_path)
     close([logger])
-    kept = result.checkpoint.read_bytes()
+    kept = checkpoint.read_bytes()
     assert any(path.is_file() and path.read_bytes() == kept for path in staged.rglob("*"))
 
 
@@ -119,7 +119,7 @@ def test_the_next_command_leaves_the_network_to_the_checkpoint(tmp_path: Path) -
 def test_stages_are_runs_of_one_group(staged: Path, tmp_path: Path) -> None:
     cfg = configure("logger=wandb", "logger.wandb.project=birds", "+logger.wandb.tags=[small]")
     for stage in ("last", "finetune"):
-        loggers = make_loggers(cfg, tmp_path / stage, "a1b2")
+        loggers = make_loggers(cfg.logger, tmp_path / stage, "a1b2")
         (run,) = (each.experiment for each in loggers if isinstance(each, WandbLogger))
         assert (run.id, run.group, run.job_type) == (f"a1b2-{stage}", "a1b2", stage)
         assert (run.project, run.tags) == ("birds", ("small",))

@@ -219,7 +219,7 @@ def test_a_run_is_resumed_where_it_was_moved_to_and_not_with_other_images(
     (tmp_path / "run").rename(tmp_path / "moved")
     train(configure(*words, f"output={tmp_path / 'moved'}"), words, resume=True)
     report = (tmp_path / "moved" / "report.html").read_text()
-    assert "32 px (keep, crop_pct 1, bilinear)" in report and "(since it was resumed)" in report
+    assert "32 px (keep, crop_pct 1, bilinear)" in report and "<dt>resumed</dt>" in report
     begun(tmp_path / "other")
     write(images / "train" / "red" / "new.png", seed=99)
     with pytest.raises(UserError, match=r"the images or their classes changed since .*other began"):

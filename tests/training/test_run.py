@@ -226,6 +226,27 @@ class Ruin(L.Callback):
             pl_module.model.head.weight.data[0, 0] = math.inf  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["stage=last", "last=sgd"], "set a smaller last.batch_size"),
+        (FINETUNE, "set a smaller finetune.batch_size, or finetune.grad_checkpointing=true"),
+    ],
+)
+def test_too_little_memory(images: Path, tmp_path: Path, options: list[str], advice: str) -> None:
+    full = "+callbacks.full._target_=test_run.Full"
+    with pytest.raises(UserError, match=f"too little memory: {advice}$"):
+        train(configure(*toy(images, SMALL, *options, full, f"output={tmp_path / 'out'}")))
+
+
+class Full(L.Callback):
+    """Has no memory for a step."""
+
+    def on_train_batch_end(self, *_: object) -> None:
+        raise torch.OutOfMemoryError
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -1,5 +1,6 @@
 """What a run writes down: it can be moved, names no code, and belongs to its images and options."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -114,15 +115,23 @@ def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(images: Path, tmp
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize(("val_fraction", "validated"), [(0.34, 6), (0, 18)])
+@pytest.mark.parametrize(("val_fraction", "validated"), [(0.34, 6), (0, 12)])
 def test_a_result_tells_which_images_its_figures_are_of(
-    images: Path, tmp_path: Path, val_fraction: float, validated: int
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    val_fraction: float,
+    validated: int,
 ) -> None:
     """Without validation images, its validation figures are of the training images, in folds."""
+    for path in (images / "train" / "red").glob("[1-5].png") if validated == 12 else ():
+        path.unlink()  # the one that is left is alone in its class
     options = [SMALL, "stage=last", "last.folds=3", f"output={tmp_path / 'out'}"]
     train(configure(*toy(images, *options, f"data.val_fraction={val_fraction}")))
-    result = StageResult.read(tmp_path / "out", "last")
+    assert re.search(rf"validation top-1 .*%  of {validated} ", capsys.readouterr().out)
+    result = StageResult.of(tmp_path / "out" / "last" / "best.ckpt")
+    assert StageResult.of(tmp_path / "out" / "last" / "last.ckpt") is None
     assert result and result.predictions
     assert (result.metrics["images_val"], result.metrics["images_test"]) == (validated, 6)
-    assert {*result.predictions.digests} == folder_data(images).split.test
+    assert {*result.predictions.digests} == folder_data(images, val_fraction=val_fraction).split.test
     assert result.predictions.split == "test"
