@@ -1,7 +1,7 @@
 """`bcnn check`: a report on images before training."""
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from bcnn.utils.files import new_output
 
 if TYPE_CHECKING:
     from bcnn.data.index import ImageIndex
-    from bcnn.data.integrity import Finding, Findings
+    from bcnn.data.integrity import Findings
     from bcnn.data.review import Pairs
 
 VAL = typer.Option(help="Share of each class, where no image is in val.")
@@ -46,12 +46,13 @@ def check(
     """
     with progress("loading PyTorch"):
         from bcnn.data import integrity
-        from bcnn.data.groups import join_groups
-        from bcnn.data.index import mistakes
+        from bcnn.data.groups import join_groups, name_groups
+        from bcnn.data.index import mistakes, read_folder, read_list
         from bcnn.data.review import lookalikes, review, shared
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
     validate_fractions(val_fraction, test_fraction)
-    index = _read(images, group)
+    read = read_list if images.is_file() else read_folder
+    index = name_groups(read(images), group, "--group", images)
     if apply:
         return _apply(apply, images, index, output)
     findings = integrity.check(images, index.paths)
@@ -64,36 +65,22 @@ def check(
     drawn = draw_splits(intact, digests, groups, val_fraction, test_fraction, seed)
     folder = output or new_output("check")
     console.print(_table(index, drawn, reasons))
+    cut: list[str] = []
     if index.groups:
-        _print_groups(drawn, groups)
+        numbers = [f"{len({groups[path] for path, _ in each})} {s}" for s, each in drawn.splits.items()]
+        console.print(f"groups: {', '.join(numbers)}")
+        cut = shared(drawn, groups, "are of groups in train")
     near = lookalikes(drawn, findings)
     if intact.samples:
         _draw(intact, findings, near, folder)
-    cut = shared(drawn, groups, "are of groups in train") if index.groups else []
-    errors += _broken(index, findings, images)
+    try:
+        integrity.without_broken(index, findings, images, skip=False)
+    except UserError as error:  # that training would stop with
+        errors.append(str(error))
     warnings = intact.remarks + review(intact, drawn, findings, near) + cut
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
     return 1 if errors else 0
-
-
-def _broken(index: "ImageIndex", findings: "Findings", images: Path) -> list[str]:
-    """Return the error that training would stop with at broken files."""
-    from bcnn.data.integrity import without_broken
-
-    try:
-        without_broken(index, findings, images, skip=False)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _read(images: Path, group: str | None) -> "ImageIndex":
-    from bcnn.data.groups import name_groups
-    from bcnn.data.index import read_folder, read_list
-
-    index = read_list(images) if images.is_file() else read_folder(images)
-    return name_groups(index, group, "--group", images)
 
 
 def _apply(file: Path, images: Path, index: "ImageIndex", output: Path | None) -> int:
@@ -111,26 +98,19 @@ def _apply(file: Path, images: Path, index: "ImageIndex", output: Path | None) -
     return 0
 
 
-def _print_groups(drawn: "ImageIndex", groups: Mapping[str, str]) -> None:
-    counts = [f"{len({groups[p] for p, _ in each})} {split}" for split, each in drawn.splits.items()]
-    console.print(f"groups: {', '.join(counts)}")
-
-
 def _draw(intact: "ImageIndex", findings: "Findings", near: "Pairs", folder: Path) -> None:
+    """Print formats and sizes of the images, and draw them."""
     from bcnn.data.contact_sheet import contact_sheet, pair_sheet
 
-    _print_formats([findings[path] for path in intact.paths])
-    contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
-    if pairs := [pair for found in near.values() for pair in found]:
-        pair_sheet(pairs, folder / "near_duplicates.png")
-    console.print(f"pictures: {folder}")
-
-
-def _print_formats(findings: Sequence["Finding"]) -> None:
-    formats = Counter(each.format for each in findings).most_common()
-    sides = sorted(min(each.width, each.height) for each in findings)
+    found = [findings[path] for path in intact.paths]
+    formats = Counter(each.format for each in found).most_common()
+    sides = sorted(min(each.width, each.height) for each in found)
     console.print(f"formats: {', '.join(f'{count} {name}' for name, count in formats)}")
     console.print(f"short sides: {sides[0]} to {sides[-1]} px, median {median(sides):.0f} px")
+    contact_sheet(intact.classes, intact.samples, folder / "contact_sheet.png")
+    if pairs := [pair for each in near.values() for pair in each]:
+        pair_sheet(pairs, folder / "near_duplicates.png")
+    console.print(f"pictures: {folder}")
 
 
 def _table(index: "ImageIndex", drawn: "ImageIndex", broken: Container[str]) -> Table:

@@ -25,7 +25,6 @@ def push(
     digests and perceptual hashes of the images that the model was trained, validated and tested on:
     they can tell whether an image that somebody has was among them.
     """
-    hub.validate_upload(name)
     with progress("loading PyTorch"):
         from bcnn.evaluation.card import model_card
         from bcnn.evaluation.inference import open_model

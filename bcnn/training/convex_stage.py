@@ -5,7 +5,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,34 +52,29 @@ class Solved(NamedTuple):
     seconds: float
 
 
-def run_convex_stage(
+def solve_each(
     trainer: L.Trainer,
     candidates: Sequence[CachedFeatureDataModule],
-    *,
     l2: Sequence[float],
-    folder: Path,
     loss: nn.Module | None = None,
     folds: int | None = None,
-    choose: Callable[[Sequence[Solved]], Solved] = itemgetter(0),
-) -> tuple[Path, Solved]:
-    """Train the head of a network, or of each of several, and keep the one that `choose` returns.
-
-    Return its checkpoint and its solution.
+) -> list[Solved]:
+    """Train the head of each of several networks; every rank of the trainer solves the same problems.
 
     Args:
-        trainer: its ranks, device and loggers are used; every rank solves the same problem.
         candidates: descriptors by networks that differ in projection and pooling.
-        l2: see `solve`.
-        folder: gets best.ckpt, or last.ckpt where nothing chooses λ.
-        loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
-        folds: of the cross-validation; None: there is none.
+        l2, loss, folds: see `solve`.
     """
     first, *others = candidates
     first.beside = others
     _start(trainer, first)
-    options = list(l2), loss, folds, trainer.strategy.root_device
+    options = l2, loss, folds, trainer.strategy.root_device
     level = logging.DEBUG if others else logging.INFO
-    solved = choose([solve(features, *options, level) for features in candidates])
+    return [solve(features, *options, level) for features in candidates]
+
+
+def save_solution(trainer: L.Trainer, solved: Solved, folder: Path) -> Path:
+    """Write best.ckpt, or last.ckpt where nothing chose λ, and log the figures of each λ."""
     _start(trainer, solved.features)
     file = folder / ("best.ckpt" if solved.metrics else "last.ckpt")
     trainer.save_checkpoint(file, weights_only=True)
@@ -92,16 +86,16 @@ def run_convex_stage(
                 each.log_metrics(figures, step)
             each.save()
             each.after_save_checkpoint(saved)
-    return file, solved
+    return file
 
 
 def solve(
     features: CachedFeatureDataModule,
     l2: Sequence[float],
-    loss: nn.Module | None = None,
-    folds: int | None = None,
-    device: torch.device | str = "cpu",
-    level: int = logging.INFO,
+    loss: nn.Module | None,
+    folds: int | None,
+    device: torch.device,
+    level: int,
 ) -> Solved:
     """Train the head for each λ, and leave the best by validation loss in it.
 
@@ -111,7 +105,8 @@ def solve(
     Args:
         features: set up already.
         l2: the λ, from strong to weak: each solution starts the next.
-        loss, folds: see `run_convex_stage`.
+        loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
+        folds: of the cross-validation; None: there is none.
         level: of the table that is logged.
     """
     begin, model, data = time.monotonic(), features.model.to(device).eval(), features.data

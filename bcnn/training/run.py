@@ -58,7 +58,8 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
     state = RunState.resume(cfg) if resume else RunState.create(cfg, overrides)
     if state.finished:
         logger.info(f"{state.folder}: this run has finished already")
-        return _outcome([result for stage in STAGES[cfg.stage] if (result := state.result(stage))])
+        ended = (StageResult.read(state.folder, stage) for stage in STAGES[cfg.stage])
+        return _outcome([result for result in ended if result])
     began, versions = time.monotonic(), software()  # a clone may be changed before the run ends
     log = log_file(state.folder / "train.log")
     with log as begin_log, _how_to_resume(state):
@@ -95,7 +96,7 @@ def _run_stages(
     """Run the stages that have not ended yet, and return the results of all up to one that failed."""
     results: list[StageResult] = []
     for stage in STAGES[cfg.stage]:
-        result = state.result(stage)
+        result = StageResult.read(state.folder, stage)
         if result is None:
             # Stage last begins with a new head, so that no file holds what it starts from.
             first = cfg.ckpt if stage == "finetune" else None

@@ -141,10 +141,6 @@ class RunState:
         self.images = images
         self.write()
 
-    def result(self, stage: str) -> StageResult | None:
-        """Return the result of a stage, if it has ended."""
-        return StageResult.read(self.folder, stage)
-
     @rank_zero_only
     def finish(self) -> None:
         """Note that nothing is left to do."""

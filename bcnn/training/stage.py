@@ -1,9 +1,7 @@
 """One stage: fit it, keep its best weights, test them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.inference import predict_split
@@ -32,7 +30,7 @@ from bcnn.training.callbacks import (
 from bcnn.training.checkpointing import AtomicCheckpointIO, BestOrLastCheckpoint, add_calibration
 from bcnn.training.choose_pooling import POOLINGS, choose_pooling, make_candidates
 from bcnn.training.config import AUTO, STAGES, validate_batches
-from bcnn.training.convex_stage import HeldOut, Solved, run_convex_stage
+from bcnn.training.convex_stage import HeldOut, save_solution, solve_each
 from bcnn.training.distillation import Teacher
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import close, log_options, log_results, make_loggers
@@ -57,7 +55,7 @@ class Stage:
     model: BCNN  # the weights to start from; changed in place
     data: FineGrainedDataModule  # set up already
     start: Path | None  # the file that holds these weights, if any
-    teacher: Teacher | None = None  # of stage `finetune`
+    teacher: Teacher | None  # of stage `finetune`
 
     def run(self) -> StageResult:
         """Train the stage, or resume it, leave its best weights in `model`, and test them."""
@@ -89,35 +87,25 @@ class Stage:
     def _solve(self) -> StageResult:
         """Find the optimum of stage `last` on stored descriptors."""
         self.trainer = self._make_trainer([])
-        candidates, choose = self._candidates()
-        checkpoint, solved = run_convex_stage(
-            self.trainer,
-            candidates,
-            l2=list(self.options.l2),
-            # It sees every image once: to draw classes equally often is to weigh them equally.
-            loss=self._loss(balanced=self.data.sampler == "balanced"),
-            folds=self.options.folds,
-            folder=self.folder,
-            choose=choose,
-        )
-        self.model.become(solved.features.model)
-        self.features: Data = solved.features
-        self.held_out = found = solved.held_out
-        predictions = found and found.predictions(self.model.classes, self.data.train)
-        return StageResult(self.name, checkpoint, solved.metrics, held_out=predictions)
-
-    def _candidates(
-        self,
-    ) -> tuple[list[CachedFeatureDataModule], Callable[[Sequence[Solved]], Solved]]:
-        """Return the descriptors to solve for, and what chooses among the solutions."""
         pooling, precision = self.cfg.model.pooling, self.state.precision
-        if pooling.name != AUTO or self.cfg.ckpt:
+        compared = pooling.name == AUTO and not self.cfg.ckpt
+        if compared:
+            device = self.trainer.strategy.root_device
+            choices: Any = OmegaConf.to_container(pooling.candidates, resolve=True)
+            found = make_candidates(self.model, choices, pooling.largest, self.data, device, precision)
+        else:
             self._fit_projection()
-            return [CachedFeatureDataModule(self.data, self.model, precision)], itemgetter(0)
-        device = self.trainer.strategy.root_device
-        choices: Any = OmegaConf.to_container(pooling.candidates, resolve=True)
-        found = make_candidates(self.model, choices, pooling.largest, self.data, device, precision)
-        return found, partial(choose_pooling, file=self.folder / POOLINGS)
+            found = [CachedFeatureDataModule(self.data, self.model, precision)]
+        # It sees every image once: to draw classes equally often is to weigh them equally.
+        loss = self._loss(balanced=self.data.sampler == "balanced")
+        solved = solve_each(self.trainer, found, list(self.options.l2), loss, self.options.folds)
+        best = choose_pooling(solved, self.folder / POOLINGS) if compared else solved[0]
+        checkpoint = save_solution(self.trainer, best, self.folder)
+        self.model.become(best.features.model)
+        self.features: Data = best.features
+        self.held_out = best.held_out
+        predictions = best.held_out and best.held_out.predictions(self.model.classes, self.data.train)
+        return StageResult(self.name, checkpoint, best.metrics, held_out=predictions)
 
     def _train(self) -> StageResult:
         """Train by gradient descent, from the state of an interrupted stage if there is one."""
@@ -262,7 +250,9 @@ class Stage:
             return
         model = self.model.to(self.trainer.strategy.root_device)
         precision = self.state.precision
-        predictions = predict_split(model, samples, self._batches(samples), precision)
+        predictions = predict_split(
+            model, samples, self.features.evaluation_dataloader(samples), precision
+        )
         digests = [self.data.digests[path] for path in predictions.paths]
         split = "test" if self.data.test else "val"
         result.predictions = replace(predictions, digests=digests, split=split)
@@ -274,8 +264,8 @@ class Stage:
         is_last = result.failure or self.name == STAGES[self.cfg.stage][-1]
         mistakes = result.predictions.confident_mistakes(MISTAKES)
         if mistakes and is_last and self.trainer.world_size == 1:  # other ranks would wait too long
-            asked = self._batches([samples[index] for index in mistakes])
-            known = self._batches(self.data.train)
+            mistaken = [samples[index] for index in mistakes]
+            asked, known = map(self.features.evaluation_dataloader, (mistaken, self.data.train))
             found = nearest_images(model, asked, known, self.data.train, NEIGHBOURS, precision)
             result.nearest = dict(zip(mistakes, found, strict=True))
 
@@ -285,7 +275,3 @@ class Stage:
         if isinstance(limit, int):
             return samples[: limit * self.data.batch_size]
         return samples if limit is None else samples[: round(limit * len(samples))]
-
-    def _batches(self, samples: Sequence[tuple[str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return what a trained model sees of these images, in order: images, or stored descriptors."""
-        return iter(self.features.evaluation_dataloader(samples))

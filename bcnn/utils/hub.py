@@ -17,18 +17,8 @@ def download(name: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    _validate_name(name)
     with _one_sentence(name):
         return Path(hf_hub_download(name, WEIGHTS))
-
-
-def validate_upload(name: str) -> None:
-    """Raise UserError if `upload` would fail for its name, or for lack of a token."""
-    from huggingface_hub import get_token
-
-    _validate_name(name)
-    if not get_token():
-        raise UserError("the hub asks for a token: log in by `hf auth login`, or set HF_TOKEN")
 
 
 def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
@@ -45,26 +35,17 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
     return str(address)
 
 
-def _validate_name(name: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-        valid = "/" in name
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise UserError(f"{name!r} is no name of a repository: give user/name")
-
-
 @contextmanager
 def _one_sentence(name: str) -> Iterator[None]:
     """Make what huggingface_hub raises a UserError."""
     from huggingface_hub import errors
 
     try:
+        if "/" not in name:
+            raise errors.HFValidationError
         yield
+    except errors.HFValidationError as error:
+        raise UserError(f"{name!r} is no name of a repository: give user/name") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"the hub has no repository {name} that you may use: check the name, or log in by "
@@ -82,5 +63,6 @@ def _one_sentence(name: str) -> Iterator[None]:
     except (OSError, errors.HTTPError, RuntimeError) as error:  # the last: an upload broke off
         reason = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{SCHEME}{name}: {reason.rstrip('.')}: check the network, the token and the disk"
+            f"{SCHEME}{name}: {reason.rstrip('.')}: check the network, the disk and the token (log in "
+            "by `hf auth login`, or set HF_TOKEN)"
         ) from error

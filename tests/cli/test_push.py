@@ -200,7 +200,7 @@ def test_mistakes_are_one_sentence(
     refused("colours", "'colours' is no name of a repository: give user/name")
     refused("me/empty", "--private: me/empty exists and is public", "--private")
     setenv(HF_TOKEN="another's")
-    refused("me/new", "hf://me/new: Invalid username or password: check the network, the token")
+    refused("me/new", "hf://me/new: Invalid username or password: check the network, the disk")
     setenv(HF_TOKEN="", HF_TOKEN_PATH="none")
     refused("me/new", "log in by `hf auth login`, or set HF_TOKEN")
     setenv(HF_TOKEN="mine", HF_ENDPOINT=NOBODY)

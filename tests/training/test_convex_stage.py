@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.training import convex_stage
-from bcnn.training.convex_stage import Solved, comparable, fold_numbers, run_convex_stage
+from bcnn.training.convex_stage import Solved, comparable, fold_numbers, save_solution, solve_each
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import ConvexProblem
 from bcnn.training.module import BCNNModule
@@ -26,9 +26,9 @@ def solve(
 ) -> tuple[Path, Solved, list[dict[str, str]], CachedFeatureDataModule]:
     """Run the stage; its checkpoint and solution, the rows of metrics.csv, and the data."""
     data = CachedFeatureDataModule(folder_data(images, val_fraction=val), model, "32-true")
-    options = {"l2": PATH, "folder": folder, **options}
     trainer = quiet_trainer(logger=CSVLogger(folder, name="", version=""))
-    checkpoint, solved = run_convex_stage(trainer, [data], **options)  # type: ignore[arg-type]
+    (solved,) = solve_each(trainer, [data], **{"l2": PATH, **options})  # type: ignore[arg-type]
+    checkpoint = save_solution(trainer, solved, folder)
     return checkpoint, solved, read_csv(folder / "metrics.csv"), data
 
 

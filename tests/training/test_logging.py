@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from bcnn.evaluation.predictions import Predictions
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training import logging as training_logging
-from bcnn.training.convex_stage import run_convex_stage
+from bcnn.training.convex_stage import save_solution, solve_each
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import _next_command, close, log_options, log_results, make_loggers
 from bcnn.training.run_state import StageResult
@@ -100,7 +100,8 @@ def test_a_convex_stage_uploads_its_checkpoint(
     logger: WandbLogger, images: Path, tmp_path: Path, staged: Path, tiny: BCNN
 ) -> None:
     data = CachedFeatureDataModule(folder_data(images), tiny, "32-true")
-    checkpoint, _ = run_convex_stage(quiet_trainer(logger=logger), [data], l2=[1e-3], folder=tmp_path)
+    trainer = quiet_trainer(logger=logger)
+    checkpoint = save_solution(trainer, *solve_each(trainer, [data], [1e-3]), tmp_path)
     close([logger])
     kept = checkpoint.read_bytes()
     assert any(path.is_file() and path.read_bytes() == kept for path in staged.rglob("*"))
