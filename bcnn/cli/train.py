@@ -54,7 +54,6 @@ def main(words: list[str], task: Task = _main) -> int:
 
 
 def _main_of(words: list[str], task: Task) -> None:
-    words = sorted(words, key=_is_override)  # argparse takes flags before overrides, not among them
     if any(word.startswith("resume=") for word in words):
         resume(words)
         return
@@ -64,11 +63,13 @@ def _main_of(words: list[str], task: Task) -> None:
         if not is_rank_zero():
             sys.exit(1)  # the first says why
         raise UserError("processes that are started together need one folder: add output=FOLDER")
-    if unknown := get_args_parser().parse_known_args(words)[1]:
+    # argparse takes flags before overrides, not among them.
+    arguments = sorted([*_own_configuration(), *map(_quoted, words)], key=_is_override)
+    if unknown := get_args_parser().parse_known_args(arguments)[1]:
         raise UserError(_without_dashes(unknown[0], words))
     sys.path.insert(0, os.getcwd())  # for classes of one's own, as python -m has it
     called = sys.argv
-    sys.argv = [called[0], *_own_configuration(words), *map(_quoted, words)]
+    sys.argv = [called[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised, not printed
     try:
         with ranked(words):
@@ -115,9 +116,8 @@ def resume(words: list[str]) -> float:
 def compose(overrides: list[str], **options: bool) -> DictConfig:
     """Return the configuration that overrides compose, outside of a command of Hydra's."""
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[file://{Path('conf').absolute()}]"] if _own_configuration([]) else []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", [*search, *overrides], **options)
+        return hydra.compose("config", [*_own_configuration(), *overrides], **options)
 
 
 def _run(cfg: DictConfig, overrides: list[str], resume: bool) -> float:
@@ -154,11 +154,10 @@ def _quoted(word: str) -> str:
     return f"{name}='{value}'" if number and name.lstrip("+") in PATHS else word
 
 
-def _own_configuration(words: list[str]) -> list[str]:
-    """Return the flag by which Hydra also finds the user's `conf/` in the working folder."""
-    given = any(word.startswith(("--config-dir", "-cd")) for word in words)
+def _own_configuration() -> list[str]:
+    """Return the override by which Hydra also finds the user's `conf/` in the working folder."""
     there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
-    return ["--config-dir=conf"] if there and not given else []
+    return ["hydra.searchpath=[file://conf]"] if there else []
 
 
 def _explained(error: Exception, words: list[str]) -> str:

@@ -134,6 +134,16 @@ def test_flags_may_stand_anywhere(train: Run, tmp_path: Path) -> None:
     assert "experiment/own.yaml has to begin with the line # @package _global_" in train(*words).stderr
 
 
+def test_a_run_is_resumed_with_the_configuration_of_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "a=b (1), 'c'" / "conf" / "experiment" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\nseed: 7\n")
+    monkeypatch.chdir(own.parents[2])
+    assert command.compose(["experiment=own"]).seed == 7
+
+
 @pytest.mark.usefixtures("tiny")
 def test_paths_are_those_of_the_working_folder_wherever_hydra_goes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
