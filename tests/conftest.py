@@ -283,6 +283,13 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+def run(images: Path, output: Path, *overrides: str) -> float:
+    """Train in this process, at toy size, into a new folder; return validation top-1."""
+    from bcnn.training.run import train  # takes a second
+
+    return train(configure(*toy(images, *overrides, f"output={output}")))
+
+
 SMALL = "model.backbone.name=tiny"
 FINETUNE = ["finetune.epochs=1", "finetune.batch_size=6"]  # one epoch, for `images`
 

@@ -30,7 +30,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
-        """Images → probabilities (batch, classes), on the device of the images."""
+        """Return the probabilities (batch, classes) of images, on their device."""
         model = self.model.to(stacks(images)[0].device)
         return model.probabilities(model(images))
 

@@ -67,8 +67,8 @@ def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     if pooling["name"] == AUTO:  # any will do until stage `last` has chosen
         pooling = {"name": "average"}
     model = BCNN(data.classes, data.preprocessing, options["backbone"], pooling, options["project"])
-    of_network = replace(model.preprocessing, interpolation=model.backbone.interpolation)
-    model.preprocessing = replace(of_network, **data.given_preprocessing)
+    chosen = {"interpolation": model.backbone.interpolation, **data.given_preprocessing}
+    model.preprocessing = replace(model.preprocessing, **chosen)
     initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
     if cfg.model.weights == "pretrained":
         logger.info(f"licence of the pretrained weights: {model.backbone.licence or 'not stated'}")

@@ -4,19 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, configure, folder_data, quiet_trainer, toy
+from conftest import SMALL, folder_data, quiet_trainer, run
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Subspace
 from bcnn.models.checkpoint import load_model
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import train
+from bcnn.utils.errors import UserError
 
+UNVALIDATED = [SMALL, "stage=last", "data.val_fraction=0"]
 FINETUNE = ["finetune.epochs=2", "finetune.batch_size=6", "finetune.optimizer.lr=1e-3"]
-
-
-def run(images: Path, *overrides: str) -> None:
-    train(configure(*toy(images, SMALL, *overrides)))
 
 
 def held_out(checkpoint: Path) -> int:
@@ -27,7 +24,7 @@ def held_out(checkpoint: Path) -> int:
 
 def test_validation_images_calibrate_each_stage(images: Path, tmp_path: Path, tiny: BCNN) -> None:
     """Of 18 training images, 6 are drawn for validation."""
-    run(images, *FINETUNE, f"output={tmp_path / 'out'}")
+    run(images, tmp_path / "out", SMALL, *FINETUNE)
     assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 6
     tuned = next((tmp_path / "out" / "finetune").glob("*.ckpt"))
     assert held_out(tuned) == 6
@@ -35,18 +32,13 @@ def test_validation_images_calibrate_each_stage(images: Path, tmp_path: Path, ti
     assert quiet_trainer().test(module, folder_data(images).test_dataloader(), tuned, verbose=False)
 
 
-def test_without_validation_images_a_cross_validation_calibrates(
+def test_without_validation_images_a_cross_validation_calibrates_if_there_is_one(
     images: Path, tmp_path: Path, tiny: BCNN
 ) -> None:
-    run(images, "stage=last", "data.val_fraction=0", f"output={tmp_path / 'out'}")
+    run(images, tmp_path / "out", *UNVALIDATED)
     assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 18
-
-
-def test_without_held_out_images_a_model_is_not_calibrated(
-    images: Path, tmp_path: Path, tiny: BCNN
-) -> None:
-    run(images, "stage=last", "data.val_fraction=0", "last.folds=null", f"output={tmp_path / 'out'}")
-    assert held_out(tmp_path / "out" / "last" / "last.ckpt") == 0
+    run(images, tmp_path / "none", *UNVALIDATED, "last.folds=null")
+    assert held_out(tmp_path / "none" / "last" / "last.ckpt") == 0
 
 
 def test_a_held_out_image_is_measured_by_models_that_have_not_seen_it(
@@ -65,7 +57,7 @@ def test_a_held_out_image_is_measured_by_models_that_have_not_seen_it(
 
     monkeypatch.setattr(Subspace, "of", span)
     monkeypatch.setattr(Subspace, "residual", measure)
-    run(images, "stage=last", "data.val_fraction=0", "last.folds=3", f"output={tmp_path / 'out'}")
+    run(images, tmp_path / "out", *UNVALIDATED, "last.folds=3")
     by_folds = measured[:3]
     assert sum(len(held) for held, _ in by_folds) == 18
     whole = spanned[3].float()
@@ -77,12 +69,12 @@ def test_a_held_out_image_is_measured_by_models_that_have_not_seen_it(
 def test_a_stage_that_ends_with_its_start_keeps_the_calibration_of_that(
     images: Path, tmp_path: Path, tiny: BCNN
 ) -> None:
-    run(images, "stage=last", f"output={tmp_path / 'last'}")
+    run(images, tmp_path / "last", SMALL, "stage=last")
     start = tmp_path / "last" / "last" / "best.ckpt"
     before = start.read_bytes()
     words = ["stage=finetune", f"ckpt={start}", *FINETUNE, "finetune.optimizer.lr=1e9"]
-    with pytest.raises(Exception, match=r"worse|diverged|not finite"):
-        run(images, *words, "finetune.polyak=null", f"output={tmp_path / 'worse'}")
+    with pytest.raises(UserError, match=r"worse|not finite"):
+        run(images, tmp_path / "worse", *words, "finetune.polyak=null")
     assert start.read_bytes() == before
     table = (tmp_path / "worse" / "predictions.csv").read_text()
     assert "prediction_set" in table.partition("\n")[0]

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import SMALL, batches, configure, folder_data, quiet_trainer, toy
+from conftest import SMALL, batches, folder_data, quiet_trainer, run
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +27,6 @@ from bcnn.training.callbacks import (
 )
 from bcnn.training.checkpointing import BestOrLastCheckpoint
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import train
 
 Logged = Callable[[], list[str]]
 
@@ -95,11 +94,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_no_step_waits_for_the_device(images: Path, tmp_path: Path) -> None:
-    options = [SMALL, "trainer.log_every_n_steps=1", f"output={tmp_path / 'out'}"]
-    options += ["last=sgd", "last.epochs=1", "last.batch_size=4"]
-    options += ["finetune.epochs=1", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3"]
+    last = ["last=sgd", "last.epochs=1", "last.batch_size=4"]
+    finetune = ["finetune.epochs=1", "finetune.batch_size=4", "finetune.optimizer.lr=1e-3"]
     with Waits() as waits:
-        train(configure(*toy(images, *options)))
+        run(images, tmp_path / "out", SMALL, "trainer.log_every_n_steps=1", *last, *finetune)
     assert waits.checks > 0
     assert "".join(waits.lines) == ""
 

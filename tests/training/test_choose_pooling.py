@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FINETUNE, SMALL, build, configure, folder_data, read_csv, toy, weights
+from conftest import FINETUNE, SMALL, build, folder_data, read_csv, run, weights
 from torch import Tensor
 
 from bcnn.models.bilinear_cnn import BCNN
@@ -16,7 +16,6 @@ from bcnn.training.choose_pooling import choose_pooling, make_candidates
 from bcnn.training.convex_stage import HeldOut, Solved
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.feature_store import VIEWS
-from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 CHOICES = [{"name": "average"}, {"name": "sqrt", "project": 2}, {"name": "bilinear"}]
@@ -102,13 +101,12 @@ def test_the_narrowest_within_a_standard_error_of_the_lowest_loss_is_kept(
 def test_the_run_continues_with_the_pooling_that_was_kept(images: Path, tmp_path: Path) -> None:
     """It ends with the same weights, calibration and record as a run with this pooling alone."""
     choices = "model.pooling.candidates=[{name: average}, {name: sqrt, project: 3}]"
-    train(configure(*toy(images, *AUTO, choices, *FINETUNE, f"output={tmp_path / 'auto'}")))
+    run(images, tmp_path / "auto", *AUTO, choices, *FINETUNE)
     kept = load_model(tmp_path / "auto").chosen
     pooling = [f"model/pooling={kept['pooling']['name']}", f"model.project={kept['project']}"]
-    alone = [SMALL, *pooling, *FINETUNE, f"output={tmp_path / 'alone'}"]
-    train(configure(*toy(images, *alone)))
+    run(images, tmp_path / "alone", SMALL, *pooling, *FINETUNE)
     for stage in ("last", "finetune"):
-        auto, single = (next((tmp_path / run / stage).glob("*.ckpt")) for run in ("auto", "alone"))
+        auto, single = (next((tmp_path / name / stage).glob("*.ckpt")) for name in ("auto", "alone"))
         first, second = weights(auto), weights(single)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -117,24 +115,7 @@ def test_the_run_continues_with_the_pooling_that_was_kept(images: Path, tmp_path
     assert "<h2>Poolings</h2>" not in (tmp_path / "alone" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["last=sgd"], "model/pooling=auto compares solutions of last=convex"),
-        (["last.folds=null"], "model/pooling=auto compares solutions of last=convex"),
-        (["model.project=2"], "model.project=2 has no effect on model/pooling=auto"),
-    ],
-)
-def test_options_that_have_no_effect_are_refused(
-    images: Path, overrides: list[str], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        train(configure(*toy(images, *AUTO, *overrides)))
-
-
 def test_a_checkpoint_keeps_its_pooling(images: Path, tmp_path: Path, tiny: BCNN) -> None:
-    first = [SMALL, "model/pooling=sqrt", "stage=last", f"output={tmp_path / 'first'}"]
-    train(configure(*toy(images, *first)))
-    second = [*AUTO, "stage=last", f"ckpt={tmp_path / 'first'}", f"output={tmp_path / 'second'}"]
-    train(configure(*toy(images, *second)))
+    run(images, tmp_path / "first", SMALL, "model/pooling=sqrt", "stage=last")
+    run(images, tmp_path / "second", *AUTO, "stage=last", f"ckpt={tmp_path / 'first'}")
     assert load_model(tmp_path / "second").chosen["pooling"]["name"] == "sqrt"

@@ -5,75 +5,69 @@ from typing import ClassVar
 
 import lightning as L
 import pytest
-from conftest import FINETUNE, configure, toy
+from conftest import FINETUNE, SMALL, configure, run
 
 from bcnn.models.checkpoint import load_model
 from bcnn.training.config import validate, validate_batches
-from bcnn.training.run import train
 from bcnn.training.schema import absolute_paths
 from bcnn.utils.errors import UserError
 
-TINY = "model.backbone.name=tiny"
 MINE = "+callbacks.mine._target_=lightning.pytorch.callbacks."
-TIMER = "{_target_:lightning.pytorch.callbacks.Timer}"
+TEACHER = "finetune.teacher=a.ckpt"
+REFUSED = {
+    "seed=5000000000": r"seed=5e\+09: choose a number from 0",
+    "stage=lst": "stage=lst: choose from both, last, finetune",
+    "+stag=last": "no option stag:",
+    "+last.sotre=false": r"no option last\.sotre:",
+    "+finetune.epoch=3": r"no option finetune\.epoch:",
+    "+model.heads=2": r"no option model\.heads:",
+    "+data.siez=64": r"data: .*siez",
+    "+finetune.optimizer.betas=[0.9,0.99]": r"finetune\.optimizer: .*betas",
+    "+finetune.scheduler.warmpu=0.1": r"finetune\.scheduler: .*warmpu",
+    "finetune.optimizer._target_=torch.optim.SDG": r"finetune\.optimizer: .*SDG",
+    "finetune.polyak=0": r"finetune\.polyak=0: choose",
+    "optimizer@finetune.optimizer=adam": r"polyak has no effect .*Adam: add finetune\.polyak=null",
+    "finetune.batch_size=2": "too small for finetune.centering: use 4 or more",
+    "last.folds=1": r"last\.folds=1: choose a number from 2",
+    "last.l2=[]": r"last\.l2=\[\]: give one number above zero",
+    "last=sgd last.batch_size=0": r"last\.batch_size=0",
+    "data.size=9000": "data.size=9000: choose a number from 1 to 8192",
+    "+trainer.callbacks=[]": r"trainer\.callbacks is set by the stage: use callbacks=",
+    "+trainer.max_epochs=3": r"trainer\.max_epochs .*finetune\.epochs",
+    "stage=last +trainer.gradient_clip_val=1": "gradient_clip_val has no effect on last=convex",
+    "trainer.precision=bf16-true": "choose from auto, 32-true, bf16-mixed, 16-mixed",
+    "+callbacks.mine.patience=2": r"name its class by callbacks\.mine\._target_=",
+    f"stage=last {MINE}Timer": "no effect on last=convex",
+    f"{MINE}BatchSizeFinder": r"BatchSizeFinder .* use finetune\.batch_size$",
+    "stage=finetune": "starts from a checkpoint of stage=last: add ckpt=PATH",
+    "ckpt=best.ckpt model.weights=random": r"model\.weights has no effect: .* from best\.ckpt",
+    "model/pooling=auto last=sgd": "model/pooling=auto compares solutions of last=convex",
+    "model/pooling=auto last.folds=null": "model/pooling=auto compares solutions of last=convex",
+    "model/pooling=auto model.project=2": "model.project=2 has no effect on model/pooling=auto",
+    f"{TEACHER} finetune.class_weights=true": "class_weights=true has no effect",
+    f"{TEACHER} finetune.loss.label_smoothing=0.1": "loss.* has no effect",
+    "data.unlabelled=other": "add finetune.teacher=CKPT",
+    f"data.unlabelled=other {TEACHER} stage=last": "with last=convex",
+    f"data.unlabelled=other {TEACHER} last=sgd model/pooling=sqrt": "with last=convex",
+}
+ACCEPTED = ("ckpt=best.ckpt", "model/pooling=auto", f"data.unlabelled=other {TEACHER}")
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["seed=5000000000"], r"seed=5e\+09: choose a number from 0"),
-        (["stage=lst"], "stage=lst: choose from both, last, finetune"),
-        (["+stag=last"], "no option stag:"),
-        (["+last.sotre=false"], r"no option last\.sotre:"),
-        (["+finetune.epoch=3"], r"no option finetune\.epoch:"),
-        (["+model.heads=2"], r"no option model\.heads:"),
-        (["+data.siez=64"], r"data: .*siez"),
-        (["+finetune.optimizer.betas=[0.9,0.99]"], r"finetune\.optimizer: .*betas"),
-        (["+finetune.scheduler.warmpu=0.1"], r"finetune\.scheduler: .*warmpu"),
-        (["+logger.csv.flush=3"], r"logger\.csv: .*flush"),
-        (["finetune.optimizer._target_=torch.optim.SDG"], r"finetune\.optimizer: .*SDG"),
-        (["finetune.epochs=0"], r"finetune\.epochs=0: choose a number from 1"),
-        (["finetune.polyak=0"], r"finetune\.polyak=0: choose"),
-        (
-            ["optimizer@finetune.optimizer=adam"],
-            r"polyak has no effect .*Adam: add finetune\.polyak=null",
-        ),
-        (["finetune.batch_size=2"], "too small for finetune.centering: use 4 or more"),
-        (["last.folds=1"], r"last\.folds=1: choose a number from 2"),
-        (["last.l2=[]"], r"last\.l2=\[\]: give one number above zero"),
-        (["last=sgd", "last.batch_size=0"], r"last\.batch_size=0"),
-        (["data.size=9000"], "data.size=9000: choose a number from 1 to 8192"),
-        ([f"+trainer.callbacks=[{TIMER}]"], r"trainer\.callbacks is set by the stage: use callbacks="),
-        (["+trainer.max_epochs=3"], r"trainer\.max_epochs .*finetune\.epochs"),
-        (["+trainer.check_val_every_n_epoch=2"], r"trainer\.check_val_every_n_epoch .*each epoch"),
-        (["+trainer.accumulate_grad_batches=2"], r"finetune\.accumulate"),
-        (["+trainer.logger=false"], r"use logger=NAME"),
-        (
-            ["stage=last", "+trainer.gradient_clip_val=1"],
-            r"gradient_clip_val has no effect on last=convex",
-        ),
-        (["trainer.precision=bf16-true"], "choose from auto, 32-true, bf16-mixed, 16-mixed"),
-        (["+callbacks.mine.patience=2"], r"name its class by callbacks\.mine\._target_="),
-        (["stage=last", f"{MINE}Timer"], "no effect on last=convex"),
-        ([f"{MINE}LearningRateFinder"], "LearningRateFinder .* use finetune.optimizer.lr"),
-        ([f"{MINE}BatchSizeFinder"], r"BatchSizeFinder .* use finetune\.batch_size$"),
-        ([f"{MINE}StochasticWeightAveraging"], "use EMAWeightAveraging"),
-        (["stage=finetune"], "starts from a checkpoint of stage=last: add ckpt=PATH"),
-    ],
-)
-def test_options_that_do_not_go_together(options: list[str], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence) as refusal:
-        validate(configure(*toy(Path("images"), "output=out", *options)))
+def accept(options: str) -> None:
+    words = ["data=folder", "data.root=images", "output=out", *options.split()]
+    validate(configure(*words), words)
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_options_that_do_not_go_together(options: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[options]) as refusal:
+        accept(options)
     assert "\n" not in str(refusal.value)
 
 
-def test_weights_beside_a_checkpoint_are_refused() -> None:
-    options = toy(Path("images"), "output=out", "stage=last", "ckpt=best.ckpt")  # names model.weights
-    with pytest.raises(
-        UserError, match=r"model\.weights has no effect: the run starts from best\.ckpt"
-    ):
-        validate(configure(*options), options)
-    validate(configure(*options), [each for each in options if not each.startswith("model.")])
+@pytest.mark.parametrize("options", ACCEPTED)
+def test_options_that_go_together(options: str) -> None:
+    accept(options)
 
 
 def test_a_text_option_that_looks_like_a_number_is_text() -> None:
@@ -92,14 +86,11 @@ def test_paths_become_absolute_and_names_of_weights_stay(tmp_path: Path) -> None
     (tmp_path / "own.pth").touch()
     cfg = configure("data=folder", "data.root=images", "output=run", "ckpt=best.ckpt")
     found = absolute_paths(cfg, tmp_path)
-    assert (found.data.root, found.output, found.ckpt) == tuple(
-        str(tmp_path / name) for name in ("images", "run", "best.ckpt")
-    )
-    assert found.model.weights == "imagenet"
-    assert absolute_paths(
-        configure("output=run", "model.weights=own.pth"), tmp_path
-    ).model.weights == str(tmp_path / "own.pth")
-    assert cfg.data.root == "images"
+    paths = [str(tmp_path / name) for name in ("images", "run", "best.ckpt")]
+    assert [found.data.root, found.output, found.ckpt] == paths
+    assert found.model.weights == "imagenet" and cfg.data.root == "images"
+    own = absolute_paths(configure("output=run", "model.weights=own.pth"), tmp_path)
+    assert own.model.weights == str(tmp_path / "own.pth")
     (tmp_path / "run" / "last").mkdir(parents=True)
     (tmp_path / "run" / "last" / "result.json").write_text('{"checkpoint": "last/best.ckpt"}')
     found = absolute_paths(configure("output=new", "ckpt=run", "model.weights=run"), tmp_path)
@@ -123,11 +114,7 @@ class Counted(L.Callback):
 def test_a_callback_of_ones_own_is_made_once_a_stage(images: Path, tmp_path: Path) -> None:
     Counted.made, Counted.stages[:] = 0, []
     mine = "+callbacks.mine._target_=test_config.Counted"
-    train(
-        configure(
-            *toy(images, TINY, *FINETUNE, "last=sgd", "last.epochs=1", mine, f"output={tmp_path}/a")
-        )
-    )
+    run(images, tmp_path / "a", SMALL, *FINETUNE, "last=sgd", "last.epochs=1", mine)
     assert (Counted.made, Counted.stages) == (2, ["last", "finetune"])
 
 
@@ -153,22 +140,21 @@ def test_a_callback_of_ones_own_is_made_once_a_stage(images: Path, tmp_path: Pat
     ],
 )
 def test_options_of_lightning_s(images: Path, tmp_path: Path, options: list[str]) -> None:
-    train(configure(*toy(images, TINY, *FINETUNE, *options, f"output={tmp_path / 'out'}")))
+    run(images, tmp_path / "out", SMALL, *FINETUNE, *options)
     assert (tmp_path / "out" / "finetune" / "result.json").is_file()
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.usefixtures("tiny")
 def test_fast_dev_run_keeps_no_checkpoint(images: Path, tmp_path: Path) -> None:
-    options = ["last=sgd", "+trainer.fast_dev_run=true", f"output={tmp_path / 'out'}"]
-    train(configure(*toy(images, TINY, *FINETUNE, *options)))
+    run(images, tmp_path / "out", SMALL, *FINETUNE, "last=sgd", "+trainer.fast_dev_run=true")
     assert not [*tmp_path.rglob("*.ckpt")]
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_finetune_has_the_network_of_its_checkpoint(images: Path, tmp_path: Path) -> None:
-    network = [TINY, "model/pooling=sqrt", "model.project=3"]
-    train(configure(*toy(images, *network, "stage=last", f"output={tmp_path / 'a'}")))
+    network = [SMALL, "model/pooling=sqrt", "model.project=3"]
+    run(images, tmp_path / "a", *network, "stage=last")
     start = ["stage=finetune", f"ckpt={tmp_path / 'a'}", *FINETUNE]  # the folder of a run
     for wrong, sentence in (
         (["model/pooling=newton_schulz"], r"model\.pooling is .*newton_schulz.*has .*sqrt"),
@@ -179,18 +165,8 @@ def test_a_finetune_has_the_network_of_its_checkpoint(images: Path, tmp_path: Pa
         (["data.size=6"], r"data\.size=6: this backbone takes 8 or more"),
     ):
         with pytest.raises(UserError, match=sentence):
-            train(configure(*toy(images, *start, *wrong, f"output={tmp_path / 'c'}")))
-    train(configure(*toy(images, *start, f"output={tmp_path / 'b'}")))
+            run(images, tmp_path / "c", *start, *wrong)
+    run(images, tmp_path / "b", *start)
     report = (tmp_path / "b" / "report.html").read_text()
     assert "name: tiny" in report and "name: sqrt" in report
     assert load_model(tmp_path / "b").chosen["pooling"]["name"] == "sqrt"
-
-
-@pytest.mark.usefixtures("tiny")
-def test_an_output_folder_is_used_once(images: Path, tmp_path: Path) -> None:
-    options = toy(images, "stage=last", TINY, f"output={tmp_path / 'out'}")
-    train(configure(*options))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    with pytest.raises(UserError, match=r"output=.*out holds a run already .*choose another folder"):
-        train(configure(*options, "seed=3"))
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

@@ -37,7 +37,8 @@ def problem_of(data: CachedFeatureDataModule) -> ConvexProblem:
 
 
 def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path, tiny: BCNN) -> None:
-    _, solved, rows, data = solve(images, tmp_path, tiny)
+    """The checkpoint opens in every way."""
+    checkpoint, solved, rows, data = solve(images, tmp_path, tiny)
     assert [float(row["l2"]) for row in rows[:3]] == PATH
     assert [row["step"] for row in rows] == [str(k) for k in range(len(rows))]
     problem, weights = problem_of(data), []
@@ -54,10 +55,6 @@ def test_the_best_lambda_is_kept_and_each_is_logged(images: Path, tmp_path: Path
     best = losses.index(min(losses))
     assert solved.metrics["val_loss"] == pytest.approx(losses[best])
     assert torch.equal(tiny.head.weight, weights[best])
-
-
-def test_the_checkpoint_opens_in_every_way(images: Path, tmp_path: Path, tiny: BCNN) -> None:
-    checkpoint, solved, _, data = solve(images, tmp_path, tiny)
     assert checkpoint == tmp_path / "best.ckpt"
     loaded, module = load_model(checkpoint), BCNNModule.load_from_checkpoint(checkpoint)
     for model in (loaded, module.model):

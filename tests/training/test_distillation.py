@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, batches, configure, quiet_trainer, toy, write, write_classes
+from conftest import SMALL, batches, quiet_trainer, run, write, write_classes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bcnn.data.sampler import NO_LABEL
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
-from bcnn.training.config import validate
 from bcnn.training.distillation import Teacher, divergence
 from bcnn.training.module import BCNNModule
-from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 STUDENT = [SMALL, "stage=both", "finetune.epochs=2", "finetune.optimizer.lr=1e-3"]
@@ -63,8 +61,8 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def teacher(photos: Path, tmp_path: Path, tiny: BCNN) -> Path:
     """A run whose network is larger than the student's, with images split by another seed."""
-    words = ["model.backbone.name=tiny", "+model.backbone.channels=8", "stage=last", "data.seed=5"]
-    train(configure(*toy(photos, *words, f"output={tmp_path / 'teacher'}")))
+    words = [SMALL, "+model.backbone.channels=8", "stage=last", "data.seed=5"]
+    run(photos, tmp_path / "teacher", *words)
     return tmp_path / "teacher"
 
 
@@ -81,11 +79,10 @@ def test_a_run_learns_from_a_teacher_and_from_images_without_labels(
         shutil.copy(path, others / f"copy of {path.name}")
     (others / "broken.png").write_bytes(b"\x89PNG")
     words = [*STUDENT, f"finetune.teacher={teacher}", f"data.unlabelled={others}"]
-    train(configure(*toy(photos, *words, "data.seed=6", f"output={tmp_path / 'student'}")))
+    run(photos, tmp_path / "student", *words, "data.seed=6")
     printed = capsys.readouterr().out
-    assert (
-        f"{others}: 12 images without labels; left out are 1 that cannot be decoded and 16" in printed
-    )
+    left_out = "left out are 1 that cannot be decoded and 16"
+    assert f"{others}: 12 images without labels; {left_out}" in printed
     student = load_model(tmp_path / "student")
     assert student.split and student.split.test == taught.split.test
     assert student.split.train > taught.split.train
@@ -97,27 +94,5 @@ def test_a_run_learns_from_a_teacher_and_from_images_without_labels(
 
 def test_a_teacher_of_other_classes_is_refused(photos: Path, teacher: Path, tmp_path: Path) -> None:
     shutil.rmtree(photos / "cat")
-    words = [*STUDENT, f"finetune.teacher={teacher}", f"output={tmp_path / 'student'}"]
     with pytest.raises(UserError, match=r"finetune\.teacher=.* on other classes .*missing: cat"):
-        train(configure(*toy(photos, *words)))
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (
-            ["finetune.teacher=a.ckpt", "finetune.class_weights=true"],
-            "class_weights=true has no effect",
-        ),
-        (["finetune.teacher=a.ckpt", "finetune.loss.label_smoothing=0.1"], "loss.* has no effect"),
-        (["data.unlabelled=other"], "add finetune.teacher=CKPT"),
-        (["data.unlabelled=other", "finetune.teacher=a.ckpt", "stage=last"], "with last=convex"),
-        (["data.unlabelled=other", "finetune.teacher=a.ckpt", "last=sgd"], "with last=convex"),
-    ],
-)
-def test_options_that_a_teacher_leaves_without_effect(words: list[str], sentence: str) -> None:
-    words = toy(Path("images"), "output=out", *words)
-    with pytest.raises(UserError, match=sentence):
-        validate(configure(*words), words)
-    both = ["data.unlabelled=other", "finetune.teacher=a.ckpt"]
-    validate(configure(*toy(Path("images"), "output=out", *both)), both)
+        run(photos, tmp_path / "student", *STUDENT, f"finetune.teacher={teacher}")

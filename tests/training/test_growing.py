@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FINETUNE, configure, toy, write, write_classes
+from conftest import FINETUNE, SMALL, run, write, write_classes
 
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.training.feature_store import VIEWS
-from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -29,10 +28,9 @@ def weights(tiny: BCNN, tmp_path: Path) -> str:
     return f"model.weights={tmp_path / 'features.pth'}"
 
 
-def run(photos: Path, output: Path, *options: str) -> BCNN:
+def grow(photos: Path, output: Path, *options: str) -> BCNN:
     """Train stage `last`, if nothing else is asked for, and return the model."""
-    words = ["model.backbone.name=tiny", "stage=last", "data.val_fraction=0.1", *options]
-    train(configure(*toy(photos, *words, f"output={output}")))
+    run(photos, output, SMALL, "stage=last", "data.val_fraction=0.1", *options)
     return load_model(output)
 
 
@@ -46,7 +44,7 @@ def test_new_classes_cost_the_passes_of_their_images_and_equal_training_from_the
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A class is removed, two are added; the images have other names in another folder."""
-    run(photos, tmp_path / "first", weights, stage)
+    grow(photos, tmp_path / "first", weights, stage)
     assert sum(passes) == VIEWS * 80
     passes.clear()
     changed = tmp_path / "changed"
@@ -56,13 +54,13 @@ def test_new_classes_cost_the_passes_of_their_images_and_equal_training_from_the
             shutil.copy(path, changed / name / f"photo {path.name}")
     for index in range(64):
         write(changed / ("ant", "fox")[index % 2] / f"{index}.png", seed=10_000 + index)
-    grown = run(changed, tmp_path / "grown", stage, f"ckpt={tmp_path / 'first'}")
+    grown = grow(changed, tmp_path / "grown", stage, f"ckpt={tmp_path / 'first'}")
     assert sum(passes) == VIEWS * 64
     passes.clear()
-    assert run(changed, tmp_path / "again", stage, weights).classes == ["ant", "dog", "eel", "fox"]
+    assert grow(changed, tmp_path / "again", stage, weights).classes == ["ant", "dog", "eel", "fox"]
     assert not passes  # also a run from the start finds all images
     monkeypatch.setenv("BCNN_STORES", str(tmp_path / "empty"))
-    anew = run(changed, tmp_path / "anew", stage, weights)
+    anew = grow(changed, tmp_path / "anew", stage, weights)
     assert sum(passes) == VIEWS * 124
     assert grown.classes == anew.classes
     for part in ("backbone", "head"):
@@ -74,7 +72,7 @@ def test_shares_of_the_training_images_share_descriptors(
     photos: Path, tmp_path: Path, weights: str, passes: list[int]
 ) -> None:
     for share in ("1.0", "0.5", "0.1"):
-        run(photos, tmp_path / share, weights, f"data.train_fraction={share}")
+        grow(photos, tmp_path / share, weights, f"data.train_fraction={share}")
     assert sum(passes) == VIEWS * 80
 
 
@@ -82,12 +80,12 @@ def test_images_that_the_trunk_was_trained_on_are_never_held_out(
     photos: Path, tmp_path: Path, weights: str
 ) -> None:
     """With another seed. New images of a known class are trained on; a new class is split."""
-    before = run(photos, tmp_path / "first", weights).split
+    before = grow(photos, tmp_path / "first", weights).split
     for index in range(10):
         write(photos / "dog" / f"new{index}.png", seed=10_000 + index)
         write(photos / "fox" / f"{index}.png", seed=20_000 + index)
     shutil.rmtree(photos / "cat")
-    after = run(photos, tmp_path / "grown", f"ckpt={tmp_path / 'first'}", "seed=7").split
+    after = grow(photos, tmp_path / "grown", f"ckpt={tmp_path / 'first'}", "seed=7").split
     assert before and after
     assert before.train < after.train and before.val < after.val and before.test < after.test
     assert len(after.digests) == 80 + 20 and len(after.train) < len(before.train) + 20
@@ -97,16 +95,16 @@ def test_projection_pooling_and_preprocessing_are_those_of_the_checkpoint(
     photos: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = ["model/pooling=sqrt", "model.project=3", "data.resize=squash", "data.crop_pct=0.8"]
-    first = run(photos, tmp_path / "first", weights, *network)
+    first = grow(photos, tmp_path / "first", weights, *network)
     write_classes(photos, fox=10)
     monkeypatch.setattr("bcnn.training.stage.fit_principal_axes", None)
     start = [f"ckpt={tmp_path / 'first'}", "data.size=null"]
     for stage in ("last", "both"):
-        grown = run(photos, tmp_path / stage, *start, f"stage={stage}", *TUNED)
+        grown = grow(photos, tmp_path / stage, *start, f"stage={stage}", *TUNED)
         assert (grown.chosen, grown.preprocessing) == (first.chosen, first.preprocessing)
         same = torch.equal(grown.backbone.projection.weight, first.backbone.projection.weight)
         assert same == (stage == "last") and grown.classes == ["cat", "dog", "eel", "fox"]
-    other = run(photos, tmp_path / "other", *start, "data.size=40", "model.project=3")
+    other = grow(photos, tmp_path / "other", *start, "data.size=40", "model.project=3")
     assert other.preprocessing.size == 40 and other.preprocessing.resize == "squash"
     with pytest.raises(UserError, match=r"model\.project is 2, and .* has 3: leave it out"):
-        run(photos, tmp_path / "wrong", *start, "model.project=2")
+        grow(photos, tmp_path / "wrong", *start, "model.project=2")

@@ -127,22 +127,15 @@ def test_stages_are_runs_of_one_group(staged: Path, tmp_path: Path) -> None:
         close(loggers)
 
 
-def test_the_configuration_of_the_stage(logger: WandbLogger, tmp_path: Path) -> None:
-    cfg = configure(*toy(tmp_path, "last.l2=[1e-5]", f"output={tmp_path}"))
-    log_options([logger], cfg, "last")
-    kept = logger.experiment.config
-    assert (kept["stage"], kept["last"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
-    assert kept["data"]["size"] == 32 and kept["data"]["seed"] == 0  # an interpolation, resolved
-
-
-def test_other_loggers_are_told_the_configuration_alone(
-    predictions: Predictions, tmp_path: Path
+def test_loggers_are_told_the_configuration_and_wandb_alone_what_it_can_show(
+    logger: WandbLogger, predictions: Predictions, tmp_path: Path
 ) -> None:
-    logger = CSVLogger(tmp_path / "csv", name="", version="")
-    cfg = configure(*toy(tmp_path, f"output={tmp_path}"))
-    log_options([logger], cfg, "finetune")
-    log_results([logger], {"test_top1": 0.5}, predictions)
-    logger.save()
-    kept = OmegaConf.load(tmp_path / "csv" / "hparams.yaml")
-    assert (kept.stage, kept.data.root) == ("finetune", str(tmp_path))
+    other = CSVLogger(tmp_path / "csv", name="", version="")
+    cfg = configure(*toy(tmp_path, "last.l2=[1e-5]", f"output={tmp_path}"))
+    log_options([logger, other], cfg, "last")
+    log_results([other], {"test_top1": 0.5}, predictions)
+    other.save()
+    for kept in (logger.experiment.config, OmegaConf.load(tmp_path / "csv" / "hparams.yaml")):
+        assert (kept["stage"], kept["last"]["l2"], kept["seed"]) == ("last", [1e-5], 0)
+        assert kept["data"]["size"] == 32 and kept["data"]["seed"] == 0  # an interpolation, resolved
     assert "confusion" not in (tmp_path / "csv" / "metrics.csv").read_text()

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, configure, folder_data, set_up, toy
+from conftest import SMALL, configure, folder_data, run, set_up, toy
 from hydra.errors import HydraException
 
 from bcnn.cli.train import resume
@@ -105,13 +105,14 @@ def test_a_result_can_be_moved_with_its_run(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(images: Path, tmp_path: Path) -> None:
-    words = toy(images, SMALL, "stage=last", "last.l2=[1e-2]")
-    cfg = configure(*words, f"output={tmp_path / 'run'}")
-    figure = train(cfg, words)
-    weights = (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns
-    assert train(cfg, words, resume=True) == figure
-    assert (tmp_path / "run" / "last" / "best.ckpt").stat().st_mtime_ns == weights
+def test_a_finished_run_is_neither_trained_again_nor_replaced(images: Path, tmp_path: Path) -> None:
+    words = toy(images, SMALL, "stage=last", "last.l2=[1e-2]", f"output={tmp_path / 'out'}")
+    figure = train(configure(*words), words)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert train(configure(*words), words, resume=True) == figure
+    with pytest.raises(UserError, match=r"output=.*out holds a run already .*choose another folder"):
+        train(configure(*words, "seed=3"))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
 @pytest.mark.usefixtures("tiny")
@@ -126,8 +127,8 @@ def test_a_result_tells_which_images_its_figures_are_of(
     """Without validation images, its validation figures are of the training images, in folds."""
     for path in (images / "train" / "red").glob("[1-5].png") if validated == 12 else ():
         path.unlink()  # the one that is left is alone in its class
-    options = [SMALL, "stage=last", "last.folds=3", f"output={tmp_path / 'out'}"]
-    train(configure(*toy(images, *options, f"data.val_fraction={val_fraction}")))
+    options = [SMALL, "stage=last", "last.folds=3", f"data.val_fraction={val_fraction}"]
+    run(images, tmp_path / "out", *options)
     assert re.search(rf"validation top-1 .*%  of {validated} ", capsys.readouterr().out)
     result = StageResult.of(tmp_path / "out" / "last" / "best.ckpt")
     assert StageResult.of(tmp_path / "out" / "last" / "last.ckpt") is None

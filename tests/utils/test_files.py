@@ -38,36 +38,30 @@ def test_the_old_content_stays_until_the_new_is_complete(tmp_path: Path) -> None
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_killed_process_leaves_the_old_content(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    path.write_text("first")
-    code = """if True:
-        import os, pathlib, sys; from bcnn.utils.files import atomic_write
-        with atomic_write(pathlib.Path(sys.argv[1])) as part:
-            part.write_text("half"); os.kill(os.getpid(), 9)
+@pytest.mark.parametrize("write", ["atomic_write", "atomic_folder"])
+def test_a_killed_process_leaves_nothing_new(tmp_path: Path, write: str) -> None:
+    path = tmp_path / "output"
+    if write == "atomic_write":
+        path.write_text("first")
+    before = os.listdir(tmp_path)
+    code = f"""if True:
+        import os, pathlib, sys; from bcnn.utils.files import {write}
+        with {write}(pathlib.Path(sys.argv[1])) as part:
+            (part / "figures.json" if part.is_dir() else part).write_text("half")
+            os.kill(os.getpid(), 9)
     """
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
-    assert path.read_text() == "first"
-    assert len(os.listdir(tmp_path)) == 2
+    assert len(os.listdir(tmp_path)) == len(before) + 1
+    assert write == "atomic_folder" or path.read_text() == "first"
     remove_parts(tmp_path)
-    assert os.listdir(tmp_path) == ["file.txt"]
+    assert os.listdir(tmp_path) == before
 
 
-def test_a_killed_process_leaves_no_part_of_a_folder(tmp_path: Path) -> None:
-    code = """if True:
-        import os, pathlib, sys; from bcnn.utils.files import atomic_folder
-        with atomic_folder(pathlib.Path(sys.argv[1])) as part:
-            (part / "figures.json").touch(); os.kill(os.getpid(), 9)
-    """
-    folder = tmp_path / "output"
-    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == -9
-    assert not folder.exists() and len(os.listdir(tmp_path)) == 1
-    with atomic_folder(folder) as part:
+def test_a_folder_gets_its_name_once_it_is_complete(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "output") as part:
         (part / "figures.json").touch()
-        assert not folder.exists()
-    assert os.listdir(folder) == ["figures.json"]
-    remove_parts(tmp_path)
-    assert os.listdir(tmp_path) == ["output"]
+        assert not (tmp_path / "output").exists()
+    assert os.listdir(tmp_path / "output") == ["figures.json"]
 
 
 def test_nobody_can_guess_where_a_file_is_written(
