@@ -1,7 +1,7 @@
 """`bcnn check`: a report on images before training."""
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
@@ -64,23 +64,27 @@ def check(
     groups = join_groups({path: findings[path] for path in intact.paths}, index.groups, near=False)
     drawn = draw_splits(intact, digests, groups, val_fraction, test_fraction, seed)
     folder = output or new_output("check")
-    console.print(_table(index, drawn, reasons))
-    cut: list[str] = []
-    if index.groups:
-        numbers = [f"{len({groups[path] for path, _ in each})} {s}" for s, each in drawn.splits.items()]
-        console.print(f"groups: {', '.join(numbers)}")
-        cut = shared(drawn, groups, "are of groups in train")
+    _print_counts(index, drawn, reasons, groups)
     near = lookalikes(drawn, findings)
     if intact.samples:
         _draw(intact, findings, near, folder)
-    try:
-        integrity.without_broken(index, findings, images, skip=False)
-    except UserError as error:  # that training would stop with
-        errors.append(str(error))
+    cut = shared(drawn, groups, "are of groups in train") if index.groups else []
+    errors += _broken(index, findings, images)
     warnings = intact.remarks + review(intact, drawn, findings, near) + cut
     for line in [f"warning: {each}" for each in warnings] + [f"error: {each}" for each in errors]:
         console.print(printable(line))
     return 1 if errors else 0
+
+
+def _broken(index: "ImageIndex", findings: "Findings", images: Path) -> list[str]:
+    """Return the error that training would stop with at broken files."""
+    from bcnn.data.integrity import without_broken
+
+    try:
+        without_broken(index, findings, images, skip=False)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _apply(file: Path, images: Path, index: "ImageIndex", output: Path | None) -> int:
@@ -113,8 +117,10 @@ def _draw(intact: "ImageIndex", findings: "Findings", near: "Pairs", folder: Pat
     console.print(f"pictures: {folder}")
 
 
-def _table(index: "ImageIndex", drawn: "ImageIndex", broken: Container[str]) -> Table:
-    """Return a table with a row per class and a column of numbers per split."""
+def _print_counts(
+    index: "ImageIndex", drawn: "ImageIndex", broken: Container[str], groups: Mapping[str, str]
+) -> None:
+    """Print a table with a row per class and a column of numbers per split, and those of groups."""
     columns = {split: drawn.counts(split) for split in drawn.splits}
     if lost := [label for path, label in index.samples if path in broken]:
         columns["broken"] = [lost.count(label) for label in range(len(index.classes))]
@@ -124,4 +130,7 @@ def _table(index: "ImageIndex", drawn: "ImageIndex", broken: Container[str]) -> 
         table.add_column(name, footer=f"{sum(counts)}", justify="right")
     for name, *counts in zip(map(printable, index.classes), *columns.values(), strict=True):
         table.add_row(name, *map(str, counts))
-    return table
+    console.print(table)
+    if index.groups:
+        numbers = [f"{len({groups[path] for path, _ in each})} {s}" for s, each in drawn.splits.items()]
+        console.print(f"groups: {', '.join(numbers)}")

@@ -18,7 +18,7 @@ from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import Neighbour
 from bcnn.evaluation.results import PREDICTIONS
 from bcnn.training.schema import working_folder
-from bcnn.utils.device import chosen_precision
+from bcnn.utils.device import fastest_precision
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import RESULT, atomic_write, remove_parts, validate_writable
 
@@ -97,7 +97,9 @@ class RunState:
         """Return the state of a new run; it is written when there is something to train."""
         folder = Path(cfg.output)
         _validate_new(folder)
-        precision = chosen_precision(cfg.trainer)
+        precision = str(cfg.trainer.precision)
+        if precision == "auto":
+            precision = fastest_precision(cfg.trainer.accelerator)
         return cls(folder, overrides, _plain(cfg), str(working_folder()), precision)
 
     @classmethod

@@ -93,7 +93,8 @@ def log_file(path: Path) -> Iterator[Callable[[], None]]:
         memory.setTarget(file)
         memory.flush()
 
-    note(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+    if is_rank_zero():  # the others append to the same file
+        note(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
     logger.addHandler(memory)
     try:
         yield begin

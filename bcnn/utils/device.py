@@ -4,13 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 # Lightning's precisions that need autocast, and the type that it computes convolutions in.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -22,7 +18,7 @@ FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 MEMORY = Path("/sys/fs/cgroup")  # of a container
 
 
-def fastest_precision(accelerator: str = "auto") -> str:
+def fastest_precision(accelerator: str) -> str:
     """Return bf16-mixed if the device multiplies matrices in it, 16-mixed on older GPUs, else 32-true.
 
     On a CPU these are AMX units: with AVX-512's bfloat16 alone, VGG-16 took 1.3 to 1.4 times as long as
@@ -34,12 +30,6 @@ def fastest_precision(accelerator: str = "auto") -> str:
     native = torch.cpu.get_capabilities().get("amx_tile")
     on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
     return "bf16-mixed" if on_cpu and native else "32-true"
-
-
-def chosen_precision(trainer: "DictConfig") -> str:
-    """Return `trainer.precision`, where "auto" is the fastest of the device."""
-    precision = str(trainer.precision)
-    return fastest_precision(trainer.accelerator) if precision == "auto" else precision
 
 
 def best_device() -> torch.device:

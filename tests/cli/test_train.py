@@ -76,12 +76,16 @@ def test_wandb_offline_and_tensorboard_need_no_account(
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_building_under_ddp(python: Run, images: Path, stores: Path) -> None:
+def test_two_processes_share_the_building_under_ddp(
+    python: Run, images: Path, stores: Path, tmp_path: Path
+) -> None:
     ddp = ["stage=last", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     run = python(TRAIN, *toy(images, *ddp), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("best checkpoint") == 1
     assert len([*stores.glob("*/*.npy")]) == 2
+    (log,) = tmp_path.glob("outputs/*/*/train.log")
+    assert len(re.findall(r"^\d{4}-\d\d-\d\d ", log.read_text(), re.MULTILINE)) == 1
 
 
 @pytest.mark.slow

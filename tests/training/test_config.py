@@ -122,25 +122,17 @@ def test_a_callback_of_ones_own_is_made_once_a_stage(images: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "options",
     [
-        ["+trainer.deterministic=true", "+trainer.profiler=simple", "~logger.csv"],
-        ["last=sgd", "last.epochs=1", "+trainer.gradient_clip_val=1", "+trainer.limit_train_batches=1"],
-        ["~logger.csv", "+trainer.enable_progress_bar=false", "+trainer.detect_anomaly=true"],
-        [
-            "+trainer.limit_test_batches=1",
-            "+trainer.limit_val_batches=1",
-            "+trainer.max_time=00:00:10:00",
-        ],
-        ["last=sgd", "last.epochs=1", "+trainer.overfit_batches=1"],
-        [f"{MINE}ModelCheckpoint"],
-        [
-            "scheduler@finetune.scheduler=plateau",
-            "callbacks=early_stopping",
-            "callbacks.early_stopping.patience=1",
-        ],
+        "+trainer.deterministic=true +trainer.profiler=simple ~logger.csv",
+        "last=sgd last.epochs=1 +trainer.gradient_clip_val=1 +trainer.limit_train_batches=1",
+        "~logger.csv +trainer.enable_progress_bar=false +trainer.detect_anomaly=true",
+        "+trainer.limit_test_batches=1 +trainer.limit_val_batches=1 +trainer.max_time=00:00:10:00",
+        "last=sgd last.epochs=1 +trainer.overfit_batches=1",
+        f"{MINE}ModelCheckpoint",
+        "scheduler@finetune.scheduler=plateau callbacks=early_stopping",
     ],
 )
-def test_options_of_lightning_s(images: Path, tmp_path: Path, options: list[str]) -> None:
-    run(images, tmp_path / "out", SMALL, *FINETUNE, *options)
+def test_options_of_lightning_s(images: Path, tmp_path: Path, options: str) -> None:
+    run(images, tmp_path / "out", SMALL, *FINETUNE, *options.split())
     assert (tmp_path / "out" / "finetune" / "result.json").is_file()
     assert (tmp_path / "out" / "report.html").is_file()
 
