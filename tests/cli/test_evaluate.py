@@ -95,14 +95,13 @@ def test_images_of_no_known_class_are_told_from_the_others(
 def test_rows_have_the_sets_and_marks_of_predict(
     bcnn: Bcnn, calibrated: BCNN, images: Path, tmp_path: Path
 ) -> None:
-    save_model(calibrated, tmp_path / "model.safetensors")
+    ckpt = tmp_path / "model.safetensors"
+    save_model(calibrated, ckpt)
     for index, value in enumerate(range(0, 250, 50)):
         Image.new("RGB", (32, 32), (value, 255 - value, 90)).save(images / "test/red" / f"{index}.png")
-    assert (
-        bcnn("evaluate", tmp_path / "model.safetensors", images, "--output", tmp_path / "out").code == 0
-    )
+    assert bcnn("evaluate", ckpt, images, "--output", tmp_path / "out").code == 0
     evaluated = {row["path"]: row for row in read_csv(tmp_path / "out" / "predictions.csv")}
-    words = ["predict", tmp_path / "model.safetensors", images / "test", "--format", "csv"]
+    words = ["predict", ckpt, images / "test", "--format", "csv"]
     predicted = {row["image"]: row for row in csv.DictReader(bcnn(*words).out.splitlines())}
     assert evaluated.keys() == predicted.keys()
     for path, row in predicted.items():

@@ -217,9 +217,8 @@ def test_every_format_has_the_same_rows(predict: partial[Outcome], photos: Path)
         assert row["error"] == (cells["error"] or "") == line.get("error", "")
         if not row["error"]:
             assert cells["probability"] == pytest.approx(float(row["probability"]), abs=1e-6)
-            assert (
-                row["prediction_set"].split("; ") == cells["prediction_set"] == line["prediction_set"]
-            )
+            names = row["prediction_set"].split("; ")
+            assert names == cells["prediction_set"] == line["prediction_set"]
             assert cells["unlike_training"] == (row["unlike_training"] == "yes")
 
 

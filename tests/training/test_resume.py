@@ -152,31 +152,20 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert RunState.read(parts).finished
 
 
-def interrupt(words: list[str], folder: Path, sign: str, number: signal.Signals) -> tuple[int, str]:
-    """`python train.py *words`, with a signal once a file `sign` is there: exit code and output."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not [*folder.glob(sign)]:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=100)
-    return process.returncode, output
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_that_the_command_it_shows_resumes(
     images: Path, tmp_path: Path, train: Run
 ) -> None:
     words = ["stage=last", *toy(images, *SGD[:1], "last.epochs=10_000"), "output=run"]
-    code, output = interrupt(words, tmp_path, "run/last/last.ckpt", signal.SIGINT)
-    assert code == 130, output
-    assert "Traceback" not in output
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    while not (tmp_path / "run" / "last" / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
     assert f"resume with: bcnn train resume={tmp_path}/run" in output
     state = tmp_path / "run" / "run.yaml"
     state.write_text(re.sub(r"epochs(:|=)( ?)10_?000", r"epochs\1\g<2>1", state.read_text()))
