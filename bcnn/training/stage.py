@@ -92,13 +92,14 @@ class Stage:
         if compared:
             device = self.trainer.strategy.root_device
             choices: Any = OmegaConf.to_container(pooling.candidates, resolve=True)
-            found = make_candidates(self.model, choices, pooling.largest, self.data, device, precision)
+            largest = pooling.largest
+            candidates = make_candidates(self.model, choices, largest, self.data, device, precision)
         else:
             self._fit_projection()
-            found = [CachedFeatureDataModule(self.data, self.model, precision)]
+            candidates = [CachedFeatureDataModule(self.data, self.model, precision)]
         # It sees every image once: to draw classes equally often is to weigh them equally.
         loss = self._loss(balanced=self.data.sampler == "balanced")
-        solved = solve_each(self.trainer, found, list(self.options.l2), loss, self.options.folds)
+        solved = solve_each(self.trainer, candidates, self.options.l2, loss, self.options.folds)
         best = choose_pooling(solved, self.folder / POOLINGS) if compared else solved[0]
         checkpoint = save_solution(self.trainer, best, self.folder)
         self.model.become(best.features.model)
@@ -250,9 +251,8 @@ class Stage:
             return
         model = self.model.to(self.trainer.strategy.root_device)
         precision = self.state.precision
-        predictions = predict_split(
-            model, samples, self.features.evaluation_dataloader(samples), precision
-        )
+        load = self.features.evaluation_dataloader  # of images, or of stored descriptors
+        predictions = predict_split(model, samples, load(samples), precision)
         digests = [self.data.digests[path] for path in predictions.paths]
         split = "test" if self.data.test else "val"
         result.predictions = replace(predictions, digests=digests, split=split)
@@ -264,8 +264,7 @@ class Stage:
         is_last = result.failure or self.name == STAGES[self.cfg.stage][-1]
         mistakes = result.predictions.confident_mistakes(MISTAKES)
         if mistakes and is_last and self.trainer.world_size == 1:  # other ranks would wait too long
-            mistaken = [samples[index] for index in mistakes]
-            asked, known = map(self.features.evaluation_dataloader, (mistaken, self.data.train))
+            asked, known = load([samples[index] for index in mistakes]), load(self.data.train)
             found = nearest_images(model, asked, known, self.data.train, NEIGHBOURS, precision)
             result.nearest = dict(zip(mistakes, found, strict=True))
 
