@@ -40,11 +40,9 @@ def fit_principal_axes(
     file = cache_folder("axes") / f"{key_of(identity)}.npy"
     weight = backbone.projection.weight
     assert isinstance(weight, Tensor)
-    try:
+    if file.is_file():
         axes = torch.from_numpy(np.load(file))
-    except (OSError, EOFError, TypeError, ValueError):  # no file, or a damaged one
-        axes = torch.empty(0)
-    if axes.shape != (weight.shape[1], weight.shape[1]):
+    else:
         backbone.to(device).eval()  # batch normalisation would use, and change, its statistics
         batches = track(loader, "principal axes", unit="batches")
         with autocast(device, precision):

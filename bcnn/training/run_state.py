@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-from zipfile import BadZipFile
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -68,15 +67,12 @@ class StageResult:
         file = folder / stage / RESULT
         if not file.is_file():
             return None
-        try:
-            plain = json.loads(file.read_text())
-            files = (folder / stage / name for name in (PREDICTIONS, HELD_OUT))
-            predictions, held_out = (Predictions.load(f) if f.is_file() else None for f in files)
-            checkpoint = plain["checkpoint"] and folder / plain["checkpoint"]
-            facts = plain["metrics"], plain["failure"]
-            return cls(stage, checkpoint, *facts, predictions, held_out, plain["device"])
-        except (ValueError, TypeError, KeyError, BadZipFile) as error:
-            raise UserError(f"{file} is damaged: remove it to train the stage again") from error
+        plain = json.loads(file.read_text())
+        if plain["checkpoint"]:
+            plain["checkpoint"] = folder / plain["checkpoint"]
+        files = (folder / stage / name for name in (PREDICTIONS, HELD_OUT))
+        predictions, held_out = (Predictions.load(f) if f.is_file() else None for f in files)
+        return cls(stage, **plain, predictions=predictions, held_out=held_out)
 
 
 @dataclass

@@ -53,19 +53,3 @@ def test_axes_are_of_the_images_and_found_once(
     torch.testing.assert_close(again.projection.weight[:3, :, 0, 0], weight)
     with pytest.raises(TypeError):  # other pixels have other axes
         fit_principal_axes(again, folder_data(images, interpolation="bicubic"), CPU, "32-true")
-
-
-@pytest.mark.parametrize("content", [np.eye(3), np.ones(4), np.full((4, 4), "x"), None])
-def test_cached_axes_that_do_not_fit_are_computed_again(
-    images: Path, tiny: BCNN, tmp_path: Path, content: np.ndarray | None
-) -> None:
-    data, backbone = folder_data(images), make_backbone("tiny", project=3)
-    fit_principal_axes(backbone, data, CPU, "32-true")
-    weight = backbone.projection.weight.detach().clone()
-    (file,) = tmp_path.rglob("*.npy")
-    np.save(file, content) if content is not None else file.write_bytes(b"")
-    nn.init.zeros_(backbone.projection.weight)
-    for _ in range(2):
-        fit_principal_axes(backbone, data, CPU, "32-true")
-        torch.testing.assert_close(backbone.projection.weight.detach(), weight)
-    assert np.load(file).shape == (4, 4)
