@@ -25,7 +25,7 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
         console.print(f"{len(caches)} caches in {stores_dir()}")
         for key, folder in caches.items():
             size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-            images = "; ".join(read_about(folder)) or "?"
+            images = "; ".join(read_about(folder))
             console.print(printable(f"{key}  {size:9.1f} MB  {images}"))
         return
     if remove not in (*caches, "all"):

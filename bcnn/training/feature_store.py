@@ -148,8 +148,6 @@ def remove_store(folder: Path) -> None:
 
 
 def read_about(folder: Path) -> list[str]:
-    """Return which images a store was used for; empty where that cannot be read."""
-    try:
-        return [*map(str, json.loads((folder / ABOUT).read_bytes()))]
-    except (OSError, ValueError, TypeError):
-        return []
+    """Return which images a store was used for; none where it was not used yet."""
+    file = folder / ABOUT
+    return [*json.loads(file.read_text())] if file.is_file() else []

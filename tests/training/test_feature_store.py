@@ -141,5 +141,3 @@ def test_which_images_a_store_was_used_for_can_be_read() -> None:
     for about in ("some images", "others", "some images"):
         FeatureStore({}, names(3), WIDTH, [], about).open()
     assert feature_store.read_about(store.folder) == ["some images", "others"]
-    (store.folder / "store.json").write_text("garbage")
-    assert feature_store.read_about(store.folder) == []
