@@ -23,7 +23,7 @@ PATHS = (
     "Files, folders, lists (.csv, .parquet), quoted patterns like '**/*.jpg', URLs of these, or - for "
     "standard input."
 )
-Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help=PATHS)]
+Images = Annotated[list[str], typer.Argument(metavar="IMAGES", help=PATHS)]
 
 LABELS = "Image folder as for training, or list of path,label[,split]; a header line may add group."
 LabelledImages = Annotated[Path, typer.Argument(metavar="IMAGES", exists=True, help=LABELS)]

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from bcnn.data.integrity import Findings
     from bcnn.data.review import Pairs
 
-VAL = typer.Option(help="Share of each class, where no image is in val.")
+VAL = typer.Option(help="Share of each class to draw for validation, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
 APPLY = typer.Option(metavar="MOVES", exists=True, dir_okay=False, help="List of labels to correct.")
-OUTPUT = typer.Option(help="New folder, or with --apply new list. Default: in outputs/.")
+OUTPUT = typer.Option(
+    help="New folder (default: in outputs/). With --apply, required: NEW.csv, or a folder for a copy."
+)
 
 
 def check(
@@ -39,7 +41,7 @@ def check(
     Draws contact_sheet.png, and near_duplicates.png. The exit code is 1 where training would stop.
 
     IMAGES is a folder with train/, val/ and test/ of class folders, a folder of class folders, a folder
-    with a metadata.csv of file_name,label, or a list with lines of path,label[,split][,group].
+    with a metadata.csv of file_name,label, or a list with lines of path,label[,split].
 
     With --apply it checks nothing, and writes IMAGES with the labels of MOVES, such as the moves.csv of
     a run, to a list (--output NEW.csv) or to a copy of the folder (--output NEW).

@@ -11,7 +11,7 @@ from bcnn.utils.errors import UserError
 from bcnn.utils.files import new_output, validate_writable
 
 FOLDERS = "Folders of runs, of stages of a run, or of what bcnn evaluate wrote."
-RUNS = typer.Argument(metavar="RUN RUN...", exists=True, file_okay=False, help=FOLDERS)
+RUNS = typer.Argument(metavar="RUN", exists=True, file_okay=False, help=FOLDERS)
 
 
 def compare(runs: Annotated[list[Path], RUNS], output: OutputFolder = None) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bcnn.models.bilinear_cnn import BCNN
 
-CHOICE = "As the folder or list has it, else as the checkpoint records it, else (test) all images."
+CHOICE = "That of the folder or list; without one, that of the checkpoint; else, for test, all images."
 SPLIT = typer.Option(help=CHOICE)
 UNKNOWN = typer.Option(exists=True, help="Images of none of the classes: how many are marked as such?")
 

@@ -11,7 +11,7 @@ from bcnn.utils.console import console, progress, track
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import validate_writable
 
-FORMAT = typer.Option(help="pth: a state dict in the names of the two-script original.")
+FORMAT = typer.Option(help="pth: a state dict with the original scripts' names (classifiers.0.weight).")
 OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, with its name.")
 SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2, pte).")
 PRECISION = typer.Option(help="Of the convolutions of an ONNX file; int8 needs --images.")
@@ -26,7 +26,7 @@ def export(
     precision: Annotated[Literal["float32", "float16", "int8"], PRECISION] = "float32",
     images: Annotated[list[str] | None, IMAGES] = None,
 ) -> None:
-    """Write a model for other programs, once the file agrees with PyTorch.
+    """Write a model for other programs, and compare the file with PyTorch.
 
     onnx (ONNX Runtime and its like), pt2 (torch.export) and pte (ExecuTorch, one image at a time) take
     uint8 RGB images (batch, 3, height, width) and normalise them. safetensors is for bcnn.load_model.

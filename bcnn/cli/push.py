@@ -11,7 +11,7 @@ from bcnn.utils import hub
 from bcnn.utils.console import console, logger, progress
 
 NAME = typer.Argument(metavar="NAME", help="Repository, as user/name; made if it does not exist.")
-PRIVATE = typer.Option("--private", help="Nobody else can read a repository that this makes.")
+PRIVATE = typer.Option("--private", help="Make the repository private.")
 
 
 def push(

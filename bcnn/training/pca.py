@@ -2,7 +2,7 @@
 
 A pooled matrix has as many entries as pairs of channels. Most of what local features differ by lies in
 few directions, so the matrix of their first coordinates along these axes is much smaller and about as
-good. The axes are the eigenvectors of the features' covariance; the mean is not subtracted.
+good. The axes are the eigenvectors of the features' covariance; the projected maps keep their mean.
 
 Source: the 1 × 1 reduction before pooling, Lin et al., "Bilinear CNN Models for Fine-grained Visual
 Recognition", PAMI 2018, §6, and Li et al., "iSQRT-COV", CVPR 2018, §3; here found in closed form.

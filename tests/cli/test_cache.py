@@ -24,7 +24,7 @@ def test_caches_are_listed_and_removed(bcnn: Bcnn, stores: Path) -> None:
     assert "flowers" in lines[complete.key] and "birds" in lines[begun.key]
 
     outcome = bcnn("cache", "--remove", "nonsense")
-    assert outcome.code == 1 and "no such cache" in outcome.err
+    assert outcome.code == 1 and "no such store" in outcome.err
     assert bcnn("cache", "--remove", complete.key).code == 0
     assert not complete.folder.exists() and begun.folder.exists()
     with begun.lock():  # as a run holds it
