@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, Run, configure, read_csv, toy
+from conftest import ROOT, SMALL, Bcnn, Run, configure, read_csv, toy
 
 from bcnn.cli import train as command
 from bcnn.training import run as runs
@@ -23,31 +23,30 @@ def next_command(printed: str) -> list[str]:
 
 @pytest.mark.slow
 def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
-    images: Path, tmp_path: Path
+    bcnn: Bcnn, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "a=b (1), 'c'"
     here.mkdir()
-
-    def output(command: str) -> str:
-        run = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert "Traceback" not in run.stderr
-        return run.stdout
-
+    monkeypatch.chdir(here)
     options = toy(Path("..", "images"), "experiment=quick", "finetune.epochs=1")
-    last = output(shlex.join([sys.executable, TRAIN, "stage=last", *options]))
+    run = subprocess.run(
+        [sys.executable, TRAIN, "stage=last", *options], capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+    last = run.stdout
     assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
     checkpoint = re.search(r"best checkpoint: (.+)", last)
     assert checkpoint and Path(checkpoint[1]).is_file()
-    bcnn, verb, *overrides = next_command(last)
-    assert (bcnn, verb) == ("bcnn", "train")
+    program, verb, *overrides = next_command(last)
+    assert (program, verb) == ("bcnn", "train")
     assert overrides == [
         "stage=finetune",
         next(w for w in overrides if w.startswith("ckpt=")),
         *(kept := [word for word in options if not word.startswith("model")]),  # ckpt has the network
     ]
-    finetune = output(shlex.join([sys.executable, TRAIN, *overrides]))
-    _, _, *again = next_command(finetune)
+    finetune = bcnn(verb, *overrides)
+    assert finetune.code == 0 and "Traceback" not in finetune.err, finetune.err
+    _, _, *again = next_command(finetune.out)
     assert {"stage=finetune", "finetune.optimizer.lr=0.003", *kept} <= {*again}
 
 
