@@ -95,17 +95,27 @@ def log_figures(results: list[StageResult], data: FineGrainedDataModule) -> None
     """Log the figures of the stages, side by side."""
     logger.info("")
     logger.info(_line("", (result.stage for result in results)))
-    held_out = results[0].held_out  # not images that are alone in their class
-    cross_validated = f"{len(held_out.paths) if held_out else 0} training images, each held out once"
-    counts = {"val": data.count("val") if data.val else cross_validated, "test": data.count("test")}
     for split, title in (("val", "validation"), ("test", "test")):
         for name in ("top1", "top5") if len(data.classes) > 5 else ("top1",):
             figures = [result.metrics.get(f"{split}_{name}") for result in results]
             if any(figure is not None for figure in figures):
                 cells = ("–" if figure is None else f"{figure:.1%}" for figure in figures)
-                logger.info(_line(f"{title} top-{name[-1]}", cells) + f"  of {counts[split]}")
+                logger.info(
+                    _line(f"{title} top-{name[-1]}", cells) + f"  of {_counted(results, data, split)}"
+                )
     if not data.test:
         logger.info(f"{data.root} has no test images: no test figures")
+
+
+def _counted(results: list[StageResult], data: FineGrainedDataModule, split: str) -> str:
+    """Return how many images the figures of a split are of."""
+    if split == "val" and not data.val:  # not images that are alone in their class
+        held_out = results[0].held_out
+        return f"{len(held_out.paths) if held_out else 0} training images, each held out once"
+    measured = results[-1].metrics.get(f"images_{split}")  # not known of a limited validation
+    if measured == len(getattr(data, split)):
+        return data.count(split)
+    return f"{measured or 'some'} of the {data.count(split)}"
 
 
 def log_where(

@@ -116,6 +116,17 @@ def test_a_finished_run_is_neither_trained_again_nor_replaced(images: Path, tmp_
 
 
 @pytest.mark.usefixtures("tiny")
+def test_figures_of_a_part_of_the_images_say_so(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ["+trainer.limit_test_batches=0.5", "+trainer.limit_val_batches=1"]
+    run(images, tmp_path / "out", SMALL, "stage=last", "last=sgd", "last.epochs=1", *limits)
+    shown = capsys.readouterr().out
+    assert re.search(r"test top-1 .*%  of 3 of the 6 images", shown)
+    assert re.search(r"validation top-1 .*%  of some of the 6 images", shown)
+
+
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(("val_fraction", "validated"), [(0.34, 6), (0, 12)])
 def test_a_result_tells_which_images_its_figures_are_of(
     images: Path,
