@@ -81,6 +81,13 @@ def stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave figures blank but where a test looks at them: drawing takes half of a tiny run."""
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+
+
 def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (48, 40)) -> None:
     """`count` noisy images of each colour under `folder/<colour>/`."""
     for label, (name, colour) in enumerate(COLOURS.items()):

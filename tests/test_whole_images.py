@@ -81,13 +81,11 @@ def test_stored_descriptors_are_of_the_whole_image_and_its_mirror_image(
 ) -> None:
     data = set_up(photos, val_fraction=0.2, num_workers=1)
     data.use_preprocessing(whole.preprocessing)
-    stored, _ = build(CachedFeatureDataModule(data, whole, "32-true", "float32")).descriptors(
-        data.train, views=2
-    )
+    stored, _ = build(CachedFeatureDataModule(data, whole, "32-true")).descriptors(data.train, views=2)
     images = [whole.preprocessing.evaluation()(load_image(path)) for path, _ in data.train]
     views = [[whole.descriptor(view[None]) for view in (x, x.flip(-1))] for x in images]
     expected = torch.cat([(one + other) / 2 for one, other in views])
-    torch.testing.assert_close(stored[:], expected)
+    torch.testing.assert_close(stored[:], expected, rtol=1e-3, atol=1e-4)  # float16 on disk
 
 
 @pytest.mark.parametrize("size", [(200, 80), (50, 100)])

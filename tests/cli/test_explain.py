@@ -17,6 +17,8 @@ from bcnn.evaluation.heatmap import overlay
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
 
+pytestmark = pytest.mark.figures
+
 Box = tuple[int, int, int, int]
 
 RED, BLUE, GREEN, GREY = (230, 25, 25), (25, 25, 230), (25, 230, 25), (128, 128, 128)

@@ -13,6 +13,8 @@ from bcnn.evaluation.explain import draw, explain, explain_mistakes
 from bcnn.evaluation.inference import predict_split
 from bcnn.models.bilinear_cnn import BCNN
 
+pytestmark = pytest.mark.figures
+
 
 def test_attributions_of_mistakes_sum_to_the_logits_of_both_classes(
     tiny: BCNN, images: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,8 @@ from bcnn.evaluation.plots import curves_svg, plot_curves
 from bcnn.evaluation.predictions import Predictions, confusion_order
 from bcnn.evaluation.report import MISTAKES, ReportContent, write_report
 
+pytestmark = pytest.mark.figures
+
 LOG = """epoch,step,train_loss,train_top1,val_loss,val_top1
 0,0,,,1.4,0.4
 0,0,1.5,0.3,,

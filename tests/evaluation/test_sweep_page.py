@@ -13,6 +13,8 @@ from bcnn.evaluation.plots import learning_svg, option_svg
 from bcnn.evaluation.ranking import Job, rank
 from bcnn.evaluation.sweep_page import print_ranking, ranking_table, write_sweep
 
+pytestmark = pytest.mark.figures
+
 
 def job(name: str, top1: float | None, loss: float = 1.0, failure: str = "", **options: str) -> Job:
     overrides = ["stage=last", *(f"{key}={value}" for key, value in options.items())]

@@ -36,6 +36,7 @@ def rows(text: str) -> list[list[str]]:
     return [row for row in cells if row and re.fullmatch(r"start|\d+/\d+|0\.0001|1e-0\d", row[0])]
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 def test_both_stages_train_test_and_hand_over(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
