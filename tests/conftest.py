@@ -347,9 +347,14 @@ def _train(words: list[str], variables: dict[str, str], files: tuple[Path, Path]
     """Run `bcnn train`, with its output in files, and exit as the command does."""
     os.environ.update(variables)
     os.chdir(files[0].parent)
-    for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    write_output(*files)
     sys.exit(main(["train", *words]))
+
+
+def write_output(stdout: Path, stderr: Path) -> None:
+    """Write what this process prints to files."""
+    for number, file in enumerate((stdout, stderr), 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
 
 
 def watched(browser: Any) -> tuple[Any, list[str], list[str]]:

@@ -1,7 +1,6 @@
 """`bcnn predict --output FOLDER`: parts are whole or absent, and hold every image once."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, Bcnn, Outcome, read_csv, register_tiny, write, write_classes
+from conftest import ROOT, Bcnn, Outcome, fork, read_csv, register_tiny, write, write_classes
 
 from bcnn.cli.app import main
 from bcnn.evaluation import parts
@@ -74,14 +73,11 @@ def run_tiny(words: list[str]) -> None:
 @pytest.mark.slow
 def test_killed_at_random_moments_the_parts_are_those_of_one_run(photos: Path) -> None:
     write_classes(photos, c=550)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["bcnn.evaluation.inference", "conftest"])
-
     draws = random.Random(0)
 
     def run(output: str, more: int = 99) -> int | None:
         """Kill the program a moment after it has written so many more parts, if it has not ended."""
-        process = server.Process(target=run_tiny, args=([*WORDS, "--output", output],))
+        process = fork.Process(target=run_tiny, args=([*WORDS, "--output", output],))
         goal = len(parts_of(output)) + more
         process.start()
         while len(parts_of(output)) < goal and process.exitcode is None:

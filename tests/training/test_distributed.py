@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import socket
-import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, configure, read_csv, toy, write_images
+from conftest import SMALL, configure, fork, read_csv, register_tiny, toy, write_images, write_output
 from torch import Tensor
 
+from bcnn.cli.errors import exit_code_of
+from bcnn.training.module import BCNNModule
 from bcnn.training.run import train
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -26,19 +29,32 @@ LOST = ["stage=last", "last=sgd", "last.epochs=2", "last.batch_size=4"]
 TOLERANCE = {"both/last": 0.0, "both/finetune": 1e-5, "sgd/last": 1e-5}
 
 
-def start(rank: int, port: int, jobs: list[list[str]]) -> subprocess.Popen[str]:
-    """Start one of the two processes, as torchrun would."""
+def start(rank: int, port: int, jobs: list[list[str]], output: Path) -> BaseProcess:
+    """Start one of the two processes, with the environment that torchrun would give it."""
     ranks = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}
     environment = {**os.environ, **{key: str(value) for key, value in ranks.items()}}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("rank.py")), json.dumps(jobs)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment["MASTER_ADDR"] = "127.0.0.1"
+    process = fork.Process(target=train_rank, args=(environment, jobs, output))
+    process.start()
+    return process
+
+
+def train_rank(environment: dict[str, str], jobs: list[list[str]], output: Path) -> None:
+    """Run the jobs; in the last one, rank 1 is killed."""
+    os.environ.update(environment)
+    write_output(output, output)
+    torch.set_num_threads(1)
+    register_tiny()
+    *jobs, last = jobs
+    for overrides in jobs:
+        train(configure(*overrides))
+    if environment["LOCAL_RANK"] == "1":
+        BCNNModule.training_step = die  # type: ignore[method-assign,assignment]
+    sys.exit(exit_code_of(lambda: bool(train(configure(*last)))))
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -78,12 +94,15 @@ def test_two_processes_do_what_one_does_until_one_is_killed(
     # The pair has a store of its own: each of the two has to compute its share.
     monkeypatch.setenv("BCNN_STORES", str(tmp_path / "stores"))
     port = free_port()
-    pair = [start(rank, port, jobs) for rank in range(2)]
+    outputs = [tmp_path / f"rank{rank}" for rank in range(2)]
+    pair = [start(rank, port, jobs, output) for rank, output in enumerate(outputs)]
     monkeypatch.setenv("BCNN_STORES", str(tmp_path / "others"))
     for name, options in JOBS.items():
         train(configure(*job("one", name, *options)))
-    first, killed = (process.communicate(timeout=200)[0] for process in pair)
-    assert [process.returncode for process in pair] == [1, -9], (first, killed)
+    for process in pair:
+        process.join(200)
+    first, killed = (output.read_text() for output in outputs)
+    assert [process.exitcode for process in pair] == [1, -9], (first, killed)
     for stage, bound in TOLERANCE.items():
         one, two = tmp_path / "one" / stage, tmp_path / "two" / stage
         pairs = [(name, weights(two)[name], tensor) for name, tensor in weights(one).items()]
