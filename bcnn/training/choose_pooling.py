@@ -89,7 +89,7 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
     logger.info(f"poolings, by cross-validation on {len(losses[0])} training images:")
     for cells in (HEADING, *rows):
         logger.info(f"{cells[0]:>24}" + "".join(f"{cell:>16}" for cell in cells[1:]))
-    if "average" in names:
+    if "average" in names and names[best] != "average":
         gain = 100 * (top1[best] - top1[names.index("average")])
         logger.info(f"gain of {names[best]} over average: {gain:.1f} points")
     write_csv(file, HEADING, rows)

@@ -96,6 +96,16 @@ def test_the_narrowest_within_a_standard_error_of_the_lowest_loss_is_kept(
     assert [row["width"] for row in rows if row[""] == "kept"] == [str(kept)]
 
 
+@pytest.mark.parametrize(("loss", "gains"), [(0.9, True), (0.3, False)])
+def test_the_gain_over_the_average_is_logged_where_another_is_kept(
+    tmp_path: Path, logged: pytest.LogCaptureFixture, loss: float, gains: bool
+) -> None:
+    found = [solved(30, [loss, loss]), solved(60, [0.4, 0.4])]
+    found[0].features.model.chosen["pooling"]["name"] = "average"
+    choose_pooling(found, tmp_path / "poolings.csv")
+    assert ("over average: 100.0 points" in logged.text) == gains
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_run_continues_with_the_pooling_that_was_kept(images: Path, tmp_path: Path) -> None:
