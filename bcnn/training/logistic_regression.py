@@ -7,10 +7,11 @@ descriptors is L (n × n for n descriptors), and L-BFGS on θ takes the same ste
 there are more descriptors than columns, X is smaller than L and takes its place, and θ is Wᵀ.
 
 The mean descriptor is subtracted first, and the bias makes up for it: what descriptors share would
-drown their differences in rounding and make the problem badly conditioned.
+drown their differences in rounding and make the problem badly conditioned. The objective is divided by
+λ: at a weak λ the first step along its gradient would be smaller than what float32 can add to θ.
 
 What memory has no room for is read from disk: θ is Wᵀ then, and the centred descriptors are multiplied
-block by block, in float32, twice for every step.
+block by block, twice for every step.
 """
 
 import copy
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from bcnn.utils.device import double_device, free_memory, without_tf32
 from bcnn.utils.errors import UserError
 
-TOLERANCE = 1e-7  # largest entry of the gradient of a converged solution
-STEPS = 1000  # of L-BFGS at most, for one λ
+GAIN = 1e-6  # of the objective: a round of steps that gains less is the last
+ROUND = 10  # steps of L-BFGS
+STEPS = 1000  # at most, for one λ
 FOLD_STEPS = 100  # for one fold, whose weights are not kept
 HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
 HISTORY_BYTES = 2**31  # that these may take; a shorter history takes more steps
@@ -54,7 +56,7 @@ class Solution(NamedTuple):
     weight: Tensor  # (classes, width) in float32
     bias: Tensor  # (classes,) in float32
     loss: Tensor  # of the logits, without λ/2·‖weight‖²; float64
-    gradient_norm: Tensor  # of the objective; float64
+    gradient_norm: Tensor  # of the objective, for θ
     logits: Tensor  # (n, classes) of the training descriptors, by this weight and bias; float32
 
 
@@ -65,7 +67,7 @@ class ConvexProblem:
         descriptors: (n, width), of any floating type; read in blocks, several times, or once where a
             GPU has room for them.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
-        device: that multiplies descriptors; float64 is computed there or on the CPU.
+        device: that multiplies descriptors; the matrix is factored there or on the CPU.
     """
 
     def __init__(
@@ -78,103 +80,103 @@ class ConvexProblem:
         progress: Progress = no_progress,
     ) -> None:
         device = torch.device(device)
-        double = double_device(device)
+        home = torch.device("cpu") if device.type == "mps" else device  # the loss is in float64
         self.descriptors = descriptors = _resident(descriptors, device, progress)
-        self.labels, self.progress = labels.to(double), progress
-        self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(double, torch.float64)
+        self.labels, self.progress = labels.to(home), progress
+        self.loss = copy.deepcopy(loss or nn.CrossEntropyLoss()).to(home, torch.float64)
         rows, starts = len(descriptors), range(0, len(descriptors), BLOCK)
         sums = [descriptors[i : i + BLOCK].to(device, torch.float32).sum(dim=0) for i in starts]
         self.mean = torch.stack(sums).sum(dim=0) / rows
         if not self.mean.isfinite().all():
             raise UserError("the descriptors are not finite: the file of weights may be damaged")
+        self.bias = torch.zeros(classes, device=home)
         width, self.lower = len(self.mean), None
         self.factor: Dense | Streamed
-        if 12 * rows * min(rows, width) > MEMORY_SHARE * free_memory(double):
+        # A Gram matrix is factored in float64 and then takes a third of that.
+        size, double = (4 * width, home) if rows > width else (12 * rows, double_device(device))
+        if rows * size > MEMORY_SHARE * free_memory(double):
             self.way = f"{rows:,} descriptors, more than memory holds, read for every step"
             self.factor = Streamed(descriptors, self.mean)
         elif rows > width:
             self.way = f"{rows:,} descriptors in memory"
-            x = torch.empty(rows, width, dtype=torch.float64, device=double)
+            x = torch.empty(rows, width, device=home)
             for i in starts:
                 x[i : i + BLOCK] = _centred(descriptors, i, self.mean)
             self.factor = Dense(x)
         else:
             self.way = f"Gram matrix of {rows:,} descriptors"
-            self.lower = cholesky(gram_matrix(descriptors, self.mean, progress).to(double))
+            lower = cholesky(gram_matrix(descriptors, self.mean, progress).to(double))
+            self.lower = lower.to(self.bias)
             self.factor = Dense(self.lower)
-        length = width if self.lower is None else rows
-        self.theta = torch.zeros(length, classes, dtype=torch.float64, device=double)
-        self.bias = torch.zeros(classes, dtype=torch.float64, device=double)
+        self.theta = torch.zeros(width if self.lower is None else rows, classes, device=home)
         self.history = min(HISTORY, max(1, HISTORY_BYTES // (2 * self.theta.nbytes)))
 
+    @without_tf32()
     def solve(self, l2: float) -> Solution:
         """Return the optimum for λ = `l2`, found from the previous one: go from strong to weak."""
-        self._minimise(self.factor, self.theta, self.bias, l2, slice(None), STEPS)
-        norm = nn.utils.get_total_norm([p.grad for p in (self.theta, self.bias) if p.grad is not None])
-        with torch.no_grad(), without_tf32():
-            weight, bias, x = self._weight(), self.bias.float(), self.descriptors
+        norm = self._minimise(self.theta, self.bias, l2, slice(None), STEPS)
+        with torch.no_grad():
+            weight, bias, x = self._weight(), self.bias.clone(), self.descriptors
             # Not factor @ θ: what `cholesky` adds to the diagonal would tell equal descriptors apart.
             blocks = [_centred(x, i, self.mean) @ weight.mT for i in range(0, len(x), BLOCK)]
             logits = torch.cat(blocks) + bias.to(weight.device)
             loss = self.loss(logits.to(self.labels.device).double(), self.labels)
         return Solution(weight, bias, loss, norm, logits)
 
+    @without_tf32()
     def held_out(self, l2: float, folds: Tensor) -> Tensor:
         """Return logits (n, classes) of descriptors by solutions that have not seen their fold (n,).
 
         Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
-        loss, solved from zero in `FOLD_STEPS` at most, in float32.
+        loss, solved from zero in `FOLD_STEPS` at most.
         """
-        folds, factor = folds.to(self.bias.device), self.factor.single()
-        logits = self.bias.new_empty(len(folds), len(self.bias), dtype=torch.float32)
+        folds = folds.to(self.bias.device)
+        logits = self.bias.new_empty(len(folds), len(self.bias))
         for fold in self.progress(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
-            theta, bias = self.theta.float().zero_(), self.bias.float().zero_()
-            self._minimise(factor, theta, bias, l2, ~held, FOLD_STEPS)
-            logits[held] = (factor.times(theta) + bias)[held]
+            theta, bias = torch.zeros_like(self.theta), torch.zeros_like(self.bias)
+            self._minimise(theta, bias, l2, ~held, FOLD_STEPS)
+            logits[held] = (self.factor.times(theta) + bias)[held]
         return logits
 
     def _minimise(
-        self,
-        factor: "Dense | Streamed",
-        theta: Tensor,
-        bias: Tensor,
-        l2: float,
-        seen: Tensor | slice,
-        steps: int,
-    ) -> None:
-        """Minimise over the descriptors that are seen, and leave the gradients at the optimum."""
+        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice, steps: int
+    ) -> Tensor:
+        """Minimise over the descriptors that are seen; return the norm of the gradient there."""
         all_seen = isinstance(seen, slice)
         shown = iter(self.progress(count(), f"λ = {l2:.3g}", unit="steps") if all_seen else count())
         optimizer = torch.optim.LBFGS(
             [theta, bias],
-            max_iter=steps,
-            max_eval=STEPS * 5 // 4,
+            max_iter=ROUND,
             history_size=self.history,
-            # A gradient as large as λ tells nothing of the length of the solution.
-            tolerance_grad=min(TOLERANCE, l2),
-            tolerance_change=1e-12,
+            tolerance_grad=0,
+            tolerance_change=0,
             line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
             next(shown)
-            logits = (factor.times(theta) + bias).requires_grad_()
-            loss: Tensor = self.loss(logits[seen].double(), self.labels[seen])
-            (gradient,) = torch.autograd.grad(loss, logits)
-            theta.grad = factor.transposed_times(gradient) + l2 * theta
+            logits = (self.factor.times(theta) + bias).double().requires_grad_()
+            loss: Tensor = self.loss(logits[seen], self.labels[seen]) / l2
+            gradient = torch.autograd.grad(loss, logits)[0].to(theta)
+            theta.grad = self.factor.transposed_times(gradient) + theta
             bias.grad = gradient.sum(dim=0)
-            return loss.detach() + l2 / 2 * theta.square().sum()
+            return loss.detach() + theta.double().square().sum() / 2
 
-        optimizer.step(closure)
+        before = torch.inf
+        for _ in range(steps // ROUND):
+            objective = optimizer.step(closure).item()
+            if before - objective <= GAIN * objective:
+                break
+            before = objective
         closure()
+        return l2 * nn.utils.get_total_norm([p.grad for p in (theta, bias) if p.grad is not None])
 
     def _weight(self) -> Tensor:
         """Return W = αᵀX."""
         if self.lower is None:
-            return self.theta.mT.float().to(self.mean.device)
-        alpha = torch.linalg.solve_triangular(self.lower.mT, self.theta, upper=True)
-        alpha = alpha.float().to(self.mean.device)
+            return self.theta.mT.to(self.mean.device, copy=True)
+        alpha = torch.linalg.solve_triangular(self.lower.mT, self.theta, upper=True).to(self.mean)
         weight = self.mean.new_zeros(alpha.shape[1], len(self.mean))
         for i in range(0, len(alpha), BLOCK):
             weight.addmm_(alpha[i : i + BLOCK].mT, _centred(self.descriptors, i, self.mean))
@@ -192,10 +194,6 @@ class Dense(NamedTuple):
     def transposed_times(self, logits: Tensor) -> Tensor:
         return self.matrix.mT @ logits
 
-    def single(self) -> "Dense":
-        """Return the matrix for θ in float32."""
-        return Dense(self.matrix.float())
-
 
 class Streamed(NamedTuple):
     """The same for centred descriptors, read block by block, and multiplied where `mean` is."""
@@ -203,20 +201,15 @@ class Streamed(NamedTuple):
     descriptors: Descriptors
     mean: Tensor
 
-    @without_tf32()
     def times(self, theta: Tensor) -> Tensor:
         starts, right = range(0, len(self.descriptors), BLOCK), theta.to(self.mean)
         return torch.cat([_centred(self.descriptors, i, self.mean) @ right for i in starts]).to(theta)
 
-    @without_tf32()
     def transposed_times(self, logits: Tensor) -> Tensor:
         right, total = logits.to(self.mean), self.mean.new_zeros(len(self.mean), logits.shape[1])
         for i in range(0, len(self.descriptors), BLOCK):
             total.addmm_(_centred(self.descriptors, i, self.mean).mT, right[i : i + BLOCK])
         return total.to(logits)
-
-    def single(self) -> "Streamed":
-        return self
 
 
 def _resident(descriptors: Descriptors, device: torch.device, progress: Progress) -> Descriptors:

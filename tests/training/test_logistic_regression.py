@@ -32,8 +32,8 @@ def objective(x: Tensor, weight: Tensor, bias: Tensor, loss: nn.Module, l2: floa
     return loss(x @ weight.mT + bias, LABELS) + l2 / 2 * weight.square().sum()
 
 
-def scikit_learn(x: Tensor, labels: Tensor) -> LogisticRegression:
-    reference = LogisticRegression(C=1 / (L2 * len(x)), tol=1e-10, max_iter=10_000)
+def scikit_learn(x: Tensor, labels: Tensor, l2: float = L2) -> LogisticRegression:
+    reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=10_000)
     return reference.fit(x.double().numpy(), labels.numpy())
 
 
@@ -117,26 +117,27 @@ def test_figures_are_those_of_the_weights_returned(descriptors: Tensor, width: i
     torch.testing.assert_close(solution.loss.float(), F.cross_entropy(logits, labels))
 
 
+@pytest.mark.parametrize("l2", [L2, 1e-9])
 @pytest.mark.parametrize(
     ("width", "remembered"), [(90, 30), (40, 30), (20, 30), (90, 2)]
 )  # fewer descriptors than columns, as many, more; and with little memory
 def test_solution_is_that_of_scikit_learn(
-    descriptors: Tensor, width: int, remembered: int, monkeypatch: pytest.MonkeyPatch
+    descriptors: Tensor, width: int, remembered: int, l2: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logistic_regression, "BLOCK", 7)
     x = descriptors[:, :width]
-    bytes_ = remembered * 2 * min(40, width) * CLASSES * 8
+    bytes_ = remembered * 2 * min(40, width) * CLASSES * 4
     monkeypatch.setattr(logistic_regression, "HISTORY_BYTES", bytes_)
     problem = ConvexProblem(x, LABELS, CLASSES)
     assert problem.history == remembered
-    problem.solve(1e-2)
-    solution = problem.solve(L2)
+    problem.solve(10 * l2)
+    solution = problem.solve(l2)
     weight = solution.weight.double()
     bias = solution.bias.double() - weight @ problem.mean.double()
-    reference, loss = scikit_learn(x, LABELS), nn.CrossEntropyLoss()
+    reference, loss = scikit_learn(x, LABELS, l2), nn.CrossEntropyLoss()
     coefficients, intercepts = map(torch.tensor, (reference.coef_, reference.intercept_))
-    expected = objective(x.double(), coefficients, intercepts, loss).item()
-    assert objective(x.double(), weight, bias, loss).item() == pytest.approx(expected, rel=1e-5)
+    expected = objective(x.double(), coefficients, intercepts, loss, l2).item()
+    assert objective(x.double(), weight, bias, loss, l2).item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(weight.numpy(), reference.coef_, atol=2e-3 * np.abs(weight).max())
 
 
@@ -146,7 +147,8 @@ def test_descriptors_that_memory_does_not_hold_are_read_and_have_the_same_soluti
 ) -> None:
     x, folds = descriptors[:, :width], torch.arange(40) // 8
     held = ConvexProblem(x, LABELS, CLASSES)
-    monkeypatch.setattr(logistic_regression, "free_memory", lambda device: 12 * 40 * min(40, width))
+    needed = 12 * 40 * 40 if width > 40 else 4 * 40 * width  # to factor a matrix, or hold one
+    monkeypatch.setattr(logistic_regression, "free_memory", lambda device: needed)
     monkeypatch.setattr(logistic_regression, "BLOCK", 7)
     counted = Counted(x)
     read = ConvexProblem(counted, LABELS, CLASSES)
@@ -180,7 +182,7 @@ def test_held_out_logits_are_those_of_scikit_learn_without_the_fold(
 
 
 def test_the_solution_of_a_loss_with_options_has_no_gradient(descriptors: Tensor) -> None:
-    """In float64; the solver leaves the module of the loss unchanged."""
+    """None that counts; the solver leaves the module of the loss unchanged."""
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
     solution = ConvexProblem(descriptors, LABELS, CLASSES, loss).solve(L2)
     assert loss.weight is not None and loss.weight.dtype == torch.float32
@@ -188,6 +190,6 @@ def test_the_solution_of_a_loss_with_options_has_no_gradient(descriptors: Tensor
     weight, bias = (p.double().requires_grad_() for p in (solution.weight, solution.bias))
     loss.double()
     objective(x, weight, bias, loss).backward()
-    assert weight.norm() > 1 and max(p.grad.abs().max() for p in (weight, bias)) < 1e-6
+    assert weight.norm() > 1 and max(p.grad.abs().max() for p in (weight, bias)) < 2e-5
     logits = x @ weight.mT + bias
     torch.testing.assert_close(solution.loss, loss(logits, LABELS), rtol=1e-5, atol=0)
