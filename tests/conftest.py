@@ -129,6 +129,15 @@ def toy(images: Path, *overrides: str) -> list[str]:
     return ["data=folder", *data, *pooling, "model.weights=random", *trainer, *overrides]
 
 
+def nest(images: Path) -> Path:
+    """Move red of `images` into warm/, and the others into all/cold/."""
+    for split in images.iterdir():
+        for name, parent in (("red", "warm"), ("green", "all/cold"), ("blue", "all/cold")):
+            (split / parent).mkdir(parents=True, exist_ok=True)
+            (split / name).rename(split / parent / name)
+    return images
+
+
 def set_up(root: Path | None = None, **options: Any) -> FineGrainedDataModule:
     """The data of a folder, ready."""
     data = FineGrainedDataModule(root, **{"size": 32, "num_workers": 0, **options})

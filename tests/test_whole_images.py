@@ -112,8 +112,8 @@ def test_every_command_gives_a_trained_model_s_answer(bcnn: Bcnn, photos: Path, 
     assert len({name for name, _ in answers}) > 1
 
     def answers_in(table: Path) -> list[tuple[str, float]]:
-        rows = {row["path"]: row for row in read_csv(table)}
-        return [(rows[path]["predicted"], float(rows[path]["confidence"])) for path in paths]
+        rows = {row["image"]: row for row in read_csv(table)}
+        return [(rows[path]["top1"], float(rows[path]["probability"])) for path in paths]
 
     assert bcnn("evaluate", ckpt, photos, "--output", tmp_path / "again").code == 0
     assert answers_in(tmp_path / "run" / "predictions.csv") == answers

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VAL = typer.Option(help="Share of each class to draw for validation, where no image is in val.")
 TEST = typer.Option(help="The same for test. Default: 0.2 where images have no split, else 0.")
+NESTED = typer.Option("--nested", help="Class folders are in folders of their parents.")
 APPLY = typer.Option(metavar="MOVES", exists=True, dir_okay=False, help="List of labels to correct.")
 OUTPUT = typer.Option(
     help="New folder (default: in outputs/). With --apply, required: NEW.csv, or a folder for a copy."
@@ -32,6 +33,7 @@ def check(
     val_fraction: Annotated[float, VAL] = 0.1,
     test_fraction: Annotated[float | None, TEST] = None,
     group: Group = None,
+    nested: Annotated[bool, NESTED] = False,
     seed: Annotated[int, typer.Option(help="Decides which images are drawn.")] = 0,
     apply: Annotated[Path | None, APPLY] = None,
     output: Annotated[Path | None, OUTPUT] = None,
@@ -53,8 +55,8 @@ def check(
         from bcnn.data.review import lookalikes, review, shared
         from bcnn.data.splits import draw_splits, too_few, validate_fractions
     validate_fractions(val_fraction, test_fraction)
-    read = read_list if images.is_file() else read_folder
-    index = name_groups(read(images), group, "--group", images)
+    index = read_list(images) if images.is_file() else read_folder(images, nested)
+    index = name_groups(index, group, "--group", images)
     if apply:
         return _apply(apply, images, index, output)
     findings = integrity.check(images, index.paths)

@@ -29,6 +29,7 @@ class ImageIndex:
     divided: bool = True  # whether a folder or a list gives the splits
     remarks: list[str] = field(default_factory=list)  # warnings about what was left out or is unclear
     groups: dict[str, str] = field(default_factory=dict)  # by path, of a list with that column
+    parents: dict[str, list[str]] = field(default_factory=dict)  # folders above a class, from the root
 
     @classmethod
     def of(
@@ -64,26 +65,31 @@ class ImageIndex:
         return [counts[label] for label in range(len(self.classes))]
 
 
-def read_folder(root: Path) -> ImageIndex:
+def read_folder(root: Path, nested: bool = False) -> ImageIndex:
     """Read `root/{train,val,test}/<class>/*`, by any of their usual names, or `root/<class>/*`.
 
-    Images without class folders are labelled by a `metadata.csv` beside them.
+    Images without class folders are labelled by a `metadata.csv` beside them. `nested` class folders
+    are in those of their parents: `<parent>/<class>/*`.
     """
     if index := _read_metadata(root):
         return index
     parts = folders.split_folders(root)
     entries, inside, others = [], {}, Counter[str]()
+    parents: dict[str, list[str]] = {}
     for split, part in (parts or {"train": root}).items():
-        for folder in folders.subfolders(part):
-            name = folders.class_name(folder.name)
-            files = [*files_below(folder)]
+        for folder in folders.class_folders(part, nested):
+            *above, name = map(folders.class_name, folder.relative_to(part).parts)
+            if (first := parents.setdefault(name, above)) != above:
+                places = " and in ".join("/".join([*way, name]) for way in (first, above))
+                raise UserError(f"{root}: the class {name} is in {places}: rename one, or join them")
+            files = [p for p in files_below(folder) if not nested or os.path.dirname(p) == str(folder)]
             images = [path for path in files if is_image(path)]
             entries += [(path, name, split) for path in images]
             inside[name] = {os.path.dirname(path)[len(str(folder)) + 1 :] for path in images} - {""}
             others.update(suffix_of(path) for path in files if not is_image(path))
     if not parts:
         folders.validate_class_folders(root, inside)
-    index = ImageIndex.of(entries, inside, divided=bool(parts))
+    index = replace(ImageIndex.of(entries, inside, divided=bool(parts)), parents=parents)
     if others:
         index.remarks.append(f"{others.total()} files left out, no images: {suffix_counts(others)}")
     if parts and (test := folders.unlabelled_test(root)):
@@ -133,8 +139,8 @@ def choose_classes(index: ImageIndex, chosen: Sequence[str] | int, seed: int) ->
     if unknown := names - set(index.classes):
         raise UserError(f"data.classes: no class {listed(unknown)}; there are {listed(index.classes)}")
     entries = [entry for entry in _entries(index) if entry[1] in names]
-    chosen_index = ImageIndex.of(entries, names, index.divided)
-    return replace(chosen_index, remarks=index.remarks, groups=index.groups)
+    found = ImageIndex.of(entries, names, index.divided)
+    return replace(found, remarks=index.remarks, groups=index.groups, parents=index.parents)
 
 
 def mistakes(index: ImageIndex, source: Path) -> list[str]:

@@ -71,6 +71,15 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {split: _class_folders(folder, split) for split, folder in parts.items()}
 
 
+def class_folders(part: Path, nested: bool) -> list[Path]:
+    """Return the folders in a split or root; of nested ones those that hold images or no folders."""
+    found = []
+    for folder in subfolders(part):
+        below = class_folders(folder, nested) if nested else []
+        found += [*below, *([folder] if not below or holds_images(folder) else [])]
+    return found
+
+
 def unlabelled_test(root: Path) -> Path | None:
     """Return the folder of test images without classes, as Kaggle has beside train/; None without."""
     tests = (folder for folder in subfolders(root) if split_of(folder.name) == ("test", ""))

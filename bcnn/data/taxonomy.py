@@ -1,7 +1,7 @@
 """What classes are called on the levels above them: genera of species, kinds of groceries."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from bcnn.data.image_files import listed
 from bcnn.data.lists import read_cells, read_rows
 from bcnn.data.split_folders import class_name
 from bcnn.utils.errors import UserError
+
+FOLDERS = "folders"  # the value of data.taxonomy for class folders in folders of their parents
 
 # By level, the classes first and then upward: a name for each class, in the order of the classes.
 Taxonomy = dict[str, list[str]]
@@ -46,6 +48,26 @@ def find_taxonomy(
     return arrange(dict(zip(levels, names, strict=True)), classes, str(file))
 
 
+def folder_taxonomy(parents: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Taxonomy:
+    """Return the taxonomy of classes by the folders above each: `folder 1` is the outermost.
+
+    A class whose folder is less deep than others is its own parent.
+    """
+    if not (depth := max((len(parents.get(name, ())) for name in classes), default=0)):
+        raise UserError(
+            "data.taxonomy=folders: put class folders into folders of their parents, in data.root"
+        )
+    ways = [[*parents[name], *[name] * (depth - len(parents[name]))] for name in classes]
+    levels = {f"folder {k + 1}": [way[k] for way in ways] for k in reversed(range(depth))}
+    _validate_tree([classes, *levels.values()], "class", Path("data.taxonomy=folders"))
+    return {"class": [*classes], **levels}
+
+
+def is_of_folders(taxonomy: Taxonomy | None) -> bool:
+    """Return whether `folder_taxonomy` made it, so that its classes are in nested folders."""
+    return "folder 1" in (taxonomy or {})
+
+
 def arrange(taxonomy: Taxonomy, classes: Sequence[str], source: str) -> Taxonomy:
     """Return the taxonomy of these classes, in their order; raise UserError where it lacks one."""
     position = {name: k for k, name in enumerate(next(iter(taxonomy.values())))}
@@ -62,4 +84,5 @@ def _validate_tree(names: Sequence[Sequence[str]], level: str, file: Path) -> No
         parents: dict[str, str] = {}
         for name, parent in zip(below, above, strict=True):
             if (first := parents.setdefault(name, parent)) != parent:
-                raise UserError(f"{file}: {name} is in {first} and in {parent}: name one parent of it")
+                both = f"{file}: {name} is in {first} and in {parent}"
+                raise UserError(f"{both}: give it one parent, or two names")

@@ -120,7 +120,7 @@ def _write_images(path: Path, runs: Sequence[Run]) -> None:
     labels += [(run.predictions.classes, run.predictions.predicted) for run in runs]
     named = [[classes[label] for label in chosen.tolist()] for classes, chosen in labels]
     rows = [row for row in zip(runs[0].first.paths, *named, strict=True) if len({*row[2:]}) > 1]
-    write_csv(path, ["path", "class", *(run.name for run in runs)], rows)
+    write_csv(path, ["image", "class", *(run.name for run in runs)], rows)
 
 
 def _picture(run: Run, index: int) -> str:

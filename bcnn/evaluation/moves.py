@@ -14,7 +14,7 @@ from bcnn.evaluation.tables import write_csv
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import atomic_folder
 
-MOVES = ("path", "label", "proposed_label", "confidence")  # columns of a list of moves
+MOVES = ("path", "label", "proposed_label", "probability")  # columns of a list of moves
 
 Moves = Mapping[str, tuple[str, str]]  # by path of an image: its class, and the one to move it to
 
@@ -95,8 +95,10 @@ def _copy_folder(output: Path, images: Path, index: ImageIndex, moves: Moves) ->
             folders = [class_name(name) for name in inside.parent.parts]
             if old not in folders[index.divided :]:
                 raise UserError(f"{path} is in no folder {old}: name a new list, --output NEW.csv")
-            position = folders.index(old, index.divided)
-            target = part.joinpath(*inside.parts[:position], new, *inside.parts[position + 1 :])
+            above, below = (index.parents.get(name, []) for name in (old, new))
+            position = folders.index(old, index.divided + len(above))
+            start = inside.parts[: position - len(above)]
+            target = part.joinpath(*start, *below, new, *inside.parts[position + 1 :])
             target.parent.mkdir(parents=True, exist_ok=True)
             while target.exists():  # an image of the same name in the other class
                 target = target.with_stem(f"{target.stem}-{old}")

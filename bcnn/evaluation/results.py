@@ -12,7 +12,7 @@ from rich.table import Table
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_files import find_images
 from bcnn.data.splits import SplitRecord, choose
-from bcnn.data.taxonomy import Taxonomy
+from bcnn.data.taxonomy import Taxonomy, is_of_folders
 from bcnn.evaluation.answers import common_parent
 from bcnn.evaluation.explain import explain_mistakes
 from bcnn.evaluation.inference import open_model, predict_split
@@ -31,9 +31,10 @@ from bcnn.evaluation.predictions import Predictions
 from bcnn.evaluation.report import MISTAKES, THUMBNAIL, Before, ReportContent, write_report
 from bcnn.evaluation.tables import write_csv
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.state_dict import read_state_dict
 from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write
+from bcnn.utils.files import atomic_write, checkpoint_of
 
 STAGES = ("last", "finetune")
 PREDICTIONS = "predictions.npz"  # in the folder of a stage
@@ -49,6 +50,7 @@ def open_split(
     """
     source: dict[str, Any] = {"list" if images.is_file() else "root": images}
     data = FineGrainedDataModule(**source, on_invalid_image="skip")
+    data.nested = is_of_folders(read_state_dict(checkpoint_of(ckpt))[1].get("taxonomy"))
     index = data.checked_index()
     names = sorted({index.classes[label] for _, label in index.samples})
     model = open_model(ckpt, names)
@@ -99,7 +101,7 @@ def write_images(path: Path, predictions: Predictions, taxonomy: Taxonomy | None
     Of a calibrated model also the prediction set, and whether the image is unlike the training images.
     With a taxonomy, the deepest level on which the prediction is right.
     """
-    heading = ["path", "class", "predicted", "confidence", "of_class", "correct"]
+    heading = ["image", "class", "top1", "probability", "probability_of_class", "correct"]
     columns: tuple[list[Any], ...] = (
         predictions.paths,
         [predictions.classes[label] for label in predictions.labels.tolist()],

@@ -63,14 +63,14 @@ def _table(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator
 
 @contextmanager
 def _jsonl(out: TextIO, paths: Sequence[str], model: BCNN, top: int) -> Iterator[Writer]:
-    """Write an object per line: path and what was predicted, or path and error."""
+    """Write an object per line: the image, and what was predicted or the error."""
 
     def write(prediction: Prediction) -> None:
         found = [{"class": label, "probability": round(p, 6)} for label, p in prediction.pairs]
         known = {"prediction_set": prediction.set, "unlike_training": prediction.unlike_training}
         known |= prediction.answer
         content = {"error": prediction.error} if prediction.error else {"predictions": found, **known}
-        print(json.dumps({"path": prediction.path, **content}), file=out)
+        print(json.dumps({"image": prediction.path, **content}), file=out)
 
     yield write
 

@@ -24,7 +24,7 @@ from bcnn.utils.console import logger
 
 TABLE_IMAGES = 100  # in wandb's table of predictions
 THUMBNAIL = 256  # px, the longer side there
-COLUMNS = ["image", "class", "predicted", "confidence", "probability_of_class", "path"]
+COLUMNS = ["image", "class", "top1", "probability", "probability_of_class", "path"]
 
 
 def quiet_lightning() -> None:

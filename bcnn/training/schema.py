@@ -16,6 +16,7 @@ from bcnn.utils.hub import SCHEME
 
 # Options that may name a file.
 CHECKPOINTS = ("ckpt", "model.weights", "finetune.teacher")
+WORDS = ("model.weights", "data.taxonomy")  # files, or words with a meaning
 PATHS = ("output", "data.root", "data.list", "data.taxonomy", "data.unlabelled", *CHECKPOINTS)
 
 
@@ -43,7 +44,7 @@ class DataOptions:
     interpolation: str | None
     train_scale: float | None
     classes: Any  # names, or how many
-    taxonomy: Any  # a file, or names of columns
+    taxonomy: Any  # a file, names of columns, or folders
     train_fraction: float
     val_fraction: float
     test_fraction: float | None
@@ -142,7 +143,7 @@ def absolute_paths(cfg: DictConfig, folder: Path) -> DictConfig:
         if key in CHECKPOINTS and str(value).startswith(SCHEME):
             value = str(checkpoint_of(value))
         path = folder / Path(str(value)).expanduser()
-        is_path = key != "model.weights" or path.is_file() or any(path.glob(f"*/{RESULT}"))
+        is_path = key not in WORDS or path.is_file() or any(path.glob(f"*/{RESULT}"))
         if isinstance(value, str) and is_path:
             found = checkpoint_of(path) if key in CHECKPOINTS else path
             OmegaConf.update(copy, key, str(found))

@@ -46,8 +46,8 @@ def test_files_agree_with_each_other_and_with_the_model(
     table = read_csv(out / "predictions.csv")
     saved = np.load(out / "predictions.npz")
     assert len(table) == len(saved["paths"]) == 12 and saved["classes"].tolist() == model.classes
-    assert all(Path(row["path"]).parent.name == row["class"] for row in table)
-    correct = [row["class"] == row["predicted"] for row in table]
+    assert all(Path(row["image"]).parent.name == row["class"] for row in table)
+    correct = [row["class"] == row["top1"] for row in table]
     assert 0 < sum(correct) < 12
     assert (saved["probabilities"].argmax(1) == saved["labels"]).tolist() == correct
     assert f"{np.mean(correct):.1%}" in outcome.out and "95 % interval" in outcome.out
@@ -100,12 +100,12 @@ def test_rows_have_the_sets_and_marks_of_predict(
     for index, value in enumerate(range(0, 250, 50)):
         Image.new("RGB", (32, 32), (value, 255 - value, 90)).save(images / "test/red" / f"{index}.png")
     assert bcnn("evaluate", ckpt, images, "--output", tmp_path / "out").code == 0
-    evaluated = {row["path"]: row for row in read_csv(tmp_path / "out" / "predictions.csv")}
+    evaluated = {row["image"]: row for row in read_csv(tmp_path / "out" / "predictions.csv")}
     words = ["predict", ckpt, images / "test", "--format", "csv"]
     predicted = {row["image"]: row for row in csv.DictReader(bcnn(*words).out.splitlines())}
     assert evaluated.keys() == predicted.keys()
     for path, row in predicted.items():
-        assert row["top1"] == evaluated[path]["predicted"]
+        assert row["top1"] == evaluated[path]["top1"]
         for column in ("prediction_set", "unlike_training"):
             assert row[column] == evaluated[path][column]
     assert {row["unlike_training"] for row in predicted.values()} == {"yes", "no"}
@@ -161,7 +161,7 @@ def test_training_images_are_left_out_if_they_were_saved_again(
         out = tmp_path / f"of-{folder.name}"
         outcome = bcnn("evaluate", ckpt, folder, "--output", out)
         assert outcome.code == 0 and "36 of 36 images look the same as some that the" in outcome.out
-        found = [Path(row["path"]) for row in read_csv(out / "predictions.csv")]
+        found = [Path(row["image"]) for row in read_csv(out / "predictions.csv")]
         assert {(path.parent.name, path.stem) for path in found} == tested
     assert f"{len(data.train)} of 36 images in test were trained on: left out" in outcome.out
     assert f"{len(data.val)} of 36 images in test were validated on: left out" in outcome.out

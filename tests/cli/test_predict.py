@@ -49,7 +49,7 @@ def test_folders_patterns_and_a_list(
     paths = ["photos/blue/0.png", "photos/blue/1.png", "photos/green/0.png"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(paths).encode())))
     outcome = bcnn("predict", ckpt, "--format", "jsonl", *words)
-    assert outcome.code == 0 and [row["path"] for row in jsonl(outcome.out)] == paths
+    assert outcome.code == 0 and [row["image"] for row in jsonl(outcome.out)] == paths
 
 
 def test_probabilities_are_the_models_in_every_format(
@@ -167,7 +167,7 @@ def test_a_group_has_one_answer_by_the_mean_logit(bcnn: Bcnn, calibrated: BCNN, 
         expected = shares.log().mean(dim=0).softmax(dim=0)  # logits but for a constant of each image
         found = {each["class"]: each["probability"] for each in row["predictions"]}
         values = [found[name] for name in calibrated.classes]
-        assert row["path"] == name and values == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row["image"] == name and values == pytest.approx(expected.tolist(), abs=1e-5)
         assert row["prediction_set"] is None and row["unlike_training"] in (True, False)
     for form in ("csv", "table"):
         assert bcnn(*words, "--format", form).out.count("\n0") == 1

@@ -209,7 +209,7 @@ def test_every_format_has_the_same_rows(predict: partial[Outcome], photos: Path)
     assert table.column_names == [*expected[0]]
     lines = [line for file in parts_of("jsonl") for line in file.open()]
     for row, cells, line in zip(expected, table.to_pylist(), map(json.loads, lines), strict=True):
-        assert row["image"] == cells["image"] == line["path"]
+        assert row["image"] == cells["image"] == line["image"]
         assert row["error"] == (cells["error"] or "") == line.get("error", "")
         if not row["error"]:
             assert cells["probability"] == pytest.approx(float(row["probability"]), abs=1e-6)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import set_up, write_images
+from conftest import Bcnn, nest, set_up, write_classes, write_images
 
+from bcnn.data.index import read_folder
 from bcnn.data.taxonomy import find_taxonomy
 from bcnn.utils.errors import UserError
 
@@ -59,3 +60,46 @@ def test_what_is_no_tree_of_the_classes_is_refused(text: str, sentence: str, tmp
 def test_columns_need_a_list(images: Path) -> None:
     with pytest.raises(UserError, match=r"there is no data\.list"):
         set_up(images, taxonomy=["kind"])
+
+
+def test_class_folders_in_folders_of_their_parents(images: Path, bcnn: Bcnn) -> None:
+    """A class that is less deep than others is its own parent."""
+    flat = set_up(images)
+    data = set_up(nest(images), taxonomy="folders")
+    assert data.classes == flat.classes and data._index.counts("train") == [6, 6, 6]
+    assert data.taxonomy == {
+        "class": CLASSES,
+        "folder 2": ["cold", "cold", "red"],
+        "folder 1": ["all", "all", "warm"],
+    }
+    two = set_up(images, taxonomy="folders", classes=["red", "green"])
+    assert two.taxonomy is not None and two.taxonomy["folder 2"] == ["cold", "red"]
+    assert "classes: 2" in bcnn("check", images, "--output", images.parent / "flat").out
+    assert "classes: 3" in bcnn("check", images, "--nested", "--output", images.parent / "nested").out
+
+
+def test_an_image_beside_folders_is_of_the_class_of_its_folder(images: Path) -> None:
+    (nest(images) / "train" / "all" / "cold" / "blue" / "0.png").rename(
+        images / "train" / "all" / "cold" / "grey.png"
+    )
+    index = read_folder(images, nested=True)
+    assert dict(zip(index.classes, index.counts("train"), strict=True)) == {
+        "blue": 5,
+        "cold": 1,
+        "green": 6,
+        "red": 6,
+    }
+    assert index.parents["cold"] == ["all"]
+
+
+def test_folders_that_are_no_tree_are_refused(images: Path) -> None:
+    with pytest.raises(UserError, match=r"folders: put class folders into folders of their parents"):
+        set_up(images, taxonomy="folders")
+    train = nest(images) / "train"
+    (train / "all" / "cold").rename(train / "cold")
+    with pytest.raises(UserError, match="the class blue is in all/cold/blue and in cold/blue: rename"):
+        set_up(images, taxonomy="folders")
+    names = ("a/kind/dove", "a/kind/duck", "b/kind/oak")
+    write_classes(images.parent / "other", **dict.fromkeys(names, 3))
+    with pytest.raises(UserError, match="kind is in a and in b: give it one parent, or two names"):
+        set_up(images.parent / "other", taxonomy="folders")

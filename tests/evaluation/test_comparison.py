@@ -57,7 +57,7 @@ def test_the_table_counts_right_and_wrong(paths: list[str], tmp_path: Path) -> N
     rows, differ = (read_csv(tmp_path / "out" / name) for name in ("compare.csv", "images.csv"))
     assert [row["only_this_right"] for row in rows] == ["", "5"]
     assert float(rows[1]["difference"]) == pytest.approx(0.1) and float(rows[1]["p"]) == 58 / 128
-    assert [row["path"] for row in differ] == [paths[k] for k in (0, 1, 2, 3, 4, 6, 7)]
+    assert [row["image"] for row in differ] == [paths[k] for k in (0, 1, 2, 3, 4, 6, 7)]
     assert [*differ[0].values()] == [paths[0], "blue", "green", "blue"]
     for name in ("compare.md", "compare.tex"):
         assert "only first right" in (tmp_path / "out" / name).read_text()

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import FINETUNE, SMALL, Bcnn, configure, read_csv, save_checkpoint, toy
+from conftest import FINETUNE, SMALL, Bcnn, configure, nest, read_csv, save_checkpoint, toy
 from torch import Tensor
 
 from bcnn.data.taxonomy import Taxonomy
@@ -96,6 +96,19 @@ def test_a_run_keeps_its_taxonomy_and_evaluates_by_level(
     (images / "test" / "red").rename(images / "test" / "pink")
     with pytest.raises(UserError, match=r"taxonomy of .* lacks the class pink: add it in"):
         train(configure(*words, "stage=last", f"ckpt={ckpt}", f"output={tmp_path / 'new'}"))
+
+
+def test_a_run_on_nested_folders_is_evaluated_on_such(
+    images: Path, tmp_path: Path, bcnn: Bcnn, tiny: BCNN
+) -> None:
+    run, words = tmp_path / "run", toy(nest(images), SMALL, "stage=last", "data.taxonomy=folders")
+    train(configure(*words, f"output={run}"))
+    assert bcnn("evaluate", run, images, "--output", tmp_path / "out").code == 0
+    again, made = (read_csv(file / "predictions.csv") for file in (tmp_path / "out", run))
+    assert len(made) == 6
+    assert [(row["image"], row["class"]) for row in again] == [(r["image"], r["class"]) for r in made]
+    assert {row["class"] for row in made} == {"blue", "green", "red"}
+    assert {row["right_level"] for row in made} <= {"class", "folder 2", "folder 1", ""}
 
 
 def test_an_evaluation_has_figures_for_each_level(

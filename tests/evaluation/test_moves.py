@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Bcnn, configure, contents, read_csv, toy, write_images
+from conftest import SMALL, Bcnn, configure, contents, nest, read_csv, toy, write_images
 
 from bcnn.data.index import read_folder, read_list
 from bcnn.evaluation.predictions import Predictions
@@ -29,8 +29,8 @@ def test_a_run_proposes_to_move_an_image_in_a_wrong_folder(
     wrong = str(images / "train" / "blue" / "wrong.png")
     (row,) = read_csv(run / "moves.csv")
     assert (row["path"], row["label"], row["proposed_label"]) == (wrong, "blue", "red")
-    known = {each["path"]: each["confidence"] for each in read_csv(run / "held_out.csv")}
-    assert row["confidence"] == known[wrong]
+    known = {each["image"]: each["probability"] for each in read_csv(run / "held_out.csv")}
+    assert row["probability"] == known[wrong]
 
     words = ["check", images, "--apply", run / "moves.csv", "--output"]
     assert "1 of 24 images have a new label" in bcnn(*words, run / "new.csv").out
@@ -43,6 +43,17 @@ def test_a_run_proposes_to_move_an_image_in_a_wrong_folder(
     assert [as_list.counts(split) for split in as_list.splits] == [[6, 6, 6], [0, 0, 0], [2, 2, 2]]
     assert copy.counts("train") == [6, 6, 6]
     assert {Path(path).resolve() for path in as_list.paths} == {*images.resolve().rglob("*.png")}
+
+
+def test_a_copy_of_nested_folders_has_the_image_below_the_parents_of_its_new_class(
+    images: Path, bcnn: Bcnn
+) -> None:
+    file, before = moved(images.parent, "train/warm/red/0.png,red,blue"), contents(nest(images))
+    copy = images.parent / "copy"
+    assert bcnn("check", images, "--nested", "--apply", file, "--output", copy).code == 0
+    after = contents(copy)
+    assert after["train/all/cold/blue/0-red.png"] == before["train/warm/red/0.png"]
+    assert "train/warm/red/0.png" not in after and len(after) == len(before)
 
 
 def test_a_label_is_doubtful_where_another_class_is_as_sure_as_usual() -> None:

@@ -25,7 +25,7 @@ def test_files_hold_the_same_predictions(tiny: BCNN, images: Path, tmp_path: Pat
     assert figures["top1"]["value"] == headline(made)["top1"].value
     assert figures["ece"]["low"] is None and figures["images"] == len(made.paths)
     rows = read_csv(tmp_path / "out" / "predictions.csv")
-    assert [row["path"] for row in rows] == made.paths
+    assert [row["image"] for row in rows] == made.paths
     assert [row["correct"] == "1" for row in rows] == made.correct.tolist()
     assert [row["class"] for row in read_csv(tmp_path / "out" / "classes.csv")] == made.classes
     assert kept_predictions(tmp_path) is None
@@ -37,7 +37,7 @@ def test_names_are_in_the_csv_unchanged(tmp_path: Path) -> None:
     names = ['a "quoted", comma', "two\nlines", "=1+1", "no Unicode \udcff"]
     write_images(tmp_path / "images.csv", Predictions(names, names, torch.arange(4), torch.eye(4)))
     rows = read_csv(tmp_path / "images.csv")
-    assert [row["path"] for row in rows] == [row["predicted"] for row in rows] == names
+    assert [row["image"] for row in rows] == [row["top1"] for row in rows] == names
 
 
 @pytest.mark.parametrize(

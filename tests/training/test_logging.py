@@ -88,9 +88,9 @@ def test_confusion_and_the_hardest_images(
     rows = table(tmp_path / "run", "predictions")
     assert len(rows["data"]) == 4
     first = dict(zip(rows["columns"], rows["data"][0], strict=True))
-    assert (first["class"], first["predicted"]) == ("red", "blue")
+    assert (first["class"], first["top1"]) == ("red", "blue")
     assert first["path"] == predictions.paths[-1]
-    assert [first["confidence"], first["probability_of_class"]] == pytest.approx([0.8, 0.1])
+    assert [first["probability"], first["probability_of_class"]] == pytest.approx([0.8, 0.1])
     kept = pictures(staged)
     assert {picture.size for picture in kept} == {(24, 20)}
     assert sorted(map(colour, kept)) == ["blue", "blue", "green", "red"]
