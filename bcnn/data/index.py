@@ -76,12 +76,13 @@ def read_folder(root: Path, nested: bool = False) -> ImageIndex:
     parts = folders.split_folders(root)
     entries, inside, others = [], {}, Counter[str]()
     parents: dict[str, list[str]] = {}
+    places: dict[str, Path] = {}
     for split, part in (parts or {"train": root}).items():
         for folder in folders.class_folders(part, nested):
             *above, name = map(folders.class_name, folder.relative_to(part).parts)
-            if (first := parents.setdefault(name, above)) != above:
-                places = " and in ".join("/".join([*way, name]) for way in (first, above))
-                raise UserError(f"{root}: the class {name} is in {places}: rename one, or join them")
+            first = places.setdefault(name, folder)
+            if parents.setdefault(name, above) != above:
+                raise UserError(f"{first} and {folder} are one class, {name}: move or rename one")
             files = [p for p in files_below(folder) if not nested or os.path.dirname(p) == str(folder)]
             images = [path for path in files if is_image(path)]
             entries += [(path, name, split) for path in images]

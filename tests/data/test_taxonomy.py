@@ -97,7 +97,7 @@ def test_folders_that_are_no_tree_are_refused(images: Path) -> None:
         set_up(images, taxonomy="folders")
     train = nest(images) / "train"
     (train / "all" / "cold").rename(train / "cold")
-    with pytest.raises(UserError, match="the class blue is in all/cold/blue and in cold/blue: rename"):
+    with pytest.raises(UserError, match=r"test/all/cold/blue and .*train/cold/blue are one class"):
         set_up(images, taxonomy="folders")
     names = ("a/kind/dove", "a/kind/duck", "b/kind/oak")
     write_classes(images.parent / "other", **dict.fromkeys(names, 3))
