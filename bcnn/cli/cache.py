@@ -15,7 +15,7 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
 
     They are in $BCNN_STORES, or in bcnn/stores in $XDG_CACHE_HOME or ~/.cache.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     from bcnn.training.feature_store import ABOUT, KEY, read_about, remove_store, stores_dir
 
@@ -32,6 +32,9 @@ def cache(remove: Annotated[str | None, REMOVE] = None) -> None:
         raise UserError(f"--remove {remove}: no such store; bcnn cache lists them")
     for key in stores if remove == "all" else [remove]:
         folder = stores[key]
-        with FileLock(folder.with_suffix(".lock"), timeout=0):  # a run that adds to the store holds it
-            remove_store(folder)
+        try:
+            with FileLock(folder.with_suffix(".lock"), timeout=0):
+                remove_store(folder)
+        except Timeout as error:
+            raise UserError(f"{key}: a run adds to it; remove it when that has ended") from error
         console.print(f"removed {key}")

@@ -101,23 +101,25 @@ def train(cfg: DictConfig) -> float:
 
 
 def resume(words: list[str]) -> float:
-    """Continue the interrupted run in FOLDER, by the words `resume=FOLDER`."""
+    """Continue the interrupted run in FOLDER, by the words `resume=FOLDER [--config-dir DIR]`."""
+    parsed, unknown = get_args_parser().parse_known_args(words)
     (word,) = (word for word in words if word.startswith("resume="))
     folder = Path(word.removeprefix("resume=")).expanduser().absolute()
     logger.info(f"resuming {folder}")
     with progress("loading PyTorch"):
         from bcnn.training.run_state import RunState, resumable_overrides
-    overrides = resumable_overrides(RunState.read(folder), [other for other in words if other != word])
-    cfg = compose(overrides)
+    others = [*unknown, *(other for other in parsed.overrides if other != word)]
+    overrides = resumable_overrides(RunState.read(folder), others)
+    cfg = compose(overrides, parsed.config_dir)
     cfg.output = str(folder)
     return _run(cfg, overrides, resume=True)
 
 
-def compose(overrides: list[str], **options: bool) -> DictConfig:
+def compose(overrides: list[str], config_dir: str | None = None, **options: bool) -> DictConfig:
     """Return the configuration that overrides compose, outside of a command of Hydra's."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", [*_own_configuration(), *overrides], **options)
+        return hydra.compose("config", [*_own_configuration(config_dir), *overrides], **options)
 
 
 def _run(cfg: DictConfig, overrides: list[str], resume: bool) -> float:
@@ -154,10 +156,12 @@ def _quoted(word: str) -> str:
     return f"{name}='{value}'" if number and name.lstrip("+") in PATHS else word
 
 
-def _own_configuration() -> list[str]:
-    """Return the override by which Hydra also finds the user's `conf/` in the working folder."""
+def _own_configuration(config_dir: str | None = None) -> list[str]:
+    """Return the override by which Hydra also finds a folder, and `conf/` in the working folder."""
     there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
-    return ["hydra.searchpath=[file://conf]"] if there else []
+    folders = [config_dir] * bool(config_dir) + ["conf"] * there
+    quoted = ["'file://" + str(folder).replace("'", r"\'") + "'" for folder in folders]
+    return [f"hydra.searchpath=[{','.join(quoted)}]"] * bool(folders)
 
 
 def _explained(error: Exception, words: list[str]) -> str:

@@ -23,7 +23,7 @@ from bcnn.evaluation.tables import console_table
 from bcnn.evaluation.writers import Prediction, Predictor, WriteTo, write_rows
 from bcnn.utils.console import printable
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, remove_parts
+from bcnn.utils.files import atomic_write, read_json, remove_parts
 
 IMAGES = 4096  # of a part; the batch sizes that `predict_paths` chooses divide it
 SHOWN = 10  # classes in `summary_table`
@@ -47,7 +47,7 @@ class PartFolder:
         file = folder / "settings.json"
         if not file.exists():
             _write_json(file, settings)
-        before = json.loads(file.read_text())
+        before = read_json(file)
         if other := [name for name in settings if settings[name] != before.get(name)]:
             raise UserError(
                 f"--output {folder} has predictions by {other[0]} {before.get(other[0])}, not "
@@ -82,7 +82,7 @@ class PartFolder:
         images, classes = Counter[str](), Counter[str]()
         broken: dict[str, str] = {}
         for file in self.files:
-            counts = json.loads(_counts_of(file).read_text())
+            counts = read_json(_counts_of(file))
             images.update(counts["images"])
             classes.update(counts["classes"])
             broken |= counts["broken"]

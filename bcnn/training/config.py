@@ -76,6 +76,7 @@ def validate(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
     _validate_pooling(cfg)
     _validate_finetune(cfg.finetune)
     _validate_teacher(cfg, overrides)
+    _validate_balance(cfg)
     _validate_trainer(cfg)
     _validate_callbacks(cfg)
 
@@ -193,6 +194,15 @@ def _validate_teacher(cfg: DictConfig, overrides: Iterable[str]) -> None:
             "data.unlabelled is for stage finetune with a teacher: add finetune.teacher=CKPT to "
             "stage=finetune, or to stage=both with last=convex"
         )
+
+
+def _validate_balance(cfg: DictConfig) -> None:
+    for stage in STAGES[cfg.stage]:
+        if cfg.data.get("sampler") == "balanced" and cfg[stage].get("class_weights"):
+            raise UserError(
+                f"data.sampler=balanced and {stage}.class_weights=true would both weigh the classes: "
+                "leave one out"
+            )
 
 
 def _validate_trainer(cfg: DictConfig) -> None:

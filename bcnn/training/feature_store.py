@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, cache_dir, remove_parts
+from bcnn.utils.files import atomic_write, cache_dir, read_json, remove_parts
 
 DTYPE = np.dtype("float16")  # of descriptors on disk
 SHARD = 16  # images at most
@@ -150,4 +150,4 @@ def remove_store(folder: Path) -> None:
 def read_about(folder: Path) -> list[str]:
     """Return which images a store was used for; none where it was not used yet."""
     file = folder / ABOUT
-    return [*json.loads(file.read_text())] if file.is_file() else []
+    return [*read_json(file)] if file.is_file() else []

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.utils import instantiate
@@ -146,7 +147,9 @@ def log_how_to_resume(state: RunState) -> None:
 
 def train_command(*words: str) -> str:
     """Return a command that trains with these words, for a shell."""
-    return shlex.join(["bcnn", "train", *words])
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    return shlex.join(["bcnn", "train", *words, *(f"--config-dir={folder}" for folder in folders)])
 
 
 def facts(

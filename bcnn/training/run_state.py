@@ -19,7 +19,7 @@ from bcnn.evaluation.results import PREDICTIONS
 from bcnn.training.schema import working_folder
 from bcnn.utils.device import fastest_precision
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import RESULT, atomic_write, remove_parts, validate_writable
+from bcnn.utils.files import RESULT, atomic_write, read_json, remove_parts, validate_writable
 
 RUN = "run.yaml"
 HELD_OUT = "held_out.npz"
@@ -67,7 +67,7 @@ class StageResult:
         file = folder / stage / RESULT
         if not file.is_file():
             return None
-        plain = json.loads(file.read_text())
+        plain = read_json(file)
         if plain["checkpoint"]:
             plain["checkpoint"] = folder / plain["checkpoint"]
         files = (folder / stage / name for name in (PREDICTIONS, HELD_OUT))

@@ -22,7 +22,7 @@ from bcnn.evaluation.sweep_page import print_ranking, write_sweep
 from bcnn.utils.console import console, logger, setup_logging
 from bcnn.utils.environment import cores
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write
+from bcnn.utils.files import atomic_write, read_json
 
 JOB = "job.json"  # in a job's folder: the fields of `Job`
 COMMAND = "multirun.yaml"  # in the sweep's folder: its configuration, written by the sweeper
@@ -139,7 +139,7 @@ def _report(folder: Path) -> list[Job]:
 
 
 def _read(file: Path) -> Job:
-    return Job(**json.loads(file.read_text()) | {"folder": file.parent})
+    return Job(**read_json(file) | {"folder": file.parent})
 
 
 def _write(job: Job) -> None:

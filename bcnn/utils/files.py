@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from bcnn.utils import hub
 from bcnn.utils.console import logger
@@ -70,6 +71,14 @@ def make_way(folder: Path) -> None:
     validate_writable(folder)
 
 
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds; raise UserError if it is damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): restore it, or remove it") from error
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what killed processes left of `atomic_write` and `atomic_folder` below a folder."""
     for part in [*folder.rglob(f"{PART}*")]:
@@ -107,7 +116,7 @@ def checkpoint_of(path: str | Path) -> Path:
     folder = Path(path)
     for stage in ("finetune", "last") if folder.is_dir() else ():
         result = folder / stage / RESULT
-        if result.is_file() and (checkpoint := json.loads(result.read_text())["checkpoint"]):
+        if result.is_file() and (checkpoint := read_json(result)["checkpoint"]):
             return folder / checkpoint
         if (folder / stage).is_dir():
             logger.warning(f"{folder}: stage {stage} has not ended")

@@ -146,6 +146,28 @@ def test_a_run_is_resumed_with_the_configuration_of_a_folder_of_any_name(
     own.write_text("# @package _global_\nseed: 7\n")
     monkeypatch.chdir(own.parents[2])
     assert command.compose(["experiment=own"]).seed == 7
+    monkeypatch.chdir(tmp_path)
+    assert command.compose(["experiment=own"], str(own.parents[1])).seed == 7
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_with_a_folder_of_options_is_resumed_with_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine" / "experiment" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\nseed: 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    options = toy(Path("images"), "stage=last", SMALL, "experiment=own", "output=run")
+    assert command.main([*options, "--config-dir", "mine"]) == 0
+    assert f"experiment=own --config-dir={tmp_path}/mine\n" in capsys.readouterr().out
+    assert command.main(["resume=run"]) == 1
+    assert "experiment/own" in capsys.readouterr().err
+    assert command.main(["resume=run", "--config-dir", "mine"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert command.main(["resume=run", "--config-dir", "mine", "--best"]) == 1
+    assert "leave out --best" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")

@@ -44,6 +44,8 @@ REFUSED = {
     "model/pooling=auto last=sgd": "model/pooling=auto compares solutions of last=convex",
     "model/pooling=auto last.folds=null": "model/pooling=auto compares solutions of last=convex",
     "model/pooling=auto model.project=2": "model.project=2 has no effect on model/pooling=auto",
+    "data.sampler=balanced finetune.class_weights=true": r"=balanced and finetune\.class_weights",
+    "data.sampler=balanced stage=last last.class_weights=true": r"=balanced and last\.class_weights",
     f"{TEACHER} finetune.class_weights=true": "class_weights=true has no effect",
     f"{TEACHER} finetune.loss.label_smoothing=0.1": "loss.* has no effect",
     "data.unlabelled=other": "add finetune.teacher=CKPT",

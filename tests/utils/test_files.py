@@ -109,6 +109,13 @@ def test_the_folder_of_a_run_stands_for_the_checkpoint_that_it_ends_with(
     assert checkpoint_of(tmp_path / "x.ckpt") == tmp_path / "x.ckpt"
 
 
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "result.json").write_text('{"checkpoint": ')
+    with pytest.raises(UserError, match=r"last/result\.json is damaged .*: restore it, or remove it"):
+        checkpoint_of(tmp_path)
+
+
 def test_a_cache_without_a_place_says_how_to_name_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
