@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.index import listed
-from bcnn.data.review import cut_off
+from bcnn.data.review import cut_off, default_resize
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import arrange
 from bcnn.models.bilinear_cnn import BCNN
@@ -30,6 +30,7 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule, teacher: Teacher |
     if cfg.ckpt or model.split or teacher:
         record, earlier = model.split or SplitRecord(), teacher and teacher.model.split
         data.follow(record.after(earlier) if earlier else record)
+    framing = model.preprocessing if cfg.ckpt else data.preprocessing  # not yet that of wide images
     data.use_preprocessing(model.preprocessing)
     validate_network(cfg, model)
     model.split = data.split
@@ -37,7 +38,7 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule, teacher: Teacher |
     logger.info(
         f"{data.root}: {len(data.classes)} classes ({listed(data.classes, 3)}), {data.numbers()}"
     )
-    for remark in cut_off(data.findings.values(), model.preprocessing):
+    for remark in cut_off(data.findings.values(), framing):
         logger.info(remark)
     return model
 
@@ -67,8 +68,11 @@ def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     if pooling["name"] == AUTO:  # any will do until stage `last` has chosen
         pooling = {"name": "average"}
     model = BCNN(data.classes, data.preprocessing, options["backbone"], pooling, options["project"])
-    chosen = {"interpolation": model.backbone.interpolation, **data.given_preprocessing}
-    model.preprocessing = replace(model.preprocessing, **chosen)
+    by_default = {
+        "interpolation": model.backbone.interpolation,
+        "resize": default_resize(data.findings.values(), data.preprocessing),
+    }
+    model.preprocessing = replace(model.preprocessing, **by_default | data.given_preprocessing)
     initialise_backbone(model, cfg.model.weights, cfg.model.normalization)
     if cfg.model.weights == "pretrained":
         logger.info(f"licence of the pretrained weights: {model.backbone.licence or 'not stated'}")

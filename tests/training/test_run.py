@@ -20,6 +20,7 @@ from conftest import (
     write_images,
 )
 from hydra.utils import instantiate
+from PIL import Image
 
 from bcnn.evaluation.results import open_split
 from bcnn.models.bilinear_cnn import BCNN
@@ -270,6 +271,24 @@ def test_images_are_resized_as_the_weights_were_trained_unless_an_option_says_ho
     assert build("null", f"ckpt={file}") == taken
     other = "bilinear" if taken == "bicubic" else "bicubic"
     assert build(other, f"ckpt={file}") == other
+
+
+def test_wide_images_are_squashed_unless_an_option_or_a_checkpoint_says_how(
+    tiny: BCNN, images: Path, tmp_path: Path
+) -> None:
+    def build(*options: str) -> str:
+        cfg = configure(*toy(images, SMALL, *options))
+        data = instantiate(cfg.data)
+        data.setup()
+        return build_model(cfg, data).preprocessing.resize
+
+    assert build() == "keep"
+    save_model(tiny, tmp_path / "model.safetensors")
+    for path in images.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((80, 44)).save(path)
+    assert build() == "squash"
+    assert build("data.resize=keep") == build(f"ckpt={tmp_path / 'model.safetensors'}") == "keep"
 
 
 @pytest.mark.usefixtures("tiny")
