@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_files import find_images
-from bcnn.evaluation.metrics import unknown_metrics
+from bcnn.evaluation.metrics import as_text, proportion, unknown_metrics
 from bcnn.evaluation.neighbours import descriptors
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.calibration import Calibration, Subspace, prediction_sets
@@ -94,8 +94,18 @@ if __name__ == "__main__":
     everything = (data.train + data.val, data.test)
     labels = [torch.tensor([label for _, label in samples]) for samples in everything]
     x = [described(model, data, samples) for samples in everything]
-    far = described(model, data, [(path, 0) for path in find_images([str(asked.unknown)])])
-
+    paths = find_images([str(asked.unknown)])
+    far = described(model, data, [(path, 0) for path in paths])
+    with torch.no_grad():
+        logits = model.head.cpu()(x[1])
+    found = {"top-1": logits.argmax(dim=1) == labels[1]}
+    if calibration := model.cpu().calibration:
+        shares = (logits / calibration.temperature).softmax(dim=1)
+        sets = prediction_sets(shares, calibration.threshold(0.95))
+        found["coverage of its own 95 % sets"] = sets.gather(1, labels[1][:, None])
+    for name, hits in found.items():
+        value, interval = as_text("share", proportion(int(hits.sum()), len(hits)))
+        console.print(f"{name}: {value} ({interval})")
     table = Table("coverage asked for", "mean", "least", "largest", "mean size")
     table.title = f"{DRAWS} draws of {len(x[1]) // 2} calibration images"
     for wanted in (0.9, 0.95):
