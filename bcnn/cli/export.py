@@ -10,9 +10,12 @@ from bcnn.cli.arguments import Checkpoint
 from bcnn.utils.console import console, progress, track
 from bcnn.utils.errors import UserError
 from bcnn.utils.files import validate_writable
+from bcnn.utils.hub import is_cached
 
 FORMAT = typer.Option(help="pth: a state dict with the original scripts' names (classifiers.0.weight).")
-OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, with its name.")
+OUTPUT = typer.Option(
+    dir_okay=False, help="New file. Default: beside the checkpoint, of hf:// here."
+)
 SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2, pte).")
 PRECISION = typer.Option(help="Of the convolutions of an ONNX file; int8 needs --images.")
 IMAGES = typer.Option(help="Compare on these, not on random images; may be given several times.")
@@ -36,7 +39,8 @@ def export(
         raise UserError(f"--precision {precision} is for --format onnx")
     if precision == "int8" and not images:
         raise UserError("--precision int8 needs typical images: add --images IMAGES, a hundred or more")
-    path = output or ckpt.with_suffix(f".{format}")
+    folder = Path() if is_cached(ckpt) else ckpt.parent
+    path = output or folder / f"{ckpt.stem}.{format}"
     if path.suffix != f".{format}":
         raise UserError(f"--output {path}: its name has to end in .{format}")
     for file in (path, path.with_name(f"{path.name}.data")):  # ONNX's weights above 2 GB

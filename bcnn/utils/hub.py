@@ -21,6 +21,11 @@ def download(name: str) -> Path:
         return Path(hf_hub_download(name, WEIGHTS))
 
 
+def is_cached(path: Path) -> bool:
+    """Return whether a file is one that `download` keeps, in folders where nothing else belongs."""
+    return any(part.startswith("models--") for part in path.parts)
+
+
 def upload(name: str, files: Mapping[str, Path | bytes], private: bool) -> str:
     """Put files into a repository, made if necessary, in one commit; return its address."""
     from huggingface_hub import CommitOperationAdd, HfApi

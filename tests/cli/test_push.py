@@ -140,13 +140,16 @@ def test_a_pushed_model_is_loaded_by_its_name_also_from_the_cache(
 
 
 def test_a_name_on_the_hub_is_a_checkpoint_for_commands_and_training(
-    bcnn: Bcnn, hub: Any, run: Path, images: Path, tmp_path: Path
+    bcnn: Bcnn, hub: Any, run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     bcnn("push", run, "me/colours", "--private")
     assert hub.private == {"me/colours"}
     words = [images / "test", "--format", "csv", "--workers", 0]
     here, there = (bcnn("predict", ckpt, *words) for ckpt in (run, "hf://me/colours"))
     assert there.code == 0 and there.out == here.out
+    assert bcnn("export", "hf://me/colours", "--format", "safetensors").code == 0
+    assert load_model("model.safetensors").classes == ["blue", "green", "red"]
     names = ("ckpt=hf://me/colours", "model.weights=hf://me/colours")
     found = absolute_paths(configure(*names, "output=new"), tmp_path)
     assert load_model(found.ckpt).classes == ["blue", "green", "red"]
