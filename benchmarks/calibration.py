@@ -1,4 +1,4 @@
-"""Calibration: coverage of prediction sets, and how well images of no known class are told.
+"""Calibration: coverage of prediction sets, and how well images of no known class are recognised.
 
 Of a checkpoint of stage last, with its training and test images, and images of other things:
 python benchmarks/calibration.py CKPT IMAGES UNKNOWN
