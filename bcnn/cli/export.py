@@ -13,7 +13,9 @@ from bcnn.utils.files import validate_writable
 from bcnn.utils.hub import is_cached
 
 FORMAT = typer.Option(help="pth: a state dict with the original scripts' names (classifiers.0.weight).")
-OUTPUT = typer.Option(dir_okay=False, help="New file. Default: beside the checkpoint, of hf:// here.")
+OUTPUT = typer.Option(
+    dir_okay=False, help="New file. Default: beside the checkpoint; of hf:// in this folder."
+)
 SOFTMAX = typer.Option("--softmax", help="Output probabilities, not logits (onnx, pt2, pte).")
 PRECISION = typer.Option(help="Of the convolutions of an ONNX file; int8 needs --images.")
 IMAGES = typer.Option(help="Compare on these, not on random images; may be given several times.")
