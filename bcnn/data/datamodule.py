@@ -22,7 +22,7 @@ from bcnn.data.integrity import Finding, check, without_broken
 from bcnn.data.review import imbalance, oddities, shared
 from bcnn.data.sampler import NO_LABEL, ImageList, SeededSampler, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
-from bcnn.data.taxonomy import FOLDERS, Taxonomy, find_taxonomy, folder_taxonomy
+from bcnn.data.taxonomy import FOLDERS, Taxonomy, find_taxonomy
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from bcnn.data.unlabelled import find_unlabelled
 from bcnn.utils.console import logger
@@ -54,8 +54,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         train_scale: least share of an image's area that a training crop takes before it is resized to
             nine tenths of `size`; None: training crops have evaluation's scale and size.
         classes: names of classes to use, or how many to draw by `seed`; None: all.
-        taxonomy: levels above the classes: "folders" that hold those of classes, or for
-            `find_taxonomy`; None: there are none.
+        taxonomy: levels above the classes, for `find_taxonomy`; None: there are none.
         train_fraction: share of each class's training images to train on, drawn by `seed`; those of a
             smaller share are among those of a larger one.
         val_fraction: share of each class to draw for validation if no image is in val; 0: train on all.
@@ -158,10 +157,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         index = self.read_index()
         if self.chosen_classes is not None:
             index = choose_classes(index, self.chosen_classes, self.seed)
-        if self.given_taxonomy == FOLDERS:
-            self.taxonomy = folder_taxonomy(index.parents, index.classes)
-        else:
-            self.taxonomy = find_taxonomy(self.given_taxonomy, self.list, index.classes)
+        self.taxonomy = find_taxonomy(self.given_taxonomy, self.list, index.classes, index.parents)
         findings = check(self.root, index.paths)
         index = without_broken(index, findings, self.root, self.on_invalid_image == "skip")
         if not index.samples:

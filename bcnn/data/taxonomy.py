@@ -17,15 +17,21 @@ Taxonomy = dict[str, list[str]]
 
 
 def find_taxonomy(
-    source: str | Path | Sequence[str] | None, images: Path | None, classes: Sequence[str]
+    source: str | Path | Sequence[str] | None,
+    images: Path | None,
+    classes: Sequence[str],
+    parents: Mapping[str, Sequence[str]],
 ) -> Taxonomy | None:
-    """Return the taxonomy of these classes, by a file or by columns of the list of images.
+    """Return the taxonomy of these classes, by a file, columns of the list of images, or "folders".
 
     The first line of a file names the levels, `class,parent[,grandparent …]`, and each other line is of
-    a class. Columns are those of the parent, the grandparent …. Raise UserError at what is no tree.
+    a class. Columns are those of the parent, the grandparent …. `parents` are the folders above each
+    class, for `folder_taxonomy`. Raise UserError at what is no tree.
     """
     if source is None:
         return None
+    if source == FOLDERS:
+        return folder_taxonomy(parents, classes)
     if isinstance(source, str | Path):
         file = Path(source).expanduser()
         (_, levels), *rows = read_cells(file, "a first line of class,parent and a line for each class")

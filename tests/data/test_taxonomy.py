@@ -54,7 +54,7 @@ def test_columns_of_the_list(tmp_path: Path) -> None:
 def test_what_is_no_tree_of_the_classes_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "kinds.csv").write_text(text)
     with pytest.raises(UserError, match=rf"kinds\.csv.*{sentence}"):
-        find_taxonomy(tmp_path / "kinds.csv", None, CLASSES)
+        find_taxonomy(tmp_path / "kinds.csv", None, CLASSES, {})
 
 
 def test_columns_need_a_list(images: Path) -> None:
