@@ -1,6 +1,7 @@
 """The command `bcnn`. Commands import torch when they run, so that `--help` is quick."""
 
 import sys
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
@@ -39,7 +40,9 @@ def train(context: typer.Context) -> int:
 
 
 for command in (check, evaluate, compare, predict, explain, export, push, demo, cache):
-    app.command()(command)
+    # typer keeps the line breaks within a paragraph, which are those of the code and not of the terminal.
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(each.replace("\n", " ") for each in paragraphs))(command)
 
 
 def main(words: list[str] | None = None) -> int:

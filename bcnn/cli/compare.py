@@ -17,8 +17,8 @@ RUNS = typer.Argument(metavar="RUN", exists=True, file_okay=False, help=FOLDERS)
 def compare(runs: Annotated[list[Path], RUNS], output: OutputFolder = None) -> None:
     """Compare models on the same test images, each with the first.
 
-    Images are matched by content. The interval of the difference and McNemar's exact test are of
-    paired images. They compare two trained models; a sweep over seed compares settings.
+    Images are matched by content, and the interval of the difference and McNemar's exact test use the
+    pairs. Both are about the models as trained; to compare settings, sweep over seed.
 
     Writes compare.html with the images that differ, compare.md, compare.tex, compare.csv, and
     images.csv (the classes that the models predict for images that they classify differently).

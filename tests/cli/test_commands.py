@@ -42,6 +42,14 @@ def test_help_lists_all_commands(bcnn: Bcnn, words: list[str]) -> None:
     assert all(f"│ {command} " in outcome.out for command in [*COMMANDS, "train"])
 
 
+def test_help_breaks_lines_where_the_terminal_ends(bcnn: Bcnn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = bcnn("explain", "--help").out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(" Left: "))
+    paragraph = lines[first : lines.index(" " * 80, first)]
+    assert len(paragraph) > 2 and all(len(line.rstrip()) > 65 for line in paragraph[:-1])
+
+
 def test_help_imports_nothing_heavy(python: Run) -> None:
     run = python("-c", HELP, *COMMANDS, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
