@@ -40,7 +40,7 @@ def train(context: typer.Context) -> int:
 
 
 for command in (check, evaluate, compare, predict, explain, export, push, demo, cache):
-    # typer keeps the line breaks within a paragraph, which are those of the code and not of the terminal.
+    # typer keeps the line breaks of a docstring, which are not those of the terminal.
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     app.command(help="\n\n".join(each.replace("\n", " ") for each in paragraphs))(command)
 

@@ -22,12 +22,13 @@ LATEX = str.maketrans(
 
 
 def console_table(heading: Cells, rows: Sequence[Cells]) -> Table:
-    """Return a table for the console, where long cells are folded and figures are not."""
+    """Return a table for the console, where names and long cells are folded and figures are not."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name, *cells in zip(heading, *rows, strict=True):
         widest = max(map(len, cells))
         title = textwrap.fill(name, max(widest, 5), break_long_words=False).replace(".", ".\n")
-        table.add_column(title, no_wrap=widest <= FIGURE, overflow="fold")
+        is_figure = bool(table.columns) and widest <= FIGURE
+        table.add_column(title, no_wrap=is_figure, overflow="fold")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

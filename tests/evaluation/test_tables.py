@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from bcnn.evaluation.tables import console_table, latex, markdown, write_tables
 from bcnn.evaluation.writers import FORMATS, Prediction, write_rows
@@ -36,8 +37,9 @@ def test_both_files_are_written(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "table.tex").read_text() == latex(HEADING, ROWS)
 
 
-def test_the_console_folds_long_names_and_no_figures() -> None:
-    table = console_table(HEADING, [["a/very/long/path/of/a/run/in/a/folder", "90.0 ± 2.8", "1e-5"]])
+@pytest.mark.parametrize("name", ["a/very/long/path/of/a/run/in/a/folder", "outputs/14-03-52"])
+def test_the_console_folds_names_and_no_figures(name: str) -> None:
+    table = console_table(HEADING, [[name, "90.0 ± 2.8", "1e-5"]])
     assert [column.no_wrap for column in table.columns] == [False, True, True]
     assert table.columns[2].header == "last.\noptimizer.\nweight_decay"
 
