@@ -13,7 +13,7 @@ from bcnn.data.image_files import find_images, is_image
 from bcnn.data.index import ImageIndex
 from bcnn.data.integrity import Findings
 from bcnn.data.lists import read_rows
-from bcnn.data.lookalikes import near_pairs
+from bcnn.data.lookalikes import look_alike_groups
 from bcnn.data.urls import beside
 from bcnn.utils.errors import UserError
 
@@ -50,20 +50,20 @@ def name_groups(index: ImageIndex, pattern: str | None, option: str, source: Pat
 def find_groups(images: Sequence[str], pattern: str | None) -> dict[str, list[str]]:
     """Return the paths of each group, by `match_groups` or the columns `path` and `group` of a list."""
     if pattern is not None:
-        names = match_groups(find_images(images), pattern, "--group", None)
+        pairs = [*match_groups(find_images(images), pattern, "--group", None).items()]
     elif len(images) != 1 or not os.path.isfile(images[0]) or is_image(images[0]):
         raise UserError("--by group: add --group REGEX, or name a list with a column group as IMAGES")
     else:
-        file, names = images[0], {}
+        file, pairs = images[0], []
         columns, rows = read_rows(file)
         if "group" not in columns:
             raise UserError(f"{file} has no column group: add it, or use --group REGEX")
         for line, row in rows:
             if not row["group"]:
                 raise UserError(f"{file}, line {line}: no group: name one, or use --group REGEX")
-            names[beside(file, row["path"])] = row["group"]
+            pairs.append((beside(file, row["path"]), row["group"]))
     groups: dict[str, list[str]] = defaultdict(list)
-    for path, name in names.items():
+    for path, name in dict.fromkeys(pairs):
         groups[name].append(path)
     return groups
 
@@ -80,8 +80,9 @@ def join_groups(findings: Findings, names: Mapping[str, str], near: bool) -> dic
             joined.add(f"group {names[path]}")
             joined.merge(f"group {names[path]}", finding.digest)
     if near:
-        for one, other in near_pairs({f.digest: f.perceptual_hash for f in findings.values()}):
-            joined.merge(one, other)
+        hashes = {finding.digest: finding.perceptual_hash for finding in findings.values()}
+        for digest, alike in look_alike_groups(hashes).items():
+            joined.merge(digest, alike)
     # "group" is after the hexadecimal digits: images that join a group do not move its position.
     keys = {node: max(part) for part in joined.subsets() for node in part}
     return {path: keys[finding.digest] for path, finding in findings.items()}

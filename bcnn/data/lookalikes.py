@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from bcnn.utils.console import track
 
@@ -46,10 +48,21 @@ def near_duplicates(hashes: Hashes, others: Hashes) -> dict[str, str]:
     return found
 
 
-def near_pairs(hashes: Hashes) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of images whose hashes differ in at most `NEAR` bits, in both orders."""
-    for block, candidates, distances in _distances(hashes, hashes):
-        yield from ((block[i], candidates[j]) for i, j in np.argwhere(distances <= NEAR))
+def look_alike_groups(hashes: Hashes) -> dict[str, str]:
+    """Return of each image the first one of its group: in a group, hashes differ step by step in at
+    most `NEAR` bits.
+    """
+    names = [name for name in hashes if hashes[name] is not None]
+    first, done = np.arange(len(names)), 0  # of each image, the first one of its group so far
+    for block, _, distances in _distances(hashes, hashes):
+        near = np.nonzero(distances <= NEAR)
+        ends = [near[0] + done, np.arange(len(names))], [near[1], first]
+        rows, columns = map(np.concatenate, ends)
+        edges = coo_array((np.ones(len(rows), bool), (rows, columns)), (len(names), len(names)))
+        labels = connected_components(edges, directed=False)[1]
+        first = np.unique(labels, return_index=True)[1][labels]
+        done += len(block)
+    return {name: names[k] for name, k in zip(names, first.tolist(), strict=True)}
 
 
 def _distances(

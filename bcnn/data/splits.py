@@ -65,7 +65,8 @@ class SplitRecord:
     def after(self, earlier: "SplitRecord") -> "SplitRecord":
         """Return the record of a model that was trained by `earlier` and then by this."""
         parts = (getattr(self, split) | getattr(earlier, split) for split in SPLITS)
-        return SplitRecord(self.recipe, *_disjoint(*parts), {**earlier.hashes, **self.hashes})
+        recipe = self.recipe or earlier.recipe
+        return SplitRecord(recipe, *_disjoint(*parts), {**earlier.hashes, **self.hashes})
 
     def recognise(self, findings: Findings) -> dict[str, str]:
         """Return each image's digest, or that of a recorded image which looks the same; log how many.

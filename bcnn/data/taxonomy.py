@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bcnn.data.image_files import listed
 from bcnn.data.lists import read_cells, read_rows
-from bcnn.data.split_folders import class_name
+from bcnn.data.split_folders import class_name, confusable_names
 from bcnn.utils.errors import UserError
 
 FOLDERS = "folders"  # the value of data.taxonomy for class folders in folders of their parents
@@ -86,6 +86,9 @@ def _validate_tree(names: Sequence[Sequence[str]], level: str, file: Path) -> No
     """Raise UserError if a class is named twice, or a name has two parents."""
     if twice := [name for name, count in Counter(names[0]).items() if count > 1]:
         raise UserError(f"{file} names the {level} {twice[0]} twice: remove a line, or correct it")
+    for above in names[1:]:
+        if alike := confusable_names(sorted({*above})):
+            raise UserError(f"{file}: names look the same: {listed(alike, 3)}; rename one of each")
     for below, above in pairwise(names):
         parents: dict[str, str] = {}
         for name, parent in zip(below, above, strict=True):

@@ -1,6 +1,7 @@
 """Answers on the levels of a taxonomy: a name is as probable as its classes together."""
 
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,11 @@ Answer = dict[str, Any]
 
 def numbered(names: Sequence[str]) -> tuple[list[str], Tensor]:
     """Return the different names on a level, sorted, and the number of the name of each class."""
+    return _numbered(tuple(names))
+
+
+@cache  # many classes take longer to sort than an image to classify
+def _numbered(names: tuple[str, ...]) -> tuple[list[str], Tensor]:
     distinct, numbers = np.unique(names, return_inverse=True)
     return distinct.tolist(), torch.from_numpy(numbers)
 

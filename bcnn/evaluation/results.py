@@ -112,11 +112,11 @@ def write_images(path: Path, predictions: Predictions, taxonomy: Taxonomy | None
     )
     if predictions.sets is not None and predictions.novelty is not None:
         heading += ["prediction_set", "unlike_training"]
-        order = predictions.probabilities.argsort(descending=True, stable=True).tolist()
         sizes = predictions.sets.sum(dim=1).tolist()  # a set is of the likeliest classes
+        orders = (row.argsort(descending=True, stable=True) for row in predictions.probabilities)
         sets = [
-            "; ".join(predictions.classes[k] for k in each[:size])
-            for each, size in zip(order, sizes, strict=True)
+            "; ".join(predictions.classes[k] for k in order[:size].tolist())
+            for order, size in zip(orders, sizes, strict=True)
         ]
         marks = ["yes" if score > 0 else "no" for score in predictions.novelty.tolist()]
         columns = (*columns, sets, marks)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 AXES = 64  # principal axes of the training images' descriptors
 SKETCH = 1024  # numbers that a descriptor is reduced to first, or the axes would take megabytes
 ACCEPTED = 0.95  # of held-out images of known classes that are not unlike the training images
+ENOUGH = 19  # held-out images: of fewer, no prediction set of that coverage leaves a class out
+FEW = 50  # held-out images: of fewer, the largest novelties are too low for images to come
 TEMPERATURES = (-4.0, 4.0)  # natural logarithms of the least and the largest
 
 
@@ -102,7 +104,9 @@ class Calibration(nn.Module):
         spread = raw.std(dim=0, correction=0).clamp_min(1e-6)
         self.moments.copy_(torch.stack([raw.mean(dim=0), spread]))
         novelty = self._novelty(raw).sort().values
-        self.limit.copy_(novelty[min(images, math.ceil((images + 1) * ACCEPTED)) - 1])
+        rank = min(images, math.ceil((images + 1) * ACCEPTED - 1e-9))
+        least = _limit_of_few(images) if images < FEW else -math.inf
+        self.limit.fill_(max(float(novelty[rank - 1]), least))
         return self
 
     def sizes(self) -> dict[str, int]:
@@ -145,6 +149,20 @@ def prediction_sets(probabilities: Tensor, threshold: float) -> Tensor:
 def _raw_scores(logits: Tensor, residual: Tensor) -> Tensor:
     """Return (batch, 2): how small the largest logit is, and how far outside the descriptor lies."""
     return torch.stack([-logits.float().amax(dim=1), residual], dim=1)
+
+
+def _limit_of_few(images: int) -> float:
+    """Return the least limit of novelty by the moments of fewer than `FEW` images; of one, none.
+
+    The end of Student's prediction interval for one more normal score, half of those not `ACCEPTED` for
+    each of the two scores. Source: Hahn & Meeker, "Statistical Intervals", 1991, §4.7.
+    """
+    from scipy.stats import t  # here, since prediction needs no scipy
+
+    if images < 2:
+        return torch.finfo(torch.float32).max
+    quantile = float(t.ppf((1 + ACCEPTED) / 2, images - 1))
+    return quantile * math.sqrt((images + 1) / (images - 1))
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:

@@ -103,19 +103,30 @@ def export_model(
         with torch.no_grad():
             pairs = [torch.stack([_joined(network(x)), _joined(loaded(x))], dim=1) for x in batches]
             outputs = torch.cat(pairs)
-        # torch's max keeps a nan
-        difference, largest = (float(t.abs().max()) for t in (outputs.diff(dim=1), outputs[:, 0]))
-        expected, found = outputs[..., : len(model.classes)].argmax(dim=2).unbind(dim=1)
+        classes, novelty = outputs.tensor_split([len(model.classes)], dim=2)
+        expected, found = classes.argmax(dim=2).unbind(dim=1)
         agreement = float((expected == found).float().mean())
-        if precision == "float32" and not difference <= TOLERANCE * largest:  # nor nan
-            raise UserError(
-                f"{path} would differ from the model by {difference:.1e}, where outputs are up to "
-                f"{largest:.3g}: not kept"
-            )
+        difference, largest = _apart(classes)
+        compared = [(difference, largest)]
+        if novelty.numel():
+            apart, scale = _apart(novelty)
+            compared.append((apart, max(scale, 1.0)))  # standard deviations
+        for apart, scale in compared:
+            if precision == "float32" and not apart <= TOLERANCE * scale:  # nor nan
+                raise UserError(
+                    f"{path} would differ from the model by {apart:.1e}, where outputs are up to "
+                    f"{scale:.3g}: not kept"
+                )
         for written in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights over 2 GB first
             with atomic_write(path.with_name(written.name)) as part:
                 written.replace(part)
     return Comparison(difference, largest, agreement)
+
+
+def _apart(pairs: Tensor) -> tuple[float, float]:
+    """Return how far outputs (images, 2, …) are apart, and how large the first ones are."""
+    # torch's max keeps a nan
+    return float(pairs.diff(dim=1).abs().max()), float(pairs[:, 0].abs().max())
 
 
 def _comparison_images(model: BCNN, paths: Sequence[str | Path]) -> Iterator[Tensor]:

@@ -40,11 +40,17 @@ def _to_int8(model: Any, file: Path, kept: list[str], images: Iterable[Tensor]) 
     """Write a model with convolutions in int8, but for those that are kept in float32."""
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
 
+    batches = list(images)
+
     class Reader(CalibrationDataReader):
-        batches = iter(images)
+        def __len__(self) -> int:
+            return len(batches)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.part = iter(batches[start_index:end_index])
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
+            batch = next(self.part, None)
             return None if batch is None else {"images": batch.numpy()}
 
     logging.disable(logging.WARNING)  # it advises on what the exporter has done already
@@ -59,6 +65,8 @@ def _to_int8(model: Any, file: Path, kept: list[str], images: Iterable[Tensor]) 
             per_channel=True,
             # Processors without 8-bit dot products (AVX2) overflow at 8 bits.
             reduce_range=True,
+            # Into histograms batch by batch: the activations of all would not fit in memory.
+            extra_options={"CalibStridedMinMax": 1},
         )
     finally:
         logging.disable(logging.NOTSET)

@@ -7,7 +7,7 @@ from bcnn.data.draws import draw_sample
 from bcnn.data.index import Samples
 from bcnn.evaluation.neighbours import descriptors
 from bcnn.models.bilinear_cnn import BCNN
-from bcnn.models.calibration import Calibration, Subspace
+from bcnn.models.calibration import ENOUGH, Calibration, Subspace
 from bcnn.training.convex_stage import HeldOut
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logistic_regression import BLOCK
@@ -24,7 +24,9 @@ def calibrate(
     held_out: HeldOut | None,
     precision: str,
 ) -> Calibration | None:
-    """Return a calibration by validation images or else by cross-validation; None without either.
+    """Return a calibration by validation images or, if these are few, by cross-validation.
+
+    None without either.
 
     Cross-validation would have more images, but is too good where training images come in series, since
     a fold then knows the next one. Its logits are also of the mean of an image and its mirror image.
@@ -34,11 +36,11 @@ def calibrate(
         held_out: of cross-validation in stage `last`.
     """
     sample = draw_sample(data.train, data.digests, SAMPLE, data.seed)
-    if not data.val:
-        if held_out is None or not len(held_out.images):
-            return None
+    if held_out and len(data.val) < min(ENOUGH, len(held_out.images)):
         assert isinstance(features, CachedFeatureDataModule)
         return _by_folds(features, sample, held_out, model.head.bias.device)
+    if not data.val:
+        return None
     spanning = descriptors(model, features.evaluation_dataloader(sample), precision)
     space = Subspace.of(torch.cat([*spanning]))
     batches = descriptors(model, features.evaluation_dataloader(data.val), precision)

@@ -47,7 +47,10 @@ OF_THE_STAGE = {
     "use_distributed_sampler": "nothing: ranks share every batch",
 }
 # Trainer options that only steps along gradients use.
-OF_GRADIENT_STEPS = {"gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"}
+OF_GRADIENT_STEPS = {
+    *("gradient_clip_algorithm", "gradient_clip_val", "max_time", "overfit_batches"),
+    *("limit_train_batches", "limit_val_batches"),
+}
 
 # Lightning's callbacks that would train otherwise than the configuration says.
 UNUSABLE_CALLBACKS = {
@@ -188,6 +191,8 @@ def _validate_teacher(cfg: DictConfig, overrides: Iterable[str]) -> None:
     word = next(filter(dropped.match, overrides), None)
     if word and cfg.finetune.teacher:
         raise UserError(f"{word} has no effect with finetune.teacher, which replaces the labels")
+    if cfg.finetune.teacher and cfg.stage == "last":
+        raise UserError("finetune.teacher teaches stage finetune: choose stage=both or finetune")
     labels_needed = cfg.stage == "last" or (cfg.stage == "both" and cfg.last.solver != "convex")
     if cfg.data.get("unlabelled") and (labels_needed or not cfg.finetune.teacher):
         raise UserError(

@@ -104,7 +104,7 @@ def solve(
 
     Args:
         features: set up already.
-        l2: the λ, from strong to weak: each solution starts the next.
+        l2: the λ, solved from strong to weak: each solution starts the next.
         loss: (logits, labels) → loss, convex in the logits; None: cross-entropy.
         folds: of the cross-validation; None: there is none.
         level: of the table that is logged.
@@ -116,7 +116,8 @@ def solve(
     fold = fold_numbers(labels, folds or 1, [data.groups[path] for path, _ in data.train])
     known = comparable(labels, fold)
     held_out = cache(lambda strength: problem.held_out(strength, fold).cpu()[known])
-    crossed = folds and not data.val and len(l2) > 1 and len(known)
+    strengths = sorted({*l2}, reverse=True)
+    crossed = folds and not data.val and len(strengths) > 1 and len(known)
     if crossed:
         logger.log(level, f"no validation images: λ is chosen by {folds}-fold cross-validation")
 
@@ -126,7 +127,10 @@ def solve(
             return _validate(model.head, *features.descriptors(data.val))
         return (held_out(strength), labels[known]) if crossed else None
 
-    best, metrics, path = _solve_path(problem, model.head, list(l2), judge, level)
+    if len(strengths) > 1 and not data.val and not crossed:
+        weakest = f"the weakest of last.l2, {strengths[-1]:.3g}, is kept"
+        logger.warning(f"no validation images and no cross-validation choose λ: {weakest}")
+    best, metrics, path = _solve_path(problem, model.head, strengths, judge, level)
     found = HeldOut(fold, known, labels[known], held_out(best)) if folds and len(known) else None
     return Solved(features, best, metrics, found, path, time.monotonic() - begin)
 
@@ -224,4 +228,4 @@ def _falls(losses: Sequence[Tensor]) -> bool:
     if len(losses) < 2:
         return True
     fall = losses[-2] - losses[-1]
-    return bool(fall.mean() > fall.std() / len(fall) ** 0.5)
+    return bool(fall.mean() > fall.std(correction=0) / max(len(fall) - 1, 1) ** 0.5)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from bcnn.data.datamodule import FineGrainedDataModule
@@ -11,6 +12,7 @@ from bcnn.data.index import listed
 from bcnn.data.review import cut_off, default_resize
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import arrange
+from bcnn.models.backbones.vgg16 import PUBLISHED, normalization_of
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import load_model
 from bcnn.models.weights import initialise_backbone
@@ -33,6 +35,7 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule, teacher: Teacher |
     framing = model.preprocessing if cfg.ckpt else data.preprocessing  # not yet that of wide images
     data.use_preprocessing(model.preprocessing)
     validate_network(cfg, model)
+    _validate_normalization(cfg.model.normalization, model)
     model.split = data.split
     model.taxonomy = data.taxonomy or model.taxonomy
     logger.info(
@@ -77,6 +80,17 @@ def _new_model(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:
     if cfg.model.weights == "pretrained":
         logger.info(f"licence of the pretrained weights: {model.backbone.licence or 'not stated'}")
     return model
+
+
+def _validate_normalization(asked: str | None, model: BCNN) -> None:
+    """Refuse a normalisation other than that which the weights, or their file, came with."""
+    if asked is None:
+        return
+    if asked not in PUBLISHED:
+        raise UserError(f"model.normalization={asked}: choose from {', '.join(PUBLISHED)}")
+    mean, std = normalization_of(asked)
+    if not (torch.allclose(model.backbone.mean, mean) and torch.allclose(model.backbone.std, std)):
+        raise UserError(f"model.normalization={asked}: the weights have another one; leave it out")
 
 
 def _model_of_checkpoint(cfg: DictConfig, data: FineGrainedDataModule) -> BCNN:

@@ -244,7 +244,9 @@ class Stage:
         """Add predictions of the test images to a result, or of the validation images without any."""
         validated = self.data.val or (result.held_out.paths if result.held_out else [])
         limit = self.trainer.limit_val_batches
-        if "val_top1" in result.metrics and isinstance(limit, float) and limit == 1:  # all of them
+        # The solver validates on all images whatever Lightning's limits are; it has no checkpoints.
+        on_all = self.checkpoint is None or (isinstance(limit, float) and limit == 1)
+        if "val_top1" in result.metrics and on_all:
             result.metrics["images_val"] = len(validated)
         samples = self._limited(self.data.test or self.data.val)
         if not samples:

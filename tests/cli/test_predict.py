@@ -175,6 +175,10 @@ def test_a_group_has_one_answer_by_the_mean_logit(bcnn: Bcnn, calibrated: BCNN, 
     Path("list.csv").write_text("path,group\n" + "".join(f"{p},0\n" for p in groups["0"]))
     words = ["predict", "best.safetensors", "list.csv", "--by", "group", "--format", "jsonl"]
     assert jsonl(bcnn(*words).out) == [first]
+    with open("list.csv", "a") as file:
+        file.write(f"{groups['0'][0]},1\n")  # an image of two groups counts in each
+    assert [row["image"] for row in jsonl(bcnn(*words).out)] == ["0", "1"]
+    assert jsonl(bcnn(*words).out)[0] == first
 
 
 @pytest.mark.parametrize(

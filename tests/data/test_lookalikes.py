@@ -11,7 +11,7 @@ from PIL import Image
 
 from bcnn.data.image_io import ORIENTATION
 from bcnn.data.integrity import inspect
-from bcnn.data.lookalikes import NEAR, near_duplicates
+from bcnn.data.lookalikes import NEAR, look_alike_groups, near_duplicates
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -89,3 +89,20 @@ def test_the_nearest_of_many_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bcnn.data.lookalikes.PAIRS", 100)  # two at a time
     assert near_duplicates(hashes | {"flat": None}, others | {"flat": None}) == expected
     assert near_duplicates({}, others) == near_duplicates(hashes, {"flat": None}) == {}
+
+
+@pytest.mark.parametrize("pairs", [1 << 23, 100])  # all at once; a few at a time
+def test_images_that_look_alike_step_by_step_are_one_group(
+    monkeypatch: pytest.MonkeyPatch, pairs: int
+) -> None:
+    monkeypatch.setattr("bcnn.data.lookalikes.PAIRS", pairs)
+    rng = np.random.default_rng(0)
+    chains = {}
+    for chain, start in enumerate(rng.integers(0, 2**63, 4).tolist()):
+        for link in range(9):  # the ends differ in far more bits than neighbours
+            chains[f"{chain} {link}"] = start ^ ((1 << NEAR * link) - 1)
+    names = rng.permutation([*chains]).tolist()
+    found = look_alike_groups({"flat": None, **{name: chains[name] for name in names}})
+    first = {name[0]: name for name in reversed(names)}
+    assert found == {name: first[name[0]] for name in names}
+    assert look_alike_groups({"flat": None}) == {}

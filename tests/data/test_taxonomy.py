@@ -44,6 +44,7 @@ def test_columns_of_the_list(tmp_path: Path) -> None:
         (FILE.replace("green,cold,c\n", ""), "lacks the class green"),
         (FILE + "red,cold,c\n", "names the colour red twice"),
         (FILE.replace("blue,cold,c", "blue,cold,d"), "cold is in c and in d"),
+        (FILE.replace("blue,cold", "blue,Cold"), "names look the same: 'Cold' = 'cold'"),
         (FILE.replace("red,warm", "red,"), "line 2: expected a name for each of colour, kind, all"),
         (FILE.replace("red,warm", "red"), "line 2: expected a name for each"),
         (FILE.replace("kind", "colour"), "expected a first line of names of levels"),

@@ -1,12 +1,16 @@
 """Export: only a file that agrees with the model gets its name."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bcnn.data.transforms import Preprocessing
 from bcnn.models import export
@@ -43,6 +47,23 @@ def test_a_file_that_disagrees_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+def test_classes_in_another_order_are_found_beside_any_novelty(
+    calibrated: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibrated.calibration
+    calibrated.calibration.moments /= 1e3  # so that novelty is a thousand times a probability
+    write, read = export.FORMATS["onnx"]
+
+    def reverse(path: Path) -> Callable[[Tensor], Tensor]:
+        outputs = read(path)
+        return lambda x: outputs(x)[:, [2, 1, 0, 3]]
+
+    export_model(calibrated, tmp_path / "right.onnx", softmax=True)
+    monkeypatch.setitem(export.FORMATS, "onnx", (write, reverse))
+    with pytest.raises(UserError, match="would differ from the model"):
+        export_model(calibrated, tmp_path / "wrong.onnx", softmax=True)
+
+
 @pytest.fixture
 def small() -> BCNN:
     """A CNN of several convolutions, of random weights."""
@@ -72,6 +93,25 @@ def test_a_smaller_onnx_file_describes_itself_and_classifies_alike(
         assert [each.name for each in before.graph.output] == [x.name for x in after.graph.output]
         types = {x.data_type for x in after.graph.initializer if "head" in x.name}
         assert types == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.slow
+def test_activations_of_one_image_at_a_time_are_in_memory(
+    small: BCNN, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.quantization.calibrate import HistogramCalibrater
+
+    collect, counts = HistogramCalibrater.collect_data, list[int]()
+
+    def counting(self: Any, reader: Any) -> None:
+        batches = [*iter(reader.get_next, None)]
+        counts.append(len(batches))
+        collect(self, SimpleNamespace(get_next=partial(next, iter(batches), None)))
+
+    monkeypatch.setattr(HistogramCalibrater, "collect_data", counting)
+    paths = sorted(images.glob("test/*/*.png"))
+    export_model(small, tmp_path / "small.onnx", images=paths, precision="int8")
+    assert counts == [1] * len(paths)
 
 
 def test_a_backbone_of_few_convolutions_has_no_smaller_file(tiny: BCNN, tmp_path: Path) -> None:

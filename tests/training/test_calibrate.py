@@ -22,10 +22,15 @@ def held_out(checkpoint: Path) -> int:
     return 0 if calibration is None else len(calibration.scores)
 
 
-def test_validation_images_calibrate_each_stage(images: Path, tmp_path: Path, tiny: BCNN) -> None:
+def test_validation_images_calibrate_each_stage_or_more_of_a_cross_validation(
+    images: Path, tmp_path: Path, tiny: BCNN, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 18 training images, 6 are drawn for validation."""
     run(images, tmp_path / "out", SMALL, *FINETUNE)
-    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 6
+    assert held_out(tmp_path / "out" / "last" / "best.ckpt") == 12
+    monkeypatch.setattr("bcnn.training.calibrate.ENOUGH", 6)
+    run(images, tmp_path / "enough", SMALL, "stage=last")
+    assert held_out(tmp_path / "enough" / "last" / "best.ckpt") == 6
     tuned = next((tmp_path / "out" / "finetune").glob("*.ckpt"))
     assert held_out(tuned) == 6
     module = BCNNModule.load_from_checkpoint(tuned)

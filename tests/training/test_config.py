@@ -35,6 +35,7 @@ REFUSED = {
     "+trainer.callbacks=[]": r"trainer\.callbacks is set by the stage: use callbacks=",
     "+trainer.max_epochs=3": r"trainer\.max_epochs .*finetune\.epochs",
     "stage=last +trainer.gradient_clip_val=1": "gradient_clip_val has no effect on last=convex",
+    "stage=last +trainer.limit_val_batches=1": "limit_val_batches has no effect on last=convex",
     "trainer.precision=bf16-true": "choose from auto, 32-true, bf16-mixed, 16-mixed",
     "+callbacks.mine.patience=2": r"name its class by callbacks\.mine\._target_=",
     f"stage=last {MINE}Timer": "no effect on last=convex",
@@ -47,9 +48,9 @@ REFUSED = {
     "data.sampler=balanced finetune.class_weights=true": r"=balanced and finetune\.class_weights",
     "data.sampler=balanced stage=last last.class_weights=true": r"=balanced and last\.class_weights",
     f"{TEACHER} finetune.class_weights=true": "class_weights=true has no effect",
+    f"{TEACHER} stage=last": "teaches stage finetune: choose stage=both",
     f"{TEACHER} finetune.loss.label_smoothing=0.1": "loss.* has no effect",
     "data.unlabelled=other": "add finetune.teacher=CKPT",
-    f"data.unlabelled=other {TEACHER} stage=last": "with last=convex",
     f"data.unlabelled=other {TEACHER} last=sgd model/pooling=sqrt": "with last=convex",
 }
 ACCEPTED = ("ckpt=best.ckpt", "model/pooling=auto", f"data.unlabelled=other {TEACHER}")

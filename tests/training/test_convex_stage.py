@@ -81,9 +81,10 @@ def test_without_validation_images_a_cross_validation_chooses_lambda(
 
 
 def test_where_nothing_chooses_the_last_lambda_is_kept(
-    images: Path, tmp_path: Path, tiny: BCNN
+    images: Path, tmp_path: Path, tiny: BCNN, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint, solved, rows, data = solve(images, tmp_path, tiny, val=0)
+    assert "no cross-validation choose λ: the weakest of last.l2, 0.0001, is kept" in caplog.text
     assert (solved.metrics, solved.held_out, checkpoint.name) == ({}, None, "last.ckpt")
     assert len(rows) == len(PATH) and "val_loss" not in rows[0]
     weight = [problem.solve(l2).weight for problem in [problem_of(data)] for l2 in PATH][-1]
@@ -112,6 +113,7 @@ def test_images_alone_in_their_class_are_not_cross_validated(
         ([1.0, 0.005], PATH, PATH[:2]),  # nothing left to gain
         (range(8, 0, -1), [1e-3, 1e-4], [10.0**-n for n in range(3, 10)]),  # to the end
         ([1.0], [1e-3], [1e-3]),  # one λ is what was asked for
+        ([3.0, 2.0, 1.0, 2.0], [1e-3, 1e-2], [1e-2, 1e-3, 1e-4, 1e-5]),  # from strong to weak
     ],
 )
 def test_the_path_is_followed_while_the_loss_falls_by_a_standard_error(
@@ -158,3 +160,8 @@ def test_folds_split_every_class_evenly() -> None:
     assert sorted(folds[12:17].tolist()) == [0, 1, 2, 3, 4]
     assert len(folds[17:20].unique()) == 3
     assert comparable(labels, folds).tolist() == [*range(20)]
+
+
+def test_a_loss_of_one_image_falls_or_does_not() -> None:
+    assert convex_stage._falls([torch.tensor([2.0]), torch.tensor([1.0])])
+    assert not convex_stage._falls([torch.tensor([1.0]), torch.tensor([2.0])])

@@ -11,6 +11,7 @@ from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.network import build_model
 from bcnn.utils.console import setup_logging
+from bcnn.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -56,3 +57,14 @@ def test_weights_without_a_record_cause_a_warning(
     torch.save(model.backbone.state_dict(), tmp_path / "features.pth")
     start(tmp_path / "photos", f"model.weights={tmp_path / 'features.pth'}")
     assert "the checkpoint" not in capsys.readouterr().err
+
+
+def test_a_normalisation_that_the_weights_do_not_have_is_refused(tmp_path: Path) -> None:
+    write_classes(tmp_path / "photos", cat=12, dog=12)
+    model = start(tmp_path / "photos", "model.normalization=imagenet")[1]  # of random weights, too
+    file = save_checkpoint(model, tmp_path / "best.ckpt")
+    for words in ([], [f"ckpt={file}", "stage=finetune"]):
+        with pytest.raises(UserError, match="imagenet_features: the weights have another one"):
+            start(tmp_path / "photos", "model.normalization=imagenet_features", *words)
+    with pytest.raises(UserError, match="normalization=mine: choose from imagenet, imagenet_features"):
+        start(tmp_path / "photos", "model.normalization=mine")

@@ -124,6 +124,8 @@ def test_figures_of_a_part_of_the_images_say_so(
     shown = capsys.readouterr().out
     assert re.search(r"test top-1 .*%  of 3 of the 6 images", shown)
     assert re.search(r"validation top-1 .*%  of some of the 6 images", shown)
+    run(images, tmp_path / "solved", SMALL, "stage=last", "+trainer.fast_dev_run=true")
+    assert re.search(r"validation top-1 .*%  of 6 images", capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("tiny")
