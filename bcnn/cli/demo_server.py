@@ -22,7 +22,7 @@ from starlette.routing import Route
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bcnn.data.image_io import decode, open_image
+from bcnn.data.image_io import decode, open_image, reason
 from bcnn.evaluation import answers
 from bcnn.evaluation.explain import SIDE, see
 from bcnn.evaluation.heatmap import overlay, scaled
@@ -143,7 +143,7 @@ def _decoded(content: bytes, side: int) -> Image.Image:
                 raise ValueError(f"it has more than {PIXELS / 1e6:.0f} megapixels")
             return decode(file, side)
     except Exception as error:  # decoders raise whatever the bytes lead them into
-        raise UserError(f"cannot read this file: {error}; choose another image") from error
+        raise UserError(f"cannot read this file: {reason('', error)}; choose another image") from error
 
 
 async def _read(request: Request) -> bytes:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from bcnn.evaluation.writers import Predictor, WriteTo
     from bcnn.models.bilinear_cnn import BCNN
 
-FORMAT = typer.Option(help="labelstudio: see docs/labels.md; parquet: pip install 'bcnn\\[parquet]'.")
+FORMAT = typer.Option(
+    help="labelstudio: see docs/labels.md; parquet: pip install 'bcnn\\[parquet]'. Default: by the "
+    "suffix of --output, else table."
+)
 OUTPUT = typer.Option(
     help="New file, written once all is done; or, without a suffix, a folder of parts, where the same "
     "command resumes. Default: standard output."
@@ -49,13 +52,14 @@ BY = typer.Option(help="group: one answer a group, by the mean of its images' lo
 WORKERS = typer.Option(min=0, help="Processes that decode. Default: one a core, at most 16.")
 
 Format = Literal["table", "jsonl", "csv", "parquet", "labelstudio"]
+SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 def predict(
     ckpt: Checkpoint,
     images: Images,
     top_k: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
-    format: Annotated[Format, FORMAT] = "table",
+    format: Annotated[Format | None, FORMAT] = None,
     coverage: Annotated[float, COVERAGE] = 0.95,
     sure: Annotated[float | None, SURE] = None,
     output: Annotated[Path | None, OUTPUT] = None,
@@ -74,6 +78,8 @@ def predict(
     sure is added. With --by group, IMAGES may be a list with the columns path and group, in place of
     --group; a group has no set. A file that cannot be read has a row with the reason, and exit code 1.
     """
+    suffix = output.suffix.lower() if output else ""
+    format = format or SUFFIXES.get(suffix, "table")
     grouped = by == "group" or group is not None
     folder = _validate_output(output, shard, ray, format, grouped)
     paths, groups = ([], []) if folder else _paths_and_groups(images, grouped, group)

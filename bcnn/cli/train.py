@@ -13,6 +13,8 @@ import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's flags are listed nowhere else
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,6 +65,9 @@ def _main_of(words: list[str], task: Task) -> None:
         if not is_rank_zero():
             sys.exit(1)  # the first says why
         raise UserError("processes that are started together need one folder: add output=FOLDER")
+    fixed = next((w for w in words if re.fullmatch(r"output=[^$,]+", w)), None)
+    if fixed and {"-m", "--multirun"} & {*words}:
+        raise UserError(f"{fixed} is one folder for all jobs of a sweep: use hydra.sweep.dir=FOLDER")
     # argparse takes flags before overrides, not among them.
     arguments = sorted([*_own_configuration(), *map(_quoted, words)], key=_is_override)
     if unknown := get_args_parser().parse_known_args(arguments)[1]:
@@ -150,18 +155,28 @@ def _is_override(word: str) -> bool:
 
 
 def _quoted(word: str) -> str:
-    """Quote the name of a file that Hydra would read as a number: 2024_01 is 202401 to it."""
+    """Quote a path that Hydra could not read, or would read as a number (2024_01) or a sweep (a,b)."""
     name, _, value = word.partition("=")
-    number = re.fullmatch(r"[+-]?[\d_.]+(e[+-]?\d+)?", value, re.IGNORECASE)
-    return f"{name}='{value}'" if number and name.lstrip("+") in PATHS else word
+    if name.lstrip("+") not in PATHS:
+        return word
+    try:
+        read = OverridesParser.create().parse_override(word).value()
+    except HydraException:
+        return f"{name}={_in_quotes(value)}"
+    is_path = isinstance(read, int | float) or (isinstance(read, Sweep) and Path(value).exists())
+    return f"{name}={_in_quotes(value)}" if is_path else word
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + text.replace("'", r"\'") + "'"
 
 
 def _own_configuration(config_dir: str | None = None) -> list[str]:
     """Return the override by which Hydra also finds a folder, and `conf/` in the working folder."""
     there = Path("conf").is_dir() and not Path("conf").samefile(CONF)
     folders = [config_dir] * bool(config_dir) + ["conf"] * there
-    quoted = ["'file://" + str(folder).replace("'", r"\'") + "'" for folder in folders]
-    return [f"hydra.searchpath=[{','.join(quoted)}]"] * bool(folders)
+    quoted = ",".join(_in_quotes(f"file://{folder}") for folder in folders)
+    return [f"hydra.searchpath=[{quoted}]"] * bool(folders)
 
 
 def _explained(error: Exception, words: list[str]) -> str:

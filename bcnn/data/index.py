@@ -93,6 +93,8 @@ def read_folder(root: Path, nested: bool = False) -> ImageIndex:
     index = replace(ImageIndex.of(entries, inside, divided=bool(parts)), parents=parents)
     if others:
         index.remarks.append(f"{others.total()} files left out, no images: {suffix_counts(others)}")
+    if beside := folders.count_images(root):
+        index.remarks.append(f"{beside} images in {root} left out, as no class folder holds them")
     if parts and (test := folders.unlabelled_test(root)):
         index.remarks.append(
             f"{test} is left out, as its images have no class folders: bcnn predict CKPT {test}"

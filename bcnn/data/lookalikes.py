@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from bcnn.utils.console import track
 
@@ -52,6 +50,9 @@ def look_alike_groups(hashes: Hashes) -> dict[str, str]:
     """Return of each image the first one of its group: in a group, hashes differ step by step in at
     most `NEAR` bits.
     """
+    from scipy.sparse import coo_array  # here, since prediction needs no scipy
+    from scipy.sparse.csgraph import connected_components
+
     names = [name for name in hashes if hashes[name] is not None]
     first, done = np.arange(len(names)), 0  # of each image, the first one of its group so far
     for block, _, distances in _distances(hashes, hashes):

@@ -108,7 +108,12 @@ def _class_folders(folder: Path, split: str) -> Path:
 
 
 def holds_images(folder: Path) -> bool:
-    return any(is_image(file.name) for file in folder.iterdir())
+    return count_images(folder) > 0
+
+
+def count_images(folder: Path) -> int:
+    """Return the number of images in a folder, without those of the folders in it."""
+    return sum(is_image(file.name) for file in folder.iterdir())
 
 
 def _names(folder: Path) -> set[str]:

@@ -24,6 +24,11 @@ class Job:
         return self.seconds is not None and not self.failure
 
     @property
+    def counts(self) -> bool:
+        """Whether it is ranked: one that ended worse than it started is, by what it kept."""
+        return self.succeeded or (self.seconds is not None and bool(self.metrics))
+
+    @property
     def options(self) -> dict[str, str]:
         """Values of the overrides, by the option's name."""
         pairs = (word.partition("=") for word in self.overrides)
@@ -32,7 +37,7 @@ class Job:
 
 @dataclass
 class Configuration:
-    """Jobs that succeeded and differ in the seed alone, one of each seed: repetitions of one run."""
+    """Jobs that count and differ in the seed alone, one of each seed: repetitions of one run."""
 
     jobs: list[Job]
 
@@ -93,7 +98,7 @@ def swept_options(jobs: Sequence[Job]) -> list[str]:
 
 
 def rank(jobs: Sequence[Job]) -> list[Configuration]:
-    """Return the configurations of the jobs that succeeded, the best first.
+    """Return the configurations of the jobs that count, the best first.
 
     They are ordered by the mean validation top-1 of their seeds, then by the mean validation loss.
     Those with fewer seeds than others, because jobs failed or did not end, come last: no lucky seed
@@ -101,7 +106,7 @@ def rank(jobs: Sequence[Job]) -> list[Configuration]:
     """
     groups: dict[object, dict[str, Job]] = {}
     for job in jobs:
-        if job.succeeded:
+        if job.counts:
             options = job.options
             seed = options.pop("seed", "")
             groups.setdefault(frozenset(options.items()), {}).setdefault(seed, job)

@@ -150,7 +150,8 @@ def _write_report(
     curves += [(result.stage, state.folder / result.stage / "metrics.csv") for result in results]
     used = OmegaConf.create({**cfg, "model": {**cfg.model, **model.chosen}})  # that of ckpt, if given
     before, costs = _before(cfg, results), dict[str, str]()
-    if teacher and last.stage == "finetune":
+    started = results[-2].checkpoint if len(results) > 1 else cfg.ckpt
+    if teacher and last.stage == "finetune" and str(last.checkpoint) != str(started):
         before, costs = compare_with(teacher, model, last.predictions, data, state.precision)
     content = ReportContent(
         last.predictions,

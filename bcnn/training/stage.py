@@ -220,13 +220,16 @@ class Stage:
             or metrics.get("val_loss", torch.inf) <= before["val_loss"]
         )
         if kept is not None and (self.start is None or not worse):
+            if before and metrics.get("val_top1", 0.0) < before["val_top1"]:
+                logger.warning("validation top-1 fell and its loss, too: these weights are kept")
             load_weights(self.model, kept)
             return StageResult(self.name, kept, dict(metrics), failure)
         logger.info(f"no epoch of this stage was better than its start: keeping {self.start}")
         load_weights(self.model, self.start)
         failure = failure or (
             f"stage {self.name} ended worse than it started (validation top-1 "
-            f"{metrics['val_top1']:.1%} at best, {before['val_top1']:.1%} at its start): {advice}"
+            f"{metrics['val_top1']:.1%} at best, {before['val_top1']:.1%} at its start, and a larger "
+            f"loss): {advice}"
         )
         return StageResult(self.name, self.start, dict(before), failure)
 

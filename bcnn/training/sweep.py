@@ -58,14 +58,14 @@ def run_job(cfg: DictConfig, overrides: list[str]) -> float:
     start = time.monotonic()
     try:
         train(cfg, job.overrides, resume=begun)
-        for result in filter(None, (StageResult.read(output, stage) for stage in STAGES["both"])):
-            job.metrics, job.checkpoint = result.metrics, str(result.checkpoint or "")
     except Exception as error:
         job.failure = str(error)
         if not isinstance(error, UserError | OSError):
             traceback.print_exc()
             job.failure = f"{type(error).__name__}: {error}"
         logger.error(job.failure)
+    if result := StageResult.read(output, STAGES[cfg.stage][-1]):  # also of one that ended worse
+        job.metrics, job.checkpoint = result.metrics, str(result.checkpoint or "")
     job.seconds = time.monotonic() - start
     _write(job)
     return job.metrics.get("val_top1", math.nan)

@@ -96,7 +96,7 @@ def validate_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             free = shutil.disk_usage(existing).free
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{candidates[0]} cannot be written: {error.strerror or error}") from error
     if free < FULL:
         raise UserError(f"{folder} cannot be written: no space left on its disk")
 

@@ -83,6 +83,12 @@ def two(calibrated: BCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     return ["best.safetensors", "like.png", "unlike.png"]
 
 
+def test_the_suffix_of_the_output_names_its_format(bcnn: Bcnn, two: list[str]) -> None:
+    for name, form in {"rows.CSV": "csv", "rows.jsonl": "jsonl", "rows.txt": "table"}.items():
+        assert bcnn("predict", *two, "--output", name).code == 0
+        assert Path(name).read_text() == bcnn("predict", *two, "--format", form).out
+
+
 @pytest.mark.parametrize("coverage", [0.5, 0.95])
 def test_a_calibrated_model_gives_sets_and_marks_what_it_does_not_know(
     bcnn: Bcnn, calibrated: BCNN, two: list[str], coverage: float

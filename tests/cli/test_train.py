@@ -93,6 +93,7 @@ def test_two_processes_share_the_building_under_ddp(
     [
         ("data.sise=64", "there is no option data.sise: did you mean data.size?"),
         ("-m data.sise=64", "there is no option data.sise: did you mean data.size?"),
+        ("-m seed=1,2 output=out", "output=out is one folder for all jobs of a sweep"),
         ("-m --epochs 5", "OPTION=VALUE, without dashes: did you mean finetune.epochs=5?"),
         ("batch_size=8", "there is no option batch_size: did you mean finetune.batch_size?"),
         ("last.lr=0.1", "there is no option last.lr: did you mean finetune.optimizer.lr?"),
@@ -214,9 +215,12 @@ def test_processes_that_were_started_together_need_one_folder(
     assert "optimiser" in named.stderr
 
 
-def test_train_takes_text_and_prints_on_any_terminal(python: Run) -> None:
-    options = ["data=folder", "data.root=2024_01", "data.list='set (1)'", "ckpt='λ/a=b'"]
+def test_train_takes_text_and_prints_on_any_terminal(python: Run, tmp_path: Path) -> None:
+    (tmp_path / "a,b").touch()
+    files = ["data.root=2024_01", "data.list=set (1)", "ckpt=λ/a=b", "data.taxonomy=a,b"]
+    options = ["data=folder", *files, "data.unlabelled='o\\'clock'"]
     run = python(TRAIN, "--cfg", "job", *options, PYTHONIOENCODING="cp1252")
     assert run.returncode == 0, run.stderr
     assert "\n  root: '2024_01'\n  list: set (1)\n" in run.stdout
     assert "ckpt: \\u03bb/a=b\n" in run.stdout
+    assert "taxonomy: a,b\n" in run.stdout and "unlabelled: o'clock\n" in run.stdout

@@ -130,6 +130,16 @@ def test_classes_that_look_the_same_are_named(other: str) -> None:
     assert sentence.count("=") == 1 and r"'rose L.' = 'rose\u2003l.'" in sentence
 
 
+def test_images_beside_class_folders_are_a_remark(images: Path) -> None:
+    for folder in (images, images / "train"):  # with splits, and without
+        for name in ("1.jpg", "2.JPG", ".hidden.jpg", "notes.txt"):
+            (folder / name).touch()
+        (remark,) = read_folder(folder).remarks
+        assert remark == f"2 images in {folder} left out, as no class folder holds them"
+        for file in folder.glob("*.*"):
+            file.unlink()
+
+
 def test_files_without_an_image_s_suffix_are_a_remark(images: Path) -> None:
     assert not read_folder(images).remarks
     for name in ("a.CR2", "b.CR2", "c", "d.jpg_large"):

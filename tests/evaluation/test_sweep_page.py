@@ -31,8 +31,9 @@ def repeated(**figures: list[float]) -> list[Job]:
 def test_jobs_are_ranked_by_validation_top1_then_by_its_loss() -> None:
     figures = {"2": (0.5, 0.3), "3": (None,), "5": (0.5, 0.2), "6": (0.7, 9.0), "10": (0.5, 0.3)}
     jobs = [job(name, *metrics, lr=name) for name, metrics in figures.items()]
-    jobs.append(job("4", 0.9, failure="the disk is full", lr="4"))
-    assert [each.numbers for each in rank(jobs)] == ["6", "5", "2", "10", "3"]
+    jobs.append(job("4", None, failure="the disk is full", lr="4"))
+    jobs.append(job("7", 0.6, failure="it ended worse than it started", lr="7"))
+    assert [each.numbers for each in rank(jobs)] == ["6", "7", "5", "2", "10", "3"]
 
 
 def test_a_row_is_a_configuration_and_a_lucky_seed_is_not_the_best(
@@ -81,6 +82,7 @@ def test_a_sweep_of_seeds_alone_has_one_row_and_no_best(
 def test_a_seed_that_survived_alone_comes_after_complete_configurations() -> None:
     jobs = repeated(a=[0.7, 0.6, 0.8], b=[0.9, 0.9, 0.9])
     jobs[3].failure = jobs[4].failure = "diverged"
+    jobs[3].metrics = jobs[4].metrics = {}
     assert [each.numbers for each in rank(jobs)] == ["0 1 2", "5"]
     jobs[4].failure, jobs[4].seconds = "", None  # not finished
     assert [each.numbers for each in rank(jobs)] == ["0 1 2", "5"]

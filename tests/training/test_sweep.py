@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, SMALL, Run, read_csv, toy
@@ -86,6 +87,24 @@ def test_jobs_that_fail_are_named_and_the_others_ranked(
     assert re.search(r"error: s/0 failed \(.*data\.root=nowhere", capsys.readouterr().err)
     assert [row["data.root"] for row in rows(tmp_path / "s")] == ["nowhere", str(images)]
     assert "nowhere" in rows(tmp_path / "s")[0]["failure"]
+
+
+def test_a_job_that_ended_worse_counts_by_what_it_kept(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = Stage._kept
+
+    def worse(stage: Stage, *arguments: Any) -> StageResult:
+        result = keep(stage, *arguments)
+        result.failure = "it ended worse"
+        return result
+
+    monkeypatch.setattr(Stage, "_kept", worse)
+    assert main("last.optimizer.lr=1e-2", "seed=0,1", "hydra.sweep.dir=s") == 1
+    assert "it ended worse" in capsys.readouterr().err
+    assert all(row["val_top1"] and row["failure"] for row in rows(tmp_path / "s"))
+    (line,) = (tmp_path / "s" / "sweep.md").read_text().splitlines()[2:]
+    assert " 2 |" in line  # seeds
 
 
 @pytest.mark.parametrize(
