@@ -24,9 +24,21 @@ UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from bcnn import __version__  # reads the package's metadata
+
+        print(__version__)
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+
+
 @app.callback()
 def bcnn(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Fine-grained image recognition with bilinear CNNs."""
 

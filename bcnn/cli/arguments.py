@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
+from bcnn.utils.errors import UserError
 from bcnn.utils.files import checkpoint_of
 
 STATE_DICT = "Checkpoint, folder of a run, .pth or .safetensors state dict, or hf://user/name."
 
 
 def _checkpoint(text: str) -> Path:
+    from bcnn.data.image_files import is_image  # imports Pillow
+
     path = checkpoint_of(text)
+    if is_image(str(path)):
+        raise UserError(f"{path} is an image: name the checkpoint first, then the images")
     path.stat()  # raises OSError now, not once PyTorch is loaded
     return path
 

@@ -30,7 +30,7 @@ def explain(
     class. The locations sum to the number over each map.
     """
     with progress("loading PyTorch"):
-        from bcnn.data.image_files import find_images
+        from bcnn.data.image_files import find_images, listed
         from bcnn.data.image_io import load_image
         from bcnn.evaluation import explain as attribution
         from bcnn.evaluation.inference import open_model, validate_finite
@@ -40,8 +40,11 @@ def explain(
     model = open_model(ckpt).to(best_device())
     for name in filter(None, (target, versus)):
         if name not in model.classes:
-            near = get_close_matches(name, model.classes, cutoff=0)
-            raise UserError(f"no class {name}: did you mean {' or '.join(near)}?")
+            near = get_close_matches(name, model.classes)
+            meant = (
+                f"did you mean {' or '.join(near)}?" if near else f"there are {listed(model.classes)}"
+            )
+            raise UserError(f"no class {name}: {meant}")
     if target and target == versus:
         raise UserError(f"--versus {versus}: choose another class than --target")
     labels = [None if name is None else model.classes.index(name) for name in (target, versus)]

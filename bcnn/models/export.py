@@ -7,6 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,6 +198,8 @@ def _write_pt2(model: BCNN, path: Path, softmax: bool) -> None:
 
 def _write_pte(model: BCNN, path: Path, softmax: bool) -> None:
     """Write an ExecuTorch program of one image, by the kernels of XNNPACK."""
+    if not find_spec("executorch"):
+        raise UserError("--format pte needs ExecuTorch: pip install executorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -40,6 +41,10 @@ def test_help_lists_all_commands(bcnn: Bcnn, words: list[str]) -> None:
     outcome = bcnn(*words)
     assert outcome.code == 0 and outcome.err == ""
     assert all(f"│ {command} " in outcome.out for command in [*COMMANDS, "train"])
+
+
+def test_the_version_is_that_of_the_package(bcnn: Bcnn) -> None:
+    assert bcnn("--version") == (0, f"{version('bcnn')}\n", "")
 
 
 def test_help_breaks_lines_where_the_terminal_ends(bcnn: Bcnn, monkeypatch: pytest.MonkeyPatch) -> None:

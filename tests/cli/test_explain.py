@@ -128,7 +128,8 @@ def test_figures_are_drawn_of_all_images_that_can_be_read(
 def test_mistakes_are_one_sentence(bcnn: Bcnn, ckpt: Path, tmp_path: Path) -> None:
     marked((80, 80), (0, 0, 40, 40), RED).save(tmp_path / "a.png")
     for words, sentence in (
-        (["--target", "rde"], "no class rde: did you mean red"),
+        (["--target", "rde"], "no class rde: did you mean red?"),
+        (["--target", "apple"], "no class apple: there are blue, green, red"),
         (["--target", "red", "--versus", "red"], "choose another class"),
     ):
         outcome = bcnn("explain", ckpt, tmp_path / "a.png", "--output", tmp_path / "figures", *words)

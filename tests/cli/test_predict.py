@@ -187,6 +187,11 @@ def test_a_group_has_one_answer_by_the_mean_logit(bcnn: Bcnn, calibrated: BCNN, 
     assert jsonl(bcnn(*words).out)[0] == first
 
 
+def test_the_checkpoint_comes_before_the_images(bcnn: Bcnn, two: list[str]) -> None:
+    outcome = bcnn("predict", *reversed(two))
+    assert outcome.code == 1 and "unlike.png is an image: name the checkpoint first" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
