@@ -41,10 +41,8 @@ def explain(
     for name in filter(None, (target, versus)):
         if name not in model.classes:
             near = get_close_matches(name, model.classes)
-            meant = (
-                f"did you mean {' or '.join(near)}?" if near else f"there are {listed(model.classes)}"
-            )
-            raise UserError(f"no class {name}: {meant}")
+            known = f"there are {listed(model.classes)}"
+            raise UserError(f"no class {name}: {f'did you mean {listed(near)}?' if near else known}")
     if target and target == versus:
         raise UserError(f"--versus {versus}: choose another class than --target")
     labels = [None if name is None else model.classes.index(name) for name in (target, versus)]

@@ -129,7 +129,7 @@ def test_mistakes_are_one_sentence(bcnn: Bcnn, ckpt: Path, tmp_path: Path) -> No
     marked((80, 80), (0, 0, 40, 40), RED).save(tmp_path / "a.png")
     for words, sentence in (
         (["--target", "rde"], "no class rde: did you mean red?"),
-        (["--target", "apple"], "no class apple: there are blue, green, red"),
+        (["--target", "apple"], "no class apple: there are red, blue, green"),
         (["--target", "red", "--versus", "red"], "choose another class"),
     ):
         outcome = bcnn("explain", ckpt, tmp_path / "a.png", "--output", tmp_path / "figures", *words)
