@@ -67,7 +67,6 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = error.format_message() if hasattr(error, "format_message") else str(error)  # typer's
     first, _, rest = text.strip().partition("\n")
-    # Hydra's first line names the class that failed, and the next one says why.
-    return (
-        " ".join(f"{first} {rest}".split()).partition(" full_key:")[0] if first[-1:] == ":" else first
-    )
+    if first.endswith(":"):  # Hydra names the class that failed, and then says why
+        first = " ".join(f"{first} {rest}".split()).partition(" full_key:")[0]
+    return first

@@ -108,7 +108,7 @@ def _class_folders(folder: Path, split: str) -> Path:
 
 
 def holds_images(folder: Path) -> bool:
-    return count_images(folder) > 0
+    return any(is_image(file.name) for file in folder.iterdir())
 
 
 def count_images(folder: Path) -> int:

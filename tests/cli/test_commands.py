@@ -106,6 +106,10 @@ ERRORS = [
     (json.JSONDecodeError("No value", "{", 1), "No value: line 1 column 2 (char 1)"),
     (OmegaConfBaseException("Key 'x' is not in struct\n  full_key: x"), "Key 'x' is not in struct"),
     (HydraException("Could not override 'x'.\nUse +x"), "Could not override 'x'."),
+    (
+        HydraException("Error in call to 'A':\nError('no GPU')\nfull_key: x"),
+        "Error in call to 'A': Error('no GPU')",
+    ),
     (RuntimeError("in a worker:\nunable to allocate shared memory(shm)"), NO_SHARED_MEMORY),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), LOST_RANK),
     (torch.distributed.DistBackendError("NCCL error"), LOST_RANK),
