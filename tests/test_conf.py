@@ -21,7 +21,8 @@ CHOICES = [f"{PLACES.get(name, name)}={choice}" for name in GROUPS for choice in
 PAGES = [(ROOT / "README.md").read_text(), *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
 PAGE = (ROOT / "docs" / "options.md").read_text()
 OPTIONS = PAGE[PAGE.index("| option of `bcnn train`, with its default for") :].split("\n\n")[0]
-EXAMPLES = {"FLOWERS": "data=folder", "GROCERIES": "data=folder", "NAME": "cub200", "SET": "cub200"}
+EXAMPLES = dict.fromkeys(("FLOWERS", "GROCERIES", "CARS"), "data=folder")
+EXAMPLES |= dict.fromkeys(("NAME", "SET"), "cub200")
 COMMANDS = {
     re.sub("|".join(EXAMPLES), lambda found: EXAMPLES[found[0]], command)
     for page in PAGES
