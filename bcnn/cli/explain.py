@@ -30,7 +30,7 @@ def explain(
     class. The locations sum to the number over each map.
     """
     with progress("loading PyTorch"):
-        from bcnn.data.image_files import find_images, listed
+        from bcnn.data.image_files import find_images
         from bcnn.data.image_io import load_image
         from bcnn.evaluation import explain as attribution
         from bcnn.evaluation.inference import open_model, validate_finite
@@ -38,14 +38,9 @@ def explain(
 
     paths, folder = find_images(images), output or new_output("explain")
     model = open_model(ckpt).to(best_device())
-    for name in filter(None, (target, versus)):
-        if name not in model.classes:
-            near = get_close_matches(name, model.classes)
-            known = f"there are {listed(model.classes)}"
-            raise UserError(f"no class {name}: {f'did you mean {listed(near)}?' if near else known}")
     if target and target == versus:
         raise UserError(f"--versus {versus}: choose another class than --target")
-    labels = [None if name is None else model.classes.index(name) for name in (target, versus)]
+    labels = [name if name is None else _class_index(name, model.classes) for name in (target, versus)]
     failed = 0
     for path in track(paths, "explaining"):
         try:
@@ -67,3 +62,14 @@ def explain(
         console.print(printable(f"{path}: {unlike}{this} versus {that}: {figure}"))
     error_console.print(f"{len(paths)} images, of which {failed} failed")
     return int(failed > 0)
+
+
+def _class_index(name: str, classes: list[str]) -> int:
+    """Return the index of a class. Raises a UserError that names similar classes, or all."""
+    from bcnn.data.image_files import listed
+
+    if name in classes:
+        return classes.index(name)
+    near = get_close_matches(name, classes)
+    known = f"there are {listed(classes)}"
+    raise UserError(f"no class {name}: {f'did you mean {listed(near)}?' if near else known}")

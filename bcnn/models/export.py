@@ -99,29 +99,32 @@ def export_model(
             if precision != "float32":
                 quantize(file, precision, _comparison_images(model, images))
         network = Outputs(model, softmax, novelty=format == "onnx")
-        batches = progress(_comparison_images(model, images))
-        loaded = read(file)
-        with torch.no_grad():
-            pairs = [torch.stack([_joined(network(x)), _joined(loaded(x))], dim=1) for x in batches]
-            outputs = torch.cat(pairs)
-        classes, novelty = outputs.tensor_split([len(model.classes)], dim=2)
-        expected, found = classes.argmax(dim=2).unbind(dim=1)
-        agreement = float((expected == found).float().mean())
-        difference, largest = _apart(classes)
-        compared = [(difference, largest)]
-        if novelty.numel():
-            apart, scale = _apart(novelty)
-            compared.append((apart, max(scale, 1.0)))  # standard deviations
-        for apart, scale in compared:
-            if precision == "float32" and not apart <= TOLERANCE * scale:  # nor nan
-                raise UserError(
-                    f"{path} would differ from the model by {apart:.1e}, where outputs are up to "
-                    f"{scale:.3g}: not kept"
-                )
+        pairs = _pairs(network, read(file), progress(_comparison_images(model, images)))
+        classes, novelty = pairs.tensor_split([len(model.classes)], dim=2)
+        if precision == "float32":
+            _validate_close(classes, path)
+            _validate_close(novelty, path, least=1.0)  # standard deviations
         for written in sorted(Path(folder).iterdir(), reverse=True):  # ONNX's weights over 2 GB first
             with atomic_write(path.with_name(written.name)) as part:
                 written.replace(part)
-    return Comparison(difference, largest, agreement)
+    expected, found = classes.argmax(dim=2).unbind(dim=1)
+    return Comparison(*_apart(classes), agreement=float((expected == found).float().mean()))
+
+
+@torch.no_grad()
+def _pairs(network: Network, loaded: Network, batches: Iterable[Tensor]) -> Tensor:
+    """Return the outputs (images, 2, outputs) of a model and of its file."""
+    return torch.cat([torch.stack([_joined(network(x)), _joined(loaded(x))], dim=1) for x in batches])
+
+
+def _validate_close(pairs: Tensor, path: Path, least: float = 0.0) -> None:
+    """Raise a UserError if outputs differ by more than rounding, at a scale of at least `least`."""
+    difference, largest = _apart(pairs) if pairs.numel() else (0.0, 0.0)
+    if not difference <= TOLERANCE * max(largest, least):  # nor nan
+        raise UserError(
+            f"{path} would differ from the model by {difference:.1e}, where outputs are up to "
+            f"{max(largest, least):.3g}: not kept"
+        )
 
 
 def _apart(pairs: Tensor) -> tuple[float, float]:

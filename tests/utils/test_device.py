@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bcnn.utils import device
 from bcnn.utils.device import about_device, double_device, fastest_precision
 
 
@@ -14,12 +15,23 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
 
 
-@pytest.mark.parametrize("unit", ["amx_tile", "avx512_bf16", "avx2"])
-def test_bfloat16_is_used_on_a_cpu_that_multiplies_matrices_in_it(
-    monkeypatch: pytest.MonkeyPatch, unit: str
+@pytest.mark.parametrize(
+    ("unit", "seconds", "precision"),
+    [
+        ("amx_tile", {}, "bf16-mixed"),
+        ("avx512_bf16", {torch.float32: 2.0, torch.bfloat16: 1.0}, "bf16-mixed"),
+        ("avx512_bf16", {torch.float32: 1.0, torch.bfloat16: 1.0}, "32-true"),
+        ("avx2", {}, "32-true"),
+    ],
+)
+def test_bfloat16_is_used_on_a_cpu_that_is_faster_in_it(
+    monkeypatch: pytest.MonkeyPatch, unit: str, seconds: dict[torch.dtype, float], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
-    assert fastest_precision("cpu") == ("bf16-mixed" if unit == "amx_tile" else "32-true")
+    monkeypatch.setattr(device, "_convolution_seconds", seconds.get)
+    device._cpu_is_faster_in_bfloat16.cache_clear()
+    assert fastest_precision("cpu") == precision
+    device._cpu_is_faster_in_bfloat16.cache_clear()
 
 
 def test_an_older_gpu_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
