@@ -30,7 +30,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/finetune.py --size 224 --images 16
 	$(BIN)/python benchmarks/predict.py --size 224
 	$(BIN)/python benchmarks/data.py --images 16
-	$(BIN)/python benchmarks/last.py --size 128 --images 16 --rows 500 -- model.weights=random
+	$(BIN)/python benchmarks/last.py --size 128 --images 16 -- model.weights=random
+	$(BIN)/python benchmarks/solver.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

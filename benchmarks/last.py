@@ -1,4 +1,4 @@
-"""Stage last: the two-script original's loop beside `bcnn train stage=last`, then the solver alone.
+"""Stage last: the two-script original's loop beside `bcnn train stage=last`.
 
 Further arguments are those of `bcnn train`: data=folder data.root=FOLDER model.weights=random
 """
@@ -7,19 +7,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from harness import Options, compare, measure, now, original_step, parser
+from harness import Options, compare, now, original_step, parser
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.table import Table
 
 import bcnn.training.schema  # noqa: F401  # registers the types of the options
-from bcnn.models.pooling.bilinear import packed_size
-from bcnn.training.logistic_regression import ConvexProblem
 from bcnn.training.run import train
-from bcnn.utils.console import console
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -45,20 +39,8 @@ def stage_last(options: Options, overrides: tuple[str, ...] = ()) -> dict[str, f
         return {"seconds": now() - start}
 
 
-def solver(options: Options, count: int) -> dict[str, float]:
-    """Time the convex problem for one λ on random descriptors of bilinear pooling."""
-    descriptors = F.normalize(torch.rand(count, packed_size(512)))
-    labels = torch.arange(count) % options.classes
-    start = now()
-    ConvexProblem(descriptors, labels, options.classes, device=options.device).solve(1e-6)
-    return {"seconds": now() - start}
-
-
 if __name__ == "__main__":
     options = parser(__doc__, "size", "batch", "images", "epochs")
-    options.add_argument(
-        "--rows", nargs="*", type=int, default=[500, 1000, 2000], help="numbers of descriptors"
-    )
     options.add_argument("train", nargs="*", help="arguments of bcnn train, with one model/pooling")
     asked = options.parse_intermixed_args()
     data = instantiate(config(asked, "output=unused").data)
@@ -73,8 +55,3 @@ if __name__ == "__main__":
     }
     title = f"{asked.epochs} epochs of stage last on {asked.total} images of {asked.size} px"
     compare(title, contenders, asked, unit="run")
-    table = Table("descriptors", "seconds", "memory", title="the convex solver, one λ")
-    for count in asked.rows:
-        row = measure(f"the solver on {count} descriptors", partial(solver, count=count), asked)
-        table.add_row(str(count), f"{row['seconds']:.1f}", f"{row['peak'] / 1e6:.0f} MB")
-    console.print(table)

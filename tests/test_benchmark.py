@@ -23,6 +23,7 @@ SCRIPTS = ROOT / "benchmarks"
         ("finetune", ["the original", "bcnn", "with grad_checkpointing", "with sqrt, project=8"]),
         ("predict", ["a plain loop", "bcnn predict"]),
         ("data", ["torchvision", "bcnn", "bcnn, data.cache=true"]),
+        ("solver", ["to prepare", "0.0001", "1e-05"]),
         ("shards", ["files, at random", "members, at random", "and an index", "members, in order"]),
     ],
 )
@@ -36,12 +37,15 @@ def test_each_contender_has_a_row(
     """In this process, since starting one takes seconds."""
     options = ["--device", "cpu", "--size", "32", "--images", "4"]
     options += {
-        "last": ["--batch=2", "--epochs=2", "--rows", "40", "--", "data=folder", f"data.root={images}"],
+        "last": ["--batch=2", "--epochs=2", "--", "data=folder", f"data.root={images}"],
         "finetune": ["--batch=2", "--pooling=sqrt", "--project=8"],
         "predict": [f"--root={images}"],
         "data": [f"--root={images / 'train'}"],
         "shards": ["--members=8"],
+        "solver": [],
     }[script]
+    if script == "solver":  # has no images
+        options = ["--descriptors=40", "--width=10", "--classes=3"]
     if script == "last":
         options += ["model/pooling=bilinear", "model.weights=random"]
         options += ["data.num_workers=0", "data.val_fraction=0.34"]
