@@ -1,5 +1,6 @@
 """Images by class as a LightningDataModule."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,10 +17,10 @@ from bcnn.data import splits
 from bcnn.data.batches import collate
 from bcnn.data.draws import draw_fraction, draw_sample
 from bcnn.data.groups import join_groups, name_groups
-from bcnn.data.image_io import load_image, load_reduced
+from bcnn.data.image_io import MARGIN, load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import Finding, check, without_broken
-from bcnn.data.review import imbalance, oddities, shared
+from bcnn.data.review import imbalance, look_the_same, lookalikes, oddities, shared
 from bcnn.data.sampler import NO_LABEL, ImageList, SeededSampler, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import FOLDERS, Taxonomy, find_taxonomy
@@ -221,7 +222,10 @@ class FineGrainedDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         transform = self.preprocessing.training(self.train_scale)
-        load = load_reduced if self.cache else load_image
+        # What decoding must leave; it leaves `MARGIN` times as much.
+        side = math.ceil(self.preprocessing.training_side(self.train_scale) / MARGIN)
+        side = max(self.preprocessing.side, side)
+        load = partial(load_reduced if self.cache else load_image, side=side)
         samples = [*self.train, *((path, NO_LABEL) for path in self.unlabelled_findings)]
         sampler = self.train_sampler(self.trainer, len(self.unlabelled_findings))
         return self._loader(samples, transform, None, load, sampler)
@@ -254,7 +258,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         samples: Sequence[tuple[str, int]],
         transform: Callable[[Image.Image], Tensor],
         batch_size: int | None = None,
-        load: Callable[..., Image.Image] = load_image,
+        load: Callable[[str], Image.Image] | None = None,
         sampler: SeededSampler | None = None,
         max_workers: int | None = None,
     ) -> DataLoader:
@@ -264,7 +268,7 @@ class FineGrainedDataModule(L.LightningDataModule):
             workers = default_workers(self.trainer.num_devices if self.trainer else 1)
         workers = min(workers, max_workers or workers)
         return DataLoader(
-            ImageList(samples, transform, partial(load, side=self.preprocessing.side)),
+            ImageList(samples, transform, load or partial(load_image, side=self.preprocessing.side)),
             batch_size,
             sampler=sampler,
             collate_fn=collate,
@@ -279,7 +283,8 @@ class FineGrainedDataModule(L.LightningDataModule):
         seed = recipe.get("seed", self.seed)
         train = draw_fraction(index.train, self.groups, self.train_fraction, seed)
         index = replace(index, train=train)
-        for warning in shared(index, self.groups, "are of groups in train") if self.grouped else []:
+        grouped = shared(index, self.groups, "are of groups in train") if self.grouped else []
+        for warning in grouped + look_the_same(index, lookalikes(index, self.findings)):
             logger.warning(warning)
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()

@@ -22,9 +22,9 @@ def hold_out(
 
     Group and seed give every group a position from 0 to 1. Within a class, test takes the first and
     validation the last. So names, order and other classes do not matter, copies of a file stay
-    together, and a file in two classes is not drawn. If both are drawn, each counts the groups on its
-    own side of a line between them. Shares are then approximate, but an added or removed group moves at
-    most one other, hardly ever two; exact numbers cannot have this property.
+    together, and a file in two classes is drawn only with others of its group. If both are drawn, each
+    counts the groups on its own side of a line between them. Shares are then approximate, but an added
+    or removed group moves at most one other, hardly ever two; exact numbers cannot have this property.
 
     A group of several classes goes where most of its images would go.
     """

@@ -20,10 +20,9 @@ Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with
 
 def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs) -> list[str]:
     """Return all warnings about intact images, without and with splits drawn; `near`: `lookalikes`."""
-    similar = _leaks(drawn, near, "look the same as one in train")
     copies = shared(drawn, {path: finding.digest for path, finding in findings.items()})
     crop = cut_off([findings[path] for path in index.paths], Preprocessing())
-    return copies + similar + oddities(index, findings) + imbalance(drawn) + crop
+    return copies + look_the_same(drawn, near) + oddities(index, findings) + imbalance(drawn) + crop
 
 
 def shared(index: ImageIndex, groups: Mapping[str, str], what: str = "are in train too") -> list[str]:
@@ -34,6 +33,11 @@ def shared(index: ImageIndex, groups: Mapping[str, str], what: str = "are in tra
         for split in ("val", "test")
     }
     return _leaks(index, pairs, what)
+
+
+def look_the_same(index: ImageIndex, near: Pairs) -> list[str]:
+    """Return a warning for each of val and test that holds such images; `near`: `lookalikes`."""
+    return _leaks(index, near, "look the same as one in train")
 
 
 def _leaks(index: ImageIndex, pairs: Pairs, what: str) -> list[str]:
@@ -106,7 +110,7 @@ def share_cut_off(images: Iterable[Finding], preprocessing: Preprocessing) -> fl
 def lookalikes(index: ImageIndex, findings: Findings) -> Pairs:
     """Return the images of val and test that look the same as one of train, each with that one.
 
-    The same files (`duplicates`) and images that are nearly flat are left out.
+    The same files (see `shared`) and images that are nearly flat are left out.
     """
     digests = {findings[path].digest for path, _ in index.train}
     trained = {path: findings[path].perceptual_hash for path, _ in index.train}

@@ -177,9 +177,10 @@ def choose(
 ) -> tuple[Samples, list[str]]:
     """Return the images of train, val, test or all that a model can be evaluated on, and remarks.
 
-    Where folders or a list give the split, it is theirs; else the record's. Where neither does, "test"
-    is all images. Except in "train" and "all", images that the model has used are left out: see
-    `SplitRecord.unused`. Digests are those of `SplitRecord.recognise`.
+    Where folders or a list give the split, it is theirs; else the record's. A folder without splits
+    that lacks most of the record's test images is another one: all its images are "test". Except in
+    "train" and "all", images that the model has used are left out: see `SplitRecord.unused`. Digests
+    are those of `SplitRecord.recognise`.
     """
     remarks = []
     recorded = {digests[path] for path in index.paths} & record.digests
@@ -190,8 +191,8 @@ def choose(
         chosen = record.select(split, index.samples, digests)
         if unknown := sum(digests[path] not in record.digests for path in index.paths):
             remarks.append(f"{unknown} images that the checkpoint does not record are left out")
-    elif not chosen and split == "test" and not index.divided:
-        chosen = index.samples
+    if split == "test" and not index.divided and 2 * len(chosen) < max(len(record.test), 1):
+        chosen, remarks = index.samples, []
     if split == "all":
         if trained := len(record.select("train", chosen, digests)):
             remarks.append(f"{trained} of {len(chosen)} images were trained on: counted all the same")

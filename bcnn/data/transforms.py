@@ -15,6 +15,8 @@ from bcnn.utils.errors import UserError, validate_choice, validate_share
 Resize = Literal["keep", "squash", "whole"]
 Interpolation = Literal["bilinear", "bicubic"]
 
+TRAIN_SIZE = 0.9  # side of a training crop, in sides of evaluation's square
+TRAIN_ASPECT = 0.8  # width to height of a training crop at least; at most its inverse
 STRIP = 8  # an image over this many times as long as wide is cut or, if whole, squashed
 
 
@@ -69,12 +71,17 @@ class Preprocessing:
         if scale is None:
             crop = [self._resized(self.side), v2.RandomCrop(self.size)]
         else:
-            side = self._multiple(0.9 * self.size)
+            side = self._multiple(TRAIN_SIZE * self.size)
             mode = InterpolationMode(self.interpolation)
-            crop = [v2.RandomResizedCrop(side, (scale, 1.0), (0.8, 1.25), mode)]
+            aspects = (TRAIN_ASPECT, 1 / TRAIN_ASPECT)
+            crop = [v2.RandomResizedCrop(side, (scale, 1.0), aspects, mode)]
             if self.resize == "squash":  # to a side at which the smallest crop is not enlarged
                 crop.insert(0, self._resized(math.ceil(side / math.sqrt(scale))))
         return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
+
+    def training_side(self, scale: float | None) -> float:
+        """Return the short side in pixels of an image whose smallest training crop is not enlarged."""
+        return TRAIN_SIZE * self.size / math.sqrt(TRAIN_ASPECT * scale) if scale else self.side
 
     def whole_sides(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height in pixels that a whole image is resized to.

@@ -23,7 +23,7 @@ from bcnn.evaluation.tables import console_table
 from bcnn.evaluation.writers import Prediction, Predictor, WriteTo, write_rows
 from bcnn.utils.console import printable
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, read_json, remove_parts
+from bcnn.utils.files import atomic_write, read_json
 
 IMAGES = 4096  # of a part; the batch sizes that `predict_paths` chooses divide it
 SHOWN = 10  # classes in `summary_table`
@@ -78,7 +78,6 @@ class PartFolder:
         """Write and return the summary once every part is there; `absent` has come to its end."""
         if not all(file.exists() for file in self.files):
             return None
-        remove_parts(self.folder)  # files of commands that were killed
         images, classes = Counter[str](), Counter[str]()
         broken: dict[str, str] = {}
         for file in self.files:

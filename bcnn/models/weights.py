@@ -72,7 +72,7 @@ def _from_file(
     text = " ".join(map(str, [Path(path).name, *about.values()]))
     for key, published in PUBLISHED.items():
         if published.name in text or Path(published.url).name in text:
-            normalization = normalization or key
+            normalization = key
     if normalization not in PUBLISHED:
         raise UserError(
             f"{path} does not name the normalisation of its images: set model.normalization to "

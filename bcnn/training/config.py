@@ -84,8 +84,8 @@ def validate(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
     _validate_callbacks(cfg)
 
 
-def validate_network(cfg: DictConfig, model: BCNN) -> None:
-    """Check the options that depend on the network."""
+def validate_network(cfg: DictConfig, model: BCNN, overrides: Iterable[str] = ()) -> None:
+    """Check the options that depend on the network; overrides: see `validate`."""
     preprocessing, backbone, tuning = model.preprocessing, model.backbone, cfg.finetune
     preprocessing.validate()
     size, least = preprocessing.size, backbone.min_size
@@ -102,7 +102,7 @@ def validate_network(cfg: DictConfig, model: BCNN) -> None:
     if tuning.grad_checkpointing and not backbone.supports_grad_checkpointing:
         raise UserError("finetune.grad_checkpointing=true: this backbone does not support it")
     if cfg.ckpt is not None:
-        _validate_same_network(cfg, model)
+        _validate_same_network(cfg, model, [*overrides])
 
 
 def validate_batches(cfg: DictConfig, ranks: int) -> None:
@@ -236,7 +236,7 @@ def _validate_callbacks(cfg: DictConfig) -> None:
             )
 
 
-def _validate_same_network(cfg: DictConfig, model: BCNN) -> None:
+def _validate_same_network(cfg: DictConfig, model: BCNN, overrides: list[str]) -> None:
     """Refuse a network other than that of `ckpt`, whose network a run continues with."""
     asked: Any = OmegaConf.to_container(cfg.model, resolve=True)
     for part, default in {**DEFAULT, "project": None}.items():
@@ -245,8 +245,9 @@ def _validate_same_network(cfg: DictConfig, model: BCNN) -> None:
             differ = any(have[name] != want[name] for name in have.keys() & want.keys())
         else:
             differ = want != have
-        left_open = want == default or (part == "pooling" and want["name"] == AUTO)
-        if differ and not left_open:
+        named = any(re.match(rf"[+~]*model[./]{part}\b", word) for word in overrides)
+        by_default = want == default or (part == "pooling" and want["name"] == AUTO)
+        if differ and (named or not by_default):
             raise UserError(
                 f"model.{part} is {want}, and {cfg.ckpt} has {have}: leave it out, or train stage=last "
                 "with it and without ckpt"

@@ -1,25 +1,27 @@
 """Stage `last` without the backbone: descriptors computed once, then read from a store."""
 
 import hashlib
+import inspect
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bcnn.data.batches import Images
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import MARGIN, VERSION
 from bcnn.data.sampler import Draw, SeededSampler, rank_and_world_size, shard
+from bcnn.models.backbones import Backbone
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.training.feature_store import SHARD, VIEWS, FeatureStore, in_shards
 from bcnn.utils.console import logger, progress
@@ -52,8 +54,9 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self.beside: Sequence[CachedFeatureDataModule] = ()
         self._ready = False
         self.store = FeatureStore(
-            identify_maps(model.backbone.state_dict(), data, precision)
-            | {"network": model.chosen, "views": "evaluation crop, mirror image"},
+            identify_maps(model.backbone, data, precision)
+            | {"network": model.chosen, "pooling": _digest(model.pooling)}
+            | {"views": "evaluation crop, mirror image"},
             [data.digests[path] for path in self.paths],
             model.pooling.width,
             mirrored=[self._position[path] for path, _ in data.train],
@@ -71,7 +74,7 @@ class CachedFeatureDataModule(L.LightningDataModule):
         stores = [each.store for each in modules]
         with ExitStack() as locks:
             # In one order, so that no two runs wait for each other.
-            for store in sorted(stores, key=attrgetter("key")):
+            for _, store in sorted({store.key: store for store in stores}.items()):
                 locks.enter_context(_locked(store, rank, strategy.broadcast))
             opened = on_rank_zero(rank, strategy.broadcast, lambda: [store.open() for store in stores])
             lacking = [set(chain(*shards)) for shards in opened]
@@ -221,16 +224,24 @@ class StoredDescriptors(Dataset[tuple[Tensor, Tensor]]):
 
 
 def identify_maps(
-    weights: Mapping[str, Tensor], data: FineGrainedDataModule, precision: str
+    backbone: Backbone, data: FineGrainedDataModule, precision: str, projected: bool = True
 ) -> dict[str, Any]:
-    """Return what determines a backbone's maps of an image, in plain values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    """Return what determines a backbone's maps of an image, projected or not, in plain values."""
     return {
-        "backbone": digest.hexdigest(),
+        "backbone": _digest(backbone, without="" if projected else "projection."),
         "preprocessing": vars(data.preprocessing),
         "decoding": f"{VERSION}; JPEGs reduced to no less than {MARGIN} times the side",
         "precision": precision,
     }
+
+
+def _digest(part: nn.Module, without: str = "") -> str:
+    """Return a digest of a part's tensors, but those of a prefix, and of the file that defines it."""
+    digest = hashlib.sha256()
+    with suppress(OSError, TypeError):  # a class typed into a notebook has no file
+        digest.update(inspect.getsource(sys.modules[type(part).__module__]).encode())
+    for name, tensor in sorted(part.state_dict().items()):
+        if not (without and name.startswith(without)):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -57,10 +57,10 @@ class BCNNModule(L.LightningModule):
         loss: (logits, labels) → training loss; None: cross-entropy, which is always reported.
         centering: in training, take the batch's mean off the descriptors (see `Head`). The data
             module needs a `sample_dataloader` for it.
-        polyak: c of the stochastic Polyak step size: a step is at most loss / (c·‖gradient‖²) long, in
-            units of the gradient; None sets no limit. With momentum m, c = 0.5 / (1 - m) is the
-            paper's 0.5, since a gradient then counts 1 / (1 - m) times (Loizou et al., "Stochastic
-            Polyak Step-size for SGD", AISTATS 2021, §3).
+        polyak: c of the stochastic Polyak step size: a step is at most cross-entropy /
+            (c·‖gradient‖²) long, in units of the gradient; None sets no limit. With momentum m,
+            c = 0.5 / (1 - m) is the paper's 0.5, since a gradient then counts 1 / (1 - m) times
+            (Loizou et al., "Stochastic Polyak Step-size for SGD", AISTATS 2021, §3).
         unfreeze_from: the first layer that "finetune" trains (see `Backbone.unfreeze_from`).
         teacher: images → probabilities (batch, classes) to learn from, in place of the labels; images
             may then have the label `NO_LABEL`.

@@ -1,5 +1,6 @@
 """The network that the first stage starts from: a new one, or that of a checkpoint."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from bcnn.utils.console import logger
 from bcnn.utils.errors import UserError
 
 
-def build_model(cfg: DictConfig, data: FineGrainedDataModule, teacher: Teacher | None = None) -> BCNN:
+def build_model(
+    cfg: DictConfig,
+    data: FineGrainedDataModule,
+    teacher: Teacher | None = None,
+    overrides: Iterable[str] = (),
+) -> BCNN:
     """Return the network, on the CPU, and have the data module prepare images as it needs them.
 
     Preprocessing and splits are decided here, once: the network keeps them. No image that a teacher was
-    trained on is tested on.
+    trained on is tested on. `overrides` are the options that the user wrote.
     """
     model = _new_model(cfg, data) if cfg.ckpt is None else _model_of_checkpoint(cfg, data)
     if cfg.ckpt or model.split or teacher:
@@ -34,7 +40,7 @@ def build_model(cfg: DictConfig, data: FineGrainedDataModule, teacher: Teacher |
         data.follow(record.after(earlier) if earlier else record)
     framing = model.preprocessing if cfg.ckpt else data.preprocessing  # not yet that of wide images
     data.use_preprocessing(model.preprocessing)
-    validate_network(cfg, model)
+    validate_network(cfg, model, overrides)
     _validate_normalization(cfg.model.normalization, model)
     model.split = data.split
     model.taxonomy = data.taxonomy or model.taxonomy

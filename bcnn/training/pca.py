@@ -34,9 +34,8 @@ def fit_principal_axes(
     backbone is on the CPU; `device` computes the maps, in a `precision` by Lightning's name.
     """
     loader = data.sample_dataloader()
-    unprojected = {k: v for k, v in backbone.state_dict().items() if not k.startswith("projection.")}
     sample = [data.digests[path] for path, _ in loader.dataset.samples]  # type: ignore[attr-defined]
-    identity = identify_maps(unprojected, data, precision) | {"images": sample}
+    identity = identify_maps(backbone, data, precision, projected=False) | {"images": sample}
     file = cache_folder("axes") / f"{key_of(identity)}.npy"
     weight = backbone.projection.weight
     assert isinstance(weight, Tensor)

@@ -68,7 +68,7 @@ def train(cfg: DictConfig, overrides: list[str] | None = None, resume: bool = Fa
         data.setup()
         L.seed_everything(cfg.seed, workers=True, verbose=False)  # every rank draws the same weights
         teacher = load_teacher(cfg, data)
-        model = build_model(cfg, data, teacher)
+        model = build_model(cfg, data, teacher, state.overrides or ())
         state.begin(data)
         begin_log()
         results = _run_stages(cfg, state, data, model, teacher)

@@ -9,6 +9,9 @@ import pytest
 from conftest import Bcnn, write, write_classes
 from PIL import Image
 
+from bcnn.data.datamodule import FineGrainedDataModule
+from bcnn.utils.console import setup_logging
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +52,7 @@ def test_what_a_centre_crop_would_cut_off(bcnn: Bcnn) -> None:
         assert not share or text in outcome.out
 
 
-def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
+def test_near_duplicates_are_shown(bcnn: Bcnn, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, folder in enumerate(["train/cat", "train/dog", "test/cat", "test/dog"]):
         Path("photos", folder).mkdir(parents=True)
         for k in range(8):
@@ -63,7 +66,11 @@ def test_near_duplicates_are_shown(bcnn: Bcnn) -> None:
     Image.new("RGB", (40, 40), "red").save("photos/test/cat/flat.png")
     outcome = bcnn("check", "photos", "--val-fraction", "0")
     assert outcome.code == 0
-    assert "1 of 19 images in test look the same as one in train" in outcome.out
+    warning = "1 of 19 images in test look the same as one in train"
+    assert warning in outcome.out
+    setup_logging()
+    FineGrainedDataModule("photos", val_fraction=0).setup()  # training warns, too
+    assert warning in capsys.readouterr().err
     (sheet,) = Path().glob("outputs/*/*-check/near_duplicates.png")
     with Image.open(sheet) as picture:
         halves = np.asarray(picture.convert("RGB"), np.float32)[30:150, :384].reshape(120, 2, 192, 3)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,9 @@ def test_what_can_be_judged_of_a_folder_without_splits(index: Recorded) -> None:
     strange = {path: digest[::-1] for path, digest in digests.items()}
     assert choose(whole, strange, split, "test") == (whole.train, [])  # none of them was trained on
     assert choose(whole, digests, SplitRecord(), "test") == (whole.train, [])
+    other = strange | {path: digests[path] for path, _ in (whole.train[0], whole.train[9])}
+    split = replace(split, test=split.test | frozenset(map(str, range(9))))  # of which one is here
+    assert choose(whole, other, split, "test")[0] == whole.train[1:]
 
 
 def test_a_record_lists_what_any_stage_was_trained_on() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
+from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.data.image_io import MARGIN, ORIENTATION, load_image, load_reduced
 from bcnn.data.transforms import Interpolation, Preprocessing, Resize
 from benchmarks.photographs import photograph
@@ -147,6 +148,24 @@ def test_the_crop_of_a_reduced_jpeg_is_that_of_the_whole(
     assert reduced.size < whole.size and reduced.mode == "RGB"
     assert difference(transform(reduced), transform(whole)) < BOUND
     assert difference(transform(ImageOps.mirror(reduced)), transform(whole)) > 5 * BOUND
+
+
+@pytest.mark.parametrize("scale", [0.08, 0.5, None])
+def test_no_training_crop_of_a_large_jpeg_is_enlarged(
+    picture: Image.Image, tmp_path: Path, scale: float | None
+) -> None:
+    size = min(picture.size) // 12
+    for name in "ab":
+        path = tmp_path / name / f"{name}.jpg"
+        path.parent.mkdir()
+        picture.save(path)
+    data = FineGrainedDataModule(
+        tmp_path, size=size, train_scale=scale, val_fraction=0, test_fraction=0, num_workers=0
+    )
+    data.setup()
+    loaded = data.train_dataloader().dataset.load(str(path))
+    smallest = (0.8 * (scale or 1)) ** 0.5 * min(loaded.size)
+    assert smallest >= 0.9 * size and (scale == 0.08) == (min(loaded.size) > 3 * size)
 
 
 def test_a_large_image_is_cached_and_the_same_if_it_cannot_be(

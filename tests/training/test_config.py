@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import lightning as L
 import pytest
-from conftest import FINETUNE, SMALL, configure, run
+from conftest import FINETUNE, SMALL, configure, run, toy
 
 from bcnn.models.checkpoint import load_model
-from bcnn.training.config import validate, validate_batches
+from bcnn.training.config import validate, validate_batches, validate_network
 from bcnn.training.schema import absolute_paths
 from bcnn.utils.errors import UserError
 
@@ -161,6 +161,12 @@ def test_a_finetune_has_the_network_of_its_checkpoint(images: Path, tmp_path: Pa
     ):
         with pytest.raises(UserError, match=sentence):
             run(images, tmp_path / "c", *start, *wrong)
+    model = load_model(tmp_path / "a")
+    for default in ("model/pooling=bilinear", "model.project=null"):  # asked for, not left open
+        cfg = configure(*toy(images, *start, SMALL, default))
+        validate_network(cfg, model)
+        with pytest.raises(UserError, match="leave it out"):
+            validate_network(cfg, model, [default])
     run(images, tmp_path / "b", *start)
     report = (tmp_path / "b" / "report.html").read_text()
     assert "name: tiny" in report and "name: sqrt" in report

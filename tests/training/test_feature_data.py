@@ -1,5 +1,6 @@
 """Stage `last` from the store is stage `last` through the frozen network."""
 
+import inspect
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.backbone.named_buffers())
 
 
-CHANGES = "backbone project size resize interpolation precision mean decoding"
+CHANGES = "backbone project size resize interpolation precision mean decoding pooling code"
 
 
 @pytest.mark.parametrize("change", CHANGES.split())
@@ -78,9 +79,21 @@ def test_whatever_determines_descriptors_makes_another_store(
         monkeypatch.setattr("bcnn.training.feature_data.MARGIN", 1)
     elif change == "precision":
         precision = "bf16-mixed"
+    elif change == "pooling":
+        model.pooling.register_buffer("weights", torch.ones(1))
+    elif change == "code":
+        monkeypatch.setattr(inspect, "getsource", lambda module: "x = 1")
     else:
         options = {change: {"size": 40, "resize": "squash", "interpolation": "bicubic"}[change]}
     assert CachedFeatureDataModule(folder_data(images, **options), model, precision).store.key != before
+
+
+def test_equal_stores_do_not_wait_for_each_other(images: Path, tiny: BCNN) -> None:
+    data = folder_data(images)
+    first, same = (CachedFeatureDataModule(data, tiny, "32-true") for _ in range(2))
+    first.beside = [same]
+    build(first)
+    assert torch.equal(first.descriptors(data.train)[0][:], same.descriptors(data.train)[0][:])
 
 
 def test_training_draws_both_views_and_validation_only_the_first(images: Path) -> None:
