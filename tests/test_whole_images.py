@@ -25,6 +25,7 @@ from bcnn.models.checkpoint import load_model, save_model
 from bcnn.models.export import FORMATS, export_model
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.run import train
+from bcnn.utils.device import autocast
 from bcnn.utils.errors import UserError
 
 SIZES = [(96, 48), (48, 48), (40, 80), (64, 32), (300, 20)]  # the first and the fourth of one shape
@@ -95,7 +96,8 @@ def test_attribution_is_over_the_whole_image_and_sums_to_the_logit(
     found = explain(whole, noise(size))
     assert found.crop == (0, 0, *size) and found.box == pytest.approx((0, 0, *size))
     assert (found.evidence.shape[0] < found.evidence.shape[1]) == (size[0] > size[1])
-    logits = whole(whole.preprocessing.evaluation()(noise(size))[None])[0].detach()
+    with torch.no_grad(), autocast(torch.device("cpu")):
+        logits = whole(whole.preprocessing.evaluation()(noise(size))[None])[0]
     torch.testing.assert_close(found.evidence.sum(), logits[found.target], rtol=0, atol=1e-4)
 
 

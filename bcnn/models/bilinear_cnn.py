@@ -21,6 +21,7 @@ from bcnn.models.backbones import make_backbone
 from bcnn.models.calibration import Calibration
 from bcnn.models.head import Head
 from bcnn.models.pooling import make_pooling
+from bcnn.utils.device import autocast
 
 ImageLike = str | Path | Image.Image | np.ndarray
 
@@ -139,6 +140,8 @@ class BCNN(nn.Module):
     def predict(self, images: Tensor | ImageLike | Sequence[ImageLike], batch_size: int = 16) -> Tensor:
         """Return the probabilities of the classes (batch, classes), in float32 at least.
 
+        Convolutions are computed in the fastest precision of the device, as `bcnn predict` does.
+
         Args:
             images: a path, a PIL image or an array (height, width, 3) of uint8, or a list of them,
                 preprocessed as in evaluation; or a tensor (batch, 3, height, width), uint8 in 0..255 or
@@ -148,6 +151,7 @@ class BCNN(nn.Module):
             images = [images]
         elif isinstance(images, np.ndarray) and images.ndim == 3:
             images = images[None]
+        device = self.head.bias.device
         probabilities = [self.head.bias.new_empty(0, len(self.classes))]
         for start in range(0, len(images), batch_size):
             batch: Any = images[start : start + batch_size]
@@ -155,7 +159,8 @@ class BCNN(nn.Module):
                 batch = stack_images([self._preprocessed(image) for image in batch])
             elif batch.is_floating_point() and not ((batch - 0.5).abs() < 0.5 + ROUNDING).all():
                 raise ValueError("pixels are outside 0..1: the model normalises images itself")
-            probabilities.append(self.probabilities(self(batch.to(self.head.bias.device))))
+            with autocast(device):
+                probabilities.append(self.probabilities(self(batch.to(device))))
         return torch.cat(probabilities)
 
     def _preprocessed(self, image: ImageLike) -> Tensor:

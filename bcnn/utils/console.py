@@ -94,7 +94,7 @@ def log_file(path: Path) -> Iterator[Callable[[], None]]:
         memory.flush()
 
     if is_rank_zero():  # the others append to the same file
-        note(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.argv)}")
+        note(f"{datetime.now():%Y-%m-%d %H:%M:%S}: {shlex.join(sys.orig_argv)}")
     logger.addHandler(memory)
     try:
         yield begin

@@ -107,19 +107,20 @@ def new_output(verb: str) -> Path:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """Return the checkpoint that the run in a folder has ended with so far; other paths unchanged.
+    """Return the checkpoint that a run, or a stage, has ended with in its folder; files unchanged.
 
     hf://user/name is the file of weights in that repository, which is downloaded if necessary.
     """
     if str(path).startswith(hub.SCHEME):
         return hub.download(str(path).removeprefix(hub.SCHEME))
     folder = Path(path)
-    for stage in ("finetune", "last") if folder.is_dir() else ():
-        result = folder / stage / RESULT
+    stages = (folder / "finetune", folder / "last", folder.absolute()) if folder.is_dir() else ()
+    for stage in stages:
+        result = stage / RESULT
         if result.is_file() and (checkpoint := read_json(result)["checkpoint"]):
-            return folder / checkpoint
-        if (folder / stage).is_dir():
-            logger.warning(f"{folder}: stage {stage} has not ended")
+            return stage.parent / checkpoint
+        if stage.parent == folder and stage.is_dir():
+            logger.warning(f"{folder}: stage {stage.name} has not ended")
     if folder.is_dir():
         raise UserError(f"{folder} is no run with a checkpoint: name a file, or the folder of a run")
     return folder

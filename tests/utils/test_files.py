@@ -101,6 +101,7 @@ def test_the_folder_of_a_run_stands_for_the_checkpoint_that_it_ends_with(
         checkpoint_of(tmp_path)
     (tmp_path / "last" / "result.json").write_text(json.dumps({"checkpoint": "last/best.ckpt"}))
     assert checkpoint_of(tmp_path) == tmp_path / "last" / "best.ckpt"
+    assert checkpoint_of(tmp_path / "last") == tmp_path / "last" / "best.ckpt"
     (tmp_path / "finetune").mkdir()
     assert checkpoint_of(tmp_path) == tmp_path / "last" / "best.ckpt"
     assert "stage finetune has not ended" in caplog.text
