@@ -61,7 +61,7 @@ def test_warnings_go_to_standard_error_and_everything_to_the_file(
     assert shown.out == "stage last\nafter the run\n"
     assert shown.err == "warning: one image is left out\n"
     command, *log = (tmp_path / "run" / "train.log").read_text().splitlines()
-    assert command.endswith(shlex.join(sys.argv))
+    assert command.endswith(shlex.join(sys.orig_argv))  # what the user typed, not what Hydra reads
     assert log == ["stage last", "warning: one image is left out"]
 
 
