@@ -130,7 +130,7 @@ def log_where(
         logger.info(f"report: {report}")
     if not checkpoint:
         return
-    logger.info(f"best checkpoint: {checkpoint}")
+    logger.info(f"checkpoint: {checkpoint}")
     if state.overrides is not None:
         logger.info(f"predict: {shlex.join(['bcnn', 'predict', str(checkpoint), 'IMAGE'])}")
         purpose = "fine-tune it" if results[-1].stage == "last" else "fine-tune it further"

@@ -35,7 +35,7 @@ def test_last_then_the_command_that_it_prints_in_a_folder_of_any_name(
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
     last = run.stdout
     assert re.search(r"test top-1 +\d+\.\d%  of 6 images", last)
-    checkpoint = re.search(r"best checkpoint: (.+)", last)
+    checkpoint = re.search(r"\ncheckpoint: (.+)", last)
     assert checkpoint and Path(checkpoint[1]).is_file()
     program, verb, *overrides = next_command(last)
     assert (program, verb) == ("bcnn", "train")
@@ -81,7 +81,7 @@ def test_two_processes_share_the_building_under_ddp(
     ddp = ["stage=last", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     run = python(TRAIN, *toy(images, *ddp), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("best checkpoint") == 1
+    assert run.stdout.count("\ncheckpoint: ") == 1
     assert len([*stores.glob("*/*.npy")]) == 2
     (log,) = tmp_path.glob("outputs/*/*/train.log")
     assert len(re.findall(r"^\d{4}-\d\d-\d\d ", log.read_text(), re.MULTILINE)) == 1

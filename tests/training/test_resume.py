@@ -171,7 +171,7 @@ def test_ctrl_c_ends_a_run_that_the_command_it_shows_resumes(
     state.write_text(re.sub(r"epochs(:|=)( ?)10_?000", r"epochs\1\g<2>1", state.read_text()))
     done = train(f"resume={tmp_path}/run")
     assert done.returncode == 0, done.stderr
-    assert "best checkpoint" in done.stdout and "next, to fine-tune it: " in done.stdout
+    assert "\ncheckpoint: " in done.stdout and "next, to fine-tune it: " in done.stdout
     both = train(f"resume={tmp_path}/run", "seed=3")
     assert both.returncode == 1 and "leave out seed=3" in both.stderr
 

@@ -157,7 +157,7 @@ def test_a_finetune_that_collapses_says_so_keeps_its_start_and_fails(
         finetune(images, tmp_path, "finetune.optimizer.lr=3", "finetune.epochs=1")
     printed = capsys.readouterr().out
     start = tmp_path / "start" / "last" / "best.ckpt"
-    assert f"keeping {start}" in printed and f"best checkpoint: {start}" in printed
+    assert f"keeping {start}" in printed and f"\ncheckpoint: {start}" in printed
     report = (tmp_path / "report.html").read_text()
     assert "<dt>what went wrong</dt>" in report and "<h2>From last" not in report
     assert "<dd>CPU with 1 thread, 32-true" in report
@@ -173,7 +173,7 @@ def test_a_finetune_is_judged_by_its_accuracy_not_its_confidence(
     start, *epochs = ((float(row["val_top1"]), float(row["val_loss"])) for row in logged)
     assert all(top1 >= start[0] and loss > start[1] for top1, loss in epochs)
     assert epochs[0][1] < epochs[1][1]  # nor does the better loss of an earlier epoch count
-    assert f"best checkpoint: {tmp_path / 'finetune' / 'last.ckpt'}" in capsys.readouterr().out
+    assert f"\ncheckpoint: {tmp_path / 'finetune' / 'last.ckpt'}" in capsys.readouterr().out
     module = BCNNModule.load_from_checkpoint(tmp_path / "finetune" / "last.ckpt")
     kept = quiet_trainer().validate(module, folder_data(images).val_dataloader(), verbose=False)[0]
     assert kept["val_loss"] == pytest.approx(epochs[1][1], rel=1e-4)
