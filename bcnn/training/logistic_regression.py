@@ -91,7 +91,7 @@ class ConvexProblem:
             raise UserError("the descriptors are not finite: the file of weights may be damaged")
         self.bias = torch.zeros(classes, device=home)
         width, self.lower = len(self.mean), None
-        self.factor: Dense | Streamed
+        self.factor: Dense | Triangular | Streamed
         # A Gram matrix is factored in float64 and then takes a third of that.
         size, double = (4 * width, home) if rows > width else (12 * rows, double_device(device))
         if rows * size > MEMORY_SHARE * free_memory(double):
@@ -107,7 +107,7 @@ class ConvexProblem:
             self.way = f"Gram matrix of {rows:,} descriptors"
             lower = cholesky(gram_matrix(descriptors, self.mean, progress).to(double))
             self.lower = lower.to(self.bias)
-            self.factor = Dense(self.lower)
+            self.factor = Triangular(self.lower)
         self.theta = torch.zeros(width if self.lower is None else rows, classes, device=home)
         self.history = min(HISTORY, max(1, HISTORY_BYTES // (2 * self.theta.nbytes)))
 
@@ -193,6 +193,25 @@ class Dense(NamedTuple):
 
     def transposed_times(self, logits: Tensor) -> Tensor:
         return self.matrix.mT @ logits
+
+
+class Triangular(NamedTuple):
+    """The same for a lower triangular matrix: products leave out what is zero above its diagonal."""
+
+    matrix: Tensor
+
+    def times(self, theta: Tensor) -> Tensor:
+        return torch.cat([block @ theta[: block.shape[1]] for block in self._blocks()])
+
+    def transposed_times(self, logits: Tensor) -> Tensor:
+        total = torch.zeros_like(logits)
+        for block, part in zip(self._blocks(), logits.split(BLOCK), strict=True):
+            total[: block.shape[1]].addmm_(block.mT, part)
+        return total
+
+    def _blocks(self) -> list[Tensor]:
+        starts = range(0, len(self.matrix), BLOCK)
+        return [self.matrix[i : i + BLOCK, : i + BLOCK] for i in starts]
 
 
 class Streamed(NamedTuple):

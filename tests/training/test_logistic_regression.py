@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bcnn.training import logistic_regression
-from bcnn.training.logistic_regression import ConvexProblem, cholesky, gram_matrix
+from bcnn.training.logistic_regression import BLOCK, ConvexProblem, Triangular, cholesky, gram_matrix
 from bcnn.utils.errors import UserError
 
 L2 = 1e-3
@@ -86,6 +86,15 @@ def test_each_lift_is_added_to_the_matrix_itself() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_products_leave_out_the_zeros_of_a_triangular_matrix() -> None:
+    side = 2 * BLOCK + 7
+    matrix, right = torch.randn(side, side).double().tril(), torch.randn(side, 3).double()
+    upper = torch.full_like(matrix, torch.nan).triu(BLOCK)  # far above the diagonal nothing is read
+    found = Triangular(matrix + upper)
+    torch.testing.assert_close(found.times(right), matrix @ right)
+    torch.testing.assert_close(found.transposed_times(right), matrix.mT @ right)
+
+
 def test_a_matrix_is_factored_in_the_memory_of_its_factor() -> None:
     def kilobytes(name: str) -> int:
         return int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
