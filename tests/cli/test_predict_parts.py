@@ -22,6 +22,7 @@ from bcnn.evaluation.inference import predict_paths
 from bcnn.evaluation.writers import FORMATS, Prediction
 from bcnn.models.bilinear_cnn import BCNN
 from bcnn.models.checkpoint import save_model
+from bcnn.utils import device
 from bcnn.utils.errors import UserError
 
 SIZE = 16  # images of a part, in these tests
@@ -64,8 +65,9 @@ def rows_of(folder: str) -> list[dict[str, str]]:
 
 
 def run_tiny(words: list[str]) -> None:
-    """The program, in a process of its own."""
+    """The program, in a process of its own, with what `photos` and `bcnn` set in this one."""
     parts.IMAGES = SIZE
+    device.fastest_precision = lambda _: "32-true"
     register_tiny()
     sys.exit(main(words))
 
