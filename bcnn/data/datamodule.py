@@ -1,6 +1,5 @@
 """Images by class as a LightningDataModule."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from bcnn.data.groups import join_groups, name_groups
 from bcnn.data.image_io import MARGIN, load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
 from bcnn.data.integrity import Finding, check, without_broken
-from bcnn.data.review import imbalance, look_the_same, lookalikes, oddities, shared
+from bcnn.data.review import imbalance, leaks, oddities, shared
 from bcnn.data.sampler import NO_LABEL, ImageList, SeededSampler, rank_and_world_size, shard
 from bcnn.data.splits import SplitRecord
 from bcnn.data.taxonomy import FOLDERS, Taxonomy, find_taxonomy
@@ -83,6 +82,7 @@ class FineGrainedDataModule(L.LightningDataModule):
     digests: dict[str, str]
     groups: dict[str, str]
     taxonomy: Taxonomy | None
+    _leaks: list[str]  # warnings about the splits
     _sample_loaders: dict[Any, DataLoader]
 
     def __init__(
@@ -129,7 +129,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.classes, self.train, self.val, self.test = [], [], [], []
+        self.classes, self.train, self.val, self.test, self._leaks = [], [], [], [], []
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the images and draw the splits, once."""
@@ -206,10 +206,7 @@ class FineGrainedDataModule(L.LightningDataModule):
         return len(self.train) / (len(self.classes) * counts.float())
 
     def train_sampler(self, trainer: L.Trainer | None, unlabelled: int = 0) -> SeededSampler:
-        """Return the sampler of training images, and of so many unlabelled ones after them.
-
-        It goes by the epochs of the trainer, if there is one.
-        """
+        """Return the sampler of training images, then unlabelled ones, by the trainer's epochs."""
         weights = None
         if self.sampler == "balanced":
             balanced = self.class_weights()[[label for _, label in self.train]]
@@ -222,9 +219,7 @@ class FineGrainedDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         transform = self.preprocessing.training(self.train_scale)
-        # What decoding must leave; it leaves `MARGIN` times as much.
-        side = math.ceil(self.preprocessing.training_side(self.train_scale) / MARGIN)
-        side = max(self.preprocessing.side, side)
+        side = self.preprocessing.training_side(self.train_scale, MARGIN)
         load = partial(load_reduced if self.cache else load_image, side=side)
         samples = [*self.train, *((path, NO_LABEL) for path in self.unlabelled_findings)]
         sampler = self.train_sampler(self.trainer, len(self.unlabelled_findings))
@@ -279,13 +274,13 @@ class FineGrainedDataModule(L.LightningDataModule):
         )
 
     def _assign(self, index: ImageIndex, recipe: Mapping[str, Any]) -> None:
-        recipe = {**recipe, "train_fraction": self.train_fraction}
-        seed = recipe.get("seed", self.seed)
-        train = draw_fraction(index.train, self.groups, self.train_fraction, seed)
-        index = replace(index, train=train)
-        grouped = shared(index, self.groups, "are of groups in train") if self.grouped else []
-        for warning in grouped + look_the_same(index, lookalikes(index, self.findings)):
+        share, seed = self.train_fraction, recipe.get("seed", self.seed)
+        train = draw_fraction(index.train, self.groups, share, seed)
+        index, recipe = replace(index, train=train), {**recipe, "train_fraction": share}
+        found = leaks(index, self.findings, self.groups if self.grouped else {})
+        for warning in found if found != self._leaks else []:  # `follow` may change nothing
             logger.warning(warning)
+        self._leaks = found
         self.classes = index.classes
         self.train, self.val, self.test = index.splits.values()
         others = self.unlabelled_findings.values()

@@ -14,6 +14,7 @@ CUT_OFF = 0.1  # share of the median image that evaluation may leave out without
 # The same from which new networks squash images by default. Cars, of which 46 % would be left out, are
 # classified better so; groceries (25 %) and flowers (17 %) are not (docs/options.md, "Whole images").
 SQUASHED = 0.4
+LOOK = "look the same as one in train"
 
 Pairs = dict[str, list[tuple[str, str]]]  # by split: images held out, each with one to train on
 
@@ -22,7 +23,8 @@ def review(index: ImageIndex, drawn: ImageIndex, findings: Findings, near: Pairs
     """Return all warnings about intact images, without and with splits drawn; `near`: `lookalikes`."""
     copies = shared(drawn, {path: finding.digest for path, finding in findings.items()})
     crop = cut_off([findings[path] for path in index.paths], Preprocessing())
-    return copies + look_the_same(drawn, near) + oddities(index, findings) + imbalance(drawn) + crop
+    similar = _leaks(drawn, near, LOOK)
+    return copies + similar + oddities(index, findings) + imbalance(drawn) + crop
 
 
 def shared(index: ImageIndex, groups: Mapping[str, str], what: str = "are in train too") -> list[str]:
@@ -35,9 +37,10 @@ def shared(index: ImageIndex, groups: Mapping[str, str], what: str = "are in tra
     return _leaks(index, pairs, what)
 
 
-def look_the_same(index: ImageIndex, near: Pairs) -> list[str]:
-    """Return a warning for each of val and test that holds such images; `near`: `lookalikes`."""
-    return _leaks(index, near, "look the same as one in train")
+def leaks(index: ImageIndex, findings: Findings, groups: Mapping[str, str]) -> list[str]:
+    """Return a warning for each of val and test that holds look-alikes of train, or groups of it."""
+    grouped = shared(index, groups, "are of groups in train") if groups else []
+    return grouped + _leaks(index, lookalikes(index, findings), LOOK)
 
 
 def _leaks(index: ImageIndex, pairs: Pairs, what: str) -> list[str]:

@@ -79,9 +79,10 @@ class Preprocessing:
                 crop.insert(0, self._resized(math.ceil(side / math.sqrt(scale))))
         return v2.Compose([v2.ToImage(), *crop, v2.RandomHorizontalFlip()])
 
-    def training_side(self, scale: float | None) -> float:
-        """Return the short side in pixels of an image whose smallest training crop is not enlarged."""
-        return TRAIN_SIZE * self.size / math.sqrt(TRAIN_ASPECT * scale) if scale else self.side
+    def training_side(self, scale: float | None, margin: float) -> int:
+        """Return `side` for training: `margin` times as long, no crop of an image is enlarged."""
+        least = TRAIN_SIZE * self.size / math.sqrt(TRAIN_ASPECT * (scale or 1))
+        return max(self.side, math.ceil(least / margin))
 
     def whole_sides(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height in pixels that a whole image is resized to.
