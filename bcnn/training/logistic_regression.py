@@ -28,7 +28,6 @@ from bcnn.utils.errors import UserError
 GAIN = 1e-6  # of the objective: a round of steps that gains less is the last
 ROUND = 10  # steps of L-BFGS
 STEPS = 1000  # at most, for one λ
-FOLD_STEPS = 100  # for one fold, whose weights are not kept
 HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
 HISTORY_BYTES = 2**31  # that these may take; a shorter history takes more steps
 
@@ -114,7 +113,7 @@ class ConvexProblem:
     @without_tf32()
     def solve(self, l2: float) -> Solution:
         """Return the optimum for λ = `l2`, found from the previous one: go from strong to weak."""
-        norm = self._minimise(self.theta, self.bias, l2, slice(None), STEPS)
+        norm = self._minimise(self.theta, self.bias, l2, slice(None))
         with torch.no_grad():
             weight, bias, x = self._weight(), self.bias.clone(), self.descriptors
             # Not factor @ θ: what `cholesky` adds to the diagonal would tell equal descriptors apart.
@@ -128,20 +127,18 @@ class ConvexProblem:
         """Return logits (n, classes) of descriptors by solutions that have not seen their fold (n,).
 
         Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
-        loss, solved from zero in `FOLD_STEPS` at most.
+        loss, solved from zero, so that a solution that is not quite at its optimum has not seen them.
         """
         folds = folds.to(self.bias.device)
         logits = self.bias.new_empty(len(folds), len(self.bias))
         for fold in self.progress(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
             theta, bias = torch.zeros_like(self.theta), torch.zeros_like(self.bias)
-            self._minimise(theta, bias, l2, ~held, FOLD_STEPS)
+            self._minimise(theta, bias, l2, ~held)
             logits[held] = (self.factor.times(theta) + bias)[held]
         return logits
 
-    def _minimise(
-        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice, steps: int
-    ) -> Tensor:
+    def _minimise(self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice) -> Tensor:
         """Minimise over the descriptors that are seen; return the norm of the gradient there."""
         all_seen = isinstance(seen, slice)
         shown = iter(self.progress(count(), f"λ = {l2:.3g}", unit="steps") if all_seen else count())
@@ -164,7 +161,7 @@ class ConvexProblem:
             return loss.detach() + theta.double().square().sum() / 2
 
         before = torch.inf
-        for _ in range(steps // ROUND):
+        for _ in range(STEPS // ROUND):
             objective = optimizer.step(closure).item()
             if before - objective <= GAIN * objective:
                 break
