@@ -12,7 +12,7 @@ from bcnn.data.transforms import Preprocessing, Resize
 IMBALANCE = 20  # images of the largest class for one of the smallest that cause a warning
 CUT_OFF = 0.1  # share of the median image that evaluation may leave out without one
 # The same from which new networks squash images by default. Cars, of which 46 % would be left out, are
-# classified better so; groceries (25 %) and flowers (17 %) are not (docs/options.md, "Whole images").
+# classified better so; flowers (25 %) are not (docs/options.md, "Whole images").
 SQUASHED = 0.4
 LOOK = "look the same as one in train"
 
