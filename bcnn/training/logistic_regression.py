@@ -26,6 +26,7 @@ from bcnn.utils.device import double_device, free_memory, without_tf32
 from bcnn.utils.errors import UserError
 
 GAIN = 1e-6  # of the objective: a round of steps that gains less is the last
+FOLD_GAIN = 1e-4  # the same for a fold, of which only the held-out loss counts
 ROUND = 10  # steps of L-BFGS
 STEPS = 1000  # at most, for one λ
 HISTORY = 30  # steps that L-BFGS remembers, in two vectors as long as θ each
@@ -127,18 +128,22 @@ class ConvexProblem:
         """Return logits (n, classes) of descriptors by solutions that have not seen their fold (n,).
 
         Rows of the factor stand for descriptors: a fold is the same problem with some left out of the
-        loss, solved from zero, so that a solution that is not quite at its optimum has not seen them.
+        loss, solved from zero, so that a solution that is not quite at its optimum has not seen them. A
+        stronger λ comes first: from zero, the first steps at a weak one are of little use.
         """
         folds = folds.to(self.bias.device)
         logits = self.bias.new_empty(len(folds), len(self.bias))
         for fold in self.progress(folds.unique(), "cross-validation", unit="folds"):
             held = folds == fold
             theta, bias = torch.zeros_like(self.theta), torch.zeros_like(self.bias)
-            self._minimise(theta, bias, l2, ~held)
+            self._minimise(theta, bias, 10 * l2, ~held, gain=100 * FOLD_GAIN)
+            self._minimise(theta, bias, l2, ~held, gain=FOLD_GAIN)
             logits[held] = (self.factor.times(theta) + bias)[held]
         return logits
 
-    def _minimise(self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice) -> Tensor:
+    def _minimise(
+        self, theta: Tensor, bias: Tensor, l2: float, seen: Tensor | slice, gain: float = GAIN
+    ) -> Tensor:
         """Minimise over the descriptors that are seen; return the norm of the gradient there."""
         all_seen = isinstance(seen, slice)
         shown = iter(self.progress(count(), f"λ = {l2:.3g}", unit="steps") if all_seen else count())
@@ -163,7 +168,7 @@ class ConvexProblem:
         before = torch.inf
         for _ in range(STEPS // ROUND):
             objective = optimizer.step(closure).item()
-            if before - objective <= GAIN * objective:
+            if before - objective <= gain * objective:
                 break
             before = objective
         closure()
