@@ -23,6 +23,7 @@ from bcnn.data.image_io import MARGIN, VERSION
 from bcnn.data.sampler import Draw, SeededSampler, rank_and_world_size, shard
 from bcnn.models.backbones import Backbone
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.pooling import all_arguments
 from bcnn.training.feature_store import SHARD, VIEWS, FeatureStore, in_shards
 from bcnn.utils.console import logger, progress
 from bcnn.utils.device import autocast
@@ -53,9 +54,10 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self._position = {path: i for i, path in enumerate(self.paths)}
         self.beside: Sequence[CachedFeatureDataModule] = ()
         self._ready = False
+        options = all_arguments(model.backbone.channels, **model.chosen["pooling"])
         self.store = FeatureStore(
             identify_maps(model.backbone, data, precision)
-            | {"network": model.chosen, "pooling": _digest(model.pooling)}
+            | {"network": model.chosen | {"pooling": str(options)}, "pooling": _digest(model.pooling)}
             | {"views": "evaluation crop, mirror image"},
             [data.digests[path] for path in self.paths],
             model.pooling.width,

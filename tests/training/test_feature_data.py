@@ -88,6 +88,17 @@ def test_whatever_determines_descriptors_makes_another_store(
     assert CachedFeatureDataModule(folder_data(images, **options), model, precision).store.key != before
 
 
+def test_an_option_at_its_default_is_the_same_store(images: Path, tiny: BCNN) -> None:
+    data = folder_data(images)
+    chosen = [
+        {"name": "sqrt"},
+        {"name": "sqrt", "power": 0.5, "centred": False},
+        {"name": "sqrt", "power": 1},
+    ]
+    stores = [CachedFeatureDataModule(data, tiny.with_pooling(p), "32-true").store for p in chosen]
+    assert stores[0].key == stores[1].key != stores[2].key
+
+
 def test_equal_stores_do_not_wait_for_each_other(images: Path, tiny: BCNN) -> None:
     data = folder_data(images)
     first, same = (CachedFeatureDataModule(data, tiny, "32-true") for _ in range(2))

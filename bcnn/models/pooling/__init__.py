@@ -26,12 +26,19 @@ POOLINGS: dict[str, Callable[..., Pooling]] = {
 
 def make_pooling(channels: int, name: str, **options: Any) -> Pooling:
     """Return a pooling of maps of `channels` by a key of `POOLINGS` and its class's options."""
+    all_arguments(channels, name, **options)
+    return POOLINGS[name](channels, **options)
+
+
+def all_arguments(channels: int, name: str, **options: Any) -> dict[str, Any]:
+    """Return the arguments that make a pooling, also those at their defaults; refuse what it lacks."""
     if name not in POOLINGS:
         raise UserError(f"there is no pooling {name}: choose from {', '.join(POOLINGS)}")
     try:
-        inspect.signature(POOLINGS[name]).bind(channels, **options)
+        bound = inspect.signature(POOLINGS[name]).bind(channels, **options)
     except TypeError as error:
         raise UserError(
             f"model.pooling.name={name}: {error}; model/pooling={name} changes name and options"
         ) from error
-    return POOLINGS[name](channels, **options)
+    bound.apply_defaults()
+    return bound.arguments
