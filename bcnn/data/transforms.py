@@ -71,7 +71,7 @@ class Preprocessing:
         if scale is None:
             crop = [self._resized(self.side), v2.RandomCrop(self.size)]
         else:
-            side = self._multiple(TRAIN_SIZE * self.size)
+            side = self.multiple(TRAIN_SIZE * self.size)
             mode = InterpolationMode(self.interpolation)
             aspects = (TRAIN_ASPECT, 1 / TRAIN_ASPECT)
             crop = [v2.RandomResizedCrop(side, (scale, 1.0), aspects, mode)]
@@ -90,7 +90,7 @@ class Preprocessing:
         Their product is about size², their ratio that of the image, up to `STRIP`.
         """
         ratio = min(max(width / height, 1 / STRIP), STRIP)
-        return self._multiple(self.size * ratio**0.5), self._multiple(self.size / ratio**0.5)
+        return self.multiple(self.size * ratio**0.5), self.multiple(self.size / ratio**0.5)
 
     def crop(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return left, top, right, bottom of `evaluation`'s crop in pixels of an image, not rounded."""
@@ -100,7 +100,7 @@ class Preprocessing:
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down
 
-    def _multiple(self, side: float) -> int:
+    def multiple(self, side: float) -> int:
         """Return the side in pixels nearest to this one that the network takes."""
         return max(self.min_size, self.divisor * round(side / self.divisor))
 

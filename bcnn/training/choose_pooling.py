@@ -2,7 +2,7 @@
 
 Which pooling is best depends on the images. Each candidate's optimum is cross-validated on the training
 images. The narrowest wins whose loss is at most a standard error above the lowest (Breiman et al.,
-"Classification and Regression Trees", 1984, §3.4.3).
+"Classification and Regression Trees", 1984, §3.4.3): one of the difference, on the same images.
 """
 
 import csv
@@ -24,7 +24,7 @@ from bcnn.utils.console import logger, span
 from bcnn.utils.errors import UserError
 
 POOLINGS = "poolings.csv"  # in the folder of stage `last`
-HEADING = ("pooling", "width", "loss", "top-1", "time", "")
+HEADING = ("pooling", "width", "loss", "above the lowest", "top-1", "time", "")
 
 
 def make_candidates(
@@ -68,17 +68,19 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
             "training images: choose one by model/pooling"
         )
     losses = [F.cross_entropy(each.logits, each.labels, reduction="none") for each in judged]
-    means = [loss.mean().item() for loss in losses]
-    errors = [loss.std().item() / len(loss) ** 0.5 for loss in losses]
+    lowest = min(losses, key=torch.mean)
+    above = [loss - lowest for loss in losses]
+    means = [difference.mean().item() for difference in above]
+    errors = [difference.std().item() / len(difference) ** 0.5 for difference in above]
     top1 = [in_top_k(each.logits, each.labels).mean().item() for each in judged]
     widths = [each.features.store.width for each in found]
-    limit = min(zip(means, errors, strict=True))
-    best = min((width, k) for k, width in enumerate(widths) if means[k] <= sum(limit))[1]
+    best = min((width, k) for k, width in enumerate(widths) if means[k] <= errors[k])[1]
     names = [described(each.features.model.chosen) for each in found]
     rows = [
         (
             names[k],
             f"{widths[k]:,}",
+            f"{losses[k].mean():.3f}",
             f"{means[k]:.3f} ± {errors[k]:.3f}",
             f"{top1[k]:.1%}",
             span(found[k].seconds),
@@ -88,7 +90,7 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
     ]
     logger.info(f"poolings, by cross-validation on {len(losses[0])} training images:")
     for cells in (HEADING, *rows):
-        logger.info(f"{cells[0]:>24}" + "".join(f"{cell:>16}" for cell in cells[1:]))
+        logger.info(f"{cells[0]:>24}" + "".join(f"{cell:>18}" for cell in cells[1:]))
     if "average" in names and names[best] != "average":
         gain = 100 * (top1[best] - top1[names.index("average")])
         logger.info(f"gain of {names[best]} over average: {gain:.1f} points")

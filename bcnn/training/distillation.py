@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.benchmark import Timer
+from torchvision.transforms.v2.functional import resize
 
-from bcnn.data.batches import Images, stacks
+from bcnn.data.batches import Images, in_order, stacks
 from bcnn.data.datamodule import FineGrainedDataModule
 from bcnn.evaluation.inference import predict_split
 from bcnn.evaluation.predictions import Predictions
@@ -30,9 +31,14 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
-        """Return the probabilities (batch, classes) of images, on their device."""
+        """Return the probabilities (batch, classes) of images, on their device.
+
+        The student's crops are resized to the nearest side that this network takes.
+        """
         model = self.model.to(stacks(images)[0].device)
-        return model.probabilities(model(images))
+        side = model.preprocessing.multiple
+        resized = [resize(x, [side(x.shape[-2]), side(x.shape[-1])]) for x in stacks(images)]
+        return model.probabilities(in_order(images, [model(x) for x in resized]))
 
 
 def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:

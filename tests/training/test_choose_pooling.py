@@ -85,14 +85,17 @@ def solved(width: int, losses: Sequence[float]) -> Solved:
 def test_the_narrowest_within_a_standard_error_of_the_lowest_loss_is_kept(
     tmp_path: Path, means: list[float], kept: int
 ) -> None:
+    """The error is that of the difference: how hard the images are does not count."""
     spread = 0.1 * 5**0.5 * Tensor([-1, 1, -1, 1, 0])  # its standard error is 0.1
-    found = [
-        solved(width, (mean + spread).tolist()) for width, mean in zip((30, 60, 90), means, strict=True)
-    ]
+    lowest, hard = means.index(min(means)), Tensor([3, 0, 0, 1, 0])
+    losses = [mean + hard + spread * (k != lowest) for k, mean in enumerate(means)]
+    found = [solved(width, loss.tolist()) for width, loss in zip((30, 60, 90), losses, strict=True)]
     file = tmp_path / "poolings.csv"
     assert choose_pooling(found, file).features.store.width == kept
     rows = read_csv(file)
-    assert [row["loss"] for row in rows] == [f"{mean:.3f} ± 0.100" for mean in means]
+    assert [row["loss"] for row in rows] == [f"{mean + hard.mean():.3f}" for mean in means]
+    expected = [f"{mean - min(means):.3f} ± {0.1 * (mean > min(means)):.3f}" for mean in means]
+    assert [row["above the lowest"] for row in rows] == expected
     assert [row["width"] for row in rows if row[""] == "kept"] == [str(kept)]
 
 

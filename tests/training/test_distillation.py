@@ -1,6 +1,7 @@
 """Distillation: what a student learns from, what it may be tested on, and what the report compares."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import SMALL, batches, quiet_trainer, run, write, write_classes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.v2.functional import resize
 
 from bcnn.data.sampler import NO_LABEL
 from bcnn.models.bilinear_cnn import BCNN
@@ -50,6 +52,14 @@ def test_a_student_learns_its_teacher_s_answers_and_leaves_it_alone(tiny: BCNN, 
     assert module.state_dict().keys() == BCNNModule(student, "last").state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
     assert not any(parameter.requires_grad for parameter in tiny.parameters())
+
+
+def test_a_teacher_takes_the_crops_of_a_student_with_a_smaller_stride(tiny: BCNN) -> None:
+    """Once they are resized to a multiple of its own stride."""
+    tiny.preprocessing = replace(tiny.preprocessing, divisor=32)
+    crops = torch.randint(256, (2, 3, 28, 28), dtype=torch.uint8)
+    expected = tiny.probabilities(tiny(resize(crops, [32, 32])))
+    torch.testing.assert_close(Teacher(tiny)(crops), expected)
 
 
 @pytest.fixture
