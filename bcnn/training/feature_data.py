@@ -54,10 +54,11 @@ class CachedFeatureDataModule(L.LightningDataModule):
         self._position = {path: i for i, path in enumerate(self.paths)}
         self.beside: Sequence[CachedFeatureDataModule] = ()
         self._ready = False
-        options = all_arguments(model.backbone.channels, **model.chosen["pooling"])
+        pooling = model.chosen["pooling"]
+        pooled = f"{pooling['name']}: {all_arguments(model.backbone.channels, **pooling)}"
         self.store = FeatureStore(
             identify_maps(model.backbone, data, precision)
-            | {"network": model.chosen | {"pooling": str(options)}, "pooling": _digest(model.pooling)}
+            | {"network": model.chosen | {"pooling": pooled}, "pooling": _digest(model.pooling)}
             | {"views": "evaluation crop, mirror image"},
             [data.digests[path] for path in self.paths],
             model.pooling.width,

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from bcnn.models.bilinear_cnn import BCNN
+from bcnn.models.pooling import POOLINGS
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.feature_store import SHARD, VIEWS
 from bcnn.utils.errors import UserError
@@ -60,7 +61,7 @@ def test_a_frozen_backbone_is_in_evaluation_mode(images: Path, tiny: BCNN) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.backbone.named_buffers())
 
 
-CHANGES = "backbone project size resize interpolation precision mean decoding pooling code"
+CHANGES = "backbone project size resize interpolation precision mean decoding pooling class code"
 
 
 @pytest.mark.parametrize("change", CHANGES.split())
@@ -81,6 +82,9 @@ def test_whatever_determines_descriptors_makes_another_store(
         precision = "bf16-mixed"
     elif change == "pooling":
         model.pooling.register_buffer("weights", torch.ones(1))
+    elif change == "class":  # of the same file, with the same arguments
+        monkeypatch.setitem(POOLINGS, "other", type(model.pooling))
+        model = model.with_pooling({"name": "other"})
     elif change == "code":
         monkeypatch.setattr(inspect, "getsource", lambda module: "x = 1")
     else:
