@@ -24,7 +24,7 @@ from bcnn.utils.console import logger, span
 from bcnn.utils.errors import UserError
 
 POOLINGS = "poolings.csv"  # in the folder of stage `last`
-HEADING = ("pooling", "width", "loss", "above the lowest", "top-1", "time", "")
+HEADING = ("pooling", "width", "loss", "above lowest", "top-1", "time", "")
 
 
 def make_candidates(
@@ -90,7 +90,7 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
     ]
     logger.info(f"poolings, by cross-validation on {len(losses[0])} training images:")
     for cells in (HEADING, *rows):
-        logger.info(f"{cells[0]:>24}" + "".join(f"{cell:>18}" for cell in cells[1:]))
+        logger.info(f"{cells[0]:>24}" + "".join(f"{cell:>14}" for cell in cells[1:]))
     if "average" in names and names[best] != "average":
         gain = 100 * (top1[best] - top1[names.index("average")])
         logger.info(f"gain of {names[best]} over average: {gain:.1f} points")

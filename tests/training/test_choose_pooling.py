@@ -95,7 +95,7 @@ def test_the_narrowest_within_a_standard_error_of_the_lowest_loss_is_kept(
     rows = read_csv(file)
     assert [row["loss"] for row in rows] == [f"{mean + hard.mean():.3f}" for mean in means]
     expected = [f"{mean - min(means):.3f} ± {0.1 * (mean > min(means)):.3f}" for mean in means]
-    assert [row["above the lowest"] for row in rows] == expected
+    assert [row["above lowest"] for row in rows] == expected
     assert [row["width"] for row in rows if row[""] == "kept"] == [str(kept)]
 
 
