@@ -58,3 +58,9 @@ def test_float64_is_computed_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -
     for capability in ((8, 9), (12, 0)):  # a 64th of the rate in float32
         pretend_gpu(monkeypatch, capability)
         assert double_device(cuda).type == "cpu"
+
+
+def test_measuring_the_cpu_leaves_the_number_of_threads_alone() -> None:
+    threads = torch.get_num_threads()
+    assert device._convolution_seconds(torch.float32) > 0
+    assert torch.get_num_threads() == threads
