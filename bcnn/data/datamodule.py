@@ -1,10 +1,11 @@
 """Images by class as a LightningDataModule."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import lightning as L
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from bcnn.data import splits
 from bcnn.data.batches import collate
-from bcnn.data.draws import draw_fraction, draw_sample
+from bcnn.data.draws import draw_fraction, draw_position, draw_sample
 from bcnn.data.groups import join_groups, name_groups
 from bcnn.data.image_io import MARGIN, load_image, load_reduced
 from bcnn.data.index import ImageIndex, Samples, choose_classes, mistakes, read_folder, read_list
@@ -186,6 +187,24 @@ class FineGrainedDataModule(L.LightningDataModule):
         if self.unlabelled:
             counts.append(f"{len(self.unlabelled_findings)} images without labels")
         return ", ".join(counts)
+
+    def part(self, classes: int, images: int) -> Self:
+        """Return a data module of at most so many classes and training images, drawn by `seed`.
+
+        It has no test images.
+        """
+        drawn = sorted(self.classes, key=lambda name: draw_position(name, self.seed))[:classes]
+        part = copy.copy(self)
+        part.classes = [name for name in self.classes if name in {*drawn}]
+        new = {self.classes.index(name): label for label, name in enumerate(part.classes)}
+        part.train, part.val = (
+            draw_sample(
+                [(path, new[k]) for path, k in split if k in new], self.digests, images, self.seed
+            )
+            for split in (self.train, self.val)
+        )
+        part.test, part._sample_loaders = [], {}
+        return part
 
     def use_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Take a network's preprocessing, which has the sides that its backbone takes."""

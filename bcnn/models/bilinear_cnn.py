@@ -100,10 +100,25 @@ class BCNN(nn.Module):
         other.head, other.calibration = Head(other.pooling.width, len(self.classes)), None
         return other
 
+    def at_level(self, level: int) -> "BCNN":
+        """Return an untrained network on maps of timm's network before those of this one.
+
+        It has a copy of the weights up to there, no projection and the same pooling.
+        """
+        chosen = {**self.chosen, "backbone": {**self.chosen["backbone"], "level": level}}
+        other = BCNN(
+            self.classes, self.preprocessing, **chosen, split=self.split, taxonomy=self.taxonomy
+        )
+        state = self.backbone.state_dict()
+        other.backbone.load_state_dict({name: state[name] for name in other.backbone.state_dict()})
+        return other
+
     def become(self, other: "BCNN") -> None:
-        """Take the parts and the calibration of another network of the same classes."""
+        """Take the parts, the calibration and the sides of images of a network of the same classes."""
         self.chosen, self.backbone, self.pooling = other.chosen, other.backbone, other.pooling
         self.head, self.calibration = other.head, other.calibration
+        divisor, min_size = other.preprocessing.divisor, other.preprocessing.min_size
+        self.preprocessing = replace(self.preprocessing, divisor=divisor, min_size=min_size)
 
     def replace_head(self, classes: Sequence[str]) -> None:
         """Set the classes, with a new head and without what belongs to the old one."""

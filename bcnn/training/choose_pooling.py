@@ -1,8 +1,11 @@
-"""`model/pooling=auto`: solve stage `last` for several poolings of the same maps, and keep the best.
+"""`model/pooling=auto`: solve stage `last` for several poolings and layers, and keep the best.
 
-Which pooling is best depends on the images. Each candidate's optimum is cross-validated on the training
-images. The narrowest wins whose loss is at most a standard error above the lowest (Breiman et al.,
-"Classification and Regression Trees", 1984, §3.4.3): one of the difference, on the same images.
+Which is best depends on the images. The candidates are solved for a part of the classes and images, as
+time grows with the square of the images times the classes, and cross-validated on these. All whose
+loss is at most a standard error above the lowest (Breiman et al., "Classification and Regression
+Trees", 1984, §3.4.3; here that of the difference on the same images) are as good. Of these the
+narrowest is kept, of the last layer if it can be: a fine-tune gains more there (docs/methods.md, "Which
+layer").
 """
 
 import csv
@@ -24,6 +27,8 @@ from bcnn.utils.console import logger, span
 from bcnn.utils.errors import UserError
 
 POOLINGS = "poolings.csv"  # in the folder of stage `last`
+CLASSES, IMAGES = 100, 2500  # to compare on, at most
+LAST = -1  # level of the last maps
 HEADING = ("pooling", "width", "loss", "above lowest", "top-1", "time", "")
 
 
@@ -34,29 +39,41 @@ def make_candidates(
     data: FineGrainedDataModule,
     device: torch.device,
     precision: str,
-) -> list[CachedFeatureDataModule]:
-    """Return descriptors by networks on the layers of `model`, with the poolings that suit it.
+) -> list[list[CachedFeatureDataModule]]:
+    """Return descriptors of a part of the images, by the poolings that suit `model`, for each layer.
 
     Args:
         model: a network without projection.
-        choices: name and options of each pooling, and `project`, the axes to project to.
-        largest: width of the widest descriptor. Wider ones are left out, and as many axes as channels.
+        choices: name and options of each pooling; `project`, the axes to project to; `level`, that of
+            maps before the last ones of a network of timm.
+        largest: width of the widest descriptor. Wider ones are left out, and as many axes as channels,
+            and levels where the network has none, or one was chosen.
     """
-    found = []
+    layers: dict[int, tuple[BCNN, list[CachedFeatureDataModule]]] = {}
+    compared = model.chosen["backbone"].get("level") == LAST
     for options in choices:
         pooling = dict(options)
-        project = pooling.pop("project", None)
-        if project is not None and project >= model.backbone.channels:
+        project, level = pooling.pop("project", None), pooling.pop("level", LAST)
+        if level != LAST and not compared:
             continue
-        network = model.with_pooling(pooling, project)
+        if level not in layers:
+            layers[level] = model if level == LAST else model.at_level(level), []
+        base, found = layers[level]
+        if project is not None and project >= base.backbone.channels:
+            continue
+        network = base.with_pooling(pooling, project)
         if network.pooling.width > largest:
             continue
+        part = data.part(CLASSES, IMAGES)
+        part.use_preprocessing(base.preprocessing)
         if project is not None:
-            fit_principal_axes(network.backbone, data, device, precision)
-        found.append(CachedFeatureDataModule(data, network, precision))
-    if not found:
+            fit_principal_axes(network.backbone, part, device, precision)
+        network.replace_head(part.classes)
+        found.append(CachedFeatureDataModule(part, network, precision))
+    candidates = [found for _, found in layers.values() if found]
+    if not candidates:
         raise UserError("model.pooling.candidates: none suits this backbone")
-    return found
+    return candidates
 
 
 def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
@@ -73,9 +90,11 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
     means = [difference.mean().item() for difference in above]
     errors = [difference.std().item() / len(difference) ** 0.5 for difference in above]
     top1 = [in_top_k(each.logits, each.labels).mean().item() for each in judged]
+    networks = [each.features.model for each in found]
     widths = [each.features.store.width for each in found]
-    best = min((width, k) for k, width in enumerate(widths) if means[k] <= errors[k])[1]
-    names = [described(each.features.model.chosen) for each in found]
+    eligible = [k for k in range(len(found)) if means[k] <= errors[k]]
+    best = min(eligible, key=lambda k: (_level(networks[k]) != LAST, widths[k]))
+    names = [_described(network) for network in networks]
     rows = [
         (
             names[k],
@@ -88,7 +107,8 @@ def choose_pooling(found: Sequence[Solved], file: Path) -> Solved:
         )
         for k in range(len(found))
     ]
-    logger.info(f"poolings, by cross-validation on {len(losses[0])} training images:")
+    count, classes = len(losses[0]), len(networks[0].classes)
+    logger.info(f"poolings, by cross-validation on {count} training images of {classes} classes:")
     for cells in (HEADING, *rows):
         logger.info(f"{cells[0]:>24}" + "".join(f"{cell:>14}" for cell in cells[1:]))
     if "average" in names and names[best] != "average":
@@ -104,7 +124,15 @@ def read_poolings(folder: Path) -> list[list[str]]:
     return [*csv.reader(file.read_text("utf-8").splitlines())] if file.is_file() else []
 
 
-def described(chosen: Mapping[str, Any]) -> str:
-    """Return pooling and projection of a network in a few words."""
+def _described(network: BCNN) -> str:
+    """Return pooling, projection and level of a network in a few words."""
+    chosen, level = network.chosen, _level(network)
     axes = [f"{chosen['project']} axes"] if chosen["project"] else []
-    return ", ".join([*map(str, chosen["pooling"].values()), *axes])
+    levels = [f"level {level}"] if level != LAST else []
+    return ", ".join([*map(str, chosen["pooling"].values()), *axes, *levels])
+
+
+def _level(network: BCNN) -> int:
+    """Return the level of a network's maps; networks that have no levels are on their last layer."""
+    level: int = network.chosen["backbone"].get("level", LAST)
+    return level

@@ -30,7 +30,7 @@ from bcnn.training.callbacks import (
 from bcnn.training.checkpointing import AtomicCheckpointIO, BestOrLastCheckpoint, add_calibration
 from bcnn.training.choose_pooling import POOLINGS, choose_pooling, make_candidates
 from bcnn.training.config import AUTO, STAGES, validate_batches
-from bcnn.training.convex_stage import HeldOut, save_solution, solve_each
+from bcnn.training.convex_stage import HeldOut, Solved, save_solution, solve_each
 from bcnn.training.distillation import Teacher
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.logging import close, log_options, log_results, make_loggers
@@ -65,6 +65,7 @@ class Stage:
         self.checkpoint: BestOrLastCheckpoint | None = None
         self.held_out: HeldOut | None = None
         self.model.calibration = None  # it was of the weights to start from
+        self.data.use_preprocessing(self.model.preprocessing)  # of the layer that stage `last` chose
         log_options(self.loggers, self.cfg, self.name)
         try:
             convex = self.options.get("solver") == "convex"
@@ -87,26 +88,37 @@ class Stage:
     def _solve(self) -> StageResult:
         """Find the optimum of stage `last` on stored descriptors."""
         self.trainer = self._make_trainer([])
-        pooling, precision = self.cfg.model.pooling, self.state.precision
-        compared = pooling.name == AUTO and not self.cfg.ckpt
-        if compared:
-            device = self.trainer.strategy.root_device
-            choices: Any = OmegaConf.to_container(pooling.candidates, resolve=True)
-            largest = pooling.largest
-            candidates = make_candidates(self.model, choices, largest, self.data, device, precision)
-        else:
-            self._fit_projection()
-            candidates = [CachedFeatureDataModule(self.data, self.model, precision)]
-        # It sees every image once: to draw classes equally often is to weigh them equally.
-        loss = self._loss(balanced=self.data.sampler == "balanced")
-        solved = solve_each(self.trainer, candidates, self.options.l2, loss, self.options.folds)
-        best = choose_pooling(solved, self.folder / POOLINGS) if compared else solved[0]
-        checkpoint = save_solution(self.trainer, best, self.folder)
-        self.model.become(best.features.model)
-        self.features: Data = best.features
-        self.held_out = best.held_out
-        predictions = best.held_out and best.held_out.predictions(self.model.classes, self.data.train)
-        return StageResult(self.name, checkpoint, best.metrics, held_out=predictions)
+        if self.cfg.model.pooling.name == AUTO and not self.cfg.ckpt:
+            self._choose_pooling()
+        self._fit_projection()
+        features = CachedFeatureDataModule(self.data, self.model, self.state.precision)
+        (solved,) = self._solve_each([features])
+        checkpoint = save_solution(self.trainer, solved, self.folder)
+        self.features: Data = features
+        self.held_out = solved.held_out
+        predictions = self.held_out and self.held_out.predictions(self.model.classes, self.data.train)
+        return StageResult(self.name, checkpoint, solved.metrics, held_out=predictions)
+
+    def _choose_pooling(self) -> None:
+        """Give the network the pooling, and the layer, that is best on a part of the images."""
+        pooling, device = self.cfg.model.pooling, self.trainer.strategy.root_device
+        choices: Any = OmegaConf.to_container(pooling.candidates, resolve=True)
+        options = choices, pooling.largest, self.data, device, self.state.precision
+        solved = [
+            each
+            for candidates in make_candidates(self.model, *options)
+            for each in self._solve_each(candidates)
+        ]
+        network = choose_pooling(solved, self.folder / POOLINGS).features.model
+        network.replace_head(self.data.classes)
+        self.model.become(network)
+        self.data.use_preprocessing(self.model.preprocessing)
+
+    def _solve_each(self, candidates: Sequence[CachedFeatureDataModule]) -> list[Solved]:
+        # The solver sees every image once: to draw classes equally often is to weigh them equally.
+        data = candidates[0].data
+        loss = self._loss(data, balanced=data.sampler == "balanced")
+        return solve_each(self.trainer, candidates, self.options.l2, loss, self.options.folds)
 
     def _train(self) -> StageResult:
         """Train by gradient descent, from the state of an interrupted stage if there is one."""
@@ -176,7 +188,7 @@ class Stage:
 
     def _fit_projection(self) -> None:
         """Project a new network's feature maps to their principal axes, where that is asked for."""
-        if self.name == "last" and not self.cfg.ckpt and self.cfg.model.project is not None:
+        if self.name == "last" and not self.cfg.ckpt and self.model.chosen["project"] is not None:
             device = self.trainer.strategy.root_device
             fit_principal_axes(self.model.backbone, self.data, device, self.state.precision)
 
@@ -192,13 +204,12 @@ class Stage:
             self.name,  # type: ignore[arg-type]
             optimizer=instantiate(self.options.optimizer),
             scheduler=instantiate(self.options.scheduler),
-            loss=self._loss(),
+            loss=self._loss(self.data),
             **tuning,
         )
 
-    def _loss(self, balanced: bool = False) -> nn.Module:
-        weighted = self.options.class_weights or balanced
-        weight = self.data.class_weights() if weighted else None
+    def _loss(self, data: FineGrainedDataModule, balanced: bool = False) -> nn.Module:
+        weight = data.class_weights() if self.options.class_weights or balanced else None
         loss: nn.Module = instantiate(self.options.loss)(weight=weight)
         return loss
 

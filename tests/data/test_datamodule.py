@@ -156,6 +156,24 @@ def test_a_sample_has_each_class_in_proportion(tmp_path: Path) -> None:
     assert paths[0] == paths[1] != paths[2]
 
 
+def test_a_part_has_fewer_classes_and_images(tmp_path: Path) -> None:
+    write_classes(tmp_path, ant=8, bee=12, cow=20, dog=4)
+    data = set_up(tmp_path, val_fraction=0.25, test_fraction=0.25)
+    names = {path: data.classes[label] for path, label in (*data.train, *data.val)}
+    part = data.part(classes=3, images=9)
+    assert len(part.classes) == 3 and part.classes == sorted(part.classes)
+    assert len(part.train) == 9 and 3 <= len(part.val) <= 9 and part.test == []
+    assert {names[path] for path, _ in part.train} == {*part.classes}
+    for split in ("train", "val"):
+        samples = getattr(part, split)
+        assert {*(path for path, _ in samples)} < {*(path for path, _ in getattr(data, split))}
+        assert all(part.classes[label] == names[path] for path, label in samples)
+    assert data.part(classes=3, images=9).train == part.train
+    everything = data.part(classes=9, images=99)
+    assert everything.classes == data.classes and {*everything.train} == {*data.train}
+    assert len(data.classes) == 4 and data.test
+
+
 def test_the_sample_s_loader_is_made_once_and_keeps_its_few_workers(images: Path) -> None:
     data = set_up(images, num_workers=16)
     loader = data.sample_dataloader()

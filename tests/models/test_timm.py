@@ -75,6 +75,17 @@ def test_the_level_before_is_twice_as_fine() -> None:
     assert maps.shape == (1, 256, 4, 4)
 
 
+def test_a_network_on_an_earlier_layer_has_the_same_weights() -> None:
+    whole, images = bilinear("resnet10t", 64), torch.rand(1, 3, 64, 64)
+    earlier = whole.at_level(-2)
+    expected = whole.backbone.network.forward_intermediates(
+        (images - whole.backbone.mean) / whole.backbone.std, indices=[-2], intermediates_only=True
+    )
+    torch.testing.assert_close(earlier.backbone(images), expected[0])
+    assert (earlier.preprocessing.divisor, whole.preprocessing.divisor) == (16, 32)
+    assert earlier.chosen == {**whole.chosen, "backbone": {**whole.chosen["backbone"], "level": -2}}
+
+
 def seen_by(backbone: Timm, location: int, side: int) -> float:
     """Where the pixels lie on average that a location depends on, if filters pass their middle only."""
     for layer in [*backbone.modules()]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FINETUNE, SMALL, build, folder_data, read_csv, run, weights
+from conftest import FINETUNE, SMALL, build, configure, folder_data, read_csv, run, toy
 from torch import Tensor
 
 from bcnn.models.bilinear_cnn import BCNN
@@ -16,6 +16,8 @@ from bcnn.training.choose_pooling import choose_pooling, make_candidates
 from bcnn.training.convex_stage import HeldOut, Solved
 from bcnn.training.feature_data import CachedFeatureDataModule
 from bcnn.training.feature_store import VIEWS
+from bcnn.training.module import BCNNModule
+from bcnn.training.run import train
 from bcnn.utils.errors import UserError
 
 CHOICES = [{"name": "average"}, {"name": "sqrt", "project": 2}, {"name": "bilinear"}]
@@ -25,8 +27,10 @@ AUTO = ["model/pooling=auto", SMALL]
 def candidates(
     images: Path, model: BCNN, choices: Sequence[dict[str, Any]] = CHOICES, largest: int = 100
 ) -> list[CachedFeatureDataModule]:
+    """Descriptors of the only layer of this model."""
     cpu = torch.device("cpu")
-    return make_candidates(model, choices, largest, folder_data(images), cpu, "32-true")
+    (found,) = make_candidates(model, choices, largest, folder_data(images), cpu, "32-true")
+    return found
 
 
 @pytest.fixture
@@ -42,7 +46,8 @@ def test_one_pass_makes_all_descriptors_that_are_missing(
     first, *first.beside = found = candidates(images, bare)
     build(first)
     data = first.data
-    assert len(data.train) * VIEWS + len(data.val) + len(data.test) <= sum(passes) <= 24 * VIEWS
+    assert not data.test
+    assert len(data.train) * VIEWS + len(data.val) <= sum(passes) <= 24 * VIEWS
     passes.clear()
     pixels, _ = next(iter(data.evaluation_dataloader(data.val)))
     for each in found:
@@ -56,20 +61,23 @@ def test_one_pass_makes_all_descriptors_that_are_missing(
 
 
 def test_candidates_that_do_not_suit_the_backbone_are_left_out(images: Path, bare: BCNN) -> None:
-    choices = [*CHOICES, {"name": "sqrt", "project": 4}, {"name": "compact", "width": 101}]
+    unsuited = [{"project": 4}, {"name": "compact", "width": 101}, {"level": -2}]
+    choices = [*CHOICES, *({"name": "sqrt"} | options for options in unsuited)]
     names = [each.model.chosen["pooling"]["name"] for each in candidates(images, bare, choices)]
     assert names == ["average", "sqrt", "bilinear"]
     with pytest.raises(UserError, match="none suits this backbone"):
         candidates(images, bare, largest=1)
 
 
-def solved(width: int, losses: Sequence[float]) -> Solved:
+def solved(width: int, losses: Sequence[float], level: int = -1) -> Solved:
     """A solution with these cross-validated losses of images, whose class is the first of two."""
     logits = torch.stack([Tensor(losses).expm1().log().neg(), torch.zeros(len(losses))], dim=1)
     count = torch.arange(len(losses))
     held_out = HeldOut(count, count, torch.zeros(len(losses), dtype=torch.long), logits)
-    chosen = {"pooling": {"name": f"of {width}"}, "project": None}
-    features = SimpleNamespace(store=SimpleNamespace(width=width), model=SimpleNamespace(chosen=chosen))
+    backbone = {"name": "timm", "level": level}
+    chosen = {"backbone": backbone, "pooling": {"name": f"of {width}"}, "project": None}
+    model = SimpleNamespace(chosen=chosen, classes=["a", "b"])
+    features = SimpleNamespace(store=SimpleNamespace(width=width), model=model)
     return Solved(features, 1e-4, {}, held_out, [], 1.0)  # type: ignore[arg-type]
 
 
@@ -99,6 +107,19 @@ def test_the_narrowest_within_a_standard_error_of_the_lowest_loss_is_kept(
     assert [row["width"] for row in rows if row[""] == "kept"] == [str(kept)]
 
 
+@pytest.mark.parametrize(("loss", "level"), [(0.4, -1), (0.6, -2)])
+def test_an_earlier_layer_is_kept_where_it_is_ahead_by_a_standard_error(
+    tmp_path: Path, loss: float, level: int
+) -> None:
+    """Even where it is narrower."""
+    spread = 0.1 * 5**0.5 * Tensor([-1, 1, -1, 1, 0])  # its standard error is 0.1
+    found = [solved(90, (loss + spread).tolist()), solved(30, [0.45] * 5, -2)]
+    kept = choose_pooling(found, tmp_path / "poolings.csv")
+    assert kept.features.model.chosen["backbone"]["level"] == level
+    rows = read_csv(tmp_path / "poolings.csv")
+    assert [row["pooling"] for row in rows] == ["of 90", "of 30, level -2"]
+
+
 @pytest.mark.parametrize(("loss", "gains"), [(0.9, True), (0.3, False)])
 def test_the_gain_over_the_average_is_logged_where_another_is_kept(
     tmp_path: Path, logged: pytest.LogCaptureFixture, loss: float, gains: bool
@@ -110,22 +131,58 @@ def test_the_gain_over_the_average_is_logged_where_another_is_kept(
     assert ("over average" in logged.text) == gains
 
 
+TIMM = [
+    *("model/backbone=timm", "model.backbone.model=resnet10t", "model.weights=random", "data.size=96"),
+    *("last.l2=[1e-3]", "last.folds=2"),
+]
+
+
+def stop(*_: Any) -> None:
+    raise RuntimeError("stopped")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "choices", "kept"),
+    [
+        ([SMALL], "{name: average}, {name: sqrt, project: 3}", "3 axes"),
+        (TIMM, "{name: sqrt, project: 6, level: -2}", "6 axes, level -2"),
+    ],
+)
 @pytest.mark.usefixtures("tiny")
-def test_the_run_continues_with_the_pooling_that_was_kept(images: Path, tmp_path: Path) -> None:
-    """It ends with the same weights, calibration and record as a run with this pooling alone."""
-    choices = "model.pooling.candidates=[{name: average}, {name: sqrt, project: 3}]"
-    run(images, tmp_path / "auto", *AUTO, choices, *FINETUNE)
-    kept = load_model(tmp_path / "auto").chosen
-    pooling = [f"model/pooling={kept['pooling']['name']}", f"model.project={kept['project']}"]
-    run(images, tmp_path / "alone", SMALL, *pooling, *FINETUNE)
+def test_the_run_continues_with_what_was_kept(
+    images: Path,
+    tmp_path: Path,
+    network: list[str],
+    choices: str,
+    kept: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends with the same weights and calibration as a run with this network alone, also resumed."""
+    auto = ["model/pooling=auto", f"model.pooling.candidates=[{choices}]", *network, *FINETUNE]
+    with monkeypatch.context() as patch:
+        patch.setattr(BCNNModule, "on_train_start", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(images, tmp_path / "auto", *auto)
+    train(configure(*toy(images, *auto, f"output={tmp_path / 'auto'}")), resume=True)
+    chosen = load_model(tmp_path / "auto").chosen
+    options = [f"model/pooling={chosen['pooling']['name']}", f"model.project={chosen['project']}"]
+    if "level" in chosen["backbone"]:
+        options.append(f"model.backbone.level={chosen['backbone']['level']}")
+    run(images, tmp_path / "alone", *network, *options, *FINETUNE)
     for stage in ("last", "finetune"):
-        auto, single = (next((tmp_path / name / stage).glob("*.ckpt")) for name in ("auto", "alone"))
-        first, second = weights(auto), weights(single)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        first, second = (
+            torch.load(next((tmp_path / name / stage).glob("*.ckpt")), weights_only=True)
+            for name in ("auto", "alone")
+        )
+        about, expected = first["hyper_parameters"], second["hyper_parameters"]
+        for name in ("backbone", "project", "preprocessing", "split"):
+            assert about[name] == expected[name]
+        tensors, expected = first["state_dict"], second["state_dict"]
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     report = (tmp_path / "auto" / "report.html").read_text()
-    assert "<h2>Poolings</h2>" in report and "3 axes" in report
+    assert "<h2>Poolings</h2>" in report and kept in report
     assert "<h2>Poolings</h2>" not in (tmp_path / "alone" / "report.html").read_text()
 
 
