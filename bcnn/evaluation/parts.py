@@ -23,7 +23,7 @@ from bcnn.evaluation.tables import console_table
 from bcnn.evaluation.writers import Prediction, Predictor, WriteTo, write_rows
 from bcnn.utils.console import printable
 from bcnn.utils.errors import UserError
-from bcnn.utils.files import atomic_write, read_json
+from bcnn.utils.files import atomic_write, read_json, remove_parts
 
 IMAGES = 4096  # of a part; the batch sizes that `predict_paths` chooses divide it
 SHOWN = 10  # classes in `summary_table`
@@ -75,9 +75,14 @@ class PartFolder:
             raise _changed(min(there.values()))
 
     def summarize(self) -> dict[str, Any] | None:
-        """Write and return the summary once every part is there; `absent` has come to its end."""
+        """Write and return the summary once every part is there; `absent` has come to its end.
+
+        Remove what killed processes left: some programs would read it as parts.
+        """
         if not all(file.exists() for file in self.files):
             return None
+        for name in ("parts", "counts"):
+            remove_parts(self.folder / name)
         images, classes = Counter[str](), Counter[str]()
         broken: dict[str, str] = {}
         for file in self.files:

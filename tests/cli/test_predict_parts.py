@@ -95,6 +95,8 @@ def test_killed_at_random_moments_the_parts_are_those_of_one_run(photos: Path) -
         sizes = {len(read_csv(file)) for file in parts_of("killed")}
         assert sizes and sizes <= {SIZE, 597 % SIZE}  # whole or absent
     assert run("killed") == 0 and content("killed") == content("whole")
+    names = [{file.name for file in Path(output).rglob("*")} for output in ("killed", "whole")]
+    assert names[0] == names[1]  # nothing is left of files that were not finished
     images = Counter(row["image"] for row in rows_of("killed"))
     assert images == Counter(map(str, Path("photos").rglob("*.png")))
 
